@@ -1,0 +1,15 @@
+"""Network in Network on Fashion-MNIST, as a Lightning + Hydra experiment.
+
+A file imports only from rows below its own:
+
+    __main__, cli     dispatch; nothing heavy imported
+    commands/         one file a command
+    experiment        build, fit, test, write the result
+    callbacks         what is watched and drawn while training
+    checkpoints       what is saved, when, under which name
+    classifier        the LightningModule: loss, metrics, optimiser
+    data/             the DataModule; Fashion-MNIST's files; the garments; resizing
+    networks/         plain torch: nin, lenet, alexnet, vgg; their table of layers
+    run_folder        names and atomic writes of a run's files
+    settings          the typed config and its checks; imports no torch
+"""

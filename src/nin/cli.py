@@ -1,0 +1,75 @@
+"""The ``nin`` program: finds the command, runs it, and turns what went wrong into a message and an exit status.
+
+Nothing heavy is imported before a command needs it.
+"""
+
+import importlib
+import os
+import re
+import sys
+
+COMMANDS = {
+    "train": "train a network, then test its best checkpoint once; with -m a sweep",
+    "eval": "test metrics of a run's folder or of one .ckpt file",
+    "inspect": "a network without training it: layers, parameters, multiply-adds",
+}
+
+
+def main() -> None:
+    """Entry point of ``nin`` and ``python -m nin``."""
+    name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if name.startswith("-sc"):
+        sys.exit(complete(name, arguments))
+    if name not in COMMANDS and "LOCAL_RANK" in os.environ:
+        # Lightning starts the other processes of trainer=ddp with the overrides alone.
+        name, arguments = "train", sys.argv[1:]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0)
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"nin {version('nin')}")
+        sys.exit(0)
+    if name not in COMMANDS:
+        print(f"nin: no command '{name}'\n\n{usage()}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(run(name, arguments))
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  nin {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    return (
+        "Network in Network on Fashion-MNIST: an experiment you can trust.\n\n"
+        f"{rows}\n\n"
+        "Start with:  nin train experiment=quickstart\n"
+        "More on each with --help, as in:  nin train --help"
+    )
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """Runs one command and returns its exit status: 0 done, 2 the user's mistake, 1 the work failed."""
+    command = importlib.import_module(f"nin.commands.{name}")
+    from nin.settings import UserError
+
+    try:
+        return command.main(arguments) or 0
+    except UserError as mistake:
+        print(f"nin {name}: {mistake}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def complete(flag: str, arguments: list[str]) -> int:
+    """Shell completion: Hydra's own, which expects overrides right behind the program's name."""
+    line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", 0))
+    if without := re.sub(r"^(\S+\s+)(train|inspect)\s+", r"\1", line):
+        os.environ["COMP_LINE"] = without
+        os.environ["COMP_POINT"] = str(max(0, point - (len(line) - len(without))))
+    if line and without == line:
+        words = line.split()
+        print("\n".join(c for c in COMMANDS if len(words) < 2 or c.startswith(words[1])))
+        return 0
+    return run("train", [flag, *arguments])

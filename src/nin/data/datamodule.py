@@ -1,0 +1,127 @@
+"""The LightningDataModule: both data sets in memory as uint8, the held-out split, batches."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+
+from nin.data.files import load, prepare
+from nin.data.images import augmented, resized
+from nin.settings import Data
+
+
+class Batches:
+    """Batches of images that fit in memory, each taken by one indexing operation.
+
+    Yields ``(batch, 28, 28)`` uint8 images and ``(batch,)`` int64 labels; the last batch may be smaller. A shuffled
+    order hangs on the seed and the epoch alone, and the place in it can be saved and loaded, so that a run that goes
+    on in the middle of an epoch sees the images that are left.
+
+    Args:
+        seed: of the order; None keeps the order of the files.
+        epoch: tells the current epoch.
+        rank: which of the ``world_size`` processes this is. Each takes its share of every batch's images.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        seed: int | None = None,
+        epoch: Callable[[], int] = lambda: 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.seed, self.epoch, self.rank, self.world_size = seed, epoch, rank, world_size
+        self._place = {"epoch": 0, "batch": 0}
+
+    def __len__(self) -> int:
+        return -(-len(self.labels) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        epoch = self.epoch()
+        if self._place["epoch"] != epoch:
+            self._place = {"epoch": epoch, "batch": 0}
+        order = self._order(epoch)
+        while self._place["batch"] < len(self):
+            start = (self._place["batch"] * self.world_size + self.rank) * self.batch_size
+            taken = order[start : start + self.batch_size]
+            # Counted before the batch is used: a checkpoint after this batch goes on with the next.
+            self._place["batch"] += 1
+            yield self.images[taken], self.labels[taken]
+        self._place = {"epoch": epoch + 1, "batch": 0}
+
+    def _order(self, epoch: int) -> Tensor:
+        if self.seed is None:
+            return torch.arange(len(self.labels), device=self.labels.device)
+        # One stream of random numbers for all epochs of a seed, no two of which share an order.
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+        return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(self._place)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._place = dict(state)
+
+
+class ImageData(LightningDataModule):
+    """Fashion-MNIST or the garments: training images, held-out images to choose by, test images.
+
+    Args:
+        data: which set, how large its images and batches.
+        seed: chooses the held-out images and each epoch's order.
+    """
+
+    def __init__(self, data: Data, seed: int):
+        super().__init__()
+        self.data, self.seed = data, seed
+
+    def prepare_data(self) -> None:
+        prepare(self.data)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and not hasattr(self, "train"):
+            images, labels = self._on_device(*load(self.data, "train"))
+            held_out, kept = split(len(labels), self.data.val_size, self.seed)
+            self.train, self.val = (images[kept], labels[kept]), (images[held_out], labels[held_out])
+        if not hasattr(self, "test") and (stage == "test" or self.data.score_each_epoch == "test"):
+            self.test = self._on_device(*load(self.data, "t10k"))
+
+    def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The whole set lives on the accelerator: 47 MB, and no transfer in a step."""
+        device = self.trainer.strategy.root_device
+        return torch.tensor(images, device=device), torch.tensor(labels, device=device, dtype=torch.int64)
+
+    def train_dataloader(self) -> Batches:
+        return self._batches(self.train, self.seed)
+
+    def val_dataloader(self) -> Batches:
+        return self._batches(self.test if self.data.score_each_epoch == "test" else self.val)
+
+    def test_dataloader(self) -> Batches:
+        return self._batches(self.test)
+
+    def _batches(self, part: tuple[Tensor, Tensor], seed: int | None = None) -> Batches:
+        trainer = self.trainer
+        return Batches(
+            *part, self.data.batch_size, seed, lambda: trainer.current_epoch, trainer.global_rank, trainer.world_size
+        )
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """uint8 28x28 on the device becomes what the network sees: ``(batch, 1, image_size, image_size)``, 0 to 1."""
+        images, labels = batch
+        if self.trainer.training:
+            images = augmented(images, self.data.augment)
+        return resized(images, self.data.image_size), labels
+
+
+def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of the held-out images and of those to train on, each in the files' order; they hang on ``seed`` alone."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return order[:val_size].sort().values, order[val_size:].sort().values

@@ -1,0 +1,142 @@
+"""Where a data set's four IDX files come from, and that they are whole. Imports no torch unless files are fetched."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nin.data import garments, idx
+from nin.run_folder import write_whole
+from nin.settings import Data, UserError
+
+CLASS_NAMES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+# SHA-256 of the four unpacked files of Fashion-MNIST as published by Zalando Research.
+FASHION_MNIST = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+
+
+def prepare(data: Data) -> None:
+    """Sees to it that the files of ``data`` are there and whole: fetches or draws what is missing.
+
+    Raises:
+        UserError: names the file that is missing, cut off or altered, or the folder that can't be written, and says
+            what to do.
+    """
+    folder = raw_folder(data)
+    if any(not (folder / name).exists() for name in FASHION_MNIST):
+        with _filled_by_one(folder) as fresh:
+            missing = [name for name in FASHION_MNIST if not (folder / name).exists()]
+            if missing and data.name == "garments":
+                garments.draw(fresh)
+            elif missing:
+                _fetch(missing, fresh, data)
+    if data.name == "fashion_mnist":
+        _verify(folder)
+
+
+def raw_folder(data: Data) -> Path:
+    """Where torchvision keeps them too: ``<root>/FashionMNIST/raw``."""
+    return Path(data.root) / {"fashion_mnist": "FashionMNIST", "garments": "Garments"}[data.name] / "raw"
+
+
+def load(data: Data, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``(count, 28, 28)`` and labels ``(count,)``, uint8, of ``part`` "train" or "t10k" (the test images).
+
+    Raises:
+        UserError: if a file is cut off, or there are not as many labels as images.
+    """
+    folder = raw_folder(data)
+    images = idx.read_images(folder / f"{part}-images-idx3-ubyte")
+    labels = idx.read_labels(folder / f"{part}-labels-idx1-ubyte")
+    if len(images) != len(labels):
+        raise UserError(
+            f"{folder}: {part} has {len(images)} images and {len(labels)} labels, and there must be as many of both; "
+            "remove the folder and say the command again"
+        )
+    return images, labels
+
+
+@contextlib.contextmanager
+def _filled_by_one(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files go into ``folder`` at the end; one process fills it while others wait."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+    except OSError as error:
+        raise UserError(
+            f"data.root={folder.parents[1]}: can't be written ({error.strerror}), and the data set is not there yet; "
+            "set data.root or the variable NIN_DATA to a folder that can be written, or to one that has it"
+        ) from error
+    try:
+        with FileLock(folder / ".lock"):
+            yield temporary
+            for file in temporary.iterdir():
+                file.replace(folder / file.name)
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); make room or choose another data.root") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fetch(names: list[str], folder: Path, data: Data) -> None:
+    """Downloads and unpacks ``names`` into ``folder``, from the first mirror that has each whole."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
+    for name in names:
+        failures = []
+        for mirror in data.mirrors:
+            try:
+                download_and_extract_archive(f"{mirror.rstrip('/')}/{name}.gz", str(folder), remove_finished=True)
+                if _sha256(folder / name) == FASHION_MNIST[name]:
+                    break
+                failures.append(f"{mirror}: sent a {name} that is not the published one")
+            except (OSError, RuntimeError, EOFError) as error:  # no network, a refusal, a transfer that was cut off
+                failures.append(f"{mirror}: {error}")
+            (folder / name).unlink(missing_ok=True)
+        else:
+            tried = "\n  ".join(failures) or "data.mirrors is empty"
+            raise UserError(
+                f"{name} of Fashion-MNIST is not in {raw_folder(data)} and could not be downloaded:\n  {tried}\n"
+                "Without network: copy the four unpacked files\n  "
+                + "\n  ".join(FASHION_MNIST)
+                + f"\ninto {raw_folder(data)}, or set NIN_DATA to the folder that holds FashionMNIST/raw; "
+                "or use data=garments, which needs no download."
+            )
+
+
+def _verify(folder: Path) -> None:
+    """Compares the files with the published sums, once: the answer is kept beside them."""
+    seal = folder / "verified.json"
+    sizes = {name: [s.st_size, s.st_mtime_ns] for name in FASHION_MNIST if (s := (folder / name).stat())}
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads(seal.read_text()) == sizes:
+            return
+    for name, published in FASHION_MNIST.items():
+        if _sha256(folder / name) != published:
+            raise UserError(
+                f"{folder / name}: not the published file ({sizes[name][0]:,} bytes, its SHA-256 is not "
+                f"{published[:12]}…): it was cut off or altered; remove it and say the command again, which downloads "
+                "it anew, or copy a good one there"
+            )
+    with contextlib.suppress(OSError):  # a folder that can only be read is looked through every time
+        if os.access(folder, os.W_OK):
+            write_whole(seal, json.dumps(sizes))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,161 @@
+"""One experiment from settings to result: build, fit, test the best checkpoint."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from torch.utils.tensorboard.summary import hparams
+
+from nin import checkpoints
+from nin.callbacks import Bar, Watch
+from nin.checkpoints import Checkpoints, WholeFiles
+from nin.classifier import Classifier
+from nin.data.datamodule import ImageData
+from nin.data.files import CLASS_NAMES
+from nin.run_folder import RunFolder
+from nin.settings import Settings, UserError
+
+
+def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
+    """Trains, tests the best checkpoint once and returns the result; goes on from ``last.ckpt`` where there is one.
+
+    Raises:
+        UserError: if the machine lacks what the settings ask for.
+    """
+    lightning.seed_everything(settings.seed, verbose=False)
+    data = ImageData(settings.data, settings.seed)
+    module = Classifier(settings)
+    watch = Watch(folder.metrics, Bar(Console(), settings.trainer.enable_progress_bar))
+    kept = Checkpoints(folder, settings.checkpoint.every_n_steps)
+    trainer = build_trainer(settings, folder, [watch, kept])
+
+    going_on = folder.last if folder.last.exists() else None
+    trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
+    final_weights = weights_sha256(module.network)
+    best = folder.best if folder.best.exists() else None
+    tested = test(trainer, module, data, best)
+
+    result = {
+        "status": "finished",
+        "metrics": {"val/loss": kept.best.get("val/loss"), "val/acc": kept.best.get("val/acc"), **tested},
+        "epochs": trainer.current_epoch,
+        "steps": trainer.global_step,
+        "train_seconds": round(watch.train_seconds, 3),
+        "images_per_second": round(watch.images / watch.step_seconds, 1) if watch.step_seconds else None,
+        "parameters": sum(p.numel() for p in module.network.parameters()),
+        "weights_sha256": final_weights,
+        "seed": settings.seed,
+        "device": device_name(trainer.strategy.root_device),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "overrides": overrides,
+        "resumes": 0,
+    }
+    if trainer.is_global_zero:
+        log_results(trainer, settings, result)
+    return result
+
+
+def build_trainer(settings: Settings, folder: RunFolder, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    """Lightning's Trainer with this run's loggers and callbacks.
+
+    Raises:
+        UserError: if the machine lacks what ``settings.trainer`` asks for.
+    """
+    arguments = settings.trainer.model_dump(exclude={"enable_progress_bar"})
+    loggers = [instantiate(logger, save_dir=str(folder.path)) for logger in settings.logger.values()]
+    callbacks = callbacks + [instantiate(callback) for callback in settings.callbacks.values()]
+    try:
+        return lightning.Trainer(
+            **arguments,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[WholeFiles()],
+            default_root_dir=folder.path,
+            enable_progress_bar=False,  # Watch has its own
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def test(trainer: lightning.Trainer, module: Classifier, data: ImageData, checkpoint: Path | None) -> dict[str, Any]:
+    """Test loss, accuracy and accuracy by class of ``checkpoint``, or of the module as it is."""
+    if checkpoint:
+        module.load_state_dict(checkpoints.read(checkpoint)["state_dict"])
+    trainer.test(module, data, verbose=False)
+    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    confusion = module.confusion.compute().cpu().double()
+    by_class = (confusion.diag() / confusion.sum(1)).tolist()
+    return {
+        "test/loss": scores["test/loss"],
+        "test/acc": scores["test/acc"],
+        "test/acc_by_class": dict(zip(CLASS_NAMES, by_class, strict=True)),
+    }
+
+
+def weights_sha256(network: torch.nn.Module) -> str:
+    """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict[str, str]:
+    packages = ("nin", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
+    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, "+" behind it if files differ; None outside a checkout."""
+    try:
+        here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **here)  # fails for an installed package
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
+        return commit + ("+" if subprocess.run(["git", "status", "--porcelain", "-uno"], **here).stdout else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str, Any]) -> None:
+    """The final metrics, and the settings beside them for TensorBoard's HParams tab.
+
+    The metrics of the checkpoint that was tested are logged here and nowhere else, so that no tag has a step twice.
+    """
+    values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
+    values["trainer.max_epochs"] = settings.trainer.max_epochs
+    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
+    final = {k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)}
+    # The notebooks' habit has the test metrics in the curves already, at this very step.
+    fresh = {} if settings.data.score_each_epoch == "test" else final
+    for logger in trainer.loggers:
+        logger.log_metrics(fresh, step=result["steps"])
+        if isinstance(logger, TensorBoardLogger):
+            for summary in hparams(values, final):
+                logger.experiment.file_writer.add_summary(summary)
+        else:
+            logger.log_hyperparams(values)
+        logger.finalize("success")
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found

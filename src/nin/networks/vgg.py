@@ -1,0 +1,40 @@
+"""VGG-11 (Simonyan & Zisserman 2014), as in Dive into Deep Learning, section 8.2."""
+
+from torch import nn
+
+from nin.networks.init import initialise
+
+
+class VGG(nn.Sequential):
+    """Five blocks of 3x3 convolutions that each end in 2x2 max pooling, three fully connected layers.
+
+    Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        image_size: int = 224,
+        dropout: float = 0.5,
+        init: str = "xavier_uniform",
+    ):
+        layers: list[nn.Module] = []
+        for convolutions, width in ((1, 64), (1, 128), (2, 256), (2, 512), (2, 512)):
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(in_channels, width, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
+                in_channels = width
+            layers.append(nn.MaxPool2d(2, stride=2))  # 112, 56, 28, 14, 7 pixels a side at 224x224
+        size = image_size // 32
+        super().__init__(
+            *layers,
+            nn.Flatten(),
+            nn.Linear(512 * size * size, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, 4096),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(4096, num_classes),
+        )
+        initialise(self, init)

@@ -1,0 +1,33 @@
+"""Results in words, for a terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nin.run_folder import RunFolder
+
+
+def show_result(folder: RunFolder, result: dict[str, Any]) -> None:
+    """The table at a run's end, where its files are, and the line that opens TensorBoard on it."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    for name in ("test/acc", "test/loss", "val/acc", "val/loss"):
+        if result["metrics"][name] is not None:
+            table.add_row(name, f"{result['metrics'][name]:.4f}")
+    table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
+    table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
+    table.add_row("parameters", f"{result['parameters']:,}")
+    table.add_row("weights", result["weights_sha256"][:16])
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    print(f"run folder: {shown(folder.path)}")
+    if folder.tensorboard.exists():
+        print(f"curves:     tensorboard --logdir {shown(folder.path)}")
+
+
+def shown(path: Path) -> str:
+    """A path relative to where the user is, if it lies below."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

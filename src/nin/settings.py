@@ -1,0 +1,365 @@
+"""The typed config and its checks. Imports no torch: a mistake is told before anything heavy is loaded.
+
+``conf/`` holds every default; this file holds every type, range and impossible combination. ``read`` turns a
+composed config into ``Settings`` or raises one ``UserError`` that lists every mistake at once.
+"""
+
+import contextlib
+import difflib
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+
+class UserError(Exception):
+    """A mistake of the user's: told in one message that ends with the remedy, exit status 2, no traceback."""
+
+
+class Section(BaseModel):
+    """Strict: a number is not a word, ``true`` is not 1, and a key that nobody reads is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Init = Literal["xavier_uniform", "kaiming_normal", "torch"]
+
+
+class NiN(Section):
+    """Network in Network (Lin et al. 2013) as the notebooks build it; ``nin_small`` is the same at 28x28."""
+
+    name: Literal["nin"]
+    input_size: Positive
+    widths: Annotated[list[Positive], Field(min_length=1)]
+    kernel_sizes: list[Positive]
+    first_stride: Positive
+    first_padding: Literal[0, 1]
+    conv1x1_layers: Annotated[int, Field(ge=0)]
+    head: Literal["gap", "fc"]
+    dropout: Share
+    norm: Literal["none", "batch"]
+    init: Init
+    final_relu: bool
+
+    @model_validator(mode="after")
+    def one_kernel_a_block(self):
+        if len(self.kernel_sizes) != len(self.widths) + 1:
+            raise ValueError(
+                f"kernel_sizes has {len(self.kernel_sizes)} entries and widths {len(self.widths)}: "
+                "give one kernel size a block, that is one more than widths (the last block's width is the classes')"
+            )
+        if even := [k for k in self.kernel_sizes[1:] if k % 2 == 0]:
+            raise ValueError(f"kernel_sizes={self.kernel_sizes}: {even[0]} is even; all but the first must be odd")
+        return self
+
+    def windows(self) -> list[tuple[int, int, int]]:
+        """Every layer that shrinks the image, in order: (kernel, stride, padding)."""
+        windows = []
+        for i, kernel in enumerate(self.kernel_sizes):
+            windows += [(3, 2, 0)] if i else []
+            windows += [(kernel, 1, kernel // 2) if i else (kernel, self.first_stride, self.first_padding)]
+        return windows
+
+
+class LeNet(Section):
+    """LeNet-5 as the notebooks' book defines it (Dive into Deep Learning, section 7.6)."""
+
+    name: Literal["lenet"]
+    input_size: Positive
+    init: Init
+
+    def windows(self) -> list[tuple[int, int, int]]:
+        return [(5, 1, 2), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
+
+
+class AlexNet(Section):
+    """AlexNet as the notebooks' book defines it (Dive into Deep Learning, section 8.1)."""
+
+    name: Literal["alexnet"]
+    input_size: Positive
+    dropout: Share
+    init: Init
+
+    def windows(self) -> list[tuple[int, int, int]]:
+        return [(11, 4, 1), (3, 2, 0), (5, 1, 2), (3, 2, 0), (3, 1, 1), (3, 1, 1), (3, 1, 1), (3, 2, 0)]
+
+
+class VGG(Section):
+    """VGG-11 as the notebooks' book defines it (Dive into Deep Learning, section 8.2)."""
+
+    name: Literal["vgg"]
+    input_size: Positive
+    dropout: Share
+    init: Init
+
+    def windows(self) -> list[tuple[int, int, int]]:
+        # The 3x3 convolutions keep the size; five 2x2 poolings halve it.
+        return [(2, 2, 0)] * 5
+
+
+def smallest_image_size(model: NiN | LeNet | AlexNet | VGG) -> int:
+    """The smallest square image, in pixels a side, from which every layer of ``model`` has something to compute."""
+
+    def fits(size: int) -> bool:
+        for kernel, stride, padding in model.windows():
+            if size + 2 * padding < kernel:
+                return False
+            size = (size + 2 * padding - kernel) // stride + 1
+        return True
+
+    return next(size for size in range(1, 100_000) if fits(size))
+
+
+# What val_size is taken from.
+TRAINING_IMAGES = {"fashion_mnist": 60_000, "garments": 10_000}
+
+
+class Data(Section):
+    name: Literal["fashion_mnist", "garments"]
+    root: Annotated[str, Field(min_length=1)]
+    image_size: Annotated[int, Field(ge=1, le=1024)]
+    batch_size: Positive
+    val_size: Annotated[int, Field(ge=0)]
+    # What is scored after every epoch. "test" is the notebooks' habit; nothing is then chosen by it.
+    score_each_epoch: Literal["val", "test"]
+    augment: Literal["none", "flip", "flip_shift"]
+    # Where missing files are fetched from, tried in turn; garments are drawn, not fetched.
+    mirrors: list[str]
+
+
+class SGD(Section):
+    name: Literal["sgd"]
+    lr: Annotated[float, Field(gt=0)]
+    momentum: Share
+    nesterov: bool
+    weight_decay: Annotated[float, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def nesterov_has_momentum(self):
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
+        return self
+
+
+class AdamW(Section):
+    name: Literal["adamw"]
+    lr: Annotated[float, Field(gt=0)]
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class Schedule(Section):
+    name: Literal["constant", "cosine", "one_cycle"]
+    # The share of all steps in which the learning rate climbs to optimizer.lr.
+    warmup: Share
+
+
+class Trainer(Section):
+    """Every argument of ``lightning.Trainer`` but those that this project fills from other groups."""
+
+    accelerator: str
+    strategy: str
+    devices: int | str | list[int]
+    num_nodes: Positive
+    precision: int | str | None
+    fast_dev_run: int | bool
+    max_epochs: Annotated[int, Field(ge=-1)] | None
+    min_epochs: int | None
+    max_steps: Annotated[int, Field(ge=-1)]
+    min_steps: int | None
+    max_time: str | dict[str, int] | None
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    limit_test_batches: int | float | None
+    limit_predict_batches: int | float | None
+    overfit_batches: int | float
+    val_check_interval: int | float | str | dict[str, int] | None
+    check_val_every_n_epoch: int | None
+    num_sanity_val_steps: int | None
+    log_every_n_steps: Positive
+    enable_progress_bar: bool | None
+    enable_model_summary: bool | None
+    accumulate_grad_batches: Positive
+    gradient_clip_val: int | float | None
+    gradient_clip_algorithm: Literal["norm", "value"] | None
+    deterministic: bool | Literal["warn"] | None
+    benchmark: bool | None
+    inference_mode: bool
+    use_distributed_sampler: bool
+    profiler: Literal["simple", "advanced", "pytorch", "xla"] | None
+    detect_anomaly: bool
+    barebones: bool
+    sync_batchnorm: bool
+    reload_dataloaders_every_n_epochs: Annotated[int, Field(ge=0)]
+    model_registry: str | None
+    enable_autolog_hparams: bool
+
+
+class Checkpoint(Section):
+    every_n_steps: Positive | None
+    keep: Annotated[int, Field(ge=0)]
+
+
+class Settings(Section):
+    # torch, NumPy and Python take 32 bits; 0 is a seed like any other.
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    # It becomes a folder, so it is one plain word.
+    name: Annotated[str, Field(pattern=r"^[\w=.,+@-]+$", min_length=1, max_length=200)]
+    resume: Literal["auto", "never"]
+    model: Annotated[NiN | LeNet | AlexNet | VGG, Field(discriminator="name")]
+    data: Data
+    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
+    schedule: Schedule
+    trainer: Trainer
+    checkpoint: Checkpoint
+    # Extension points: each entry is a `_target_` that Hydra instantiates.
+    logger: dict[str, dict[str, Any]]
+    callbacks: dict[str, dict[str, Any]]
+
+
+def read(config: DictConfig) -> Settings:
+    """The typed form of a composed config.
+
+    Raises:
+        UserError: lists every wrong type, unknown key, value out of range and impossible combination.
+    """
+    try:
+        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    mistakes: dict[str, None] = {}
+    settings = None
+    try:
+        settings = Settings.model_validate(plain)
+    except ValidationError as error:
+        for key, rules in itertools.groupby(error.errors(), lambda e: _key(e, plain)):
+            mistakes[_told(key, list(rules))] = None
+    mistakes |= dict.fromkeys(_impossible_combinations(plain))
+    if mistakes:
+        raise UserError("\n".join(mistakes))
+    return settings
+
+
+def _key(error: ErrorDetails, plain: dict) -> str:
+    """The config key that an error is about. Its path also names a union's branches, which the config does not."""
+    path, node = [], plain
+    for part in error["loc"]:
+        if isinstance(node, dict) and part in node or isinstance(node, list) and isinstance(part, int):
+            path.append(str(part))
+            node = node[part]
+        elif error["type"] == "missing" and part == error["loc"][-1]:
+            path.append(str(part))
+    return ".".join(path)
+
+
+def _told(key: str, errors: list[ErrorDetails]) -> str:
+    """One mistake in words: the key, its value, the rule, the remedy."""
+    first = errors[0]
+    match first["type"]:
+        case "extra_forbidden":
+            return f"{key}: no such key; {meant(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+        case "missing":
+            return f"{key}: missing; conf/ has a value for every key, give it one or leave it as it was"
+        case "union_tag_invalid":
+            return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
+        case "value_error":
+            return f"{key}: {first['ctx']['error']}"
+        case "string_pattern_mismatch":
+            return f"{key}={first['input']!r}: must be one plain word that can name a folder (letters, digits, _-.=,+@)"
+    rules = dict.fromkeys(e["msg"].replace("Input should be ", "").replace("String should ", "") for e in errors)
+    return f"{key}={json.dumps(first['input'])}: must be {' or '.join(rules)}"
+
+
+def _known_keys(loc: tuple) -> list[str]:
+    section, branches = Settings, []
+    for part in loc:
+        if part in section.model_fields:
+            branches = _sections(section.model_fields[part].annotation)
+            section = branches[0]
+        else:
+            section = next(b for b in branches if part in _names(b))
+    return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _names(section: type[Section]) -> tuple[str, ...]:
+    return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
+
+
+def meant(word: str, known: list[str]) -> str:
+    """What somebody who typed ``word`` may have meant, for the end of a message."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+
+
+def _impossible_combinations(plain: dict) -> list[str]:
+    """Mistakes that show only when several keys are seen together."""
+    # Unchecked, so that one wrong key does not hide another; a rule whose own keys are wrong is passed over.
+    sections = {}
+    for key, field in Settings.model_fields.items():
+        for section in _sections(field.annotation):
+            values = plain.get(key)
+            if isinstance(values, dict) and values.get("name") in (None, *_names(section)):
+                sections[key] = section.model_construct(**values)
+    unchecked = Settings.model_construct(**{**plain, **sections})
+    found = []
+    for rule in (_image_size_fits, _some_images_are_left, _something_chooses_the_best, _training_ends):
+        with contextlib.suppress(TypeError, AttributeError, KeyError):
+            found += [mistake] if (mistake := rule(unchecked)) else []
+    return found
+
+
+def _image_size_fits(settings: Settings) -> str | None:
+    size, smallest = settings.data.image_size, smallest_image_size(settings.model)
+    if size >= smallest:
+        return None
+    small = ", or model=nin_small, which is made for 28" if size >= 28 else ""
+    return (
+        f"data.image_size={size}: {settings.model.name} needs at least {smallest} pixels a side; "
+        f"choose data.image_size={smallest} or more{small}"
+    )
+
+
+def _some_images_are_left(settings: Settings) -> str | None:
+    held_out, there = settings.data.val_size, TRAINING_IMAGES[settings.data.name]
+    if held_out < there:
+        return None
+    return f"data.val_size={held_out}: {settings.data.name} has {there} training images; hold out fewer"
+
+
+def _something_chooses_the_best(settings: Settings) -> str | None:
+    if settings.data.val_size or settings.data.score_each_epoch == "test":
+        return None
+    return (
+        "data.val_size=0: nothing is held out to choose the best checkpoint by; choose data.val_size=5000, or "
+        "data.score_each_epoch=test as the notebooks do (the last epoch's weights then count as the best)"
+    )
+
+
+def _training_ends(settings: Settings) -> str | None:
+    trainer, schedule = settings.trainer, settings.schedule
+    if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
+        return None
+    if schedule.name != "constant" or schedule.warmup:
+        return f"schedule={schedule.name}: needs to know the last step; set trainer.max_epochs or trainer.max_steps"
+    if trainer.max_time is None:
+        return f"trainer.max_epochs={trainer.max_epochs}: training would never end; set it, or trainer.max_steps"
+    return None
+
+
+def project_conf() -> Path:
+    """The folder of config groups: inside the installed package, or at the top of a checkout."""
+    package = Path(__file__).parent
+    return next(p for p in (package / "conf", package.parents[1] / "conf") if p.is_dir())
