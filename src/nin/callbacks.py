@@ -1,18 +1,16 @@
-"""What is watched and drawn while training: the bar, metrics.csv, the loggers' curves and pictures."""
+"""What is watched and drawn while training: metrics.csv, the loggers' curves and pictures."""
 
 import csv
 import io
 import math
-import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nin.data.files import CLASS_NAMES
 from nin.run_folder import write_whole
@@ -24,19 +22,19 @@ COLUMNS = (
 
 
 class Watch(Callback):
-    """Reads the metrics every ``log_every_n_steps`` and every epoch, and passes them on: loggers, metrics.csv, bar.
+    """Reads the metrics every ``log_every_n_steps`` and every epoch, and passes them on: loggers, metrics.csv.
 
     Every value is logged at the number of optimiser steps taken so far, the same axis for all.
     """
 
-    def __init__(self, metrics_csv: Path, bar: "Bar"):
-        self.metrics_csv, self.bar = metrics_csv, bar
+    def __init__(self, metrics_csv: Path):
+        self.metrics_csv = metrics_csv
+        self.latest: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
         self.images = self.train_seconds = self.step_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._started = time.perf_counter()
-        self.bar.start(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 both = {"loss": ["train/loss", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
@@ -51,11 +49,12 @@ class Watch(Callback):
     def _open_window(self) -> None:
         self.window_images, self.window_started = 0, time.perf_counter()
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
         self.window_images += len(batch[1])
         if trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0:
             self._read_window(trainer, module)
-        self.bar.advance(trainer)
 
     def _read_window(self, trainer: Trainer, module: LightningModule) -> None:
         loss, acc = module.train_loss.compute(), module.train_acc.compute()
@@ -67,9 +66,8 @@ class Watch(Callback):
         seconds = time.perf_counter() - self.window_started
         for key, value in (("images", images), ("seconds", seconds), ("loss", loss * images), ("right", acc * images)):
             self.epoch[key] += value
-        shown = {"train/loss": loss, "train/acc": acc, "images_per_second": images / seconds}
-        self._log(trainer, shown | {"lr": trainer.optimizers[0].param_groups[0]["lr"]})
-        self.bar.tell(shown)
+        values = {"train/loss": loss, "train/acc": acc, "images_per_second": images / seconds, "lr": _lr(trainer)}
+        self._log(trainer, values)
         self._open_window()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -86,17 +84,16 @@ class Watch(Callback):
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/loss": epoch["loss"] / epoch["images"],
-            "train/acc": epoch["right"] / epoch["images"],
+            "lr": _lr(trainer),
+            "train/loss": round(epoch["loss"] / epoch["images"], 7),
+            "train/acc": round(epoch["right"] / epoch["images"], 7),
             **_scores(trainer),
-            "images_per_second": epoch["images"] / epoch["seconds"],
+            "images_per_second": round(epoch["images"] / epoch["seconds"], 1),
             "seconds": round(self.train_seconds, 3),
         }
         self.rows.append(row)
         if trainer.is_global_zero:
             self._write_rows()
-        self.bar.epoch_ended(trainer, row)
 
     def _write_rows(self) -> None:
         text = io.StringIO()
@@ -105,13 +102,8 @@ class Watch(Callback):
         writer.writerows(self.rows)
         write_whole(self.metrics_csv, text.getvalue())
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.bar.stop()
-
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.bar.stop()
-
     def _log(self, trainer: Trainer, values: dict[str, float]) -> None:
+        self.latest |= values
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
 
@@ -127,73 +119,17 @@ class Watch(Callback):
         self.__dict__.update(state)
 
 
+def _lr(trainer: Trainer) -> float:
+    return trainer.optimizers[0].param_groups[0]["lr"]
+
+
 def _scores(trainer: Trainer) -> dict[str, float]:
-    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
+    return rounded({k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))})
 
 
-class Bar:
-    """On a terminal, one bar over the whole run; elsewhere, one plain line an epoch."""
-
-    def __init__(self, console: Console, enabled: bool):
-        self.progress = None
-        self.console, self.enabled = console, enabled
-        self.told: dict[str, float] = {}
-
-    def start(self, trainer: Trainer) -> None:
-        if not (self.enabled and self.console.is_terminal and trainer.is_global_zero):
-            return
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[told]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=self.console,
-            expand=True,
-            refresh_per_second=5,
-        )
-        self.progress.start()
-        batches = int(min(trainer.num_training_batches, sys.maxsize))
-        epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
-        total = batches * epochs if epochs else None
-        if trainer.max_steps > 0:
-            steps = trainer.max_steps * trainer.accumulate_grad_batches
-            total = min(total, steps) if total else steps
-        self.epochs = epochs or (math.ceil(total / batches) if total else None)
-        done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
-        self.task = self.progress.add_task("epoch", total=total, completed=done, told="")
-
-    def advance(self, trainer: Trainer) -> None:
-        if self.progress:
-            of = f"/{self.epochs}" if self.epochs else ""
-            self.progress.update(self.task, advance=1, description=f"epoch {trainer.current_epoch + 1}{of}")
-
-    def tell(self, values: dict[str, float]) -> None:
-        if self.progress:
-            self.told |= values
-            words = f"loss {self.told['train/loss']:.3f}  acc {self.told['train/acc']:.3f}"
-            if "val/acc" in self.told:
-                words += f"  val {self.told['val/acc']:.4f}"
-            self.progress.update(self.task, told=f"{words}  {self.told['images_per_second']:,.0f} images/s")
-
-    def epoch_ended(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        if not (self.enabled and trainer.is_global_zero):
-            return
-        if self.progress:
-            self.tell({k: row[k] for k in ("val/acc",) if k in row})
-            return
-        of = f"/{trainer.max_epochs}" if trainer.max_epochs and trainer.max_epochs > 0 else ""
-        scores = "".join(f"  {k} {row[k]:.4f}" for k in COLUMNS if "/" in k and k in row)
-        print(
-            f"epoch {row['epoch']}{of}  step {row['step']}{scores}  {row['images_per_second']:,.0f} images/s  "
-            f"{row['seconds']:.0f} s",
-            flush=True,
-        )
-
-    def stop(self) -> None:
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+def rounded(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Plain numbers, with the seven digits that a float32 has: 0.9127, not 0.9127000570297241."""
+    return {name: round(float(value), 7) for name, value in metrics.items()}
 
 
 class Pictures(Callback):
@@ -209,9 +145,13 @@ class Pictures(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         size = module.settings.data.image_size
         for logger in _tensorboards(trainer):
-            was_training = module.network.training
-            logger.experiment.add_graph(module.network.eval(), torch.zeros(1, 1, size, size, device=module.device))
-            module.network.train(was_training)
+            example = torch.zeros(1, 1, size, size, device=module.device)
+            with warnings.catch_warnings():
+                # TensorBoard's graphs come from torch.jit.trace, which torch wants to replace one day.
+                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
+                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
+                logger.experiment.add_graph(module.network.eval(), example)
+            module.network.train()
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.wrong: list[tuple[torch.Tensor, int, int]] = []

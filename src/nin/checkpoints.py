@@ -9,6 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
+from nin.callbacks import rounded
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
 
@@ -34,8 +35,8 @@ class Checkpoints(Checkpoint):
     """Keeps ``last.ckpt``, from which a run goes on, and ``best.ckpt``, which is tested.
 
     ``last.ckpt`` is written after every epoch and after every ``every_n_steps`` optimiser steps. ``best.ckpt`` is the
-    epoch with the highest val/acc, the earlier one of two that are equal; where nothing is held out to choose by, it
-    is the last epoch.
+    epoch with the highest val/acc, of several the one with the lowest val/loss; where nothing is held out to choose
+    by, it is the last epoch.
     """
 
     def __init__(self, folder: RunFolder, every_n_steps: int | None):
@@ -44,25 +45,32 @@ class Checkpoints(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
-            trainer.save_checkpoint(self.folder.last)
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        scores = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        better = not scores or not self.best or scores["val/acc"] > self.best["val/acc"]
+        scores = rounded({k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+        better = not scores or not self.best or _rank(scores) > _rank(self.best)
         if better:
             self.best = scores
-        trainer.save_checkpoint(self.folder.last)
+        self._save(trainer)
         if better and trainer.is_global_zero:
             copy = self.folder.checkpoints / f".best.{os.getpid()}"
             copy.unlink(missing_ok=True)
             copy.hardlink_to(self.folder.last)
             copy.replace(self.folder.best)
 
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder.last, weights_only=False)
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.best = state["best"]
+
+
+def _rank(scores: dict[str, float]) -> tuple[float, float]:
+    return scores["val/acc"], -scores["val/loss"]
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin import networks
+from nin.networks import NUM_CLASSES
 from nin.settings import Settings
-
-IN_CHANNELS, NUM_CLASSES = 1, 10
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,7 +30,7 @@ class Classifier(LightningModule):
         # Plain values: a checkpoint holds no class. They reach the loggers at the end, with the real final metrics.
         self.save_hyperparameters(settings.model_dump(mode="json"), logger=False)
         # The layout that convolutions are fastest in, on CPUs and GPUs; values and shapes stay the same.
-        self.network = build_network(settings).to(memory_format=torch.channels_last)
+        self.network = networks.build(settings).to(memory_format=torch.channels_last)
         # Accumulated on the device and read once a logging interval or once an epoch.
         self.train_loss, self.score_loss = MeanMetric(), MeanMetric()
         self.train_acc, self.score_acc = accuracy(), accuracy()
@@ -97,7 +96,10 @@ class Classifier(LightningModule):
         if chosen.name == "constant" and not chosen.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer, chosen, steps), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule(optimizer, chosen, steps), "interval": "step"},
+        }
 
     def _optimizer(self) -> torch.optim.Optimizer:
         chosen = self.settings.optimizer.model_dump(exclude={"name"})
@@ -105,26 +107,12 @@ class Classifier(LightningModule):
         return kind(self.network.parameters(), **chosen)
 
 
-def build_network(settings: Settings) -> torch.nn.Sequential:
-    """The network that ``settings.model`` names, for the data's image size."""
-    model = settings.model.model_dump(exclude={"name", "input_size"})
-    return networks.build(
-        settings.model.name,
-        in_channels=IN_CHANNELS,
-        num_classes=NUM_CLASSES,
-        image_size=settings.data.image_size,
-        **model,
-    )
-
-
 def accuracy() -> MulticlassAccuracy:
     """Share of all images that are classified rightly."""
     return MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
 
 
-def schedule(
-    optimizer: torch.optim.Optimizer, chosen: Any, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over ``steps`` optimiser steps; ``chosen.warmup`` is the share in which it climbs."""
     from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 

@@ -4,7 +4,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.settings import Settings, UserError, meant, project_conf, read
@@ -22,7 +22,27 @@ def settings_from(arguments: list[str]) -> Settings:
     try:
         return read(composed(known.overrides, known.config_dir))
     except (HydraException, OmegaConfBaseException):
-        raise UserError(all_mistakes(known.overrides, known.config_dir)) from None
+        raise all_mistakes(known.overrides, known.config_dir) from None
+
+
+def overridden(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
+    """``settings`` of an earlier run with some keys set anew; ``trainer=cpu`` replaces the whole group.
+
+    Raises:
+        UserError: lists every mistake, and every key that is not among ``may_change`` (prefixes).
+    """
+    try:
+        asked = composed(overrides)
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except (HydraException, OmegaConfBaseException):
+        raise all_mistakes(overrides) from None
+    config = OmegaConf.create(settings.model_dump(mode="json"))
+    for override in parsed:
+        key = override.key_or_group.replace("/", ".")
+        if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in may_change)):
+            raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
+        OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
+    return read(config)
 
 
 def composed(overrides: list[str], config_dir: str | None = None) -> DictConfig:
@@ -32,45 +52,44 @@ def composed(overrides: list[str], config_dir: str | None = None) -> DictConfig:
         return compose("train", overrides=extra + overrides)
 
 
-def all_mistakes(overrides: list[str], config_dir: str | None = None) -> str:
+def all_mistakes(overrides: list[str], config_dir: str | None = None) -> UserError:
     """Hydra stops at the first mistake in a command line; this goes on and lists the others, and the checks' too."""
     mistakes, good = [], []
     try:
         composed([], config_dir)
     except (HydraException, OmegaConfBaseException) as error:
-        return _told("--config-dir", error)
+        return UserError(f"--config-dir {config_dir}: {_first_line(error)}")
     # Groups first: whether a key exists hangs on the option that was chosen.
     for override in sorted(overrides, key=lambda o: "." in o.partition("=")[0]):
         try:
             composed([*good, override], config_dir)
             good.append(override)
         except (HydraException, OmegaConfBaseException) as error:
-            mistakes.append(_told(override, error))
+            mistakes.append(_told(override, error, good))
     try:
         read(composed(good, config_dir))
     except UserError as more:
-        mistakes.append(str(more))
-    return "\n".join(mistakes)
+        mistakes += more.mistakes
+    return UserError(*mistakes)
 
 
-def _told(override: str, error: Exception) -> str:
+def _told(override: str, error: Exception, good: list[str]) -> str:
     """One mistake that Hydra found, in this project's form: what was typed, the rule, the remedy."""
-    first = next(line for line in str(error).splitlines() if line)
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
     except HydraException:
-        return f"{override}: not of the form key=value ({first})"
-    if first.startswith("Could not find"):
-        options = [line.strip() for line in str(error).splitlines() if line.startswith("\t")]
-        options = [o for o in options if not o.startswith(("'", "provider"))]
-        value = override.partition("=")[2]
-        return f"{override}: no such {key}; {meant(value, options)}"
-    if first.startswith(("Could not override", "Key '")):
-        *parents, last = key.lstrip("+~").split(".")
-        node = composed([])
-        for parent in parents:
-            node = node.get(parent, {}) if isinstance(node, DictConfig) else {}
-        known = [str(k) for k in node] if isinstance(node, DictConfig) else []
-        return f"{override}: no such key '{key}'" + (f"; {meant(last, known)}" if known else "")
-    cause = error.__cause__ or error
-    return f"{override}: {str(cause).splitlines()[0]}"
+        return f"{override}: not of the form key=value ({_first_line(error)})"
+    if "Could not find" in str(error):
+        # The options stand in tabs; so do the search path's entries, provider=…, path=….
+        options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
+        return f"{override}: no such {key}; {meant(override.partition('=')[2], options)}"
+    if _first_line(error).startswith(("Could not override", "Key '")):
+        parent, _, last = key.rpartition(".")
+        node = OmegaConf.select(composed(good), parent) if parent else composed(good)
+        known = [str(name) for name in node] if isinstance(node, DictConfig) else []
+        return f"{override}: no such key" + (f"; {meant(last, known)}" if known else "")
+    return f"{override}: {_first_line(error.__cause__ or error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(line for line in str(error).splitlines() if line)

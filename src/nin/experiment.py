@@ -2,8 +2,10 @@
 
 import hashlib
 import importlib.metadata
+import logging
 import platform
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,25 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from rich.console import Console
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from nin import checkpoints
-from nin.callbacks import Bar, Watch
+from nin.callbacks import Watch, rounded
 from nin.checkpoints import Checkpoints, WholeFiles
 from nin.classifier import Classifier
 from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
+from nin.progress import Bar
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
+
+# Lightning prints to the terminal through handlers of its own; what is logged goes where the run's folder says.
+for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+    logging.getLogger(_name).handlers.clear()
+    logging.getLogger(_name).propagate = True
+# Lightning 2.6 asks torch 2.15's tree library in a way that is on its way out.
+warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
 
 
 def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
@@ -34,15 +44,16 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
-    watch = Watch(folder.metrics, Bar(Console(), settings.trainer.enable_progress_bar))
+    watch = Watch(folder.metrics)
     kept = Checkpoints(folder, settings.checkpoint.every_n_steps)
-    trainer = build_trainer(settings, folder, [watch, kept])
+    trainer = build_trainer(settings, folder.path, [watch, Bar(watch), kept])
 
     going_on = folder.last if folder.last.exists() else None
     trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
     final_weights = weights_sha256(module.network)
-    best = folder.best if folder.best.exists() else None
-    tested = test(trainer, module, data, best)
+    if folder.best.exists():
+        module.load_state_dict(checkpoints.read(folder.best)["state_dict"])
+    tested, _ = test(trainer, module, data)
 
     result = {
         "status": "finished",
@@ -65,14 +76,26 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     return result
 
 
-def build_trainer(settings: Settings, folder: RunFolder, callbacks: list[lightning.Callback]) -> lightning.Trainer:
-    """Lightning's Trainer with this run's loggers and callbacks.
+def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
+    data = ImageData(settings.data, settings.seed)
+    module = Classifier(settings)
+    module.load_state_dict(checkpoint["state_dict"])
+    # Nothing is written and no curve is drawn.
+    settings = settings.model_copy(update={"logger": {}, "callbacks": {}})
+    return test(build_trainer(settings, None, [Bar(Watch(Path()))]), module, data)
+
+
+def build_trainer(settings: Settings, folder: Path | None, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+    """Lightning's Trainer with the settings' loggers and callbacks beside those given.
 
     Raises:
         UserError: if the machine lacks what ``settings.trainer`` asks for.
     """
-    arguments = settings.trainer.model_dump(exclude={"enable_progress_bar"})
-    loggers = [instantiate(logger, save_dir=str(folder.path)) for logger in settings.logger.values()]
+    arguments = settings.trainer.model_dump()
+    if not arguments.pop("enable_progress_bar"):
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Bar)]
+    loggers = [instantiate(logger, save_dir=str(folder)) for logger in settings.logger.values()]
     callbacks = callbacks + [instantiate(callback) for callback in settings.callbacks.values()]
     try:
         return lightning.Trainer(
@@ -80,26 +103,21 @@ def build_trainer(settings: Settings, folder: RunFolder, callbacks: list[lightni
             logger=loggers,
             callbacks=callbacks,
             plugins=[WholeFiles()],
-            default_root_dir=folder.path,
-            enable_progress_bar=False,  # Watch has its own
+            default_root_dir=folder,
+            enable_progress_bar=False,  # Lightning's own; `Bar` is ours
         )
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"trainer: {error}") from error
 
 
-def test(trainer: lightning.Trainer, module: Classifier, data: ImageData, checkpoint: Path | None) -> dict[str, Any]:
-    """Test loss, accuracy and accuracy by class of ``checkpoint``, or of the module as it is."""
-    if checkpoint:
-        module.load_state_dict(checkpoints.read(checkpoint)["state_dict"])
+def test(trainer: lightning.Trainer, module: Classifier, data: ImageData) -> tuple[dict[str, Any], Tensor]:
+    """Test loss, accuracy and accuracy by class of the module's weights, and the confusion matrix."""
     trainer.test(module, data, verbose=False)
-    scores = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    confusion = module.confusion.compute().cpu().double()
-    by_class = (confusion.diag() / confusion.sum(1)).tolist()
-    return {
-        "test/loss": scores["test/loss"],
-        "test/acc": scores["test/acc"],
-        "test/acc_by_class": dict(zip(CLASS_NAMES, by_class, strict=True)),
-    }
+    scores = rounded(trainer.callback_metrics)
+    confusion = module.confusion.compute().cpu()
+    by_class = rounded(dict(zip(CLASS_NAMES, confusion.diag() / confusion.sum(1), strict=True)))
+    metrics = {"test/loss": scores["test/loss"], "test/acc": scores["test/acc"], "test/acc_by_class": by_class}
+    return metrics, confusion
 
 
 def weights_sha256(network: torch.nn.Module) -> str:
@@ -140,7 +158,9 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
     values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
     values["trainer.max_epochs"] = settings.trainer.max_epochs
     values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
-    final = {k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)}
+    final = {
+        k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
+    }
     # The notebooks' habit has the test metrics in the curves already, at this very step.
     fresh = {} if settings.data.score_each_epoch == "test" else final
     for logger in trainer.loggers:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +26,20 @@ def show_result(folder: RunFolder, result: dict[str, Any]) -> None:
     print(f"run folder: {shown(folder.path)}")
     if folder.tensorboard.exists():
         print(f"curves:     tensorboard --logdir {shown(folder.path)}")
+
+
+def show_test(metrics: dict[str, Any], confusion: Any) -> None:
+    """Test loss and accuracy, and under them the confusion matrix with each class's accuracy."""
+    print(f"test/acc  {metrics['test/acc']}\ntest/loss {metrics['test/loss']}")
+    table = Table(title="true class (rows), predicted class (columns)", title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    table.add_column("accuracy", justify="right", style="bold")
+    for name in metrics["test/acc_by_class"]:
+        table.add_column(name[:7], justify="right")
+    for (name, acc), row in zip(metrics["test/acc_by_class"].items(), confusion.tolist(), strict=True):
+        table.add_row(name, f"{acc:.4f}", *(str(count) if count else "·" for count in row))
+    console = Console()
+    Console(width=max(console.width, 120), highlight=False).print(table)
 
 
 def shown(path: Path) -> str:

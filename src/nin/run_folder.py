@@ -64,19 +64,17 @@ def logging_to(file: Path | None) -> Iterator[None]:
     console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     handlers: list[logging.Handler] = [console]
     if file:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    level = root.level
+    before = root.handlers, root.level
+    root.handlers = handlers
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    for handler in handlers:
-        root.addHandler(handler)
     try:
         yield
     finally:
         logging.captureWarnings(False)
-        root.setLevel(level)
+        root.handlers, root.level = before
         for handler in handlers:
-            root.removeHandler(handler)
             handler.close()

@@ -18,7 +18,16 @@ from pydantic_core import ErrorDetails
 
 
 class UserError(Exception):
-    """A mistake of the user's: told in one message that ends with the remedy, exit status 2, no traceback."""
+    """Mistakes of the user's, each told with its remedy, in one message: exit status 2, no traceback."""
+
+    def __init__(self, *mistakes: str):
+        super().__init__(*mistakes)
+        self.mistakes = mistakes
+
+    def __str__(self) -> str:
+        if len(self.mistakes) == 1:
+            return self.mistakes[0]
+        return "\n  ".join([f"{len(self.mistakes)} mistakes", *self.mistakes])
 
 
 class Section(BaseModel):
@@ -243,7 +252,7 @@ def read(config: DictConfig) -> Settings:
             mistakes[_told(key, list(rules))] = None
     mistakes |= dict.fromkeys(_impossible_combinations(plain))
     if mistakes:
-        raise UserError("\n".join(mistakes))
+        raise UserError(*mistakes)
     return settings
 
 
@@ -251,7 +260,7 @@ def _key(error: ErrorDetails, plain: dict) -> str:
     """The config key that an error is about. Its path also names a union's branches, which the config does not."""
     path, node = [], plain
     for part in error["loc"]:
-        if isinstance(node, dict) and part in node or isinstance(node, list) and isinstance(part, int):
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
             path.append(str(part))
             node = node[part]
         elif error["type"] == "missing" and part == error["loc"][-1]:
@@ -300,8 +309,9 @@ def _names(section: type[Section]) -> tuple[str, ...]:
 
 def meant(word: str, known: list[str]) -> str:
     """What somebody who typed ``word`` may have meant, for the end of a message."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(known)}"
+    close = difflib.get_close_matches(word, known, n=1)
+    there_are = f"here are: {', '.join(known)}"
+    return f"did you mean {close[0]}? T{there_are}" if close else f"t{there_are}"
 
 
 def _impossible_combinations(plain: dict) -> list[str]:

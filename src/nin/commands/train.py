@@ -14,7 +14,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.config import all_mistakes
 from nin.data.files import prepare
-from nin.report import show_result, shown
 from nin.run_folder import RunFolder, logging_to
 from nin.settings import Settings, Trainer, UserError, project_conf, read
 
@@ -32,7 +31,7 @@ def main(arguments: list[str]) -> int:
         run()
     except (HydraException, OmegaConfBaseException):
         known = get_args_parser().parse_args(arguments)
-        raise UserError(all_mistakes(known.overrides, known.config_dir)) from None
+        raise all_mistakes(known.overrides, known.config_dir) from None
     except RunFailedError:
         return 1
     return 0
@@ -71,6 +70,8 @@ def require_accelerator(trainer: Trainer) -> None:
 
 def job(config: DictConfig) -> float | None:
     """One run; in a sweep, one of its jobs. Returns val/acc, for sweepers that optimise."""
+    from nin.report import show_result, shown
+
     settings = read(config)
     folder = RunFolder(HydraConfig.get().runtime.output_dir)
     if folder.is_finished():

@@ -122,6 +122,6 @@ class ImageData(LightningDataModule):
 
 
 def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the held-out images and of those to train on, each in the files' order; they hang on ``seed`` alone."""
+    """Indices of the held-out images and of those to train on, in the files' order; they hang on ``seed`` alone."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:val_size].sort().values, order[val_size:].sort().values

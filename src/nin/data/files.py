@@ -4,17 +4,18 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 from filelock import FileLock
 
-from nin.data import garments, idx
 from nin.run_folder import write_whole
 from nin.settings import Data, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -41,6 +42,8 @@ def prepare(data: Data) -> None:
         with _filled_by_one(folder) as fresh:
             missing = [name for name in FASHION_MNIST if not (folder / name).exists()]
             if missing and data.name == "garments":
+                from nin.data import garments
+
                 garments.draw(fresh)
             elif missing:
                 _fetch(missing, fresh, data)
@@ -53,12 +56,14 @@ def raw_folder(data: Data) -> Path:
     return Path(data.root) / {"fashion_mnist": "FashionMNIST", "garments": "Garments"}[data.name] / "raw"
 
 
-def load(data: Data, part: str) -> tuple[np.ndarray, np.ndarray]:
+def load(data: Data, part: str) -> "tuple[np.ndarray, np.ndarray]":
     """Images ``(count, 28, 28)`` and labels ``(count,)``, uint8, of ``part`` "train" or "t10k" (the test images).
 
     Raises:
         UserError: if a file is cut off, or there are not as many labels as images.
     """
+    from nin.data import idx
+
     folder = raw_folder(data)
     images = idx.read_images(folder / f"{part}-images-idx3-ubyte")
     labels = idx.read_labels(folder / f"{part}-labels-idx1-ubyte")
@@ -72,24 +77,31 @@ def load(data: Data, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 @contextlib.contextmanager
 def _filled_by_one(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files go into ``folder`` at the end; one process fills it while others wait."""
+    """A temporary folder whose files go into ``folder`` at the end; one process fills it while others wait.
+
+    What could not be filled is left as it was found: no empty folders stay behind.
+    """
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".new-", dir=folder))
+        with FileLock(lock), tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as fresh:
+            yield Path(fresh)
+            for file in Path(fresh).iterdir():
+                file.replace(folder / file.name)
+            made = []
     except OSError as error:
         raise UserError(
-            f"data.root={folder.parents[1]}: can't be written ({error.strerror}), and the data set is not there yet; "
-            "set data.root or the variable NIN_DATA to a folder that can be written, or to one that has it"
+            f"data.root={folder.parents[1]}: {folder} can't be written ({error.strerror}), and the data set is not "
+            "all there; make room, or set data.root or the variable NIN_DATA to a folder that can be written or that "
+            "has the files"
         ) from error
-    try:
-        with FileLock(folder / ".lock"):
-            yield temporary
-            for file in temporary.iterdir():
-                file.replace(folder / file.name)
-    except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); make room or choose another data.root") from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if made:
+            lock.unlink(missing_ok=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _fetch(names: list[str], folder: Path, data: Data) -> None:

@@ -1,22 +1,20 @@
 """The networks, plain torch, each built from its name and named hyperparameters."""
 
-from typing import Any
-
 from torch import nn
 
 from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
 from nin.networks.vgg import VGG
+from nin.settings import Settings
 
 NETWORKS: dict[str, type[nn.Sequential]] = {"nin": NiN, "lenet": LeNet, "alexnet": AlexNet, "vgg": VGG}
+IN_CHANNELS, NUM_CLASSES = 1, 10
 
 
-def build(name: str, **hyperparameters: Any) -> nn.Sequential:
-    """The network called ``name``; the hyperparameters are its constructor's.
-
-    Raises:
-        KeyError: if there is no network of that name.
-        TypeError: if it has no such hyperparameter.
-    """
-    return NETWORKS[name](**hyperparameters)
+def build(settings: Settings) -> nn.Sequential:
+    """The network that ``settings.model`` names, for images of ``settings.data.image_size``."""
+    hyperparameters = settings.model.model_dump(exclude={"name", "input_size"})
+    return NETWORKS[settings.model.name](
+        in_channels=IN_CHANNELS, num_classes=NUM_CLASSES, image_size=settings.data.image_size, **hyperparameters
+    )

@@ -29,7 +29,9 @@ class NiNBlock(nn.Sequential):
         for i in range(1 + conv1x1_layers):
             # Batch norm has a bias of its own.
             window = (kernel_size, stride, padding) if i == 0 else (1, 1, 0)
-            layers.append(nn.Conv2d(in_channels if i == 0 else out_channels, out_channels, *window, bias=norm == "none"))
+            layers.append(
+                nn.Conv2d(in_channels if i == 0 else out_channels, out_channels, *window, bias=norm == "none")
+            )
             if norm == "batch":
                 layers.append(nn.BatchNorm2d(out_channels))
             if final_relu or i < conv1x1_layers:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -25,19 +24,21 @@ def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[La
     network.eval()
     with torch.no_grad():
         for layer in network:
-            with FlopCounterMode(display=False) as counter:
-                x = layer(x)
-            for part in layer.modules():
+            multiply_adds = 0
+            parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
+            for part in parts:
+                x = part(x)
+                if isinstance(part, nn.Conv2d | nn.Linear):
+                    # Every output value is one product with a filter or a row of weights; the bias is not counted.
+                    multiply_adds += x.numel() * part.weight[0].numel()
                 if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
                     kernel, stride = (v if isinstance(v, int) else v[0] for v in (part.kernel_size, part.stride))
                     field, jump = field + (kernel - 1) * jump, jump * stride
                 elif isinstance(part, nn.AdaptiveAvgPool2d | nn.Linear):
                     field = image_size
             parameters = sum(p.numel() for p in layer.parameters())
-            flops = counter.get_total_flops()  # a multiply-add is two
-            rows.append(
-                Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, flops // 2, min(field, image_size))
-            )
+            seen = min(field, image_size)
+            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, seen))
     network.train(was_training)
     return rows
 
