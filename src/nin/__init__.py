@@ -4,12 +4,15 @@ A file imports only from rows below its own:
 
     __main__, cli     dispatch; nothing heavy imported
     commands/         one file a command
-    experiment        build, fit, test, write the result
+    report            results in words, for a terminal
+    experiment        build, fit, test the best checkpoint
+    progress          what a person sees while it runs
     callbacks         what is watched and drawn while training
     checkpoints       what is saved, when, under which name
     classifier        the LightningModule: loss, metrics, optimiser
     data/             the DataModule; Fashion-MNIST's files; the garments; resizing
     networks/         plain torch: nin, lenet, alexnet, vgg; their table of layers
     run_folder        names and atomic writes of a run's files
+    config            Hydra's composition, and all mistakes in a command line at once
     settings          the typed config and its checks; imports no torch
 """

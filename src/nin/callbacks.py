@@ -8,10 +8,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nin.classifier import rounded
 from nin.data.files import CLASS_NAMES
 from nin.run_folder import write_whole
 
@@ -30,6 +32,7 @@ class Watch(Callback):
     def __init__(self, metrics_csv: Path):
         self.metrics_csv = metrics_csv
         self.latest: dict[str, float] = {}
+        self.logged_step = 0
         self.rows: list[dict[str, Any]] = []
         self.images = self.train_seconds = self.step_seconds = 0.0
 
@@ -53,7 +56,12 @@ class Watch(Callback):
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         self.window_images += len(batch[1])
-        if trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0:
+        step = trainer.global_step
+        if step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates before it ends, also in the middle of an epoch
+        due = step % trainer.log_every_n_steps == 0 or trainer.is_last_batch or trainer.should_stop
+        # Several batches make one step where gradients are accumulated.
+        if due and step != self.logged_step:
             self._read_window(trainer, module)
 
     def _read_window(self, trainer: Trainer, module: LightningModule) -> None:
@@ -68,6 +76,7 @@ class Watch(Callback):
             self.epoch[key] += value
         values = {"train/loss": loss, "train/acc": acc, "images_per_second": images / seconds, "lr": _lr(trainer)}
         self._log(trainer, values)
+        self.logged_step = trainer.global_step
         self._open_window()
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -110,6 +119,7 @@ class Watch(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "rows": self.rows,
+            "logged_step": self.logged_step,
             "images": self.images,
             "train_seconds": self.train_seconds,
             "step_seconds": self.step_seconds,
@@ -125,11 +135,6 @@ def _lr(trainer: Trainer) -> float:
 
 def _scores(trainer: Trainer) -> dict[str, float]:
     return rounded({k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))})
-
-
-def rounded(metrics: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Plain numbers, with the seven digits that a float32 has: 0.9127, not 0.9127000570297241."""
-    return {name: round(float(value), 7) for name, value in metrics.items()}
 
 
 class Pictures(Callback):
@@ -154,7 +159,7 @@ class Pictures(Callback):
             module.network.train()
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.wrong: list[tuple[torch.Tensor, int, int]] = []
+        self.wrong: list[tuple[np.ndarray, int, int]] = []
 
     def on_test_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
@@ -164,7 +169,7 @@ class Pictures(Callback):
         images, labels = batch
         predicted = outputs.argmax(1)
         for i in (predicted != labels).nonzero().flatten().tolist():
-            self.wrong.append((images[i, 0].float().cpu(), int(labels[i]), int(predicted[i])))
+            self.wrong.append((images[i, 0].float().cpu().numpy(), int(labels[i]), int(predicted[i])))
         del self.wrong[self.wrong_images :]
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:

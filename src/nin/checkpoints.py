@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from nin.callbacks import rounded
+from nin.classifier import rounded
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
 

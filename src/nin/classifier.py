@@ -112,6 +112,11 @@ def accuracy() -> MulticlassAccuracy:
     return MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
 
 
+def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Plain numbers, with the seven digits that a float32 has: 0.9127, not 0.9127000570297241."""
+    return {name: round(float(value), 7) for name, value in metrics.items()}
+
+
 def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over ``steps`` optimiser steps; ``chosen.warmup`` is the share in which it climbs."""
     from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR

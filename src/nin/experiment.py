@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from nin import checkpoints
-from nin.callbacks import Watch, rounded
+from nin.callbacks import Watch
 from nin.checkpoints import Checkpoints, WholeFiles
-from nin.classifier import Classifier
+from nin.classifier import Classifier, rounded
 from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
 from nin.progress import Bar
@@ -41,6 +41,7 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     Raises:
         UserError: if the machine lacks what the settings ask for.
     """
+    folder.path.mkdir(parents=True, exist_ok=True)
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
@@ -158,6 +159,7 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
     values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
     values["trainer.max_epochs"] = settings.trainer.max_epochs
     values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
+    del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
     final = {
         k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
     }
@@ -167,7 +169,7 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
         logger.log_metrics(fresh, step=result["steps"])
         if isinstance(logger, TensorBoardLogger):
             for summary in hparams(values, final):
-                logger.experiment.file_writer.add_summary(summary)
+                logger.experiment._get_file_writer().add_summary(summary)
         else:
             logger.log_hyperparams(values)
         logger.finalize("success")

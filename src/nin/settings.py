@@ -220,7 +220,7 @@ class Settings(Section):
     # torch, NumPy and Python take 32 bits; 0 is a seed like any other.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     # It becomes a folder, so it is one plain word.
-    name: Annotated[str, Field(pattern=r"^[\w=.,+@-]+$", min_length=1, max_length=200)]
+    name: Annotated[str, Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", min_length=1, max_length=200)]
     resume: Literal["auto", "never"]
     model: Annotated[NiN | LeNet | AlexNet | VGG, Field(discriminator="name")]
     data: Data
@@ -281,7 +281,8 @@ def _told(key: str, errors: list[ErrorDetails]) -> str:
         case "value_error":
             return f"{key}: {first['ctx']['error']}"
         case "string_pattern_mismatch":
-            return f"{key}={first['input']!r}: must be one plain word that can name a folder (letters, digits, _-.=,+@)"
+            rule = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
+            return f"{key}={json.dumps(first['input'])}: must be {rule}"
     rules = dict.fromkeys(e["msg"].replace("Input should be ", "").replace("String should ", "") for e in errors)
     return f"{key}={json.dumps(first['input'])}: must be {' or '.join(rules)}"
 

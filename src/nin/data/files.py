@@ -97,10 +97,10 @@ def _filled_by_one(folder: Path) -> Iterator[Path]:
             "has the files"
         ) from error
     finally:
-        if made:
-            lock.unlink(missing_ok=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            if made:
+                lock.unlink(missing_ok=True)
+            for parent in made:
                 parent.rmdir()
 
 

@@ -29,20 +29,20 @@ def garment(label: int, random: np.random.Generator) -> np.ndarray:
     size = 28 * _SCALE
     canvas = Image.new("L", (size, size))
     pencil = ImageDraw.Draw(canvas)
-    shade = int(random.integers(110, 256))
-    angle, scale = random.normal(0, 0.06), random.uniform(0.85, 1.08)
-    shift = random.normal(0, 0.03, 2)
+    shade = int(random.integers(80, 256))
+    angle, scale = random.normal(0, 0.12), random.uniform(0.75, 1.08)
+    shift = random.normal(0, 0.04, 2)
     turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     def fill(points: list[Point], tone: float) -> None:
-        shaken = np.array(points) + random.normal(0, 0.012, (len(points), 2))
+        shaken = np.array(points) + random.normal(0, 0.02, (len(points), 2))
         placed = ((shaken - 0.5) @ turn.T + 0.5 + shift) * size
         pencil.polygon([tuple(p) for p in placed], fill=int(np.clip(shade * tone, 0, 255)))
 
     _OUTLINES[label](fill, random)
     canvas = canvas.filter(ImageFilter.GaussianBlur(_SCALE / 3)).resize((28, 28), Image.Resampling.BOX)
     image = np.asarray(canvas, dtype=np.float64)
-    image = image + (image > 8) * random.normal(0, 10, image.shape)
+    image = image + (image > 8) * random.normal(0, 25, image.shape)
     return image.clip(0, 255).astype(np.uint8)
 
 
@@ -62,7 +62,7 @@ def _top(sleeve: float, neck: float, hem: float, waist: float) -> list[Point]:
 
 
 def _t_shirt(fill: Fill, random: np.random.Generator) -> None:
-    fill(_top(random.uniform(0.05, 0.3), 0.05, 0.84, 0.31), 1)
+    fill(_top(random.uniform(0.05, 0.45), 0.05, 0.84, 0.31), 1)
 
 
 def _trouser(fill: Fill, random: np.random.Generator) -> None:
@@ -72,7 +72,7 @@ def _trouser(fill: Fill, random: np.random.Generator) -> None:
 
 def _pullover(fill: Fill, random: np.random.Generator) -> None:
     fill(_top(random.uniform(0.85, 1.05), 0.02, 0.82, 0.31), 1)
-    fill([(0.31, 0.76), (0.69, 0.76), (0.69, 0.82), (0.31, 0.82)], 0.7)  # the ribbed hem
+    fill([(0.31, 0.76), (0.69, 0.76), (0.69, 0.82), (0.31, 0.82)], random.uniform(0.6, 1))  # the ribbed hem
 
 
 def _dress(fill: Fill, random: np.random.Generator) -> None:
@@ -82,7 +82,7 @@ def _dress(fill: Fill, random: np.random.Generator) -> None:
 
 def _coat(fill: Fill, random: np.random.Generator) -> None:
     fill(_top(random.uniform(0.9, 1.1), 0.08, 0.94, 0.29), 1)
-    fill([(0.485, 0.2), (0.515, 0.2), (0.515, 0.94), (0.485, 0.94)], 0.3)  # the opening
+    fill([(0.485, 0.2), (0.515, 0.2), (0.515, 0.94), (0.485, 0.94)], random.uniform(0.2, 1))  # the opening
 
 
 def _sandal(fill: Fill, random: np.random.Generator) -> None:
@@ -94,9 +94,10 @@ def _sandal(fill: Fill, random: np.random.Generator) -> None:
 
 
 def _shirt(fill: Fill, random: np.random.Generator) -> None:
-    fill(_top(random.uniform(0.55, 0.8), 0.09, 0.86, 0.32), 1)
-    for y in np.arange(0.3, 0.82, 0.12):  # the buttons
-        fill([(0.48, y), (0.52, y), (0.52, y + 0.045), (0.48, y + 0.045)], 0.25)
+    fill(_top(random.uniform(0.4, 0.9), 0.09, 0.86, 0.32), 1)
+    buttons = random.uniform(0.2, 1)
+    for y in np.arange(0.3, 0.82, 0.12):
+        fill([(0.48, y), (0.52, y), (0.52, y + 0.045), (0.48, y + 0.045)], buttons)
 
 
 def _sneaker(fill: Fill, random: np.random.Generator) -> None:

@@ -1,0 +1,62 @@
+"""Shared by all tests: settings in one process, the garments drawn once, and the real data where NIN_DATA has it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nin.config import composed
+from nin.settings import Settings, read
+
+# A whole run in a second or two: a tenth of an epoch of the garments at 28x28.
+SMALL = (
+    "experiment=quickstart",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=6",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "data.batch_size=32",
+    "trainer.log_every_n_steps=4",
+    "model.widths=[8,16,16]",
+)
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the garments, drawn once a session."""
+    from nin.data.files import prepare
+
+    root = tmp_path_factory.mktemp("data")
+    prepare(read(composed(["data=garments", "model=nin_small", f"data.root={root}"])).data)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    """Holds Fashion-MNIST; never the repository's own data/, which a test must not depend on."""
+    root = os.environ.get("NIN_DATA")
+    if not root or not (Path(root) / "FashionMNIST" / "raw").is_dir():
+        pytest.skip("NIN_DATA does not point at Fashion-MNIST")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def settings(data_root: Path) -> Callable[..., Settings]:
+    """Composes settings of a small run on the garments, with more overrides behind."""
+    return lambda *overrides: read(composed([*SMALL, f"data.root={data_root}", *overrides]))
+
+
+def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program as a person would, warnings being errors."""
+    return subprocess.run(
+        [sys.executable, "-m", "nin", *map(str, arguments)],
+        cwd=cwd,
+        env={k: v for k, v in os.environ.items() if k != "NIN_DATA"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )

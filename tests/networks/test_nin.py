@@ -1,0 +1,103 @@
+import pytest
+import torch
+from torch import nn
+
+from nin.networks import summary
+from nin.networks.init import initialise
+from nin.networks.nin import NiN, NiNBlock
+
+
+def notebooks_block(cin: int, cout: int, kernel: int, stride: int, padding: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(cin, cout, kernel, stride, padding), nn.ReLU(),
+        nn.Conv2d(cout, cout, kernel_size=1), nn.ReLU(),
+        nn.Conv2d(cout, cout, kernel_size=1), nn.ReLU(),
+    )  # fmt: skip
+
+
+def notebooks_network(first_padding: int) -> nn.Sequential:
+    return nn.Sequential(
+        notebooks_block(1, 96, 11, 4, first_padding), nn.MaxPool2d(3, stride=2),
+        notebooks_block(96, 256, 5, 1, 2), nn.MaxPool2d(3, stride=2),
+        notebooks_block(256, 384, 3, 1, 1), nn.MaxPool2d(3, stride=2), nn.Dropout(0.5),
+        notebooks_block(384, 10, 3, 1, 1), nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("first_padding", [0, 1])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_the_notebooks_weights_give_the_notebooks_logits(first_padding: int, train: bool) -> None:
+    theirs, ours = notebooks_network(first_padding).train(train), NiN(first_padding=first_padding).train(train)
+    with torch.no_grad():
+        for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine.copy_(other)
+        images = torch.rand(2, 1, 224, 224)
+        torch.manual_seed(0)
+        expected = theirs(images)
+        torch.manual_seed(0)
+        assert (ours(images) - expected).abs().max() < 1e-5
+    assert expected.abs().max() > 0
+
+
+def test_shapes_parameters_and_counts_at_the_defaults() -> None:
+    with torch.device("meta"):
+        rows = summary.layers(NiN(), in_channels=1, image_size=224)
+    assert [row.output_shape for row in rows] == [
+        (96, 54, 54), (96, 26, 26), (256, 26, 26), (256, 12, 12), (384, 12, 12), (384, 5, 5), (384, 5, 5),
+        (10, 5, 5), (10, 1, 1), (10,),
+    ]  # fmt: skip
+    assert sum(row.parameters for row in rows) == 1_992_166
+    first = 54 * 54 * 96 * (11 * 11 + 96 + 96)
+    assert rows[0].multiply_adds == first
+    assert [row.receptive_field for row in rows] == [11, 19, 51, 67, 99, 131, 131, 195, 224, 224]
+
+
+def test_a_block_by_hand() -> None:
+    block = NiNBlock(1, 1, kernel_size=2, stride=1, padding=0, conv1x1_layers=1)
+    with torch.no_grad():
+        for parameter, value in zip(block.parameters(), (1.0, -5.0, 2.0, 3.0), strict=True):
+            parameter.fill_(value)
+    image = torch.tensor([[[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]]])
+    # The 2x2 sums are 8 and 12; less 5, 3 and 7; twice that and 3 more.
+    assert block(image).tolist() == [[[[9.0, 17.0]]]]
+
+
+@pytest.mark.parametrize(("layers", "convolutions"), [(0, 1), (1, 2), (2, 3), (3, 4)])
+def test_conv1x1_layers_counts_the_1x1_convolutions(layers: int, convolutions: int) -> None:
+    kernels = [m.kernel_size for m in NiNBlock(1, 4, 3, 1, 1, layers) if isinstance(m, nn.Conv2d)]
+    assert kernels == [(3, 3)] + [(1, 1)] * (convolutions - 1)
+
+
+def test_final_relu_and_norm_and_head() -> None:
+    torch.manual_seed(0)
+    images = torch.rand(4, 1, 67, 67)
+    assert NiN()(images).min() >= 0
+    assert NiN(final_relu=False)(images).min() < 0
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in NiN(norm="batch").modules()) == 12
+    assert not any(isinstance(m, nn.Linear) for m in NiN().modules())
+    head = NiN(head="fc", image_size=67)
+    assert head(images).shape == (4, 10)
+    assert head[-1].weight.shape == (10, 10)
+    with torch.device("meta"):
+        assert NiN(head="fc")[-1].weight.shape == (10, 250)
+
+
+@pytest.mark.parametrize(
+    ("init", "deviation"),
+    [
+        ("xavier_uniform", (2 / (9 * 64 + 9 * 96)) ** 0.5),
+        ("kaiming_normal", (2 / (9 * 64)) ** 0.5),
+        ("torch", (1 / (3 * 9 * 64)) ** 0.5),
+    ],
+)
+def test_starting_weights_have_their_spread(init: str, deviation: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 96, 3)
+    initialise(layer, init)
+    assert float(layer.weight.detach().std()) == pytest.approx(deviation, rel=0.02)
+    assert bool((layer.bias == 0).all()) == (init == "kaiming_normal")
+
+
+def test_an_unknown_init_is_refused() -> None:
+    with pytest.raises(ValueError, match="init='lecun'"):
+        initialise(nn.Linear(2, 2), "lecun")

@@ -1,0 +1,85 @@
+"""The program as a person runs it: each test is a process of its own, so there are few."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from conftest import SMALL, nin
+
+
+def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
+    for arguments in ([], ["--help"]):
+        run = nin(*arguments, cwd=tmp_path)
+        assert run.returncode == 0
+        for command in ("train", "eval", "inspect"):
+            assert f"nin {command} " in run.stdout
+    unknown = nin("trian", cwd=tmp_path)
+    assert (unknown.returncode, unknown.stdout) == (2, "")
+    assert "no command 'trian'" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "data.image_size=40", "seed=-1"], "nin train: 2 mistakes\n  seed=-1: must be"),
+        (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
+        (["train", "trainer=gpu", "data=garments"], "nin train: trainer.accelerator=gpu: this machine has no GPU"),
+        (["eval", "nowhere"], "nin eval: nowhere: no such run or checkpoint"),
+        (
+            ["inspect", "model=resnet"],
+            "nin inspect: model=resnet: no such model; did you mean lenet? There are: alexnet",
+        ),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_is_written(
+    tmp_path: Path, data_root: Path, arguments: list[str], told: str
+) -> None:
+    run = nin(*arguments, cwd=tmp_path, NIN_DATA=str(data_root), CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 2
+    assert run.stderr.startswith(told)
+    assert "Traceback" not in run.stderr
+    assert run.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> None:
+    small = [*SMALL, "name=first"]
+    first = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
+    assert (first.returncode, first.stderr) == (0, "")
+    folder = tmp_path / "outputs" / "runs" / "first"
+    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "tfevents" not in p.name) == [
+        ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml", "checkpoints", "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt", "metrics.csv", "nin.log", "result.json", "tensorboard", "tensorboard/hparams.yaml",
+    ]  # fmt: skip
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["overrides"]) == ("finished", small)
+    lines = first.stdout.splitlines()
+    assert [line.split("  ")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]
+    assert "run folder: outputs/runs/first" in lines
+    assert "curves:     tensorboard --logdir outputs/runs/first" in lines
+
+    times = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+    again = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
+    assert again.returncode == 0
+    assert "outputs/runs/first is finished" in again.stdout
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == times
+
+    tested = nin("eval", "outputs/runs/first", "data.batch_size=32", cwd=tmp_path)
+    assert (tested.returncode, tested.stderr) == (0, "")
+    assert re.search(r"^test/acc  (.*)$", tested.stdout, re.M)[1] == str(result["metrics"]["test/acc"])
+    assert re.search(r"^test/loss (.*)$", tested.stdout, re.M)[1] == str(result["metrics"]["test/loss"])
+
+
+def test_a_run_that_fails_says_so_everywhere(tmp_path: Path, data_root: Path) -> None:
+    wild = ["optimizer=sgd", "optimizer.lr=1e30", "schedule=constant", "model.norm=none", "name=wild"]
+    run = nin("train", *SMALL, *wild, cwd=tmp_path, NIN_DATA=str(data_root))
+    folder = tmp_path / "outputs" / "runs" / "wild"
+    assert run.returncode == 1
+    result = json.loads((folder / "result.json").read_text())
+    assert result["status"] == "failed"
+    assert result["error"].startswith("NonFiniteLossError: the loss is")
+    for text in (run.stderr, (folder / "nin.log").read_text()):
+        assert "Traceback" in text
+        assert result["error"].split(": ", 1)[1] in text

@@ -1,0 +1,150 @@
+"""Whole runs on the garments, in this process: what they leave behind, and that it is true."""
+
+import csv
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nin import checkpoints, experiment
+from nin.classifier import Classifier, NonFiniteLossError
+from nin.commands.eval import checkpoint_of
+from nin.run_folder import RunFolder
+from nin.settings import Settings, UserError
+
+
+@pytest.fixture(scope="module")
+def run(
+    settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunFolder, dict[str, Any]]:
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    return folder, experiment.train(settings(), folder, ["a=1"])
+
+
+def test_the_result_is_whole(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    _, result = run
+    assert json.loads(json.dumps(result)) == result
+    assert (result["status"], result["epochs"], result["steps"], result["seed"]) == ("finished", 2, 12, 0)
+    assert set(result["metrics"]) == {"val/loss", "val/acc", "test/loss", "test/acc", "test/acc_by_class"}
+    assert len(result["metrics"]["test/acc_by_class"]) == 10
+    assert result["overrides"] == ["a=1"]
+    assert result["images_per_second"] > 0
+    assert result["train_seconds"] > 0
+
+
+def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
+    run: tuple[RunFolder, dict[str, Any]], settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    _, result = run
+    torch.manual_seed(123)
+    again = experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"), [])
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert again["metrics"] == result["metrics"]
+    other = experiment.train(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"), [])
+    assert other["weights_sha256"] != result["weights_sha256"]
+
+
+def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    last, best = (checkpoints.read(path) for path in (folder.last, folder.best))
+    module = Classifier(checkpoints.settings_in(last, folder.last))
+    module.load_state_dict(last["state_dict"])
+    assert experiment.weights_sha256(module.network) == result["weights_sha256"]
+    (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
+    assert scores["val/acc"] == result["metrics"]["val/acc"]
+
+
+def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    for path in (folder.path, folder.best):
+        checkpoint = checkpoints.read(checkpoint_of(path))
+        metrics, confusion = experiment.evaluate(checkpoints.settings_in(checkpoint, path), checkpoint)
+        assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
+        assert confusion.sum() == 64
+
+
+def test_metrics_csv_has_one_row_an_epoch(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "6"), ("2", "12")]
+    best = max(rows, key=lambda row: (float(row["val/acc"]), -float(row["val/loss"])))
+    assert float(best["val/loss"]) == result["metrics"]["val/loss"]
+
+
+def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    events = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0}).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    windows = [4, 6, 8, 12]
+    assert steps == dict.fromkeys(("train/loss", "train/acc", "lr", "images_per_second"), windows) | {
+        tag: [6, 12] for tag in ("val/loss", "val/acc")
+    } | {tag: [12] for tag in ("test/loss", "test/acc", "best/val/loss", "best/val/acc")}
+    assert events.Scalars("test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
+    assert set(events.Tags()["images"]) == {"test/confusion", "test/wrong"}
+    assert events.Tags()["graph"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimizer.lr" in hparams
+    assert b"hp_metric" not in hparams
+
+
+def test_with_other_loggers_metrics_csv_is_there_too(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "csv")
+    experiment.train(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder, [])
+    assert (folder.path / "csv" / "metrics.csv").exists()
+    assert not folder.tensorboard.exists()
+    # Five steps of two batches each: an epoch of six batches, and two thirds of another, which is validated too.
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["3", "5"]
+    assert all(row["val/acc"] for row in rows)
+
+
+def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "notebook")
+    result = experiment.train(settings("data.val_size=0", "data.score_each_epoch=test"), folder, [])
+    assert result["metrics"]["val/acc"] is None
+    last, best = (checkpoints.read(path) for path in (folder.last, folder.best))
+    assert last["global_step"] == best["global_step"] == 12
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert float(rows[-1]["test/acc"]) == result["metrics"]["test/acc"]
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("test/acc")] == [6, 12]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    wild = settings("optimizer=sgd", "optimizer.lr=1e30", "schedule=constant", "model.norm=none", "logger=none")
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss is (nan|inf) at step \d.*learning rate 1e\+30.*Try a smaller"
+    ):
+        experiment.train(wild, RunFolder(tmp_path), [])
+
+
+def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer: .*[Pp]recision"):
+        experiment.train(settings("trainer.precision=3"), RunFolder(tmp_path), [])
+
+
+def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    plain, flipped = (
+        experiment.train(settings(f"data.augment={a}", "optimizer.lr=1e-12"), RunFolder(tmp_path / a), [])
+        for a in ("none", "flip_shift")
+    )
+    assert flipped["weights_sha256"] != plain["weights_sha256"]
+
+
+def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
+    with warnings.catch_warnings():
+        chosen = settings("callbacks=early_stopping")
+    trainer = experiment.build_trainer(chosen, None, [])
+    assert OmegaConf.to_container(OmegaConf.create(chosen.callbacks))["early_stopping"]["monitor"] == "val/acc"
+    assert any(type(callback).__name__ == "EarlyStopping" for callback in trainer.callbacks)
