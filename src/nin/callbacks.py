@@ -65,19 +65,26 @@ class Watch(Callback):
             self._read_window(trainer, module)
 
     def _read_window(self, trainer: Trainer, module: LightningModule) -> None:
-        loss, acc = module.train_loss.compute(), module.train_acc.compute()
-        module.require_finite(loss)
+        values = self.window_so_far(trainer, module)
+        module.require_finite(values["train/loss"])
         module.train_loss.reset()
         module.train_acc.reset()
-        loss, acc = float(loss), float(acc)
         images = self.window_images * trainer.world_size
-        seconds = time.perf_counter() - self.window_started
-        for key, value in (("images", images), ("seconds", seconds), ("loss", loss * images), ("right", acc * images)):
-            self.epoch[key] += value
-        values = {"train/loss": loss, "train/acc": acc, "images_per_second": images / seconds, "lr": _lr(trainer)}
-        self._log(trainer, values)
+        self.epoch["images"] += images
+        self.epoch["seconds"] += images / values["images_per_second"]
+        self.epoch["loss"] += images * values["train/loss"]
+        self.epoch["right"] += images * values["train/acc"]
+        self._log(trainer, values | {"lr": _lr(trainer)})
         self.logged_step = trainer.global_step
         self._open_window()
+
+    def window_so_far(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
+        """The metrics of the batches since the last logging. On a GPU this waits for them."""
+        metrics = {"train/loss": module.train_loss.compute(), "train/acc": module.train_acc.compute()}
+        seconds = time.perf_counter() - self.window_started
+        return {k: float(v) for k, v in metrics.items()} | {
+            "images_per_second": self.window_images * trainer.world_size / seconds
+        }
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking:

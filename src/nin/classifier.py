@@ -1,5 +1,6 @@
 """The LightningModule: loss, metrics, optimiser and schedule around any of the networks."""
 
+import math
 from typing import Any
 
 import torch
@@ -46,18 +47,18 @@ class Classifier(LightningModule):
         loss = functional.cross_entropy(logits, labels)
         # A read-back would hold up a GPU at every step; there, `require_finite` is called when metrics are read.
         if not loss.is_cuda:
-            self.require_finite(loss.detach())
+            self.require_finite(loss.item())
         self.train_loss.update(loss.detach(), len(labels))
         self.train_acc.update(logits.detach(), labels)
         return loss
 
-    def require_finite(self, loss: Tensor) -> None:
+    def require_finite(self, loss: float) -> None:
         """Raises NonFiniteLossError if ``loss`` is NaN or infinite."""
-        if torch.isfinite(loss):
+        if math.isfinite(loss):
             return
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         raise NonFiniteLossError(
-            f"the loss is {float(loss)} at step {self.global_step} (epoch {self.current_epoch}), learning rate {lr:g}: "
+            f"the loss is {loss} at step {self.global_step} (epoch {self.current_epoch}), learning rate {lr:g}: "
             "the weights ran away. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
             "model.norm=batch"
         )

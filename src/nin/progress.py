@@ -1,6 +1,7 @@
 """What a person sees while it runs: on a terminal a bar, elsewhere one plain line an epoch."""
 
 import math
+import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
@@ -23,6 +24,7 @@ class Bar(Callback):
         self.progress: Progress | None = None
         self.training: TaskID | None = None
         self.scoring: TaskID | None = None
+        self.told = 0.0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if not (self.console.is_terminal and trainer.is_global_zero):
@@ -49,10 +51,15 @@ class Bar(Callback):
             total = total if total < math.inf else None
             self.training = self.progress.add_task("training", total=total, completed=done, told="")
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         if self.progress:
             epoch = f"epoch {trainer.current_epoch + 1}{self.epochs}"
-            self.progress.update(self.training, advance=1, description=epoch, told=_in_words(self.watch.latest))
+            self.progress.update(self.training, advance=1, description=epoch)
+            # Once a second: reading the metrics makes a GPU wait.
+            if (now := time.monotonic()) > self.told + 1 and self.watch.window_images:
+                self.told = now
+                so_far = self.watch.window_so_far(trainer, module)
+                self.progress.update(self.training, told=_in_words(self.watch.latest | so_far))
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._start_scoring("validating", trainer.num_val_batches)
