@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nin.checks import read
 from nin.config import composed
-from nin.settings import Settings, read
+from nin.settings import Settings
 
 # A whole run in a second or two: a tenth of an epoch of the garments at 28x28.
 SMALL = (

@@ -4,9 +4,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from nin.checks import read
 from nin.classifier import Classifier, schedule
 from nin.config import composed
-from nin.settings import Settings, read
+from nin.settings import Settings
 
 
 def learning_rates(steps: int, *overrides: str) -> list[float]:

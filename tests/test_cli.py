@@ -50,8 +50,8 @@ def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> N
     assert (first.returncode, first.stderr) == (0, "")
     folder = tmp_path / "outputs" / "runs" / "first"
     assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "tfevents" not in p.name) == [
-        ".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml", "checkpoints", "checkpoints/best.ckpt",
-        "checkpoints/last.ckpt", "metrics.csv", "nin.log", "result.json", "tensorboard", "tensorboard/hparams.yaml",
+        ".hydra", ".hydra/config.yaml", ".hydra/lock", ".hydra/overrides.yaml", ".hydra/process.json", "checkpoints",
+        "checkpoints/best.ckpt", "checkpoints/last-1.ckpt", "checkpoints/last.ckpt", "metrics.csv", "nin.log", "result.json", "tensorboard", "tensorboard/hparams.yaml",
     ]  # fmt: skip
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["overrides"]) == ("finished", small)

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from nin import networks
+from nin.checks import read
 from nin.config import all_mistakes, composed, overridden, settings_from
-from nin.settings import UserError, project_conf, read
+from nin.settings import UserError, project_conf
 
 OPTIONS = sorted(p.relative_to(project_conf()).with_suffix("") for p in project_conf().glob("*/*.yaml"))
 

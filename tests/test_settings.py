@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nin import networks
+from nin.checks import read
 from nin.config import composed
-from nin.settings import Settings, Trainer, UserError, read, smallest_image_size
+from nin.settings import Settings, Trainer, UserError, smallest_image_size
 
 
 def refused(*overrides: str) -> tuple[str, ...]:

@@ -7,12 +7,14 @@ A file imports only from rows below its own:
     report            results in words, for a terminal
     experiment        build, fit, test the best checkpoint
     progress          what a person sees while it runs
-    callbacks         what is watched and drawn while training
     checkpoints       what is saved, when, under which name
+    callbacks         what is watched and drawn while training
+    stopping          Ctrl-C and SIGTERM
     classifier        the LightningModule: loss, metrics, optimiser
     data/             the DataModule; Fashion-MNIST's files; the garments; resizing
     networks/         plain torch: nin, lenet, alexnet, vgg; their table of layers
     run_folder        names and atomic writes of a run's files
     config            Hydra's composition, and all mistakes in a command line at once
-    settings          the typed config and its checks; imports no torch
+    checks            from a composed config to settings, or to all mistakes at once
+    settings          the typed config; imports no torch
 """

@@ -34,10 +34,16 @@ class Watch(Callback):
         self.latest: dict[str, float] = {}
         self.logged_step = 0
         self.rows: list[dict[str, Any]] = []
+        self.epoch: dict[str, float] = {}
+        self.scores: dict[str, float] = {}
+        self.window_images, self.window_seconds = 0, 0.0
         self.images = self.train_seconds = self.step_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._started = time.perf_counter()
+        self.started = time.perf_counter() - self.train_seconds
+        self._open_window(self.window_images, self.window_seconds)
+        if trainer.ckpt_path:
+            return  # what follows is in the event files already
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 both = {"loss": ["train/loss", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
@@ -47,10 +53,11 @@ class Watch(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.epoch = {"images": 0, "seconds": 0.0, "loss": 0.0, "right": 0.0}
+        self.scores = {}  # an epoch without a validation has none, though Lightning still has the last ones
         self._open_window()
 
-    def _open_window(self) -> None:
-        self.window_images, self.window_started = 0, time.perf_counter()
+    def _open_window(self, images: int = 0, seconds: float = 0.0) -> None:
+        self.window_images, self.window_started = images, time.perf_counter() - seconds
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
@@ -88,30 +95,31 @@ class Watch(Callback):
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._log(trainer, _scores(trainer))
+            self.scores = rounded(
+                {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
+            )
+            self._log(trainer, self.scores)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         epoch = self.epoch
         self.images += epoch["images"]
         self.step_seconds += epoch["seconds"]
-        now = time.perf_counter()
-        self.train_seconds += now - self._started
-        self._started = now
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "lr": _lr(trainer),
             "train/loss": round(epoch["loss"] / epoch["images"], 7),
             "train/acc": round(epoch["right"] / epoch["images"], 7),
-            **_scores(trainer),
+            **self.scores,
             "images_per_second": round(epoch["images"] / epoch["seconds"], 1),
-            "seconds": round(self.train_seconds, 3),
+            "seconds": round(time.perf_counter() - self.started, 3),
         }
         self.rows.append(row)
+        self.train_seconds = time.perf_counter() - self.started
         if trainer.is_global_zero:
-            self._write_rows()
+            self.write_rows()
 
-    def _write_rows(self) -> None:
+    def write_rows(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, [c for c in COLUMNS if any(c in row for row in self.rows)], lineterminator="\n")
         writer.writeheader()
@@ -124,24 +132,22 @@ class Watch(Callback):
             logger.log_metrics(values, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "logged_step": self.logged_step,
-            "images": self.images,
-            "train_seconds": self.train_seconds,
-            "step_seconds": self.step_seconds,
+        now = time.perf_counter()
+        return {name: getattr(self, name) for name in _KEPT} | {
+            "window_seconds": now - self.window_started,
+            "train_seconds": now - self.started,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
 
 
+# The clocks are kept apart: what they show is the time until now.
+_KEPT = ("latest", "logged_step", "rows", "epoch", "scores", "window_images", "images", "step_seconds")
+
+
 def _lr(trainer: Trainer) -> float:
     return trainer.optimizers[0].param_groups[0]["lr"]
-
-
-def _scores(trainer: Trainer) -> dict[str, float]:
-    return rounded({k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))})
 
 
 class Pictures(Callback):
@@ -155,6 +161,8 @@ class Pictures(Callback):
         self.wrong_images = wrong_images
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if trainer.ckpt_path:
+            return  # the graph is in the event files already
         size = module.settings.data.image_size
         for logger in _tensorboards(trainer):
             example = torch.zeros(1, 1, size, size, device=module.device)
@@ -206,7 +214,7 @@ class Pictures(Callback):
             axes.axis("off")
         for axes, (image, label, predicted) in zip(figure.axes, self.wrong, strict=False):
             axes.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axes.set_title(f"{CLASS_NAMES[label]}\nnot {CLASS_NAMES[predicted]}", fontsize=8)
+            axes.set_title(f"{CLASS_NAMES[label]}\ntaken for {CLASS_NAMES[predicted]}", fontsize=8)
         return figure
 
 

@@ -35,6 +35,9 @@ class Classifier(LightningModule):
         # Accumulated on the device and read once a logging interval or once an epoch.
         self.train_loss, self.score_loss = MeanMetric(), MeanMetric()
         self.train_acc, self.score_acc = accuracy(), accuracy()
+        # What the batches since the last logging gave rides in checkpoints, which are saved between loggings too.
+        self.train_loss.persistent(True)
+        self.train_acc.persistent(True)
         self.confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import sys
 
 COMMANDS = {
     "train": "train a network, then test its best checkpoint once; with -m a sweep",
+    "resume": "go on with the run in a folder, to the result that it would have had",
     "eval": "test metrics of a run's folder or of one .ckpt file",
     "inspect": "a network without training it: layers, parameters, multiply-adds",
 }

@@ -7,7 +7,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.settings import Settings, UserError, meant, project_conf, read
+from nin.checks import meant, read
+from nin.settings import Settings, UserError, project_conf
 
 
 def settings_from(arguments: list[str]) -> Settings:
@@ -26,7 +27,7 @@ def settings_from(arguments: list[str]) -> Settings:
 
 
 def overridden(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
-    """``settings`` of an earlier run with some keys set anew; ``trainer=cpu`` replaces the whole group.
+    """``settings`` of an earlier run with some keys set anew; ``trainer=cpu`` sets where it trains.
 
     Raises:
         UserError: lists every mistake, and every key that is not among ``may_change`` (prefixes).
@@ -38,10 +39,12 @@ def overridden(settings: Settings, overrides: list[str], may_change: tuple[str, 
         raise all_mistakes(overrides) from None
     config = OmegaConf.create(settings.model_dump(mode="json"))
     for override in parsed:
-        key = override.key_or_group.replace("/", ".")
-        if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in may_change)):
-            raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
-        OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
+        # A trainer is chosen for where it trains; how long the earlier run was to be is left alone.
+        device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
+        for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
+            if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in may_change)):
+                raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
+            OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
     return read(config)
 
 

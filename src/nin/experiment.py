@@ -25,7 +25,10 @@ from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
 from nin.progress import Bar
 from nin.run_folder import RunFolder
-from nin.settings import Settings, UserError
+from nin.settings import Settings, UserError, flat
+from nin.stopping import StopRequest
+
+log = logging.getLogger(__name__)
 
 # Lightning prints to the terminal through handlers of its own; what is logged goes where the run's folder says.
 for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
@@ -41,20 +44,32 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     Raises:
         UserError: if the machine lacks what the settings ask for.
     """
-    folder.path.mkdir(parents=True, exist_ok=True)
+    resumes, going_on, checkpoint = folder.resumes(), None, None
+    if good := checkpoints.newest_good(folder):
+        going_on, checkpoint = good
+        resumes = folder.resumes(one_more=True)
+        place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
+        log.info("going on from %s, for the %d. time", place, resumes)
+        print(f"going on from {place}", flush=True)
+        folder.cut_event_files(checkpoint["callbacks"]["Checkpoints"]["event_files"])
+    else:
+        folder.cut_event_files({})
+        folder.metrics.unlink(missing_ok=True)
+
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
     watch = Watch(folder.metrics)
-    kept = Checkpoints(folder, settings.checkpoint.every_n_steps)
-    trainer = build_trainer(settings, folder.path, [watch, Bar(watch), kept])
-
-    going_on = folder.last if folder.last.exists() else None
-    trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
-    final_weights = weights_sha256(module.network)
-    if folder.best.exists():
-        module.load_state_dict(checkpoints.read(folder.best)["state_dict"])
-    tested, _ = test(trainer, module, data)
+    with StopRequest() as stop:
+        kept = Checkpoints(folder, settings.checkpoint.every_n_steps, watch, stop)
+        # TensorBoard drops what it has already read of what was cut.
+        purge_step = checkpoint["global_step"] + 1 if checkpoint else None
+        trainer = build_trainer(settings, folder.path, [watch, Bar(watch), kept], purge_step)
+        trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
+        final_weights = weights_sha256(module.network)
+        if folder.best.exists():
+            module.load_state_dict(checkpoints.read(folder.best)["state_dict"])
+        tested, _ = test(trainer, module, data)
 
     result = {
         "status": "finished",
@@ -70,7 +85,7 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
         "versions": versions(),
         "git_commit": git_commit(),
         "overrides": overrides,
-        "resumes": 0,
+        "resumes": resumes,
     }
     if trainer.is_global_zero:
         log_results(trainer, settings, result)
@@ -87,7 +102,9 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     return test(build_trainer(settings, None, [Bar(Watch(Path()))]), module, data)
 
 
-def build_trainer(settings: Settings, folder: Path | None, callbacks: list[lightning.Callback]) -> lightning.Trainer:
+def build_trainer(
+    settings: Settings, folder: Path | None, callbacks: list[lightning.Callback], purge_step: int | None = None
+) -> lightning.Trainer:
     """Lightning's Trainer with the settings' loggers and callbacks beside those given.
 
     Raises:
@@ -96,7 +113,10 @@ def build_trainer(settings: Settings, folder: Path | None, callbacks: list[light
     arguments = settings.trainer.model_dump()
     if not arguments.pop("enable_progress_bar"):
         callbacks = [callback for callback in callbacks if not isinstance(callback, Bar)]
-    loggers = [instantiate(logger, save_dir=str(folder)) for logger in settings.logger.values()]
+    loggers = []
+    for logger in settings.logger.values():
+        purge = {"purge_step": purge_step} if purge_step and logger["_target_"].endswith("TensorBoardLogger") else {}
+        loggers.append(instantiate(logger, save_dir=str(folder), **purge))
     callbacks = callbacks + [instantiate(callback) for callback in settings.callbacks.values()]
     try:
         return lightning.Trainer(
@@ -116,7 +136,8 @@ def test(trainer: lightning.Trainer, module: Classifier, data: ImageData) -> tup
     trainer.test(module, data, verbose=False)
     scores = rounded(trainer.callback_metrics)
     confusion = module.confusion.compute().cpu()
-    by_class = rounded(dict(zip(CLASS_NAMES, confusion.diag() / confusion.sum(1), strict=True)))
+    right, all_ = confusion.diag().tolist(), confusion.sum(1).tolist()
+    by_class = {name: r / n if n else None for name, r, n in zip(CLASS_NAMES, right, all_, strict=True)}
     metrics = {"test/loss": scores["test/loss"], "test/acc": scores["test/acc"], "test/acc_by_class": by_class}
     return metrics, confusion
 
@@ -173,11 +194,3 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
         else:
             logger.log_hyperparams(values)
         logger.finalize("success")
-
-
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found

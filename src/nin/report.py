@@ -37,7 +37,7 @@ def show_test(metrics: dict[str, Any], confusion: Any) -> None:
     for name in metrics["test/acc_by_class"]:
         table.add_column(name[:7], justify="right")
     for (name, acc), row in zip(metrics["test/acc_by_class"].items(), confusion.tolist(), strict=True):
-        table.add_row(name, f"{acc:.4f}", *(str(count) if count else "·" for count in row))
+        table.add_row(name, "-" if acc is None else f"{acc:.4f}", *(str(count) if count else "·" for count in row))
     console = Console()
     Console(width=max(console.width, 120), highlight=False).print(table)
 

@@ -1,23 +1,33 @@
-"""A run is a folder: the names of its files, and writes that are whole or not there at all."""
+"""A run is a folder: the names of its files, whose it is, and writes that are whole or not there at all."""
 
 import contextlib
 import json
 import logging
 import os
+import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+
+from nin.settings import UserError
 
 
 class RunFolder:
-    """The files of one run; ``outputs/runs/<name>/`` or a sweep's ``outputs/sweeps/<name>/<overrides>/``."""
+    """The files of one run; ``outputs/runs/<name>/`` or a sweep's ``outputs/sweeps/<name>/<overrides>/``.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Args:
+        keep: how many checkpoints before ``last.ckpt`` stay to fall back on.
+    """
+
+    def __init__(self, path: str | Path, keep: int = 2):
+        self.path, self.keep = Path(path), keep
         self.config = self.path / ".hydra" / "config.yaml"
         self.overrides = self.path / ".hydra" / "overrides.yaml"
+        self.owner = self.path / ".hydra" / "process.json"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
@@ -26,14 +36,56 @@ class RunFolder:
         self.log = self.path / "nin.log"
         self.result = self.path / "result.json"
 
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """This process owns the folder meanwhile; the claim of a process that was killed ends with it.
+
+        Raises:
+            UserError: if another process has it, or it can't be written.
+        """
+        try:
+            self.config.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".hydra" / "lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            owner = self._read_owner()
+            raise UserError(
+                f"{self.path}: process {owner.get('pid')} on {owner.get('host')} is at work on this run; wait for it, "
+                "stop it, or give another name=…"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: can't be written ({error.strerror}); make it so, or give another name"
+            ) from error
+        try:
+            write_whole(self.owner, json.dumps(self._read_owner() | {"pid": os.getpid(), "host": socket.gethostname()}))
+            for half_written in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*")):
+                half_written.unlink()
+            yield
+        finally:
+            lock.release()
+
+    def _read_owner(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads(self.owner.read_text())
+        return {}
+
+    def resumes(self, one_more: bool = False) -> int:
+        """How often training went on from a checkpoint; counted here, since a checkpoint can't know what came later."""
+        owner = self._read_owner()
+        if one_more:
+            owner["resumes"] = owner.get("resumes", 0) + 1
+            write_whole(self.owner, json.dumps(owner))
+        return owner.get("resumes", 0)
+
     def write_asked(self, config: DictConfig, overrides: list[str]) -> None:
         """Writes down what was asked: the composed config, and the overrides that led to it."""
-        self.config.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.config, OmegaConf.to_yaml(config, resolve=True))
         write_whole(self.overrides, OmegaConf.to_yaml(OmegaConf.create(overrides)))
+        write_whole(self.config, OmegaConf.to_yaml(config, resolve=True))
 
-    def is_finished(self) -> bool:
-        return (self.read_result() or {}).get("status") == "finished"
+    def read_asked(self) -> DictConfig | None:
+        """The config of the run that this folder belongs to, or None if it is new."""
+        return OmegaConf.load(self.config) if self.config.exists() else None
 
     def read_result(self) -> dict[str, Any] | None:
         """What the run ended with, finished or failed, or None if it has not ended."""
@@ -42,18 +94,66 @@ class RunFolder:
     def write_result(self, result: dict[str, Any]) -> None:
         write_whole(self.result, json.dumps(result, indent=2) + "\n")
 
+    def to_go_on_from(self) -> list[Path]:
+        """Where a checkpoint to go on from may be, the newest first."""
+        older = (p for p in self.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
+        return [self.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-")))]
+
+    def publish(self, fresh: Path, best: bool) -> None:
+        """``fresh`` becomes last.ckpt, and best.ckpt as well if it is; the last ones before it move down by one."""
+        if best:
+            with fresh.open("rb") as content, replaced(self.best) as file:
+                shutil.copyfileobj(content, file)
+        if self.keep and self.last.exists():
+            for i in reversed(range(1, self.keep)):
+                if (older := self.last.with_name(f"last-{i}.ckpt")).exists():
+                    older.replace(self.last.with_name(f"last-{i + 1}.ckpt"))
+            self.last.replace(self.last.with_name("last-1.ckpt"))
+        fresh.replace(self.last)
+        _flush_names(self.checkpoints)
+
+    def event_file_sizes(self) -> dict[str, int]:
+        """How many bytes of each TensorBoard event file there are."""
+        return {p.name: p.stat().st_size for p in self.tensorboard.glob("events.*")}
+
+    def cut_event_files(self, sizes: dict[str, int]) -> None:
+        """Takes away what was written after ``sizes`` were noted: a process that died wrote it, and it comes again."""
+        for path in self.tensorboard.glob("events.*"):
+            if path.name not in sizes:
+                path.unlink()
+            elif path.stat().st_size > sizes[path.name]:
+                os.truncate(path, sizes[path.name])
+
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes under a temporary name in the same folder, flushes to disk and renames: never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes ``text`` to ``path``, whole or not at all."""
+    with replaced(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the name ``path`` at the end: in the same folder, flushed to disk, renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        _flush_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _flush_names(folder: Path) -> None:
+    """A rename, too, is on disk only when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

@@ -52,6 +52,12 @@ def test_going_on_in_the_middle_of_an_epoch_gives_the_images_that_are_left() -> 
     assert labels_of(other) == whole  # and the next time all of them
 
 
+def test_a_pass_that_was_broken_off_is_begun_anew() -> None:
+    batches = Batches(*numbered(6), batch_size=2)
+    next(iter(batches))
+    assert labels_of(batches) == [[0, 1], [2, 3], [4, 5]]
+
+
 def test_a_place_in_another_epoch_is_not_this_epochs() -> None:
     batches = Batches(*numbered(6), batch_size=2, seed=0, epoch=lambda: 1)
     batches.load_state_dict({"epoch": 0, "batch": 2})

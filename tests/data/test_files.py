@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nin.checks import read
 from nin.config import composed
 from nin.data import files, idx
-from nin.settings import Data, UserError, read
+from nin.settings import Data, UserError
 
 NAMES = list(files.FASHION_MNIST)
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from nin import networks
+from nin.checks import read
 from nin.config import composed
 from nin.networks import summary
-from nin.settings import read
 
 
 @pytest.mark.parametrize(

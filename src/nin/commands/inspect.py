@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from nin.checks import read
 from nin.config import composed, settings_from
-from nin.settings import read
 
 HELP = """Usage: nin inspect [group=option …] [key=value …]
 

@@ -1,21 +1,26 @@
 """``nin train``: train a network, then test its best checkpoint once. A Hydra command; ``-m`` sweeps."""
 
+import contextlib
 import logging
 import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nin.checks import differences, read
 from nin.config import all_mistakes
 from nin.data.files import prepare
 from nin.run_folder import RunFolder, logging_to
-from nin.settings import Settings, Trainer, UserError, project_conf, read
+from nin.settings import Settings, Trainer, UserError, project_conf
 
 
 class RunFailedError(Exception):
@@ -43,7 +48,7 @@ class BeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         try:
             settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-            if not RunFolder(config.hydra.run.dir).is_finished():
+            if not RunFolder(config.hydra.run.dir).result.exists():
                 prepare(settings.data)
                 require_accelerator(settings.trainer)
         except UserError as mistake:
@@ -70,30 +75,84 @@ def require_accelerator(trainer: Trainer) -> None:
 
 def job(config: DictConfig) -> float | None:
     """One run; in a sweep, one of its jobs. Returns val/acc, for sweepers that optimise."""
-    from nin.report import show_result, shown
-
-    settings = read(config)
-    folder = RunFolder(HydraConfig.get().runtime.output_dir)
-    if folder.is_finished():
-        print(f"{shown(folder.path)} is finished; to run it anew, give another name or remove the folder")
-    else:
-        overrides = list(HydraConfig.get().overrides.task)
-        folder.write_asked(config, overrides)
-        with logging_to(folder.log):
-            _train(settings, folder, overrides)
-    result = folder.read_result()
-    show_result(folder, result)
+    hydra_config = HydraConfig.get()
+    try:
+        result = carry_out(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+    except UserError as mistake:
+        if hydra_config.mode == RunMode.MULTIRUN:
+            raise
+        # Not through Hydra, which would add lines of its own.
+        print(f"nin train: {mistake}", file=sys.stderr)
+        sys.exit(2)
     return result["metrics"]["val/acc"]
 
 
-def _train(settings: Settings, folder: RunFolder, overrides: list[str]) -> None:
-    from nin.experiment import train
+def carry_out(config: DictConfig, path: Path, overrides: list[str]) -> dict[str, Any]:
+    """Brings the run in folder ``path`` to its end, from wherever it is, and shows and returns its result.
 
+    Raises:
+        UserError: if the folder belongs to another experiment or another process is at work on it.
+        RunFailedError: if the work failed.
+    """
+    from nin.report import show_result, shown
+
+    settings = read(config)
+    folder = RunFolder(path, settings.checkpoint.keep)
+    asked_before = folder.read_asked()
+    if asked_before is not None:
+        _require_same_experiment(folder, read(asked_before), settings)
+    result = folder.read_result()
+    more_epochs = asked_before is not None and asked_before.trainer.max_epochs != settings.trainer.max_epochs
+    if result and result["status"] == "finished" and not more_epochs:
+        print(f"{shown(path)} is finished; to run it anew, give another name=… or remove the folder")
+    elif global_rank() == 0:
+        with folder.claimed():
+            folder.write_asked(config, overrides)
+            folder.result.unlink(missing_ok=True)
+            with logging_to(folder.log):
+                result = _train(settings, folder, overrides)
+    else:
+        with logging_to(None):
+            return _train(settings, folder, overrides)
+    show_result(folder, result)
+    return result
+
+
+def _require_same_experiment(folder: RunFolder, before: Settings, now: Settings) -> None:
+    if now.resume == "never":
+        raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or leave resume=auto to go on")
+    if different := differences(before, now):
+        raise UserError(
+            f"{folder.path} belongs to another experiment: give another name=…, or the settings that it has",
+            *different,
+        )
+
+
+def global_rank() -> int:
+    """Which process of a distributed run this is, as Lightning, torchrun and SLURM tell it."""
+    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
+
+
+def _train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
+    from nin.experiment import train
+    from nin.stopping import StoppedError
+
+    log = logging.getLogger("nin")
     try:
-        folder.write_result(train(settings, folder, overrides))
-    except UserError:
+        result = train(settings, folder, overrides)
+        if global_rank() == 0:
+            folder.write_result(result)
+        return result
+    except StoppedError as stopped:
+        log.info("%s; last.ckpt is of this very step", stopped)
+        print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
+        sys.exit(stopped.exit_status)
+    except UserError as mistake:
+        log.info("refused: %s", mistake)
         raise
     except Exception as error:
-        logging.getLogger("nin").exception("the run failed")
-        folder.write_result({"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": overrides})
+        log.exception("the run failed")
+        with contextlib.suppress(OSError):  # a full disk, say
+            failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": overrides}
+            folder.write_result(failed)
         raise RunFailedError from error

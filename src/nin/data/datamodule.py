@@ -39,22 +39,21 @@ class Batches:
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.epoch, self.rank, self.world_size = seed, epoch, rank, world_size
         self._place = {"epoch": 0, "batch": 0}
+        self._loaded: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return -(-len(self.labels) // (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        epoch = self.epoch()
-        if self._place["epoch"] != epoch:
-            self._place = {"epoch": epoch, "batch": 0}
+        epoch, loaded = self.epoch(), self._loaded
+        self._loaded = None
         order = self._order(epoch)
-        while self._place["batch"] < len(self):
-            start = (self._place["batch"] * self.world_size + self.rank) * self.batch_size
+        for batch in range(loaded["batch"] if loaded and loaded["epoch"] == epoch else 0, len(self)):
+            start = (batch * self.world_size + self.rank) * self.batch_size
             taken = order[start : start + self.batch_size]
             # Counted before the batch is used: a checkpoint after this batch goes on with the next.
-            self._place["batch"] += 1
+            self._place = {"epoch": epoch, "batch": batch + 1}
             yield self.images[taken], self.labels[taken]
-        self._place = {"epoch": epoch + 1, "batch": 0}
 
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
@@ -67,7 +66,7 @@ class Batches:
         return dict(self._place)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._place = dict(state)
+        self._place, self._loaded = dict(state), dict(state)
 
 
 class ImageData(LightningDataModule):

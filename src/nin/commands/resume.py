@@ -1,0 +1,38 @@
+"""``nin resume RUN [overrides]``: go on with the run in a folder, from its own config."""
+
+import argparse
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from nin.checks import read
+from nin.commands.train import RunFailedError, carry_out, require_accelerator
+from nin.config import overridden
+from nin.data.files import prepare
+from nin.run_folder import RunFolder
+from nin.settings import MAY_CHANGE, UserError
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nin resume",
+        description="Go on with an interrupted or failed run from its last.ckpt, to the very result that it would "
+        "have had; with trainer.max_epochs=… also with a finished one.",
+        epilog=f"may change: {', '.join(MAY_CHANGE)}",
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
+    parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
+    asked = parser.parse_args(arguments)
+
+    config = RunFolder(asked.run).read_asked()
+    if config is None:
+        raise UserError(f"{asked.run}: no run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
+    settings = overridden(read(config), asked.overrides, MAY_CHANGE)
+    prepare(settings.data)
+    require_accelerator(settings.trainer)
+    before = OmegaConf.load(RunFolder(asked.run).overrides)
+    try:
+        carry_out(OmegaConf.create(settings.model_dump(mode="json")), asked.run, [*before, *asked.overrides])
+    except RunFailedError:
+        return 1
+    return 0
