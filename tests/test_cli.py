@@ -49,10 +49,12 @@ def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> N
     first = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
     assert (first.returncode, first.stderr) == (0, "")
     folder = tmp_path / "outputs" / "runs" / "first"
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if "tfevents" not in p.name) == [
-        ".hydra", ".hydra/config.yaml", ".hydra/lock", ".hydra/overrides.yaml", ".hydra/process.json", "checkpoints",
-        "checkpoints/best.ckpt", "checkpoints/last-1.ckpt", "checkpoints/last.ckpt", "metrics.csv", "nin.log", "result.json", "tensorboard", "tensorboard/hparams.yaml",
-    ]  # fmt: skip
+    there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "events" not in p.name)
+    assert there == [
+        *(f".hydra/{name}" for name in ("config.yaml", "lock", "overrides.yaml", "process.json")),
+        *(f"checkpoints/{name}" for name in ("best.ckpt", "last-1.ckpt", "last.ckpt")),
+        *("metrics.csv", "nin.log", "result.json", "tensorboard/hparams.yaml"),
+    ]
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["overrides"]) == ("finished", small)
     lines = first.stdout.splitlines()

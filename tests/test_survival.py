@@ -1,0 +1,299 @@
+"""A run that was stopped, killed or damaged anywhere ends as the run that was left alone."""
+
+import csv
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from conftest import SMALL, nin
+from nin import checkpoints, experiment
+from nin.run_folder import RunFolder
+from nin.settings import Settings, UserError
+from nin.stopping import StoppedError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In this process: the interruption comes at an exact place, as a signal or as an exception that nobody catches.
+
+
+class KilledError(Exception):
+    pass
+
+
+class Interruption(Callback):
+    """Sends SIGTERM, or raises, at the beginning of the n-th batch, be it for training, validation or test."""
+
+    def __init__(self, batch: int, kill: bool):
+        self.left, self.kill = batch, kill
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0 and self.kill:
+            raise KilledError
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+
+def trained(
+    settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int | None = None, kill: bool = False
+) -> tuple[dict[str, Any], int]:
+    """The result of a run that is interrupted at the n-th batch of every start, and how often it was."""
+    build = experiment.build_trainer
+
+    def interrupted(settings: Settings, folder: Path, callbacks: list, *rest: Any) -> Any:
+        return build(settings, folder, [*callbacks, *([Interruption(batch, kill)] if batch else [])], *rest)
+
+    interruptions = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", interrupted)
+        while interruptions < 50:
+            try:
+                return experiment.train(settings, RunFolder(folder), []), interruptions
+            except (StoppedError, KilledError):
+                interruptions += 1
+    raise AssertionError("the run never ends")
+
+
+def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
+    """metrics.csv and every scalar curve, without what a clock measured."""
+    clocks = ("seconds", "images_per_second")
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows], {
+        tag: [(step, 0.0 if tag in clocks else value) for step, value in curve] for tag, curve in curves.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "schedule=one_cycle data.augment=flip_shift",
+        "schedule=constant optimizer=sgd optimizer.lr=0.1 optimizer.momentum=0.9 checkpoint.every_n_steps=3",
+        "schedule=cosine trainer.accumulate_grad_batches=2 trainer.limit_train_batches=7",
+        "trainer.val_check_interval=0.5 checkpoint.every_n_steps=1",
+        "trainer.check_val_every_n_epoch=2",
+        "trainer.limit_val_batches=0",
+        "trainer.max_steps=9",
+        "data.val_size=0 data.score_each_epoch=test",
+        "callbacks=early_stopping callbacks.early_stopping.patience=1 trainer.max_epochs=5",
+        "model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2",
+    ],
+)
+def test_interrupted_anywhere_it_is_the_same_run(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
+) -> None:
+    asked = [*overrides.split(), "~callbacks.pictures"]
+    whole, _ = trained(settings(*asked), tmp_path / "whole", monkeypatch)
+    curves = record(tmp_path / "whole")
+    for steps in curves[1].values():
+        assert all(a[0] < b[0] for a, b in itertools.pairwise(steps))
+    for batch, kill in ((7, True), (8, False), (14, False)):
+        # A kill without a checkpoint in between would come at the same place for ever.
+        often = ["checkpoint.every_n_steps=2"] if kill else []
+        folder = tmp_path / f"{batch}"
+        result, interruptions = trained(settings(*asked, *often), folder, monkeypatch, batch, kill)
+        assert interruptions > 0
+        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+        assert (result["steps"], result["epochs"]) == (whole["steps"], whole["epochs"])
+        assert record(folder) == curves
+        assert kill or result["resumes"] == interruptions
+
+
+def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["schedule=constant", "optimizer=sgd", "~callbacks.pictures"]
+    at_once, _ = trained(settings(*asked, "trainer.max_epochs=4"), tmp_path / "at_once", monkeypatch)
+    trained(settings(*asked), tmp_path / "extended", monkeypatch)
+    extended, _ = trained(settings(*asked, "trainer.max_epochs=4"), tmp_path / "extended", monkeypatch)
+    assert extended["weights_sha256"] == at_once["weights_sha256"]
+    assert extended["metrics"] == at_once["metrics"]
+    assert record(tmp_path / "extended") == record(tmp_path / "at_once")
+    assert extended["train_seconds"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage.
+
+
+@pytest.fixture
+def half_done(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Settings, RunFolder, dict[str, Any]]:
+    """A run that was stopped in its second epoch, with the result that it is to have."""
+    asked = settings("~callbacks.pictures", "checkpoint.every_n_steps=2")
+    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
+    build = experiment.build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, Interruption(11, False)], *r))
+        with pytest.raises(StoppedError):
+            experiment.train(asked, RunFolder(tmp_path / "half"), [])
+    return asked, RunFolder(tmp_path / "half"), whole
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, random.Random(0).randrange(path.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(1).randrange(len(content))] ^= 0x10
+    path.write_bytes(content)
+
+
+def flip_in_the_checksum(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x01
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip, flip_in_the_checksum, empty, folder_instead])
+def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+) -> None:
+    asked, folder, whole = half_done
+    damage(folder.last)
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
+    assert "set aside as last.ckpt.damaged-0" in caplog.text
+
+
+def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
+    asked, folder, _ = half_done
+    for path in folder.to_go_on_from():
+        cut_off(path)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no good checkpoint to go on from .*last.ckpt.damaged-0.*start it anew"):
+            experiment.train(asked, folder, [])
+
+
+def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+    import torch
+
+    _, folder, _ = half_done
+    paths = sorted(folder.checkpoints.glob("*.ckpt"))
+    assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
+    for path in paths:
+        assert torch.load(path, weights_only=True)["state_dict"].keys() == checkpoints.read(path)["state_dict"].keys()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes.
+
+
+def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nin", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    begun = time.monotonic()
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < begun + seconds, f"no {path}"
+        time.sleep(0.005)
+
+
+LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1", "callbacks=none")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
+def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    runs = tmp_path / "outputs" / "runs"
+    whole = nin("train", *LONGER, "name=whole", **there)
+    assert whole.returncode == 0, whole.stderr
+    expected = json.loads((runs / "whole" / "result.json").read_text())
+
+    # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
+    first = start("train", *LONGER, "name=killed", **there)
+    wait_for(runs / "killed" / "checkpoints" / "last.ckpt", first)
+    second = nin("train", *LONGER, "name=killed", **there)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2, second.stderr
+    assert f"process {first.pid} on" in second.stderr
+
+    # Another experiment under the same name is refused, with the keys.
+    other = nin("train", *LONGER, "name=killed", "optimizer.lr=0.001", "seed=3", **there)
+    assert other.returncode == 2
+    assert "seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now" in other.stderr
+
+    # Asked to stop, it does at once, with a checkpoint of that step.
+    third = start("train", *LONGER, "name=killed", **there)
+    (runs / "killed" / "checkpoints" / "last-1.ckpt").unlink(missing_ok=True)
+    wait_for(runs / "killed" / "checkpoints" / "last-1.ckpt", third)
+    third.send_signal(signal.SIGINT)
+    output = third.communicate(timeout=60)[0]
+    assert third.returncode == 130, output
+    assert "going on from epoch" in output
+    assert "the same command goes on from there" in output
+
+    last = nin("resume", "outputs/runs/killed", **there)
+    assert last.returncode == 0, last.stderr
+    result = json.loads((runs / "killed" / "result.json").read_text())
+    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert record(runs / "killed") == record(runs / "whole")
+    assert result["resumes"] == 2
+    assert (runs / "killed" / "nin.log").read_text().count("going on from") == 2
+    # What the dead process had begun to write is gone.
+    assert not [path for path in (runs / "killed").rglob(".*") if path.name != ".hydra"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("data", ["garments", "fashion_mnist"])
+def test_twenty_deaths(tmp_path: Path, data_root: Path, request: pytest.FixtureRequest, data: str) -> None:
+    root = request.getfixturevalue("real_root") if data == "fashion_mnist" else data_root
+    there = {"cwd": tmp_path, "NIN_DATA": str(root)}
+    asked = [*LONGER, f"data={data}", "data.augment=flip_shift", "trainer.limit_train_batches=1.0"]
+    runs, draw = tmp_path / "outputs" / "runs", random.Random(data)
+    assert nin("train", *asked, "name=whole", **there).returncode == 0
+    expected = json.loads((runs / "whole" / "result.json").read_text())
+    for death in range(20):
+        process = start("train", *asked, "name=killed", **there)
+        log = runs / "killed" / "nin.log"
+        begun = log.read_text().count("going on from") if log.exists() else 0
+        if death:
+            while process.poll() is None and log.read_text().count("going on from") == begun:
+                time.sleep(0.01)
+        else:
+            wait_for(runs / "killed" / "checkpoints" / "last.ckpt", process)
+        time.sleep(draw.uniform(0, 4))
+        process.kill()
+        process.communicate()
+    last = nin("resume", "outputs/runs/killed", **there)
+    assert last.returncode == 0, last.stderr
+    result = json.loads((runs / "killed" / "result.json").read_text())
+    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert record(runs / "killed") == record(runs / "whole")
