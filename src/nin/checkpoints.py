@@ -5,6 +5,7 @@ import io
 import logging
 import pickle
 import random
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -200,12 +201,15 @@ class Checkpoints(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)
 
     def _save(self, trainer: Trainer, place: str, best: bool = False) -> None:
+        begun = time.perf_counter()
         self._place, self.saved_step = place, trainer.global_step
         fresh = self.folder.checkpoints / ".fresh.ckpt"
         trainer.save_checkpoint(fresh, weights_only=False)
         if trainer.is_global_zero:
             # The best first: killed in between, the run repeats the epoch and finds it again.
             self.folder.publish(fresh, best)
+        seconds = time.perf_counter() - begun
+        log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)
         if self.stop.signum is not None:
             raise StoppedError(self.stop.signum)
 

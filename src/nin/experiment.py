@@ -36,6 +36,10 @@ for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).propagate = True
 # Lightning 2.6 asks torch 2.15's tree library in a way that is on its way out.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+# `Watch` logs at every epoch's end too, however short it is.
+warnings.filterwarnings(
+    "ignore", message=r"The number of training batches \(\d+\) is smaller than the logging interval"
+)
 
 
 def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
