@@ -1,5 +1,6 @@
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 from nin import checkpoints
 from nin.checkpoints import WholeFiles
-from nin.settings import UserError
+from nin.classifier import Classifier
+from nin.settings import Settings, UserError
 
 
 class Crafted:
@@ -50,3 +52,12 @@ def test_a_save_that_fails_leaves_the_file_before_it(tmp_path: Path) -> None:
         WholeFiles().save_checkpoint({"state_dict": lambda: None}, path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_compiled_networks_checkpoint_loads_into_an_eager_one_and_back(settings: Callable[..., Settings]) -> None:
+    compiled, eager = Classifier(settings()), Classifier(settings("seed=1"))
+    compiled.network.compile(backend="eager")
+    eager.load_state_dict(compiled.state_dict())
+    images = torch.rand(2, 1, 28, 28)
+    assert torch.equal(compiled.eval()(images), eager.eval()(images))
+    compiled.load_state_dict(eager.state_dict())

@@ -39,6 +39,10 @@ def main(arguments: list[str]) -> int:
         raise all_mistakes(known.overrides, known.config_dir) from None
     except RunFailedError:
         return 1
+    except OSError as error:  # Hydra makes the run's folder before the job begins
+        raise UserError(
+            f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
+        ) from error
     return 0
 
 
@@ -122,10 +126,8 @@ def _require_same_experiment(folder: RunFolder, before: Settings, now: Settings)
     if now.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or leave resume=auto to go on")
     if different := differences(before, now):
-        raise UserError(
-            f"{folder.path} belongs to another experiment: give another name=…, or the settings that it has",
-            *different,
-        )
+        told = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
+        raise UserError("\n  ".join([told, *different]))
 
 
 def global_rank() -> int:
