@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a network, then test its best checkpoint once; with -m a sweep",
     "resume": "go on with the run in a folder, to the result that it would have had",
     "eval": "test metrics of a run's folder or of one .ckpt file",
+    "report": "the table and the chart of a sweep, also of one that is half done",
     "inspect": "a network without training it: layers, parameters, multiply-adds",
 }
 
@@ -61,6 +62,9 @@ def run(name: str, arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # nin report … | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def complete(flag: str, arguments: list[str]) -> int:

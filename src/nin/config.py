@@ -1,7 +1,10 @@
 """Composing ``conf/`` outside ``hydra.main``, and telling all mistakes in a command line at once."""
 
+import contextlib
+
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -50,6 +53,8 @@ def overridden(settings: Settings, overrides: list[str], may_change: tuple[str, 
 
 def composed(overrides: list[str], config_dir: str | None = None) -> DictConfig:
     """The config that Hydra composes from ``conf/``, the user's own ``config_dir`` and the overrides."""
+    if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has them all
+        return compose("train", overrides=overrides)
     extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(project_conf()), version_base="1.3"):
         return compose("train", overrides=extra + overrides)
@@ -74,6 +79,18 @@ def all_mistakes(overrides: list[str], config_dir: str | None = None) -> UserErr
     except UserError as more:
         mistakes += more.mistakes
     return UserError(*mistakes)
+
+
+def first_job(overrides: list[str]) -> list[str]:
+    """A sweep's overrides with the first value of each that has several."""
+    job = []
+    for word in overrides:
+        with contextlib.suppress(HydraException):  # a word that is no override stays, to be told as a mistake
+            override = OverridesParser.create().parse_override(word)
+            if override.is_discrete_sweep():
+                word = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        job.append(word)
+    return job
 
 
 def _told(override: str, error: Exception, good: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning
 import torch
+import yaml
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -183,8 +184,11 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
     """
     values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
     values["trainer.max_epochs"] = settings.trainer.max_epochs
-    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
     del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
+    if settings.sweep.keys:  # the same columns in all of a sweep's jobs, whichever networks they have
+        given = dict(word.lstrip("+~").partition("=")[::2] for word in result["overrides"])
+        values = {key: yaml.safe_load(given[key]) for key in settings.sweep.keys if key in given}
+    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
     final = {
         k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
     }

@@ -1,6 +1,7 @@
 """A run is a folder: the names of its files, whose it is, and writes that are whole or not there at all."""
 
 import contextlib
+import csv
 import json
 import logging
 import os
@@ -65,6 +66,27 @@ class RunFolder:
         finally:
             lock.release()
 
+    def is_claimed(self) -> bool:
+        """Whether the process that last had this folder lives, as far as this machine can tell."""
+        # Not by the lock: to try it is to have it for a moment, and a job that begins just then would be refused.
+        owner = self._read_owner()
+        if owner.get("host") != socket.gethostname():
+            return False
+        try:
+            os.kill(owner["pid"], 0)
+        except PermissionError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def latest_scores(self) -> dict[str, float]:
+        """The last epoch's scores of a run that has not ended, from metrics.csv."""
+        with contextlib.suppress(OSError, IndexError):
+            row = list(csv.DictReader(self.metrics.read_text().splitlines()))[-1]
+            return {k: float(v) for k, v in row.items() if k.startswith(("val/", "test/")) and v}
+        return {}
+
     def _read_owner(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self.owner.read_text())
@@ -89,7 +111,9 @@ class RunFolder:
 
     def read_result(self) -> dict[str, Any] | None:
         """What the run ended with, finished or failed, or None if it has not ended."""
-        return json.loads(self.result.read_text()) if self.result.exists() else None
+        with contextlib.suppress(OSError, ValueError):  # none yet, or not by us: we write it whole
+            return json.loads(self.result.read_text())
+        return None
 
     def write_result(self, result: dict[str, Any]) -> None:
         write_whole(self.result, json.dumps(result, indent=2) + "\n")

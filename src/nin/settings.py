@@ -208,6 +208,13 @@ class Checkpoint(Section):
     keep: Annotated[int, Field(ge=0)]
 
 
+class Sweep(Section):
+    # Whether a sweep stops at the first job that fails, instead of going on with the others.
+    fail_fast: bool
+    # The keys that the sweep varies; it fills them in itself.
+    keys: list[str]
+
+
 # What a run may be told anew when it goes on; all else would make it another experiment.
 MAY_CHANGE = (
     "name",
@@ -215,6 +222,7 @@ MAY_CHANGE = (
     "data.root",
     "data.mirrors",
     "checkpoint",
+    "sweep",
     "logger",
     "callbacks",
     *(
@@ -240,6 +248,7 @@ class Settings(Section):
     schedule: Schedule
     trainer: Trainer
     checkpoint: Checkpoint
+    sweep: Sweep
     # Extension points: each entry is a `_target_` that Hydra instantiates.
     logger: dict[str, dict[str, Any]]
     callbacks: dict[str, dict[str, Any]]

@@ -4,12 +4,16 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -17,10 +21,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.checks import differences, read
-from nin.config import all_mistakes
+from nin.commands.report import report
+from nin.config import all_mistakes, first_job, settings_from
 from nin.data.files import prepare
 from nin.run_folder import RunFolder, logging_to
 from nin.settings import Settings, Trainer, UserError, project_conf
+from nin.sweep import job_folder
 
 
 class RunFailedError(Exception):
@@ -34,31 +40,86 @@ def main(arguments: list[str]) -> int:
     run = hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(job)
     try:
         run()
+    except UserError:
+        return 1  # told when it happened; the sweep's other jobs went on
     except (HydraException, OmegaConfBaseException):
         known = get_args_parser().parse_args(arguments)
-        raise all_mistakes(known.overrides, known.config_dir) from None
+        overrides = first_job(known.overrides) if known.multirun else known.overrides
+        raise all_mistakes(overrides, known.config_dir) from None
     except RunFailedError:
         return 1
     except OSError as error:  # Hydra makes the run's folder before the job begins
         raise UserError(
             f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
         ) from error
+    finally:
+        if _sweep_folder and any(_sweep_folder.glob("*/.hydra/overrides.yaml")):
+            report(_sweep_folder)
     return 0
+
+
+# The sweep that this process runs, and the key that tells its jobs what it varies.
+_sweep_folder: Path | None = None
+_KEYS = "sweep.keys"
+
+# For hydra.sweep.subdir in conf/train.yaml.
+OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
 class BeforeStart(Callback):
     """Hydra calls it when the config is composed and nothing has been written: what can't work is refused here."""
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
-        try:
+        with _ending_the_program():
             settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
             if not RunFolder(config.hydra.run.dir).result.exists():
                 prepare(settings.data)
                 require_accelerator(settings.trainer)
-        except UserError as mistake:
-            # Hydra turns a callback's exceptions into warnings, all but this one.
-            print(f"nin train: {mistake}", file=sys.stderr)
-            sys.exit(2)
+
+    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
+        """Finds mistakes in any of the jobs, and has their folders named by what is swept alone."""
+        with _ending_the_program():
+            params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+            overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+            if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
+                _check_jobs([job for (job,) in BasicSweeper.split_arguments(overrides, 1)])
+            swept, fixed = (
+                [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
+            )
+            # Each job's config is composed anew, from these.
+            config.hydra.overrides.hydra += [
+                f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, _KEYS])}]",
+                f"{_KEYS}=[{','.join(swept)}]",
+            ]
+            global _sweep_folder
+            _sweep_folder = Path(config.hydra.sweep.dir)
+
+
+@contextlib.contextmanager
+def _ending_the_program() -> Iterator[None]:
+    """Hydra turns a callback's exceptions into warnings, all but the one that ends the program."""
+    try:
+        yield
+    except UserError as mistake:
+        print(f"nin train: {mistake}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)
+
+
+def _check_jobs(jobs: list[list[str]]) -> None:
+    """Raises UserError with the mistakes of all jobs of a sweep."""
+    mistakes: dict[str, None] = {}
+    for job in jobs:
+        try:
+            settings = settings_from(job)
+            prepare(settings.data)
+            require_accelerator(settings.trainer)
+        except UserError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
+    if mistakes:
+        raise UserError(*mistakes)
 
 
 def require_accelerator(trainer: Trainer) -> None:
@@ -81,13 +142,17 @@ def job(config: DictConfig) -> float | None:
     """One run; in a sweep, one of its jobs. Returns val/acc, for sweepers that optimise."""
     hydra_config = HydraConfig.get()
     try:
-        result = carry_out(config, Path(hydra_config.runtime.output_dir), list(hydra_config.overrides.task))
+        overrides = [word for word in hydra_config.overrides.task if not word.startswith(f"{_KEYS}=")]
+        result = carry_out(config, Path(hydra_config.runtime.output_dir), overrides)
     except UserError as mistake:
-        if hydra_config.mode == RunMode.MULTIRUN:
-            raise
-        # Not through Hydra, which would add lines of its own.
         print(f"nin train: {mistake}", file=sys.stderr)
-        sys.exit(2)
+        if hydra_config.mode == RunMode.MULTIRUN and not config.sweep.fail_fast:
+            raise
+        sys.exit(2)  # not through Hydra, which would add lines of its own
+    except RunFailedError:
+        if hydra_config.mode == RunMode.MULTIRUN and not config.sweep.fail_fast:
+            raise
+        sys.exit(1)
     return result["metrics"]["val/acc"]
 
 

@@ -1,0 +1,217 @@
+"""A sweep's jobs: which folder each has, what varies, what came out, and one answer for all of them."""
+
+import csv
+import hashlib
+import io
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nin.run_folder import RunFolder, write_whole
+from nin.settings import UserError
+
+_LONGEST = 100  # characters of a folder's name; file systems take 255 bytes
+
+
+def job_folder(overrides: str) -> str:
+    """The folder of a job, from its overrides: themselves where they can name one, shortened and numbered otherwise.
+
+    ``optimizer.lr=0.1,seed=0`` stays as it is. Two jobs never share a folder: what is shortened or has characters
+    that a folder's name should not have ends with a part of its checksum.
+    """
+    plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
+    if plain == overrides and len(plain) <= _LONGEST:
+        return plain
+    return f"{plain[: _LONGEST - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+@dataclass
+class Job:
+    """One job as its files tell of it."""
+
+    folder: Path
+    overrides: dict[str, str]
+    status: str  # finished, failed, running or unfinished
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass
+class Row:
+    """Jobs that differ in nothing but their seed."""
+
+    keys: dict[str, str]
+    jobs: list[Job]
+
+    def values(self, metric: str) -> list[float]:
+        """Those of finished jobs; an unfinished one has only the scores of an epoch on the way."""
+        done = [job.metrics.get(metric) for job in self.jobs if job.status == "finished"]
+        return [value for value in done if value is not None]
+
+    def statistics(self, metric: str) -> dict[str, float | None]:
+        """Mean, standard deviation and worst over the seeds; None where there is nothing to tell it from."""
+        values = self.values(metric)
+        worst = max if metric.endswith("loss") else min
+        return {
+            "mean": statistics.fmean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "worst": worst(values) if values else None,
+        }
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{key.split('.')[-1]}={value}" for key, value in self.keys.items()) or "all"
+
+
+METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """Every job of a sweep that has begun, in the order of their folders' names.
+
+    Raises:
+        UserError: if ``sweep`` is no sweep's folder.
+    """
+    if not sweep.is_dir():
+        raise UserError(f"{sweep}: no such sweep; sweeps are folders in outputs/sweeps")
+    jobs = [job for folder in sorted(sweep.iterdir()) if (job := _read_job(folder))]
+    if not jobs:
+        raise UserError(f"{sweep}: no job has begun here; is it a sweep's folder, as in outputs/sweeps/lr?")
+    return jobs
+
+
+def _read_job(path: Path) -> Job | None:
+    folder = RunFolder(path)
+    try:
+        # A line an override: Hydra's own file, read without the time that a whole config takes.
+        words = yaml.load(folder.overrides.read_text(), Loader=_Loader)
+    except (OSError, yaml.YAMLError):
+        return None
+    overrides = dict(word.lstrip("+~").partition("=")[::2] for word in words or [])
+    result = folder.read_result()
+    if result is None:
+        return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", folder.latest_scores())
+    if result["status"] == "failed":
+        return Job(path, overrides, "failed", error=result["error"])
+    metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, float)}
+    return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
+
+
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def folded(jobs: list[Job], metric: str) -> list[Row]:
+    """Jobs that differ only in seed put together, the best by ``metric`` first, those without it last."""
+    varying = varying_keys(jobs)
+    groups: dict[tuple[str, ...], list[Job]] = defaultdict(list)
+    for job in jobs:
+        groups[tuple(job.overrides.get(key, "") for key in varying)].append(job)
+    rows = [Row(dict(zip(varying, values, strict=True)), group) for values, group in groups.items()]
+    sign = 1 if metric.endswith("loss") else -1
+    return sorted(rows, key=lambda row: (not row.values(metric), sign * (row.statistics(metric)["mean"] or 0)))
+
+
+def varying_keys(jobs: list[Job]) -> list[str]:
+    """The keys, without ``seed``, that do not have one value in all jobs."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
+    return [key for key in keys if key not in ("seed", "name") and len({job.overrides.get(key) for job in jobs}) > 1]
+
+
+def write_summary(sweep: Path, jobs: list[Job], rows: list[Row], metric: str) -> None:
+    """summary.csv, summary.md and summary.png in the sweep's folder."""
+    write_whole(sweep / "summary.csv", _as_csv(rows))
+    write_whole(sweep / "summary.md", _as_markdown(sweep, jobs, rows, metric))
+    picture = sweep / ".summary.png.tmp"
+    _draw(rows, metric).savefig(picture, format="png", dpi=120)
+    picture.replace(sweep / "summary.png")
+
+
+def _as_csv(rows: list[Row]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = [f"{metric} {what}" for metric in METRICS for what in ("mean", "std", "worst")]
+    writer.writerow([*rows[0].keys, "runs", "finished", *names, "train_seconds mean"])
+    for row in rows:
+        values = [value for metric in METRICS for value in row.statistics(metric).values()]
+        finished = sum(job.status == "finished" for job in row.jobs)
+        writer.writerow([*row.keys.values(), len(row.jobs), finished, *values, row.statistics("train_seconds")["mean"]])
+    return text.getvalue()
+
+
+def table(rows: list[Row], metric: str) -> list[list[str]]:
+    """The answer as words, the header first: what varies, the metrics over the seeds, how many runs."""
+    shown = list(dict.fromkeys([metric, "val/acc", "test/acc"]))
+    header = [*rows[0].keys, *(column for name in shown for column in (name, "worst")), "runs"]
+    return [header, *(_words(row, shown) for row in rows)]
+
+
+def _words(row: Row, shown: list[str]) -> list[str]:
+    words = list(row.keys.values())
+    for name in shown:
+        found = row.statistics(name)
+        mean, deviation, worst = ("" if value is None else f"{value:.4f}" for value in found.values())
+        words += [f"{mean} ± {deviation}" if deviation else mean, worst]
+    states = [job.status for job in row.jobs]
+    others = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states) if s != "finished")
+    return [*words, f"{len(states)} ({others})" if others else str(len(states))]
+
+
+def failures(jobs: list[Job]) -> list[str]:
+    return [f"{job.folder.name}: {job.error}" for job in jobs if job.status == "failed"]
+
+
+def _as_markdown(sweep: Path, jobs: list[Job], rows: list[Row], metric: str) -> str:
+    header, *lines = table(rows, metric)
+    text = [f"# {sweep.name}", "", f"{len(jobs)} runs, the best by {metric} first; ± is the standard deviation.", ""]
+    text += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
+    if failed := failures(jobs):
+        text += ["", "Failed:", "", *(f"* {line}" for line in failed)]
+    return "\n".join([*text, "", "![](summary.png)", ""])
+
+
+def _draw(rows: list[Row], metric: str) -> Any:
+    """Lines over a key that is a number, with a band over the seeds; bars over anything else."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_ylabel(metric)
+    rows = [row for row in rows if row.values(metric)]
+    keys = list(rows[0].keys) if rows else []
+    numbers = {row.label: _number(row.keys[keys[0]]) for row in rows} if len(keys) == 1 else {}
+    if not rows:
+        axes.text(0.5, 0.5, "no run has finished yet", ha="center", transform=axes.transAxes)
+    elif len(rows) > 1 and numbers and None not in numbers.values():
+        rows = sorted(rows, key=lambda row: numbers[row.label])
+        at = [numbers[row.label] for row in rows]
+        axes.plot(at, [row.statistics(metric)["mean"] for row in rows], marker="o")
+        axes.fill_between(
+            at, [min(row.values(metric)) for row in rows], [max(row.values(metric)) for row in rows], alpha=0.2
+        )
+        axes.set_xlabel(keys[0])
+        if min(at) > 0 and max(at) / min(at) >= 20:
+            axes.set_xscale("log")
+    else:
+        means = [row.statistics(metric)["mean"] for row in rows]
+        spread = [row.statistics(metric)["std"] or 0 for row in rows]
+        axes.barh([row.label for row in rows], means, xerr=spread, capsize=3)
+        axes.invert_yaxis()
+        axes.set_ylabel("")
+        axes.set_xlabel(metric)
+        # A bar from zero hides the difference between 0.91 and 0.92.
+        every = [v for row in rows for v in row.values(metric)]
+        margin = max(max(every) - min(every), 0.01)
+        axes.set_xlim(max(0, min(every) - margin), max(every) + margin / 2)
+    return figure
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None

@@ -1,0 +1,110 @@
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import SMALL, nin
+from nin import sweep
+from nin.commands.report import report
+from nin.settings import UserError
+
+
+def put_job(folder: Path, overrides: list[str], acc: float | None = None, error: str | None = None) -> Path:
+    """A job's files as a run leaves them: finished with ``acc``, failed with ``error``, or not ended."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in overrides))
+    metrics = {"val/acc": acc, "val/loss": 1.0, "test/acc": acc, "test/loss": 1.0, "test/acc_by_class": {}}
+    finished = {"status": "finished", "metrics": metrics, "train_seconds": 2.0}
+    if acc is not None or error:
+        result: dict[str, Any] = {"status": "failed", "error": error} if error else finished
+        (folder / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def test_a_folder_is_named_by_its_overrides_where_they_can_name_one() -> None:
+    assert sweep.job_folder("optimizer.lr=0.1,seed=0") == "optimizer.lr=0.1,seed=0"
+    awkward = [sweep.job_folder(f"data.root={root}") for root in ("/a/b", "/a b", "a_b", "/a/../b")]
+    assert len(set(awkward)) == 4
+    assert not any("/" in name for name in awkward)
+    long = [sweep.job_folder("x=" + "1" * 300 + end) for end in "ab"]
+    assert long[0] != long[1]
+    assert {len(name) for name in long} == {100}
+
+
+def test_seeds_are_folded_and_the_best_comes_first(tmp_path: Path) -> None:
+    for lr, accs in (("0.1", (0.8, 0.9)), ("0.05", (0.91, 0.93))):
+        for seed, acc in enumerate(accs):
+            put_job(tmp_path / f"lr={lr},seed={seed}", ["experiment=cpu", f"optimizer.lr={lr}", f"seed={seed}"], acc)
+    put_job(tmp_path / "failed", ["experiment=cpu", "optimizer.lr=9", "seed=0"], error="NonFiniteLossError: nan")
+    put_job(tmp_path / "begun", ["experiment=cpu", "optimizer.lr=0.1", "seed=2"])
+    jobs = sweep.read_jobs(tmp_path)
+    rows = sweep.folded(jobs, "val/acc")
+    assert sweep.table(rows, "val/acc") == [
+        ["optimizer.lr", "val/acc", "worst", "test/acc", "worst", "runs"],
+        ["0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "0.9100", "2"],
+        ["0.1", "0.8500 ± 0.0707", "0.8000", "0.8500 ± 0.0707", "0.8000", "3 (1 unfinished)"],
+        ["9", "", "", "", "", "1 (1 failed)"],
+    ]
+    assert sweep.failures(jobs) == ["failed: NonFiniteLossError: nan"]
+    report(tmp_path)
+    lines = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [float(line["val/acc mean"]) for line in lines[:2]] == pytest.approx([0.92, 0.85])
+    assert "| 0.05 | 0.9200 ± 0.0141 |" in (tmp_path / "summary.md").read_text()
+    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_half_written_jobs_do_not_break_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_job(tmp_path / "a", ["seed=0"], 0.5)
+    (tmp_path / "empty").mkdir()
+    (put_job(tmp_path / "cut", ["seed=1"], 0.5) / "result.json").write_text('{"status": "fin')
+    (put_job(tmp_path / "odd", ["seed=2"]) / ".hydra" / "overrides.yaml").write_text("- [")
+    report(tmp_path)
+    assert {job.folder.name: job.status for job in sweep.read_jobs(tmp_path)} == {"a": "finished", "cut": "unfinished"}
+
+
+def test_what_is_no_sweep_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such sweep"):
+        sweep.read_jobs(tmp_path / "none")
+    with pytest.raises(UserError, match="no job has begun here"):
+        sweep.read_jobs(tmp_path)
+
+
+def test_a_sweep_goes_on_past_a_failure_and_is_not_run_twice(tmp_path: Path, data_root: Path) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    asked = ["train", "-m", *SMALL, "callbacks=none", "name=lr", "schedule=constant", "model.norm=none"]
+    first = nin(*asked, "optimizer.lr=1e30,0.001", "seed=0,1", **there)
+    assert first.returncode == 1, first.stderr
+    folder = tmp_path / "outputs" / "sweeps" / "lr"
+    results = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/result.json")}
+    assert {name: result["status"] for name, result in results.items()} == {
+        f"optimizer.lr={lr},seed={seed}": status
+        for lr, status in (("1e+30", "failed"), ("0.001", "finished"))
+        for seed in (0, 1)
+    }
+    assert "Traceback" in (folder / "optimizer.lr=1e+30,seed=1" / "nin.log").read_text()
+    assert "failed: optimizer.lr=1e+30,seed=0: NonFiniteLossError" in first.stdout
+
+    # The same job alone is the same job; said again, what is finished is left alone, and a value more is a job more.
+    alone = nin("train", *SMALL, "callbacks=none", "name=alone", *asked[-2:], "optimizer.lr=0.001", "seed=1", **there)
+    assert alone.returncode == 0, alone.stderr
+    expected = json.loads((tmp_path / "outputs" / "runs" / "alone" / "result.json").read_text())
+    assert results["optimizer.lr=0.001,seed=1"]["weights_sha256"] == expected["weights_sha256"]
+    done = [p for seed in (0, 1) for p in (folder / f"optimizer.lr=0.001,seed={seed}").rglob("*")]
+    times = {p: p.stat().st_mtime_ns for p in done}
+    time.sleep(0.01)
+    wider = nin(*asked, "optimizer.lr=0.001,0.002", "seed=0,1", **there)
+    assert wider.returncode == 0, wider.stderr
+    assert {p: p.stat().st_mtime_ns for p in done} == times
+    assert (folder / "optimizer.lr=0.002,seed=1" / "result.json").exists()
+
+    # A mistake in any job is found before the first begins; another fixed setting is refused by name.
+    mistaken = nin(*asked, "optimizer.lr=0.003,-1", "data.image_size=28,3", **there)
+    assert mistaken.returncode == 2
+    assert mistaken.stderr.startswith("nin train: 2 mistakes\n  data.image_size=3: nin needs at least")
+    assert not list(folder.glob("optimizer.lr=0.003*"))
+    other = nin(*asked, "optimizer.lr=0.001", "seed=0,1", "model.dropout=0.3", **there)
+    assert other.returncode == 1
+    assert "optimizer.lr=0.001,seed=0 belongs to another experiment" in other.stderr.replace("\n", "")
