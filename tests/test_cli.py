@@ -26,6 +26,7 @@ def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
         (["train", "data.image_size=40", "seed=-1"], "nin train: 2 mistakes\n  seed=-1: must be"),
         (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
         (["train", "trainer=gpu", "data=garments"], "nin train: trainer.accelerator=gpu: this machine has no GPU"),
+        (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),
         (["eval", "nowhere"], "nin eval: nowhere: no such run or checkpoint"),
         (
             ["inspect", "model=resnet"],
@@ -41,7 +42,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     assert run.stderr.startswith(told)
     assert "Traceback" not in run.stderr
     assert run.stdout == ""
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> None:

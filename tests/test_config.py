@@ -17,7 +17,7 @@ def test_every_config_file_composes_and_builds_its_network(option: Path) -> None
 
 
 def test_hydras_mistakes_and_ours_are_told_together() -> None:
-    told = all_mistakes(["optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2"])
+    told = all_mistakes(Exception(), ["optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2"])
     assert [mistake.split(";")[0] for mistake in told.mistakes] == [
         "model=nin_smal: no such model",
         "a=[: not of the form key=value (no viable alternative at input '[')",

@@ -12,9 +12,12 @@ import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from conftest import SMALL
 from nin import checkpoints, experiment
+from nin.checks import read
 from nin.classifier import Classifier, NonFiniteLossError
 from nin.commands.eval import checkpoint_of
+from nin.config import composed
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
 
@@ -148,3 +151,36 @@ def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
     trainer = experiment.build_trainer(chosen, None, [])
     assert OmegaConf.to_container(OmegaConf.create(chosen.callbacks))["early_stopping"]["monitor"] == "val/acc"
     assert any(type(callback).__name__ == "EarlyStopping" for callback in trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "trainer.precision=bf16-true",
+        "trainer.precision=bf16-mixed",
+        "trainer.max_time=00:00:00:01 trainer.max_epochs=-1 trainer.limit_train_batches=1.0 schedule=constant",
+        "trainer.val_check_interval=4",
+        "schedule=one_cycle schedule.warmup=0.0",
+        "schedule=cosine schedule.warmup=0.99",
+        "model=lenet optimizer.lr=0.01",
+    ],
+)
+def test_it_runs_to_its_end_in_many_ways(settings: Callable[..., Settings], tmp_path: Path, overrides: str) -> None:
+    asked = [word for word in overrides.split() if word.startswith("model=")] or []
+    words = [word for word in overrides.split() if not word.startswith("model=")]
+    if asked:
+        whole = read(composed([*(w for w in SMALL if "widths" not in w), *asked, f"data.root={settings().data.root}"]))
+    else:
+        whole = settings(*words)
+    result = experiment.train(whole.model_copy(update={"callbacks": {}}), RunFolder(tmp_path), [])
+    assert result["status"] == "finished"
+    assert result["metrics"]["test/acc"] is not None
+    last = checkpoints.read(RunFolder(tmp_path).last)
+    assert last["global_step"] == result["steps"] > 0
+
+
+def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    # Scored after batches 4 of 6, and saved after 6: those scores are of other weights.
+    result = experiment.train(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
+    assert result["metrics"]["val/acc"] is None
+    assert checkpoints.read(RunFolder(tmp_path).best)["global_step"] == 12

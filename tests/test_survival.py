@@ -205,6 +205,23 @@ def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dic
         assert torch.load(path, weights_only=True)["state_dict"].keys() == checkpoints.read(path)["state_dict"].keys()
 
 
+def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
+    asked, folder, whole = half_done
+    for path in folder.to_go_on_from()[:-1]:
+        path.unlink()
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
+def test_fewer_epochs_than_are_done_are_refused(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+    asked, folder, _ = half_done
+    fewer = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 0})})
+    with pytest.raises(UserError, match=r"trainer.max_epochs=0: the run has 1 epochs behind it"):
+        experiment.train(fewer, folder, [])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Real processes.
 

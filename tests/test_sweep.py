@@ -105,6 +105,6 @@ def test_a_sweep_goes_on_past_a_failure_and_is_not_run_twice(tmp_path: Path, dat
     assert mistaken.returncode == 2
     assert mistaken.stderr.startswith("nin train: 2 mistakes\n  data.image_size=3: nin needs at least")
     assert not list(folder.glob("optimizer.lr=0.003*"))
-    other = nin(*asked, "optimizer.lr=0.001", "seed=0,1", "model.dropout=0.3", **there)
+    other = nin(*asked, "optimizer.lr=0.001,0.002", "seed=0,1", "model.dropout=0.3", **there)
     assert other.returncode == 1
     assert "optimizer.lr=0.001,seed=0 belongs to another experiment" in other.stderr.replace("\n", "")

@@ -32,7 +32,7 @@ class Watch(Callback):
     def __init__(self, metrics_csv: Path):
         self.metrics_csv = metrics_csv
         self.latest: dict[str, float] = {}
-        self.logged_step = 0
+        self.logged_step = self.scored_step = 0
         self.rows: list[dict[str, Any]] = []
         self.epoch: dict[str, float] = {}
         self.scores: dict[str, float] = {}
@@ -98,9 +98,12 @@ class Watch(Callback):
             self.scores = rounded(
                 {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
             )
+            self.scored_step = trainer.global_step
             self._log(trainer, self.scores)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.window_images and trainer.global_step != self.logged_step:
+            self._read_window(trainer, module)  # trainer.max_time ended the epoch after our look at the batch
         epoch = self.epoch
         self.images += epoch["images"]
         self.step_seconds += epoch["seconds"]
@@ -143,7 +146,7 @@ class Watch(Callback):
 
 
 # The clocks are kept apart: what they show is the time until now.
-_KEPT = ("latest", "logged_step", "rows", "epoch", "scores", "window_images", "images", "step_seconds")
+_KEPT = ("latest", "logged_step", "scored_step", "rows", "epoch", "scores", "window_images", "images", "step_seconds")
 
 
 def _lr(trainer: Trainer) -> float:
@@ -158,6 +161,8 @@ class Pictures(Callback):
     """
 
     def __init__(self, wrong_images: int = 30):
+        if not isinstance(wrong_images, int) or wrong_images < 0:
+            raise ValueError(f"wrong_images={wrong_images!r}: must be a whole number, 0 or more")
         self.wrong_images = wrong_images
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:

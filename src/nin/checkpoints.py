@@ -5,6 +5,7 @@ import io
 import logging
 import pickle
 import random
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -86,7 +87,7 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # whatever torch happens on in a file that is cut off
         raise UserError(
-            f"{path}: damaged: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"{path}: damaged, or no checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path}: not a checkpoint of nin: it holds a {type(checkpoint).__name__}")
@@ -179,7 +180,9 @@ class Checkpoints(Checkpoint):
             raise StoppedError(self.stop.signum)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        scores = {name: value for name, value in self.watch.scores.items() if name.startswith("val/")}
+        # Scores of weights that have changed since then choose nothing.
+        fresh = self.watch.scores if self.watch.scored_step == trainer.global_step else {}
+        scores = {name: value for name, value in fresh.items() if name.startswith("val/")}
         # Without any validation the last epoch is the best; one epoch without is not.
         better = not self.best or (scores and _rank(scores) > _rank(self.best))
         if better:
@@ -198,7 +201,11 @@ class Checkpoints(Checkpoint):
         return bool(due and trainer.global_step != self.saved_step) or self._asked_to_stop(trainer)
 
     def _asked_to_stop(self, trainer: Trainer) -> bool:
-        return trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)
+        """Whether any of the processes was asked to; then all of them were."""
+        asked = trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)
+        if asked and self.stop.signum is None:
+            self.stop.signum = signal.SIGTERM
+        return asked
 
     def _save(self, trainer: Trainer, place: str, best: bool = False) -> None:
         begun = time.perf_counter()

@@ -107,7 +107,14 @@ def _impossible_combinations(plain: dict) -> list[str]:
                 sections[key] = section.model_construct(**values)
     unchecked = Settings.model_construct(**{**plain, **sections})
     found = []
-    for rule in (_image_size_fits, _some_images_are_left, _something_chooses_the_best, _training_ends):
+    for rule in (
+        _image_size_fits,
+        _some_images_are_left,
+        _something_chooses_the_best,
+        _training_ends,
+        _what_is_tested,
+        _watched,
+    ):
         with contextlib.suppress(TypeError, AttributeError, KeyError):
             found += [mistake] if (mistake := rule(unchecked)) else []
     return found
@@ -148,6 +155,23 @@ def _training_ends(settings: Settings) -> str | None:
         return f"schedule={schedule.name}: needs to know the last step; set trainer.max_epochs or trainer.max_steps"
     if trainer.max_time is None:
         return f"trainer.max_epochs={trainer.max_epochs}: training would never end; set it, or trainer.max_steps"
+    return None
+
+
+def _what_is_tested(settings: Settings) -> str | None:
+    if settings.trainer.limit_test_batches == 0:
+        return "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
+    if settings.trainer.barebones:
+        return "trainer.barebones=true: it would leave no checkpoint, log or result; set it to false"
+    return None
+
+
+def _watched(settings: Settings) -> str | None:
+    """Early stopping and the like need the metric that they watch."""
+    unscored = settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0
+    for name, callback in settings.callbacks.items():
+        if unscored and str(callback.get("monitor")).startswith("val/"):
+            return f"callbacks.{name}.monitor={callback['monitor']}: nothing is scored under that name in this run"
     return None
 
 

@@ -84,6 +84,8 @@ class Classifier(LightningModule):
     def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         logits = self(images)
+        if not len(labels):  # the last batch, where there are fewer images than processes
+            return logits
         self.score_loss.update(functional.cross_entropy(logits, labels), len(labels))
         self.score_acc.update(logits, labels)
         return logits
@@ -127,9 +129,12 @@ def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch
 
     if chosen.name == "one_cycle":
         lr = optimizer.param_groups[0]["lr"]
-        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=chosen.warmup)
+        # It divides by the steps of the climb but one.
+        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=max(chosen.warmup, min(2 / steps, 1)))
     warmup = round(chosen.warmup * steps)
-    rest = CosineAnnealingLR(optimizer, steps - warmup) if chosen.name == "cosine" else ConstantLR(optimizer, 1.0)
+    rest = (
+        CosineAnnealingLR(optimizer, max(1, steps - warmup)) if chosen.name == "cosine" else ConstantLR(optimizer, 1.0)
+    )
     if not warmup:
         return rest
     climb = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)

@@ -25,21 +25,25 @@ def settings_from(arguments: list[str]) -> Settings:
         raise UserError(f"no such option: {' '.join(unknown)}; settings are given as key=value")
     try:
         return read(composed(known.overrides, known.config_dir))
-    except (HydraException, OmegaConfBaseException):
-        raise all_mistakes(known.overrides, known.config_dir) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise all_mistakes(error, known.overrides, known.config_dir) from None
 
 
-def overridden(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
+def overridden(
+    settings: Settings, overrides: list[str], may_change: tuple[str, ...], first: list[str] | None = None
+) -> Settings:
     """``settings`` of an earlier run with some keys set anew; ``trainer=cpu`` sets where it trains.
+
+    ``first`` are the overrides that the earlier run was started with: its groups may have keys that others lack.
 
     Raises:
         UserError: lists every mistake, and every key that is not among ``may_change`` (prefixes).
     """
     try:
-        asked = composed(overrides)
+        asked = composed([*(first or []), *overrides])
         parsed = OverridesParser.create().parse_overrides(overrides)
-    except (HydraException, OmegaConfBaseException):
-        raise all_mistakes(overrides) from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise all_mistakes(error, overrides) from None
     config = OmegaConf.create(settings.model_dump(mode="json"))
     for override in parsed:
         # A trainer is chosen for where it trains; how long the earlier run was to be is left alone.
@@ -60,8 +64,8 @@ def composed(overrides: list[str], config_dir: str | None = None) -> DictConfig:
         return compose("train", overrides=extra + overrides)
 
 
-def all_mistakes(overrides: list[str], config_dir: str | None = None) -> UserError:
-    """Hydra stops at the first mistake in a command line; this goes on and lists the others, and the checks' too."""
+def all_mistakes(first: Exception, overrides: list[str], config_dir: str | None = None) -> UserError:
+    """Hydra stops at the ``first`` mistake in a command line; this lists the others too, and what the checks find."""
     mistakes, good = [], []
     try:
         composed([], config_dir)
@@ -73,12 +77,12 @@ def all_mistakes(overrides: list[str], config_dir: str | None = None) -> UserErr
             composed([*good, override], config_dir)
             good.append(override)
         except (HydraException, OmegaConfBaseException) as error:
-            mistakes.append(_told(override, error, good))
+            mistakes.append(_told(override, error, composed(good, config_dir)))
     try:
         read(composed(good, config_dir))
     except UserError as more:
         mistakes += more.mistakes
-    return UserError(*mistakes)
+    return UserError(*(mistakes or [_first_line(first)]))
 
 
 def first_job(overrides: list[str]) -> list[str]:
@@ -93,7 +97,7 @@ def first_job(overrides: list[str]) -> list[str]:
     return job
 
 
-def _told(override: str, error: Exception, good: list[str]) -> str:
+def _told(override: str, error: Exception, config: DictConfig) -> str:
     """One mistake that Hydra found, in this project's form: what was typed, the rule, the remedy."""
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
@@ -105,7 +109,7 @@ def _told(override: str, error: Exception, good: list[str]) -> str:
         return f"{override}: no such {key}; {meant(override.partition('=')[2], options)}"
     if _first_line(error).startswith(("Could not override", "Key '")):
         parent, _, last = key.rpartition(".")
-        node = OmegaConf.select(composed(good), parent) if parent else composed(good)
+        node = OmegaConf.select(config, parent) if parent else config
         known = [str(name) for name in node] if isinstance(node, DictConfig) else []
         return f"{override}: no such key" + (f"; {meant(last, known)}" if known else "")
     return f"{override}: {_first_line(error.__cause__ or error)}"

@@ -12,9 +12,11 @@ from typing import Any
 import lightning
 import torch
 import yaml
+from hydra.errors import HydraException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
@@ -25,7 +27,7 @@ from nin.classifier import Classifier, rounded
 from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
 from nin.progress import Bar
-from nin.run_folder import RunFolder
+from nin.run_folder import RunFolder, global_rank
 from nin.settings import Settings, UserError, flat
 from nin.stopping import StopRequest
 
@@ -52,7 +54,8 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     resumes, going_on, checkpoint = folder.resumes(), None, None
     if good := checkpoints.newest_good(folder):
         going_on, checkpoint = good
-        resumes = folder.resumes(one_more=True)
+        _require_epochs_left(settings, checkpoint)
+        resumes = folder.resumes(one_more=global_rank() == 0)
         place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
         log.info("going on from %s, for the %d. time", place, resumes)
         print(f"going on from {place}", flush=True)
@@ -97,6 +100,17 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     return result
 
 
+def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None:
+    epochs, most = (
+        checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
+        settings.trainer.max_epochs,
+    )
+    if most not in (-1, None) and epochs > most:
+        raise UserError(
+            f"trainer.max_epochs={most}: the run has {epochs} epochs behind it; give as many or more, or another name"
+        )
+
+
 def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
     data = ImageData(settings.data, settings.seed)
@@ -119,10 +133,19 @@ def build_trainer(
     if not arguments.pop("enable_progress_bar"):
         callbacks = [callback for callback in callbacks if not isinstance(callback, Bar)]
     loggers = []
-    for logger in settings.logger.values():
-        purge = {"purge_step": purge_step} if purge_step and logger["_target_"].endswith("TensorBoardLogger") else {}
-        loggers.append(instantiate(logger, save_dir=str(folder), **purge))
-    callbacks = callbacks + [instantiate(callback) for callback in settings.callbacks.values()]
+    try:
+        for logger in settings.logger.values():
+            more = {"save_dir": str(folder)}
+            if purge_step and logger.get("_target_", "").endswith("TensorBoardLogger"):
+                more["purge_step"] = purge_step
+            if purge_step and logger.get("_target_", "").endswith("CSVLogger"):
+                more["version"] = f"{logger['version']}-{purge_step}"  # it would delete the file that is there
+            loggers.append(instantiate(logger, **more))
+        callbacks = callbacks + [instantiate(callback) for callback in settings.callbacks.values()]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"logger or callbacks: {error}") from error
+    if odd := [c for c in [*loggers, *callbacks] if not isinstance(c, Logger | lightning.Callback)]:
+        raise UserError(f"logger or callbacks: an entry needs a _target_ that is one of Lightning's, not {odd[0]!r}")
     try:
         return lightning.Trainer(
             **arguments,
@@ -132,7 +155,7 @@ def build_trainer(
             default_root_dir=folder,
             enable_progress_bar=False,  # Lightning's own; `Bar` is ours
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
 
 
@@ -151,7 +174,7 @@ def weights_sha256(network: torch.nn.Module) -> str:
     """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from nin.settings import UserError
 
@@ -65,6 +66,8 @@ class RunFolder:
             yield
         finally:
             lock.release()
+            if not self.config.exists():  # refused before anything was asked of it
+                shutil.rmtree(self.config.parent, ignore_errors=True)
 
     def is_claimed(self) -> bool:
         """Whether the process that last had this folder lives, as far as this machine can tell."""
@@ -106,8 +109,27 @@ class RunFolder:
         write_whole(self.config, OmegaConf.to_yaml(config, resolve=True))
 
     def read_asked(self) -> DictConfig | None:
-        """The config of the run that this folder belongs to, or None if it is new."""
-        return OmegaConf.load(self.config) if self.config.exists() else None
+        """The config of the run that this folder belongs to, or None if it is new.
+
+        Raises:
+            UserError: if the file is there and is no config.
+        """
+        if not self.config.exists():
+            return None
+        try:
+            config = OmegaConf.load(self.config)
+        except (OSError, YAMLError) as error:
+            raise UserError(f"{self.config}: can't be read ({str(error).splitlines()[0]})") from error
+        if not isinstance(config, DictConfig) or not config:
+            raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
+        return config
+
+    def has_progress(self) -> bool:
+        """Whether there is anything of a run here that another experiment must not take for its own."""
+        return self.result_status() == "finished" or any(self.checkpoints.glob("[!.]*"))
+
+    def result_status(self) -> str | None:
+        return (self.read_result() or {}).get("status")
 
     def read_result(self) -> dict[str, Any] | None:
         """What the run ended with, finished or failed, or None if it has not ended."""
@@ -121,7 +143,8 @@ class RunFolder:
     def to_go_on_from(self) -> list[Path]:
         """Where a checkpoint to go on from may be, the newest first."""
         older = (p for p in self.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
-        return [self.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-")))]
+        # A run that was killed while it saved for the first time has nothing but its best.
+        return [self.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), self.best]
 
     def publish(self, fresh: Path, best: bool) -> None:
         """``fresh`` becomes last.ckpt, and best.ckpt as well if it is; the last ones before it move down by one."""
@@ -147,6 +170,11 @@ class RunFolder:
                 path.unlink()
             elif path.stat().st_size > sizes[path.name]:
                 os.truncate(path, sizes[path.name])
+
+
+def global_rank() -> int:
+    """Which process of a distributed run this is, as Lightning, torchrun and SLURM tell it."""
+    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
 
 
 def write_whole(path: Path, text: str) -> None:

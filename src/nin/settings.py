@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class UserError(Exception):
@@ -20,6 +20,10 @@ class UserError(Exception):
         if len(self.mistakes) == 1:
             return self.mistakes[0]
         return "\n  ".join([f"{len(self.mistakes)} mistakes", *self.mistakes])
+
+
+def _as_word(value: Any) -> Any:
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -134,6 +138,12 @@ class Data(Section):
     # Where missing files are fetched from, tried in turn; garments are drawn, not fetched.
     mirrors: list[str]
 
+    @field_validator("root")
+    @classmethod
+    def seen_from_anywhere(cls, root: str) -> str:
+        """A checkpoint is evaluated from other folders than the one in which its run was started."""
+        return str(Path(root).expanduser().absolute())
+
 
 class SGD(Section):
     name: Literal["sgd"]
@@ -182,7 +192,7 @@ class Trainer(Section):
     limit_predict_batches: int | float | None
     overfit_batches: int | float
     val_check_interval: int | float | str | dict[str, int] | None
-    check_val_every_n_epoch: int | None
+    check_val_every_n_epoch: Positive | None
     num_sanity_val_steps: int | None
     log_every_n_steps: Positive
     enable_progress_bar: bool | None
@@ -240,7 +250,9 @@ class Settings(Section):
     # torch, NumPy and Python take 32 bits; 0 is a seed like any other.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     # It becomes a folder, so it is one plain word.
-    name: Annotated[str, Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", min_length=1, max_length=200)]
+    name: Annotated[
+        str, BeforeValidator(_as_word), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", min_length=1, max_length=200)
+    ]
     resume: Literal["auto", "never"]
     model: Annotated[NiN | LeNet | AlexNet | VGG, Field(discriminator="name")]
     data: Data

@@ -6,7 +6,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nin.checks import read
-from nin.commands.train import RunFailedError, carry_out, require_accelerator
+from nin.commands.train import RunFailedError, carry_out, is_finished, require_accelerator
 from nin.config import overridden
 from nin.data.files import prepare
 from nin.run_folder import RunFolder
@@ -27,10 +27,16 @@ def main(arguments: list[str]) -> int:
     config = RunFolder(asked.run).read_asked()
     if config is None:
         raise UserError(f"{asked.run}: no run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
-    settings = overridden(read(config), asked.overrides, MAY_CHANGE)
-    prepare(settings.data)
-    require_accelerator(settings.trainer)
-    before = OmegaConf.load(RunFolder(asked.run).overrides)
+    folder = RunFolder(asked.run)
+    before = list(OmegaConf.load(folder.overrides)) if folder.overrides.exists() else []
+    try:
+        settings = overridden(read(config), asked.overrides, MAY_CHANGE, before)
+    except UserError:  # the earlier ones may need a --config-dir that is not here
+        settings = overridden(read(config), asked.overrides, MAY_CHANGE)
+    settings = settings.model_copy(update={"resume": "auto"})
+    if not is_finished(folder, settings):
+        prepare(settings.data)
+        require_accelerator(settings.trainer)
     try:
         carry_out(OmegaConf.create(settings.model_dump(mode="json")), asked.run, [*before, *asked.overrides])
     except RunFailedError:

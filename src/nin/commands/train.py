@@ -24,7 +24,7 @@ from nin.checks import differences, read
 from nin.commands.report import report
 from nin.config import all_mistakes, first_job, settings_from
 from nin.data.files import prepare
-from nin.run_folder import RunFolder, logging_to
+from nin.run_folder import RunFolder, global_rank, logging_to
 from nin.settings import Settings, Trainer, UserError, project_conf
 from nin.sweep import job_folder
 
@@ -42,10 +42,10 @@ def main(arguments: list[str]) -> int:
         run()
     except UserError:
         return 1  # told when it happened; the sweep's other jobs went on
-    except (HydraException, OmegaConfBaseException):
+    except (HydraException, OmegaConfBaseException) as error:
         known = get_args_parser().parse_args(arguments)
         overrides = first_job(known.overrides) if known.multirun else known.overrides
-        raise all_mistakes(overrides, known.config_dir) from None
+        raise all_mistakes(error, overrides, known.config_dir) from None
     except RunFailedError:
         return 1
     except OSError as error:  # Hydra makes the run's folder before the job begins
@@ -72,7 +72,7 @@ class BeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         with _ending_the_program():
             settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-            if not RunFolder(config.hydra.run.dir).result.exists():
+            if not is_finished(RunFolder(config.hydra.run.dir), settings):
                 prepare(settings.data)
                 require_accelerator(settings.trainer)
 
@@ -146,6 +146,8 @@ def job(config: DictConfig) -> float | None:
         result = carry_out(config, Path(hydra_config.runtime.output_dir), overrides)
     except UserError as mistake:
         print(f"nin train: {mistake}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            Path(hydra_config.runtime.output_dir).rmdir()  # if Hydra has just made it and nothing was written
         if hydra_config.mode == RunMode.MULTIRUN and not config.sweep.fail_fast:
             raise
         sys.exit(2)  # not through Hydra, which would add lines of its own
@@ -167,15 +169,16 @@ def carry_out(config: DictConfig, path: Path, overrides: list[str]) -> dict[str,
 
     settings = read(config)
     folder = RunFolder(path, settings.checkpoint.keep)
-    asked_before = folder.read_asked()
-    if asked_before is not None:
-        _require_same_experiment(folder, read(asked_before), settings)
-    result = folder.read_result()
-    more_epochs = asked_before is not None and asked_before.trainer.max_epochs != settings.trainer.max_epochs
-    if result and result["status"] == "finished" and not more_epochs:
+    _require_same_experiment(folder, settings)
+    if is_finished(folder, settings):
+        result = folder.read_result()
         print(f"{shown(path)} is finished; to run it anew, give another name=… or remove the folder")
     elif global_rank() == 0:
         with folder.claimed():
+            with logging_to(None):
+                from nin.experiment import build_trainer
+
+                build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
             folder.write_asked(config, overrides)
             folder.result.unlink(missing_ok=True)
             with logging_to(folder.log):
@@ -187,17 +190,25 @@ def carry_out(config: DictConfig, path: Path, overrides: list[str]) -> dict[str,
     return result
 
 
-def _require_same_experiment(folder: RunFolder, before: Settings, now: Settings) -> None:
+def is_finished(folder: RunFolder, settings: Settings) -> bool:
+    """Whether the run has ended, and is not asked for more epochs than it has."""
+    if folder.result_status() != "finished":
+        return False
+    asked, before = settings.trainer.max_epochs, folder.read_asked()
+    if before is None or asked == before.trainer.max_epochs:
+        return True
+    return asked not in (-1, None) and asked <= folder.read_result()["epochs"]
+
+
+def _require_same_experiment(folder: RunFolder, now: Settings) -> None:
+    if not folder.has_progress() or (config := folder.read_asked()) is None:
+        return
+    before = read(config)
     if now.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or leave resume=auto to go on")
     if different := differences(before, now):
         told = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
         raise UserError("\n  ".join([told, *different]))
-
-
-def global_rank() -> int:
-    """Which process of a distributed run this is, as Lightning, torchrun and SLURM tell it."""
-    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
 
 
 def _train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
@@ -219,7 +230,8 @@ def _train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[
         raise
     except Exception as error:
         log.exception("the run failed")
-        with contextlib.suppress(OSError):  # a full disk, say
-            failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": overrides}
-            folder.write_result(failed)
+        if global_rank() == 0:
+            with contextlib.suppress(OSError):  # a full disk, say
+                failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": overrides}
+                folder.write_result(failed)
         raise RunFailedError from error

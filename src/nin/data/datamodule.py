@@ -42,15 +42,18 @@ class Batches:
         self._loaded: dict[str, int] | None = None
 
     def __len__(self) -> int:
-        return -(-len(self.labels) // (self.batch_size * self.world_size))
+        whole, rest = divmod(len(self.labels), self.batch_size * self.world_size)
+        # Shuffled batches are for training, and nothing can be learnt from an empty one: a rest of fewer images than
+        # processes is left out.
+        return whole + (rest >= self.world_size if self.seed is not None else rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, loaded = self.epoch(), self._loaded
         self._loaded = None
         order = self._order(epoch)
         for batch in range(loaded["batch"] if loaded and loaded["epoch"] == epoch else 0, len(self)):
-            start = (batch * self.world_size + self.rank) * self.batch_size
-            taken = order[start : start + self.batch_size]
+            together = self.batch_size * self.world_size
+            taken = order[batch * together : (batch + 1) * together][self.rank :: self.world_size]
             # Counted before the batch is used: a checkpoint after this batch goes on with the next.
             self._place = {"epoch": epoch, "batch": batch + 1}
             yield self.images[taken], self.labels[taken]
@@ -117,7 +120,8 @@ class ImageData(LightningDataModule):
         images, labels = batch
         if self.trainer.training:
             images = augmented(images, self.data.augment)
-        return resized(images, self.data.image_size), labels
+        # In the precision of the network's weights, where that is not float32.
+        return self.trainer.precision_plugin.convert_input((resized(images, self.data.image_size), labels))
 
 
 def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:

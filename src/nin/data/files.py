@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +46,14 @@ def prepare(data: Data) -> None:
                 garments.draw(fresh)
             elif missing:
                 _fetch(missing, fresh, data)
-    if data.name == "fashion_mnist":
-        _verify(folder)
+    try:
+        if data.name == "fashion_mnist":
+            _verify(folder)
+        else:
+            for part in ("train", "t10k"):
+                load(data, part)
+    except OSError as error:
+        raise UserError(f"{error.filename}: can't be read ({error.strerror})") from error
 
 
 def raw_folder(data: Data) -> Path:
@@ -145,7 +150,7 @@ def _verify(folder: Path) -> None:
                 "it anew, or copy a good one there"
             )
     with contextlib.suppress(OSError):  # a folder that can only be read is looked through every time
-        if os.access(folder, os.W_OK):
+        if folder.stat().st_mode & 0o222:  # not os.access: root may write where nobody is meant to
             write_whole(seal, json.dumps(sizes))
 
 

@@ -29,7 +29,10 @@ def _read(path: Path, magic: int) -> np.ndarray:
     values = len(content) - header.nbytes
     if values != np.prod(shape):
         what = "cut off" if values < np.prod(shape) else "too long"
-        raise UserError(f"{path}: {what}: its header promises {np.prod(shape)} bytes of {shape}, it holds {values}")
+        raise UserError(
+            f"{path}: {what}: its header promises {np.prod(shape)} bytes of {shape}, it holds {values}; remove it and "
+            "say the command again, which brings a good one"
+        )
     return np.frombuffer(content, dtype=np.uint8, offset=header.nbytes).reshape(shape)
 
 
