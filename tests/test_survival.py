@@ -19,6 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from conftest import SMALL, nin
 from nin import checkpoints, experiment
+from nin.checks import read
+from nin.config import composed
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
 from nin.stopping import StoppedError
@@ -248,9 +250,8 @@ LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1"
 def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
     runs = tmp_path / "outputs" / "runs"
-    whole = nin("train", *LONGER, "name=whole", **there)
-    assert whole.returncode == 0, whole.stderr
-    expected = json.loads((runs / "whole" / "result.json").read_text())
+    asked = read(composed([*LONGER, f"data.root={data_root}"]))
+    expected = experiment.train(asked, RunFolder(runs / "whole"), [])
 
     # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
     first = start("train", *LONGER, "name=killed", **there)
