@@ -69,6 +69,11 @@ def trained(
     raise AssertionError("the run never ends")
 
 
+def stopped_at(patch: pytest.MonkeyPatch, batch: int) -> None:
+    build = experiment.build_trainer
+    patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, Interruption(batch, False)], *r))
+
+
 def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
     """metrics.csv and every scalar curve, without what a clock measured."""
     clocks = ("seconds", "images_per_second")
@@ -139,11 +144,9 @@ def half_done(
     """A run that was stopped in its second epoch, with the result that it is to have."""
     asked = settings("~callbacks.pictures", "checkpoint.every_n_steps=2")
     whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
-    build = experiment.build_trainer
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, Interruption(11, False)], *r))
-        with pytest.raises(StoppedError):
-            experiment.train(asked, RunFolder(tmp_path / "half"), [])
+    with pytest.raises(StoppedError), monkeypatch.context() as patch:
+        stopped_at(patch, 11)
+        experiment.train(asked, RunFolder(tmp_path / "half"), [])
     return asked, RunFolder(tmp_path / "half"), whole
 
 
@@ -205,6 +208,55 @@ def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dic
     assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
     for path in paths:
         assert torch.load(path, weights_only=True)["state_dict"].keys() == checkpoints.read(path)["state_dict"].keys()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    asked = settings("~callbacks.pictures", "checkpoint.every_n_steps=2")
+    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
+    folder, size = RunFolder(tmp_path / "full"), (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
+    with pytest.raises(StoppedError), monkeypatch.context() as patch:
+        stopped_at(patch, 9)
+        experiment.train(asked, folder, [])
+    saved = {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()}
+
+    # The system refuses to write more than half a checkpoint, as it would with a full disk.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not be saved, the one before it is kept; make room"):
+            experiment.train(asked, folder, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == saved
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
+@pytest.mark.parametrize("missing", ["optimizer_states", "hyper_parameters", "a weight"])
+def test_a_checkpoint_that_lacks_something_says_so(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]], missing: str
+) -> None:
+    import torch
+
+    asked, folder, _ = half_done
+    content = torch.load(folder.last, weights_only=True)
+    if missing == "a weight":
+        del content["state_dict"]["network.0.0.weight"]
+    else:
+        del content[missing]
+    for path in folder.to_go_on_from():
+        path.unlink(missing_ok=True)
+    checkpoints.WholeFiles().save_checkpoint(content, folder.last)
+    told = (
+        "network.0.0.weight is not in it" if missing == "a weight" else "no good checkpoint|it has no optimizer_states"
+    )
+    with pytest.raises(UserError, match=told):
+        experiment.train(asked, folder, [])
 
 
 def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
@@ -277,13 +329,23 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     assert "going on from epoch" in output
     assert "the same command goes on from there" in output
 
+    # Asked twice, it does not wait for anything.
+    fourth = start("resume", "outputs/runs/killed", **there)
+    log = runs / "killed" / "nin.log"
+    while log.read_text().count("going on from") < 2:
+        time.sleep(0.005)
+    fourth.send_signal(signal.SIGINT)
+    fourth.send_signal(signal.SIGINT)
+    assert fourth.wait(timeout=60) == 130
+    fourth.communicate()
+
     last = nin("resume", "outputs/runs/killed", **there)
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
     assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
     assert record(runs / "killed") == record(runs / "whole")
-    assert result["resumes"] == 2
-    assert (runs / "killed" / "nin.log").read_text().count("going on from") == 2
+    assert result["resumes"] == 3
+    assert log.read_text().count("going on from") == 3
     # What the dead process had begun to write is gone.
     assert not [path for path in (runs / "killed").rglob(".*") if path.name != ".hydra"]
 

@@ -109,6 +109,17 @@ def settings_in(checkpoint: dict[str, Any], path: Path) -> Settings:
         raise UserError(f"{path}: written by another version of nin?\n{error}") from error
 
 
+def require_fit(module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Raises UserError, with the names, if a checkpoint's weights are not those that ``module`` has."""
+    there, here = set(checkpoint["state_dict"]), set(module.state_dict())
+    if odd := sorted(there ^ here):
+        raise UserError(
+            "the checkpoint was written by another version of nin: "
+            + ", ".join(f"{name} is {'not in it' if name in here else 'unknown here'}" for name in odd[:3])
+            + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+        )
+
+
 def newest_good(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to go on from, or None where none was ever saved. Damaged ones are set aside with a warning.
 
@@ -119,11 +130,21 @@ def newest_good(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
         if not path.exists():
             continue
         try:
-            return path, read(path)
+            checkpoint = read(path)
         except UserError as error:
             aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
             path.rename(aside)
             log.warning("%s; set aside as %s", error, aside.name)
+            continue
+        if missing := {"loops", "callbacks", "optimizer_states", "lr_schedulers"} - checkpoint.keys():
+            raise UserError(
+                f"{path}: nothing to go on from: it has no {', '.join(sorted(missing))} (another version's?)"
+            )
+        if Checkpoints.__qualname__ not in checkpoint["callbacks"]:
+            raise UserError(
+                f"{path}: written by another program or version: it has no state of {Checkpoints.__qualname__}"
+            )
+        return path, checkpoint
     # A best.ckpt or a damaged file is the trace of progress that must not be thrown away unasked.
     if folder.checkpoints.exists() and (there := [p.name for p in folder.checkpoints.iterdir() if p.name[0] != "."]):
         raise UserError(

@@ -67,6 +67,8 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
+    if checkpoint:
+        checkpoints.require_fit(module, checkpoint)
     watch = Watch(folder.metrics)
     with StopRequest() as stop:
         kept = Checkpoints(folder, settings.checkpoint.every_n_steps, watch, stop)
@@ -115,6 +117,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
+    checkpoints.require_fit(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     # Nothing is written and no curve is drawn.
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}})
