@@ -69,9 +69,14 @@ def trained(
     raise AssertionError("the run never ends")
 
 
-def stopped_at(patch: pytest.MonkeyPatch, batch: int) -> None:
+def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Leaves the run as it is when it is asked to stop at the n-th batch."""
     build = experiment.build_trainer
-    patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, Interruption(batch, False)], *r))
+    with monkeypatch.context() as patch:
+        interruption = Interruption(batch, kill=False)
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, interruption], *r))
+        with pytest.raises(StoppedError):
+            experiment.train(settings, folder, [])
 
 
 def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
@@ -108,7 +113,7 @@ def test_interrupted_anywhere_it_is_the_same_run(
     curves = record(tmp_path / "whole")
     for steps in curves[1].values():
         assert all(a[0] < b[0] for a, b in itertools.pairwise(steps))
-    for batch, kill in ((7, True), (8, False), (14, False)):
+    for batch, kill in ((5, True), (8, False)):
         # A kill without a checkpoint in between would come at the same place for ever.
         often = ["checkpoint.every_n_steps=2"] if kill else []
         folder = tmp_path / f"{batch}"
@@ -144,9 +149,7 @@ def half_done(
     """A run that was stopped in its second epoch, with the result that it is to have."""
     asked = settings("~callbacks.pictures", "checkpoint.every_n_steps=2")
     whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
-    with pytest.raises(StoppedError), monkeypatch.context() as patch:
-        stopped_at(patch, 11)
-        experiment.train(asked, RunFolder(tmp_path / "half"), [])
+    stopped(asked, RunFolder(tmp_path / "half"), monkeypatch, batch=11)
     return asked, RunFolder(tmp_path / "half"), whole
 
 
@@ -219,9 +222,7 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
     asked = settings("~callbacks.pictures", "checkpoint.every_n_steps=2")
     whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
     folder, size = RunFolder(tmp_path / "full"), (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
-    with pytest.raises(StoppedError), monkeypatch.context() as patch:
-        stopped_at(patch, 9)
-        experiment.train(asked, folder, [])
+    stopped(asked, folder, monkeypatch, batch=9)
     saved = {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()}
 
     # The system refuses to write more than half a checkpoint, as it would with a full disk.
@@ -252,10 +253,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
     for path in folder.to_go_on_from():
         path.unlink(missing_ok=True)
     checkpoints.WholeFiles().save_checkpoint(content, folder.last)
-    told = (
-        "network.0.0.weight is not in it" if missing == "a weight" else "no good checkpoint|it has no optimizer_states"
-    )
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=r"weight is not in it|no good checkpoint|it has no optimizer_states"):
         experiment.train(asked, folder, [])
 
 
