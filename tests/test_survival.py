@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from conftest import SMALL, nin
 from nin import checkpoints, experiment
@@ -31,6 +32,13 @@ from nin.stopping import StoppedError
 
 class KilledError(Exception):
     pass
+
+
+@pytest.fixture(autouse=True)
+def a_second_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard names event files by the second, and nobody starts a process twice in one; these tests do."""
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(event_file_writer.time, "time", lambda: float(next(seconds)))
 
 
 class Interruption(Callback):
@@ -354,10 +362,17 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
 def test_twenty_deaths(tmp_path: Path, data_root: Path, request: pytest.FixtureRequest, data: str) -> None:
     root = request.getfixturevalue("real_root") if data == "fashion_mnist" else data_root
     there = {"cwd": tmp_path, "NIN_DATA": str(root)}
-    asked = [*LONGER, f"data={data}", "data.augment=flip_shift", "trainer.limit_train_batches=1.0"]
+    asked = [
+        *LONGER,
+        f"data={data}",
+        "data.augment=flip_shift",
+        "trainer.limit_train_batches=250",
+        "checkpoint.every_n_steps=3",
+    ]
     runs, draw = tmp_path / "outputs" / "runs", random.Random(data)
     assert nin("train", *asked, "name=whole", **there).returncode == 0
     expected = json.loads((runs / "whole" / "result.json").read_text())
+    deaths = 0
     for death in range(20):
         process = start("train", *asked, "name=killed", **there)
         log = runs / "killed" / "nin.log"
@@ -367,11 +382,13 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path, request: pytest.FixtureR
                 time.sleep(0.01)
         else:
             wait_for(runs / "killed" / "checkpoints" / "last.ckpt", process)
-        time.sleep(draw.uniform(0, 4))
+        time.sleep(draw.uniform(0, 1.5))
         process.kill()
         process.communicate()
+        deaths += process.returncode == -signal.SIGKILL
     last = nin("resume", "outputs/runs/killed", **there)
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
     assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
     assert record(runs / "killed") == record(runs / "whole")
+    assert deaths > 10  # the run may have come to its end before the last of them

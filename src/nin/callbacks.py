@@ -153,6 +153,22 @@ def _lr(trainer: Trainer) -> float:
     return trainer.optimizers[0].param_groups[0]["lr"]
 
 
+class EventStream(TensorBoardLogger):
+    """Lightning's TensorBoardLogger with one event file for the whole of a process's work on a run.
+
+    Lightning closes the file after the training and another one would be begun for the test; TensorBoard reads files
+    in the order of their names, which is that of seconds and not finer.
+    """
+
+    def finalize(self, status: str) -> None:
+        if self._experiment is not None:
+            self._experiment.flush()
+
+    def close(self) -> None:
+        if self._experiment is not None:
+            self._experiment.close()
+
+
 class Pictures(Callback):
     """For TensorBoard: the network's graph, the test's confusion matrix, a page of wrongly classified test images.
 

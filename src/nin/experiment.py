@@ -1,5 +1,6 @@
 """One experiment from settings to result: build, fit, test the best checkpoint."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from nin import checkpoints
-from nin.callbacks import Watch
+from nin.callbacks import EventStream, Watch
 from nin.checkpoints import Checkpoints, WholeFiles
 from nin.classifier import Classifier, rounded
 from nin.data.datamodule import ImageData
@@ -70,36 +71,39 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     if checkpoint:
         checkpoints.require_fit(module, checkpoint)
     watch = Watch(folder.metrics)
-    with StopRequest() as stop:
+    with StopRequest() as stop, contextlib.ExitStack() as at_the_end:
         kept = Checkpoints(folder, settings.checkpoint.every_n_steps, watch, stop)
         # TensorBoard drops what it has already read of what was cut.
         purge_step = checkpoint["global_step"] + 1 if checkpoint else None
         trainer = build_trainer(settings, folder.path, [watch, Bar(watch), kept], purge_step)
+        for logger in trainer.loggers:
+            if isinstance(logger, EventStream):
+                at_the_end.callback(logger.close)
+
         trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
         final_weights = weights_sha256(module.network)
         if folder.best.exists():
             module.load_state_dict(checkpoints.read(folder.best)["state_dict"])
         tested, _ = test(trainer, module, data)
-
-    result = {
-        "status": "finished",
-        "metrics": {"val/loss": kept.best.get("val/loss"), "val/acc": kept.best.get("val/acc"), **tested},
-        "epochs": trainer.current_epoch,
-        "steps": trainer.global_step,
-        "train_seconds": round(watch.train_seconds, 3),
-        "images_per_second": round(watch.images / watch.step_seconds, 1) if watch.step_seconds else None,
-        "parameters": sum(p.numel() for p in module.network.parameters()),
-        "weights_sha256": final_weights,
-        "seed": settings.seed,
-        "device": device_name(trainer.strategy.root_device),
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "overrides": overrides,
-        "resumes": resumes,
-    }
-    if trainer.is_global_zero:
-        log_results(trainer, settings, result)
-    return result
+        result = {
+            "status": "finished",
+            "metrics": {"val/loss": kept.best.get("val/loss"), "val/acc": kept.best.get("val/acc"), **tested},
+            "epochs": trainer.current_epoch,
+            "steps": trainer.global_step,
+            "train_seconds": round(watch.train_seconds, 3),
+            "images_per_second": round(watch.images / watch.step_seconds, 1) if watch.step_seconds else None,
+            "parameters": sum(p.numel() for p in module.network.parameters()),
+            "weights_sha256": final_weights,
+            "seed": settings.seed,
+            "device": device_name(trainer.strategy.root_device),
+            "versions": versions(),
+            "git_commit": git_commit(),
+            "overrides": overrides,
+            "resumes": resumes,
+        }
+        if trainer.is_global_zero:
+            log_results(trainer, settings, result)
+        return result
 
 
 def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None:
@@ -139,7 +143,7 @@ def build_trainer(
     try:
         for logger in settings.logger.values():
             more = {"save_dir": str(folder)}
-            if purge_step and logger.get("_target_", "").endswith("TensorBoardLogger"):
+            if purge_step and logger.get("_target_", "").endswith(("EventStream", "TensorBoardLogger")):
                 more["purge_step"] = purge_step
             if purge_step and logger.get("_target_", "").endswith("CSVLogger"):
                 more["version"] = f"{logger['version']}-{purge_step}"  # it would delete the file that is there
