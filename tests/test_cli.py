@@ -54,7 +54,7 @@ def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> N
     assert there == [
         *(f".hydra/{name}" for name in ("config.yaml", "lock", "overrides.yaml", "process.json")),
         *(f"checkpoints/{name}" for name in ("best.ckpt", "last-1.ckpt", "last.ckpt")),
-        *("metrics.csv", "nin.log", "result.json"),
+        *("metrics.csv", "nin.log", "result.json", "tensorboard/hparams.yaml"),
     ]
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["overrides"]) == ("finished", small)

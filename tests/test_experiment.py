@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import SMALL
-from nin import checkpoints, experiment
+from nin import checkpoint_files, experiment
 from nin.checks import read
 from nin.classifier import Classifier, NonFiniteLossError
 from nin.commands.eval import checkpoint_of
@@ -55,8 +55,8 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
 
 def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, result = run
-    last, best = (checkpoints.read(path) for path in (folder.last, folder.best))
-    module = Classifier(checkpoints.settings_in(last, folder.last))
+    last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
+    module = Classifier(checkpoint_files.settings_in(last, folder.last))
     module.load_state_dict(last["state_dict"])
     assert experiment.weights_sha256(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
@@ -66,8 +66,8 @@ def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, di
 def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, result = run
     for path in (folder.path, folder.best):
-        checkpoint = checkpoints.read(checkpoint_of(path))
-        metrics, confusion = experiment.evaluate(checkpoints.settings_in(checkpoint, path), checkpoint)
+        checkpoint = checkpoint_files.read(checkpoint_of(path))
+        metrics, confusion = experiment.evaluate(checkpoint_files.settings_in(checkpoint, path), checkpoint)
         assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
         assert confusion.sum() == 64
 
@@ -114,7 +114,7 @@ def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
     folder = RunFolder(tmp_path / "notebook")
     result = experiment.train(settings("data.val_size=0", "data.score_each_epoch=test"), folder, [])
     assert result["metrics"]["val/acc"] is None
-    last, best = (checkpoints.read(path) for path in (folder.last, folder.best))
+    last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
     assert last["global_step"] == best["global_step"] == 12
     rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
     assert float(rows[-1]["test/acc"]) == result["metrics"]["test/acc"]
@@ -175,7 +175,7 @@ def test_it_runs_to_its_end_in_many_ways(settings: Callable[..., Settings], tmp_
     result = experiment.train(whole.model_copy(update={"callbacks": {}}), RunFolder(tmp_path), [])
     assert result["status"] == "finished"
     assert result["metrics"]["test/acc"] is not None
-    last = checkpoints.read(RunFolder(tmp_path).last)
+    last = checkpoint_files.read(RunFolder(tmp_path).last)
     assert last["global_step"] == result["steps"] > 0
 
 
@@ -183,4 +183,4 @@ def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[...,
     # Scored after batches 4 of 6, and saved after 6: those scores are of other weights.
     result = experiment.train(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
     assert result["metrics"]["val/acc"] is None
-    assert checkpoints.read(RunFolder(tmp_path).best)["global_step"] == 12
+    assert checkpoint_files.read(RunFolder(tmp_path).best)["global_step"] == 12

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from conftest import SMALL, nin
-from nin import checkpoints, experiment
+from nin import checkpoint_files, experiment
 from nin.checks import read
 from nin.config import composed
 from nin.run_folder import RunFolder
@@ -218,7 +218,9 @@ def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dic
     paths = sorted(folder.checkpoints.glob("*.ckpt"))
     assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
     for path in paths:
-        assert torch.load(path, weights_only=True)["state_dict"].keys() == checkpoints.read(path)["state_dict"].keys()
+        assert (
+            torch.load(path, weights_only=True)["state_dict"].keys() == checkpoint_files.read(path)["state_dict"].keys()
+        )
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
@@ -260,7 +262,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
         del content[missing]
     for path in folder.to_go_on_from():
         path.unlink(missing_ok=True)
-    checkpoints.WholeFiles().save_checkpoint(content, folder.last)
+    checkpoint_files.WholeFiles().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"weight is not in it|no good checkpoint|it has no optimizer_states"):
         experiment.train(asked, folder, [])
 

@@ -11,6 +11,7 @@ A file imports only from rows below its own:
     checkpoints       what is saved, when, under which name
     callbacks         what is watched and drawn while training
     stopping          Ctrl-C and SIGTERM
+    checkpoint_files  whole or not there, with a checksum, data only
     classifier        the LightningModule: loss, metrics, optimiser
     data/             the DataModule; Fashion-MNIST's files; the garments; resizing
     networks/         plain torch: nin, lenet, alexnet, vgg; their table of layers

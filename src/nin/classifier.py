@@ -92,7 +92,8 @@ class Classifier(LightningModule):
 
     def _log_scores(self, part: str) -> None:
         scores = {f"{part}/loss": self.score_loss.compute(), f"{part}/acc": self.score_acc.compute()}
-        self.log_dict(scores, logger=False)  # for callbacks; `Watch` writes them to the loggers, at this very step
+        # For callbacks; `Watch` writes them to the loggers, at this very step. They are of all processes already.
+        self.log_dict(scores, logger=False, sync_dist=True)
         self.score_loss.reset()
         self.score_acc.reset()
 

@@ -21,9 +21,10 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from nin import checkpoints
+from nin import checkpoint_files
 from nin.callbacks import EventStream, Watch
-from nin.checkpoints import Checkpoints, WholeFiles
+from nin.checkpoint_files import WholeFiles
+from nin.checkpoints import Checkpoints
 from nin.classifier import Classifier, rounded
 from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
@@ -53,14 +54,14 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
         UserError: if the machine lacks what the settings ask for.
     """
     resumes, going_on, checkpoint = folder.resumes(), None, None
-    if good := checkpoints.newest_good(folder):
+    if good := checkpoint_files.newest_good(folder):
         going_on, checkpoint = good
         _require_epochs_left(settings, checkpoint)
         resumes = folder.resumes(one_more=global_rank() == 0)
         place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
         log.info("going on from %s, for the %d. time", place, resumes)
         print(f"going on from {place}", flush=True)
-        folder.cut_event_files(checkpoint["callbacks"]["Checkpoints"]["event_files"])
+        folder.cut_event_files(checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"])
     else:
         folder.cut_event_files({})
         folder.metrics.unlink(missing_ok=True)
@@ -69,7 +70,7 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
     if checkpoint:
-        checkpoints.require_fit(module, checkpoint)
+        checkpoint_files.require_fit(module, checkpoint)
     watch = Watch(folder.metrics)
     with StopRequest() as stop, contextlib.ExitStack() as at_the_end:
         kept = Checkpoints(folder, settings.checkpoint.every_n_steps, watch, stop)
@@ -83,7 +84,7 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
         trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
         final_weights = weights_sha256(module.network)
         if folder.best.exists():
-            module.load_state_dict(checkpoints.read(folder.best)["state_dict"])
+            module.load_state_dict(checkpoint_files.read(folder.best)["state_dict"])
         tested, _ = test(trainer, module, data)
         result = {
             "status": "finished",
@@ -121,7 +122,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
-    checkpoints.require_fit(module, checkpoint)
+    checkpoint_files.require_fit(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     # Nothing is written and no curve is drawn.
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}})

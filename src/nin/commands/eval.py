@@ -25,10 +25,10 @@ def main(arguments: list[str]) -> None:
     path = checkpoint_of(asked.run_or_checkpoint)
 
     with logging_to(None):
-        from nin import checkpoints, experiment
+        from nin import checkpoint_files, experiment
 
-        checkpoint = checkpoints.read(path)
-        settings = overridden(checkpoints.settings_in(checkpoint, path), asked.overrides, MAY_CHANGE)
+        checkpoint = checkpoint_files.read(path)
+        settings = overridden(checkpoint_files.settings_in(checkpoint, path), asked.overrides, MAY_CHANGE)
         prepare(settings.data)
         metrics, confusion = experiment.evaluate(settings, checkpoint)
     print(

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nin import checkpoints
-from nin.checkpoints import WholeFiles
+from nin import checkpoint_files
+from nin.checkpoint_files import WholeFiles
 from nin.classifier import Classifier
 from nin.settings import Settings, UserError
 
@@ -25,23 +25,25 @@ def test_a_crafted_pickle_is_refused_and_nothing_in_it_runs(
     path = tmp_path / "x.ckpt"
     how({"state_dict": Crafted()}, path)
     with pytest.raises(UserError, match=f"{path}: refused: it is no checkpoint, or holds more than tensors"):
-        checkpoints.read(path)
+        checkpoint_files.read(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.ckpt"]
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
-        checkpoints.read(tmp_path / "none.ckpt")
+        checkpoint_files.read(tmp_path / "none.ckpt")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
     with pytest.raises(UserError, match="not a checkpoint of this version of nin: it has no state_dict"):
-        checkpoints.read(tmp_path / "other.ckpt")
+        checkpoint_files.read(tmp_path / "other.ckpt")
 
 
 def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"old.ckpt: written by another version of nin\?\n(?s:.*)model.depth: no such key"
     ):
-        checkpoints.settings_in({"hyper_parameters": {"model": {"name": "nin", "depth": 3}}}, tmp_path / "old.ckpt")
+        checkpoint_files.settings_in(
+            {"hyper_parameters": {"model": {"name": "nin", "depth": 3}}}, tmp_path / "old.ckpt"
+        )
 
 
 def test_a_save_that_fails_leaves_the_file_before_it(tmp_path: Path) -> None:
