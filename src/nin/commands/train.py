@@ -179,7 +179,8 @@ def carry_out(config: DictConfig, path: Path, overrides: list[str]) -> dict[str,
                 from nin.experiment import build_trainer
 
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
-            folder.write_asked(config, overrides)
+            # As read: with absolute paths, so that the run goes on from wherever it is asked to.
+            folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)
             with logging_to(folder.log):
                 result = _train(settings, folder, overrides)
