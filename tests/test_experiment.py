@@ -160,6 +160,7 @@ def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
         "trainer.precision=bf16-mixed",
         "trainer.max_time=00:00:00:01 trainer.max_epochs=-1 trainer.limit_train_batches=1.0 schedule=constant",
         "trainer.val_check_interval=4",
+        "trainer.fast_dev_run=true",
         "schedule=one_cycle schedule.warmup=0.0",
         "schedule=cosine schedule.warmup=0.99",
         "model=lenet optimizer.lr=0.01",

@@ -277,6 +277,16 @@ def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_be
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
 
 
+def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder = settings("~callbacks.pictures"), RunFolder(tmp_path / "run")
+    trained(asked, folder.path, monkeypatch)
+    folder.best.unlink()
+    with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
+        experiment.train(asked, folder, [])
+
+
 def test_fewer_epochs_than_are_done_are_refused(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
     asked, folder, _ = half_done
     fewer = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 0})})

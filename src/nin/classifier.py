@@ -131,7 +131,8 @@ def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch
     if chosen.name == "one_cycle":
         lr = optimizer.param_groups[0]["lr"]
         # It divides by the steps of the climb but one.
-        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=max(chosen.warmup, min(2 / steps, 1)))
+        steps = max(2, steps)
+        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=max(chosen.warmup, 2 / steps))
     warmup = round(chosen.warmup * steps)
     rest = (
         CosineAnnealingLR(optimizer, max(1, steps - warmup)) if chosen.name == "cosine" else ConstantLR(optimizer, 1.0)

@@ -83,8 +83,8 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
 
         trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
         final_weights = weights_sha256(module.network)
-        if folder.best.exists():
-            module.load_state_dict(checkpoint_files.read(folder.best)["state_dict"])
+        # If it is gone or damaged that is told, and no other weights are tested in its place.
+        module.load_state_dict(checkpoint_files.read(folder.best)["state_dict"])
         tested, _ = test(trainer, module, data)
         result = {
             "status": "finished",
