@@ -4,6 +4,7 @@ A file imports only from rows below its own:
 
     __main__, cli     dispatch; nothing heavy imported
     commands/         one file a command
+    launch            several processes: a sweep's jobs, their threads and GPUs; those of torchrun
     sweep             a sweep's jobs: their folders, and one answer for all of them
     report            results in words, for a terminal
     experiment        build, fit, test the best checkpoint

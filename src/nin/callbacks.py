@@ -192,6 +192,8 @@ class Pictures(Callback):
                 warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
                 warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
                 logger.experiment.add_graph(module.network.eval(), example)
+            # Traces are kept for ever, weights included: a sweep's process would grow with every job.
+            torch._C._jit_clear_class_registry()
             module.network.train()
 
     def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:

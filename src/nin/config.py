@@ -1,6 +1,7 @@
 """Composing ``conf/`` outside ``hydra.main``, and telling all mistakes in a command line at once."""
 
 import contextlib
+import warnings
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -12,6 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.checks import meant, read
 from nin.settings import Settings, UserError, project_conf
+
+# conf/hydra/launcher has the launchers' own names, and their own schemas fill in the keys that it leaves out.
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def settings_from(arguments: list[str]) -> Settings:

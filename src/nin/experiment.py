@@ -30,7 +30,7 @@ from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
 from nin.progress import Bar
 from nin.run_folder import RunFolder, global_rank
-from nin.settings import Settings, UserError, flat
+from nin.settings import Settings, UserError, flat, one_process
 from nin.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -41,17 +41,43 @@ for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).propagate = True
 # Lightning 2.6 asks torch 2.15's tree library in a way that is on its way out.
 warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+# On a cluster's login node, and in a job that has one process.
+warnings.filterwarnings("ignore", message=r"The `srun` command is available on your system but is not used")
 # `Watch` logs at every epoch's end too, however short it is.
 warnings.filterwarnings(
     "ignore", message=r"The number of training batches \(\d+\) is smaller than the logging interval"
 )
 
 
-def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
+# Before any run has set another number.
+_DEFAULT_THREADS = torch.get_num_threads()
+
+
+def threads_of(settings: Settings, folder: RunFolder) -> int | None:
+    """How many threads a run in ``folder`` computes with: as asked, as it began, or as torch would have it.
+
+    Sums are rounded in an order that hangs on it. None leaves it to Lightning, where there are several processes.
+    """
+    if settings.threads or not one_process(settings.trainer):
+        return settings.threads
+    return (folder.read_asked() or {}).get("threads") or _DEFAULT_THREADS
+
+
+def train(
+    settings: Settings,
+    folder: RunFolder,
+    overrides: list[str],
+    label: str = "",
+    stop: StopRequest | None = None,
+) -> dict[str, Any]:
     """Trains, tests the best checkpoint once and returns the result; goes on from ``last.ckpt`` where there is one.
+
+    Args:
+        label: stands before every line that is printed, where other runs print beside this one.
 
     Raises:
         UserError: if the machine lacks what the settings ask for.
+        StoppedError: if it was stopped from outside; ``last.ckpt`` is saved.
     """
     resumes, going_on, checkpoint = folder.resumes(), None, None
     if good := checkpoint_files.newest_good(folder):
@@ -60,23 +86,24 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[s
         resumes = folder.resumes(one_more=global_rank() == 0)
         place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
         log.info("going on from %s, for the %d. time", place, resumes)
-        print(f"going on from {place}", flush=True)
+        print(f"{label}going on from {place}", flush=True)
         folder.cut_event_files(checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"])
     else:
         folder.cut_event_files({})
         folder.metrics.unlink(missing_ok=True)
 
+    torch.set_num_threads(settings.threads or _DEFAULT_THREADS)
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
     if checkpoint:
         checkpoint_files.require_fit(module, checkpoint)
     watch = Watch(folder.metrics)
-    with StopRequest() as stop, contextlib.ExitStack() as at_the_end:
+    with stop or StopRequest() as stop, contextlib.ExitStack() as at_the_end:
         kept = Checkpoints(folder, settings.checkpoint.every_n_steps, watch, stop)
         # TensorBoard drops what it has already read of what was cut.
         purge_step = checkpoint["global_step"] + 1 if checkpoint else None
-        trainer = build_trainer(settings, folder.path, [watch, Bar(watch), kept], purge_step)
+        trainer = build_trainer(settings, folder.path, [watch, Bar(watch, label), kept], purge_step)
         for logger in trainer.loggers:
             if isinstance(logger, EventStream):
                 at_the_end.callback(logger.close)
@@ -120,6 +147,7 @@ def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None
 
 def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
+    torch.set_num_threads(settings.threads or _DEFAULT_THREADS)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
     checkpoint_files.require_fit(module, checkpoint)

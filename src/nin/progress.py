@@ -16,10 +16,11 @@ class Bar(Callback):
 
     Args:
         watch: whose latest metrics are shown.
+        label: stands before every line where other runs print beside this one; there are no bars then.
     """
 
-    def __init__(self, watch: Watch):
-        self.watch = watch
+    def __init__(self, watch: Watch, label: str = ""):
+        self.watch, self.label = watch, label
         self.console = Console()
         self.progress: Progress | None = None
         self.training: TaskID | None = None
@@ -27,7 +28,7 @@ class Bar(Callback):
         self.told = 0.0
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
-        if not (self.console.is_terminal and trainer.is_global_zero):
+        if self.label or not (self.console.is_terminal and trainer.is_global_zero):
             return
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -89,7 +90,10 @@ class Bar(Callback):
             of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             scores = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
             rate = f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
-            print(f"epoch {row['epoch']}{of}  step {row['step']}{scores}  {rate}", flush=True)
+            print(
+                f"{self.label}epoch {row['epoch']}{of}  step {row['step']}{scores}  {rate}",
+                flush=True,
+            )
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self.progress:

@@ -39,15 +39,18 @@ class RunFolder:
         self.result = self.path / "result.json"
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, patience: float = 0) -> Iterator[None]:
         """This process owns the folder meanwhile; the claim of a process that was killed ends with it.
+
+        Args:
+            patience: seconds to wait for another process to be done with it.
 
         Raises:
             UserError: if another process has it, or it can't be written.
         """
         try:
             self.config.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".hydra" / "lock", timeout=0)
+            lock = FileLock(self.path / ".hydra" / "lock", timeout=patience)
             lock.acquire()
         except Timeout:
             owner = self._read_owner()

@@ -213,6 +213,13 @@ class Trainer(Section):
     enable_autolog_hparams: bool
 
 
+def one_process(trainer: Trainer) -> bool:
+    """Whether ``trainer`` stays in the process that starts it; there is one for each device."""
+    devices = trainer.devices
+    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
+    return one and trainer.num_nodes == 1 and trainer.strategy in ("auto", "single_device")
+
+
 class Checkpoint(Section):
     every_n_steps: Positive | None
     keep: Annotated[int, Field(ge=0)]
@@ -229,6 +236,7 @@ class Sweep(Section):
 MAY_CHANGE = (
     "name",
     "resume",
+    "threads",
     "data.root",
     "data.mirrors",
     "checkpoint",
@@ -254,6 +262,8 @@ class Settings(Section):
         str, BeforeValidator(_as_word), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", min_length=1, max_length=200)
     ]
     resume: Literal["auto", "never"]
+    # Of the CPU. None: as many as torch takes, or as the run began with.
+    threads: Positive | None
     model: Annotated[NiN | LeNet | AlexNet | VGG, Field(discriminator="name")]
     data: Data
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]

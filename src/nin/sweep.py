@@ -6,6 +6,7 @@ import io
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,37 @@ def job_folder(overrides: str) -> str:
     return f"{plain[: _LONGEST - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
+# The key that tells a sweep's jobs what it varies.
+KEYS = "sweep.keys"
+
+
+def asked_for(words: Sequence[str]) -> list[str]:
+    """A job's overrides without those that the sweep gives to all its jobs, which end with KEYS."""
+    own = max((i + 1 for i, word in enumerate(words) if word.startswith(f"{KEYS}=")), default=0)
+    return list(words[own:])
+
+
+def all_words(params: Mapping[str, Any] | None, task: Iterable[str]) -> list[str]:
+    """A sweep's overrides: those of ``hydra.sweeper.params``, and behind them those of the command line."""
+    return [*(f"{key}={value}" for key, value in (params or {}).items()), *task]
+
+
+def jobs_of(words: list[str]) -> list[list[str]]:
+    """Each job's own overrides, from those of a whole sweep, in the order in which the jobs run."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    overrides = OverridesParser.create().parse_overrides(words)
+    return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
+
+
 @dataclass
 class Job:
     """One job as its files tell of it."""
 
     folder: Path
     overrides: dict[str, str]
-    status: str  # finished, failed, running or unfinished
+    status: str  # finished, failed, running, unfinished or not begun
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
@@ -72,7 +97,7 @@ METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 
 
 def read_jobs(sweep: Path) -> list[Job]:
-    """Every job of a sweep that has begun, in the order of their folders' names.
+    """Every job of a sweep: those that have begun, in the order of their folders' names, then the others.
 
     Raises:
         UserError: if ``sweep`` is no sweep's folder.
@@ -82,7 +107,18 @@ def read_jobs(sweep: Path) -> list[Job]:
     jobs = [job for folder in sorted(sweep.iterdir()) if (job := _read_job(folder))]
     if not jobs:
         raise UserError(f"{sweep}: no job has begun here; is it a sweep's folder, as in outputs/sweeps/lr?")
-    return jobs
+    begun = [job.overrides.items() for job in jobs]
+    asked = [_by_key(words) for words in _asked(sweep)]
+    return jobs + [Job(sweep, job, "not begun") for job in asked if not any(job.items() <= there for there in begun)]
+
+
+def _asked(sweep: Path) -> list[list[str]]:
+    """The jobs that the sweep was last asked for, from the file that Hydra's sweeper writes."""
+    try:
+        hydra = yaml.load((sweep / "multirun.yaml").read_text(), Loader=_Loader)["hydra"]
+        return jobs_of(all_words(hydra["sweeper"].get("params"), hydra["overrides"]["task"]))
+    except (OSError, yaml.YAMLError, LookupError, TypeError):
+        return []
 
 
 def _read_job(path: Path) -> Job | None:
@@ -92,7 +128,7 @@ def _read_job(path: Path) -> Job | None:
         words = yaml.load(folder.overrides.read_text(), Loader=_Loader)
     except (OSError, yaml.YAMLError):
         return None
-    overrides = dict(word.lstrip("+~").partition("=")[::2] for word in words or [])
+    overrides = _by_key(words or [])
     result = folder.read_result()
     if result is None:
         return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", folder.latest_scores())
@@ -100,6 +136,10 @@ def _read_job(path: Path) -> Job | None:
         return Job(path, overrides, "failed", error=result["error"])
     metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, float)}
     return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
+
+
+def _by_key(words: list[str]) -> dict[str, str]:
+    return dict(word.lstrip("+~").partition("=")[::2] for word in words)
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

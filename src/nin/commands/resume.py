@@ -6,11 +6,13 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nin.checks import read
-from nin.commands.train import RunFailedError, carry_out, is_finished, require_accelerator
+from nin.commands.train import RunFailedError, carry_out, is_finished
 from nin.config import overridden
 from nin.data.files import prepare
+from nin.launch import require_accelerator
 from nin.run_folder import RunFolder
 from nin.settings import MAY_CHANGE, UserError
+from nin.stopping import StoppedError
 
 
 def main(arguments: list[str]) -> int:
@@ -41,4 +43,7 @@ def main(arguments: list[str]) -> int:
         carry_out(OmegaConf.create(settings.model_dump(mode="json")), asked.run, [*before, *asked.overrides])
     except RunFailedError:
         return 1
+    except StoppedError as stopped:
+        stopped.requeue()
+        return stopped.exit_status
     return 0

@@ -1,19 +1,19 @@
 """``nin train``: train a network, then test its best checkpoint once. A Hydra command; ``-m`` sweeps."""
 
 import contextlib
+import gc
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -22,11 +22,22 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.checks import differences, read
 from nin.commands.report import report
-from nin.config import all_mistakes, first_job, settings_from
+from nin.config import all_mistakes, first_job
 from nin.data.files import prepare
+from nin.launch import (
+    Launch,
+    end_the_others,
+    is_joblib,
+    require_accelerator,
+    require_fit_with_torchrun,
+    take_gpu,
+    tell_folder,
+    told_folder,
+)
 from nin.run_folder import RunFolder, global_rank, logging_to
-from nin.settings import Settings, Trainer, UserError, project_conf
-from nin.sweep import job_folder
+from nin.settings import Settings, UserError, project_conf
+from nin.stopping import StoppedError, StopRequest
+from nin.sweep import asked_for, job_folder
 
 
 class RunFailedError(Exception):
@@ -34,36 +45,48 @@ class RunFailedError(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    sys.argv = [sys.argv[0], *arguments]
+    sys.argv = [sys.argv[0], *arguments, *told_folder()]
     # Exceptions come to us instead of being printed by Hydra with exit status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     run = hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(job)
     try:
         run()
-    except UserError:
-        return 1  # told when it happened; the sweep's other jobs went on
-    except (HydraException, OmegaConfBaseException) as error:
-        known = get_args_parser().parse_args(arguments)
-        overrides = first_job(known.overrides) if known.multirun else known.overrides
-        raise all_mistakes(error, overrides, known.config_dir) from None
-    except RunFailedError:
-        return 1
-    except OSError as error:  # Hydra makes the run's folder before the job begins
-        raise UserError(
-            f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
-        ) from error
+    except Exception as error:
+        return _status(error, arguments)
     finally:
-        if _sweep_folder and any(_sweep_folder.glob("*/.hydra/overrides.yaml")):
-            report(_sweep_folder)
+        if _launch and any(_launch.folder.glob("*/.hydra/overrides.yaml")):
+            report(_launch.folder)
     return 0
 
 
-# The sweep that this process runs, and the key that tells its jobs what it varies.
-_sweep_folder: Path | None = None
-_KEYS = "sweep.keys"
+# The sweep that this process has begun.
+_launch: Launch | None = None
 
 # For hydra.sweep.subdir in conf/train.yaml.
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
+
+
+def _status(error: Exception, arguments: list[str]) -> int:
+    """The exit status for what ended Hydra, or the UserError that tells of it."""
+    if _launch and _launch.stopped_by:
+        return StoppedError(_launch.stopped_by).exit_status
+    match error:
+        case StoppedError():
+            return error.exit_status
+        case UserError() | RunFailedError():
+            return 1  # told when it happened; the sweep's other jobs went on
+        case HydraException() | OmegaConfBaseException():
+            known = get_args_parser().parse_args(arguments)
+            overrides = first_job(known.overrides) if known.multirun else known.overrides
+            raise all_mistakes(error, overrides, known.config_dir) from None
+        case BrokenProcessPool():
+            print("nin train: a job's process was killed; the same command goes on from there", file=sys.stderr)
+            return 1
+        case OSError():  # Hydra makes the run's folder before the job begins
+            raise UserError(
+                f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
+            ) from error
+    raise error
 
 
 class BeforeStart(Callback):
@@ -72,27 +95,16 @@ class BeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         with _ending_the_program():
             settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+            require_fit_with_torchrun(settings.trainer)
+            tell_folder(config.hydra.run.dir)
             if not is_finished(RunFolder(config.hydra.run.dir), settings):
                 prepare(settings.data)
                 require_accelerator(settings.trainer)
 
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        """Finds mistakes in any of the jobs, and has their folders named by what is swept alone."""
+        global _launch
         with _ending_the_program():
-            params = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-            overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
-            if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
-                _check_jobs([job for (job,) in BasicSweeper.split_arguments(overrides, 1)])
-            swept, fixed = (
-                [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
-            )
-            # Each job's config is composed anew, from these.
-            config.hydra.overrides.hydra += [
-                f"hydra.job.config.override_dirname.exclude_keys=[{','.join([*fixed, _KEYS])}]",
-                f"{_KEYS}=[{','.join(swept)}]",
-            ]
-            global _sweep_folder
-            _sweep_folder = Path(config.hydra.sweep.dir)
+            _launch = Launch(config)
 
 
 @contextlib.contextmanager
@@ -108,62 +120,69 @@ def _ending_the_program() -> Iterator[None]:
         sys.exit(1)
 
 
-def _check_jobs(jobs: list[list[str]]) -> None:
-    """Raises UserError with the mistakes of all jobs of a sweep."""
-    mistakes: dict[str, None] = {}
-    for job in jobs:
-        try:
-            settings = settings_from(job)
-            prepare(settings.data)
-            require_accelerator(settings.trainer)
-        except UserError as error:
-            mistakes |= dict.fromkeys(error.mistakes)
-    if mistakes:
-        raise UserError(*mistakes)
-
-
-def require_accelerator(trainer: Trainer) -> None:
-    """Raises UserError if the accelerator that was asked for by name is not there; only then is torch needed."""
-    if trainer.accelerator in ("auto", "cpu"):
-        return
-    import torch
-
-    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(trainer.accelerator, True):
-        return
-    found = f"{cuda} CUDA GPU(s)" if cuda else "an Apple GPU" if mps else "no GPU that torch can use, only the CPU"
-    raise UserError(
-        f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}); "
-        f"type trainer={'gpu' if cuda else 'mps' if mps else 'cpu'}, or trainer=auto, which takes the best there is"
-    )
-
-
 def job(config: DictConfig) -> float | None:
     """One run; in a sweep, one of its jobs. Returns val/acc, for sweepers that optimise."""
+    # Lightning's objects refer to each other: without this the job before would still hold its memory.
+    gc.collect()
     hydra_config = HydraConfig.get()
+    path = Path(hydra_config.runtime.output_dir)
+    overrides = asked_for(hydra_config.overrides.task)
+    launcher = hydra_config.launcher._target_ if hydra_config.mode == RunMode.MULTIRUN else ""
     try:
-        overrides = [word for word in hydra_config.overrides.task if not word.startswith(f"{_KEYS}=")]
-        result = carry_out(config, Path(hydra_config.runtime.output_dir), overrides)
+        run = _beside_others if is_joblib(launcher) else carry_out
+        result = run(config, path, overrides)
+        return result["metrics"]["val/acc"]
     except UserError as mistake:
         print(f"nin train: {mistake}", file=sys.stderr)
+        status, ended = 2, UserError(*mistake.mistakes)
         with contextlib.suppress(OSError):
-            Path(hydra_config.runtime.output_dir).rmdir()  # if Hydra has just made it and nothing was written
-        if hydra_config.mode == RunMode.MULTIRUN and not config.sweep.fail_fast:
-            raise
-        sys.exit(2)  # not through Hydra, which would add lines of its own
+            path.rmdir()  # if Hydra has just made it and nothing was written
     except RunFailedError:
-        if hydra_config.mode == RunMode.MULTIRUN and not config.sweep.fail_fast:
+        status, ended = 1, RunFailedError()
+    except StoppedError as stopped:
+        stopped.requeue()
+        status, ended = stopped.exit_status, StoppedError(stopped.signum)
+    if is_joblib(launcher) or (launcher and status < 128 and not config.sweep.fail_fast):
+        # The sweep goes on. Hydra keeps the exception to its end: a new one, whose traceback holds no network.
+        raise ended
+    sys.exit(status)  # not through Hydra, which would add lines of its own
+
+
+# Why this process begins no further job.
+_ended_by: StoppedError | RunFailedError | UserError | None = None
+
+
+def _beside_others(config: DictConfig, path: Path, overrides: list[str]) -> dict[str, Any]:
+    """A job in one of joblib's processes. An exception that leaves it would have the jobs beside it killed."""
+    global _ended_by
+    with StopRequest(with_parent=True) as stop:
+        if _ended_by:
+            raise _ended_by
+        take_gpu(path.parent)
+        try:
+            return carry_out(config, path, overrides, f"{path.name}  ", stop)
+        except StoppedError as stopped:
+            _ended_by = stopped
             raise
-        sys.exit(1)
-    return result["metrics"]["val/acc"]
+        except (UserError, RunFailedError) as failure:
+            if config.sweep.fail_fast:
+                _ended_by = failure
+                end_the_others()
+            raise
 
 
-def carry_out(config: DictConfig, path: Path, overrides: list[str]) -> dict[str, Any]:
+def carry_out(
+    config: DictConfig, path: Path, overrides: list[str], label: str = "", stop: StopRequest | None = None
+) -> dict[str, Any]:
     """Brings the run in folder ``path`` to its end, from wherever it is, and shows and returns its result.
+
+    Args:
+        label: stands before every line that the run prints, where others print beside it.
 
     Raises:
         UserError: if the folder belongs to another experiment or another process is at work on it.
         RunFailedError: if the work failed.
+        StoppedError: if it was stopped from outside.
     """
     from nin.report import show_result, shown
 
@@ -174,19 +193,23 @@ def carry_out(config: DictConfig, path: Path, overrides: list[str]) -> dict[str,
         result = folder.read_result()
         print(f"{shown(path)} is finished; to run it anew, give another name=… or remove the folder")
     elif global_rank() == 0:
-        with folder.claimed():
+        # The processes of a sweep that was killed end soon.
+        with folder.claimed(patience=20 if label else 0):
+            if is_finished(folder, settings):  # by another process, since we looked
+                return folder.read_result()
             with logging_to(None):
-                from nin.experiment import build_trainer
+                from nin.experiment import build_trainer, threads_of
 
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
+            settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
             folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)
             with logging_to(folder.log):
-                result = _train(settings, folder, overrides)
+                result = _train(settings, folder, overrides, label, stop)
     else:
         with logging_to(None):
-            return _train(settings, folder, overrides)
+            return _train(settings, folder, overrides, label, stop)
     show_result(folder, result)
     return result
 
@@ -212,20 +235,21 @@ def _require_same_experiment(folder: RunFolder, now: Settings) -> None:
         raise UserError("\n  ".join([told, *different]))
 
 
-def _train(settings: Settings, folder: RunFolder, overrides: list[str]) -> dict[str, Any]:
+def _train(
+    settings: Settings, folder: RunFolder, overrides: list[str], label: str, stop: StopRequest | None
+) -> dict[str, Any]:
     from nin.experiment import train
-    from nin.stopping import StoppedError
 
     log = logging.getLogger("nin")
     try:
-        result = train(settings, folder, overrides)
+        result = train(settings, folder, overrides, label, stop or StopRequest())
         if global_rank() == 0:
             folder.write_result(result)
         return result
     except StoppedError as stopped:
         log.info("%s; last.ckpt is of this very step", stopped)
         print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
-        sys.exit(stopped.exit_status)
+        raise
     except UserError as mistake:
         log.info("refused: %s", mistake)
         raise

@@ -1,0 +1,204 @@
+"""The start of several processes: a sweep's jobs get folders, threads and GPUs; those of torchrun share one folder."""
+
+import importlib.util
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig
+
+from nin.config import settings_from
+from nin.data.files import prepare
+from nin.settings import Settings, Trainer, UserError, one_process
+from nin.sweep import KEYS, all_words, jobs_of
+
+_A_JOB_FAILED = signal.SIGUSR1
+_GPUS = "NIN_GPUS"  # what a sweep's first process tells those that it starts: the GPUs that they share out
+
+
+class Launch:
+    """A sweep as the process knows it that starts its jobs.
+
+    Args:
+        config: as Hydra composed it; completed in place with what all jobs are to have in common.
+
+    Raises:
+        UserError: with the mistakes of all jobs, or if the launcher is not installed.
+    """
+
+    def __init__(self, config: DictConfig):
+        self.folder = Path(config.hydra.sweep.dir)
+        self.stopped_by: int | None = None
+        launcher = config.hydra.launcher
+        if started_by_torchrun():
+            raise UserError("torchrun: each of its processes would begin the whole sweep; start it without torchrun")
+        _require_installed(launcher._target_)
+        words = all_words(config.hydra.sweeper.get("params"), config.hydra.overrides.task)
+        jobs: list[Settings] = []
+        if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
+            jobs = _checked(jobs_of(words))
+        overrides = OverridesParser.create().parse_overrides(words)
+        swept, fixed = (
+            [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
+        )
+        common = {"name": f"'{config.name}'"}  # where it is the time of start, or another machine's variable
+        if is_joblib(launcher._target_):
+            # Threads that wait for work leave the cores to the other jobs.
+            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            if config.threads is None and "threads" not in swept:
+                common["threads"] = str(_threads())
+            _share_out_gpus(launcher, jobs)
+            for signum in (signal.SIGINT, signal.SIGTERM, _A_JOB_FAILED):
+                signal.signal(signum, self._pass_on)
+        # Each job's config is composed anew, from these.
+        unnamed = [*fixed, *common, KEYS]
+        config.hydra.overrides.hydra += [
+            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(unnamed))}]",
+            f"hydra.sweep.dir='{self.folder}'",
+            *(f"{key}={value}" for key, value in common.items()),
+            f"{KEYS}=[{','.join(swept)}]",  # the last: behind it stands what was asked for
+        ]
+
+    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
+        """Joblib would kill the jobs of a process that is stopped: they are asked to stop instead, and waited for."""
+        if self.stopped_by == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        if signum != _A_JOB_FAILED:
+            self.stopped_by = signum
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+
+
+def _require_installed(launcher: str) -> None:
+    for extra in ("joblib", "submitit"):
+        if f"hydra_{extra}_launcher" in launcher and not importlib.util.find_spec(
+            f"hydra_plugins.hydra_{extra}_launcher"
+        ):
+            raise UserError(f"hydra/launcher: {extra} is not installed; type: python3 -m pip install 'nin[{extra}]'")
+
+
+def _checked(jobs: list[list[str]]) -> list[Settings]:
+    """Raises UserError with the mistakes of all jobs of a sweep."""
+    mistakes: dict[str, None] = {}
+    checked = []
+    for job in jobs:
+        try:
+            settings = settings_from(job)
+            _require_one_process(settings.trainer)
+            require_accelerator(settings.trainer)
+            prepare(settings.data)
+            checked.append(settings)
+        except UserError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
+    if mistakes:
+        raise UserError(*mistakes)
+    return checked
+
+
+def _require_one_process(trainer: Trainer) -> None:
+    if not one_process(trainer):
+        raise UserError(
+            f"trainer.strategy={trainer.strategy}, trainer.devices={trainer.devices}, trainer.num_nodes="
+            f"{trainer.num_nodes}: a sweep's job has one device, since each further process would begin the whole "
+            "sweep. Type trainer=gpu hydra/launcher=joblib for one job a GPU, several at once; or start single runs: "
+            "for seed in 0 1 2; do nin train trainer=ddp seed=$seed name=seed-$seed; done"
+        )
+
+
+def require_accelerator(trainer: Trainer) -> None:
+    """Raises UserError if the accelerator that was asked for by name is not there; only then is torch needed."""
+    if trainer.accelerator in ("auto", "cpu"):
+        return
+    import torch
+
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(trainer.accelerator, True):
+        return
+    found = f"{cuda} CUDA GPU(s)" if cuda else "an Apple GPU" if mps else "no GPU that torch can use, only the CPU"
+    raise UserError(
+        f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}); "
+        f"type trainer={'gpu' if cuda else 'mps' if mps else 'cpu'}, or trainer=auto, which takes the best there is"
+    )
+
+
+def is_joblib(launcher: str) -> bool:
+    return launcher.endswith(".JoblibLauncher")
+
+
+def _threads() -> int:
+    """As many as a run alone would have: the order of additions, and so the result, hangs on it."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _share_out_gpus(launcher: DictConfig, jobs: list[Settings]) -> None:
+    """One job a GPU, and no more jobs at once than there are GPUs."""
+    import torch
+
+    if not torch.cuda.is_available() or all(job.trainer.accelerator == "cpu" for job in jobs):
+        return
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    os.environ[_GPUS] = gpus
+    count = len(gpus.split(","))
+    launcher.n_jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def require_fit_with_torchrun(trainer: Trainer) -> None:
+    """Raises UserError if each of torchrun's processes would train a network of its own."""
+    if started_by_torchrun() and one_process(trainer):
+        raise UserError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, and trainer.strategy={trainer.strategy} is for "
+            f"one; add trainer=ddp trainer.devices={os.environ['LOCAL_WORLD_SIZE']}"
+        )
+
+
+def tell_folder(folder: str) -> None:
+    """The first of torchrun's processes tells the others its folder; they would each name one by their own clock."""
+    if started_by_torchrun() and os.environ["RANK"] == "0":
+        _torchrun_store().set("nin/folder", str(Path(folder).absolute()))
+
+
+def told_folder() -> list[str]:
+    """The override that makes one of torchrun's other processes work in the first one's folder."""
+    if not started_by_torchrun() or os.environ["RANK"] == "0":
+        return []
+    return [f"hydra.run.dir='{_torchrun_store().get('nin/folder').decode()}'"]
+
+
+def _torchrun_store() -> Any:
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+
+
+_held: list[FileLock] = []  # this process has its GPU to its end
+
+
+def take_gpu(folder: Path) -> None:
+    """Makes one of the GPUs that are shared out the only one that this process sees, before torch looks for them."""
+    if _held or _GPUS not in os.environ:
+        return
+    for gpu in os.environ[_GPUS].split(","):
+        lock = FileLock(folder / f".gpu-{gpu}.lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            continue
+        _held.append(lock)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+        return
+
+
+def end_the_others() -> None:
+    """Called in one of joblib's processes: the one that started it asks all of them to stop."""
+    os.kill(os.getppid(), _A_JOB_FAILED)
