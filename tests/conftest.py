@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,13 +52,33 @@ def settings(data_root: Path) -> Callable[..., Settings]:
     return lambda *overrides: read(composed([*SMALL, f"data.root={data_root}", *overrides]))
 
 
+# Without cached bytecode every process would compile torch and Lightning anew.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYTHONDONTWRITEBYTECODE")}
+
+
 def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the program as a person would, warnings being errors."""
     return subprocess.run(
         [sys.executable, "-m", "nin", *map(str, arguments)],
         cwd=cwd,
-        env={k: v for k, v in os.environ.items() if k != "NIN_DATA"} | environment,
+        env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
+
+
+def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """As ``nin``, and goes on while it runs."""
+    command = [sys.executable, "-m", "nin", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    begun = time.monotonic()
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < begun + seconds, f"no {path}"
+        time.sleep(0.005)

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from conftest import SMALL, nin
+from conftest import SMALL, nin, start, wait_for
 from nin import checkpoint_files, experiment
 from nin.checks import read
 from nin.config import composed
@@ -296,21 +295,6 @@ def test_fewer_epochs_than_are_done_are_refused(half_done: tuple[Settings, RunFo
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real processes.
-
-
-def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "nin", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=cwd, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
-    begun = time.monotonic()
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < begun + seconds, f"no {path}"
-        time.sleep(0.005)
 
 
 LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1", "callbacks=none")

@@ -68,6 +68,23 @@ def test_half_written_jobs_do_not_break_the_report(tmp_path: Path, capsys: pytes
     assert {job.folder.name: job.status for job in sweep.read_jobs(tmp_path)} == {"a": "finished", "cut": "unfinished"}
 
 
+def test_jobs_that_have_not_begun_are_told(tmp_path: Path) -> None:
+    asked = ["experiment=cpu", "optimizer.lr=0.1,0.05", "seed=0,1"]
+    hydra = {"sweeper": {"params": {"model.norm": "none,batch"}}, "overrides": {"task": asked}}
+    (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
+    for norm, lr in (("none", "0.1"), ("batch", "0.05")):
+        put_job(
+            tmp_path / f"{norm}-{lr}", [f"model.norm={norm}", "experiment=cpu", f"optimizer.lr={lr}", "seed=0"], 0.5
+        )
+    rows = sweep.table(sweep.folded(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
+    assert sorted([row[0], row[1], row[-1]] for row in rows[1:]) == [
+        ["batch", "0.05", "2 (1 not begun)"],
+        ["batch", "0.1", "2 (2 not begun)"],
+        ["none", "0.05", "2 (2 not begun)"],
+        ["none", "0.1", "2 (1 not begun)"],
+    ]
+
+
 def test_what_is_no_sweep_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such sweep"):
         sweep.read_jobs(tmp_path / "none")

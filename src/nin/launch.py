@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from nin.config import settings_from
 from nin.data.files import prepare
 from nin.settings import Settings, Trainer, UserError, one_process
-from nin.sweep import KEYS, all_words, jobs_of
+from nin.sweep import KEYS, jobs_of, not_replaced
 
 _A_JOB_FAILED = signal.SIGUSR1
 _GPUS = "NIN_GPUS"  # what a sweep's first process tells those that it starts: the GPUs that they share out
@@ -38,11 +38,13 @@ class Launch:
         if started_by_torchrun():
             raise UserError("torchrun: each of its processes would begin the whole sweep; start it without torchrun")
         _require_installed(launcher._target_)
-        words = all_words(config.hydra.sweeper.get("params"), config.hydra.overrides.task)
+        task = list(config.hydra.overrides.task)
+        params = not_replaced(config.hydra.sweeper.get("params") or {}, task)
+        config.hydra.sweeper.params = params
         jobs: list[Settings] = []
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
-            jobs = _checked(jobs_of(words))
-        overrides = OverridesParser.create().parse_overrides(words)
+            jobs = _checked(jobs_of(params, task))
+        overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
         swept, fixed = (
             [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
         )

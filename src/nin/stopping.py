@@ -91,7 +91,7 @@ class StopRequest:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # A sweep passes on to its processes what the terminal may have sent to all of them.
-        echo = time.monotonic() - self._asked_at < 1
+        echo = self._parent and time.monotonic() - self._asked_at < 1
         if signum == signal.SIGINT and self.signum is not None and not echo:
             os.write(2, b"\x1b[?25h\nstopped at once\n" if os.isatty(2) else b"stopped at once\n")  # the cursor back
             os._exit(130)

@@ -41,16 +41,19 @@ def asked_for(words: Sequence[str]) -> list[str]:
     return list(words[own:])
 
 
-def all_words(params: Mapping[str, Any] | None, task: Iterable[str]) -> list[str]:
-    """A sweep's overrides: those of ``hydra.sweeper.params``, and behind them those of the command line."""
-    return [*(f"{key}={value}" for key, value in (params or {}).items()), *task]
+def not_replaced(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, Any]:
+    """What is left of ``hydra.sweeper.params`` beside a command line. Hydra's sweeper would take both, and run jobs
+    several times."""
+    given = _by_key(task)
+    return {key: value for key, value in params.items() if key not in given}
 
 
-def jobs_of(words: list[str]) -> list[list[str]]:
-    """Each job's own overrides, from those of a whole sweep, in the order in which the jobs run."""
+def jobs_of(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str]]:
+    """Each job's own overrides, from ``hydra.sweeper.params`` and those of the command line, in the jobs' order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    words = [*(f"{key}={value}" for key, value in not_replaced(params, task).items()), *task]
     overrides = OverridesParser.create().parse_overrides(words)
     return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
 
@@ -116,7 +119,7 @@ def _asked(sweep: Path) -> list[list[str]]:
     """The jobs that the sweep was last asked for, from the file that Hydra's sweeper writes."""
     try:
         hydra = yaml.load((sweep / "multirun.yaml").read_text(), Loader=_Loader)["hydra"]
-        return jobs_of(all_words(hydra["sweeper"].get("params"), hydra["overrides"]["task"]))
+        return jobs_of(hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"])
     except (OSError, yaml.YAMLError, LookupError, TypeError):
         return []
 
@@ -138,7 +141,7 @@ def _read_job(path: Path) -> Job | None:
     return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
 
 
-def _by_key(words: list[str]) -> dict[str, str]:
+def _by_key(words: Iterable[str]) -> dict[str, str]:
     return dict(word.lstrip("+~").partition("=")[::2] for word in words)
 
 

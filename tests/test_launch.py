@@ -1,0 +1,241 @@
+"""Several processes: joblib's, torchrun's, SLURM's, and many jobs in one."""
+
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from conftest import SMALL, nin, start, wait_for
+from nin import experiment, launch
+from nin.checks import read
+from nin.config import composed
+from nin.run_folder import RunFolder
+from nin.settings import UserError
+from nin.stopping import StoppedError
+
+
+def results(sweep: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/result.json")}
+
+
+def alone(overrides: list[str], folder: Path) -> str:
+    """The weights of a single run in this process."""
+    return experiment.train(read(composed(overrides)), RunFolder(folder), [])["weights_sha256"]
+
+
+def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:
+    with pytest.raises(UserError) as refused:
+        launch._checked([["trainer=ddp", "trainer.accelerator=cpu"], ["trainer.devices=[0,1]"], ["seed=-1"]])
+    first, second, third = refused.value.mistakes
+    assert "trainer.strategy=ddp, trainer.devices=auto" in first
+    assert "hydra/launcher=joblib for one job a GPU" in first
+    assert "trainer.devices=[0, 1]" in second
+    assert third.startswith("seed=-1")
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"submitit is not installed; type: python3 -m pip install 'nin\[submitit\]'"):
+        launch._require_installed("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher")
+    launch._require_installed("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+
+
+def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_held", [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    launch.take_gpu(tmp_path)
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ  # nothing was shared out
+    monkeypatch.setenv("NIN_GPUS", "4,GPU-7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    with FileLock(tmp_path / ".gpu-4.lock"):
+        launch.take_gpu(tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    launch.take_gpu(tmp_path)  # the next job of the same process
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    launch._held[0].release()
+
+
+def test_what_ends_a_job_travels_between_processes() -> None:
+    stopped = pickle.loads(pickle.dumps(StoppedError(signal.SIGTERM)))
+    assert (stopped.signum, stopped.exit_status, str(stopped)) == (signal.SIGTERM, 143, "stopped by SIGTERM")
+
+
+def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=40", "checkpoint.every_n_steps=1"]
+    sweep = tmp_path / "outputs" / "sweeps" / "at-once"
+    command = ["train", "-m", *asked, "name=at-once", "hydra/launcher=joblib", "seed=0,1,2"]
+    first = start(*command, **there)
+    for seed in (0, 1):  # neither waits for the other
+        wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", first)
+    first.send_signal(signal.SIGTERM)
+    output = first.communicate(timeout=90)[0]
+    assert first.returncode == 143, output
+    stopped = {seed: (sweep / f"seed={seed}" / "nin.log") for seed in (0, 1)}
+    assert all("stopped by SIGINT" in log.read_text() for log in stopped.values()), output
+    assert not (sweep / "seed=2" / "nin.log").exists()
+    assert "1 not begun" in output.replace("\n", "")
+
+    second = nin(*command, **there)
+    assert second.returncode == 0, second.stderr
+    found = results(sweep)
+    assert [found[f"seed={seed}"]["resumes"] for seed in (0, 1, 2)] == [1, 1, 0]
+    for seed in (0, 2):
+        weights = alone([*asked, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
+        assert found[f"seed={seed}"]["weights_sha256"] == weights
+    assert "seed=2  epoch 1/2" in second.stdout
+
+
+def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
+    def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", "train"]
+        return subprocess.run(
+            # Without experiment=quickstart, which has a name: this one is to be the time of start.
+            [*torchrun, "model=nin_small", "data=garments", "trainer=cpu", *SMALL[3:], "callbacks=none", *overrides],
+            cwd=tmp_path,
+            env=os.environ | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    refused = torchrun()
+    assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused.stderr
+    assert "add trainer=ddp trainer.devices=2" in refused.stderr
+    assert not (tmp_path / "outputs").exists()
+    done = torchrun("trainer.strategy=ddp", "trainer.devices=2")
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert json.loads((run / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's /proc")
+def test_twenty_jobs_in_one_process_leave_nothing_behind(tmp_path: Path, data_root: Path) -> None:
+    watched = """
+import logging, os, sys, threading
+from nin.commands import train
+
+run = train.job
+
+def job(config):
+    try:
+        return run(config)
+    finally:
+        loggers = [logging.getLogger(), *map(logging.getLogger, logging.Logger.manager.loggerDict)]
+        memory = next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1]
+        found = [len(os.listdir("/proc/self/fd")), threading.active_count(), sum(len(l.handlers) for l in loggers)]
+        print("left", memory, *found, flush=True)
+
+train.job = job
+sys.exit(train.main(sys.argv[1:]))
+"""
+    # Every other one fails: its traceback must not hold its network.
+    asked = [*SMALL, "schedule=constant", "model.norm=none", "optimizer.lr=0.001,1e30", "seed=range(0,10)"]
+    done = subprocess.run(
+        [sys.executable, "-c", watched, "-m", "name=flat", *asked],
+        cwd=tmp_path,
+        env=os.environ | {"NIN_DATA": str(data_root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    left = [[int(n) for n in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith("left")]
+    assert len(left) == 20, done.stderr
+    memory, *counts = zip(*left[4:], strict=True)
+    assert all(len(set(count)) == 1 for count in counts), left
+    assert max(memory) - min(memory) < 40_000, memory  # KiB; a graph kept for every job would be 100,000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real SLURM cluster, where there is one: nodes that are idle and take jobs from here.
+
+
+@pytest.fixture
+def release() -> Iterator[Callable[[], None]]:
+    """Lets requeued jobs begin without the two minutes that SLURM waits; at the end no job of these tests is left."""
+    if not shutil.which("sbatch") or subprocess.run(["sinfo", "-h"], capture_output=True).returncode:
+        pytest.skip("no SLURM cluster takes jobs from here")
+
+    def queue(*options: str) -> list[str]:
+        return subprocess.run(["squeue", "-h", *options], capture_output=True, text=True).stdout.split()
+
+    before = queue("-o", "%A")
+
+    def now() -> None:
+        for job in queue("-t", "PD", "-o", "%i"):
+            shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+            # Sooner than this the node still counts the job's last life as revoked.
+            if "Reason=BeginTime" in shown and "Restarts=0" not in shown:
+                time.sleep(4)
+                subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=False)
+
+    yield now
+    for job in set(queue("-o", "%A")) - set(before):
+        subprocess.run(["scancel", job], check=False)
+
+
+ON_SLURM = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=1"]
+
+
+@pytest.mark.long
+def test_slurm_jobs_that_are_stopped_go_back_and_end_with_the_same_weights(
+    tmp_path: Path, data_root: Path, release: Callable[[], None]
+) -> None:
+    sweep = tmp_path / "outputs" / "sweeps" / "slurm"
+    command = ["train", "-m", *ON_SLURM, "name=slurm", "hydra/launcher=submitit_slurm", "seed=0,1,2"]
+    waiting = start(*command, cwd=tmp_path, NIN_DATA=str(data_root))
+    for seed, stop in enumerate((["scancel", "--signal=USR2"], ["scontrol", "requeue"])):
+        wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", waiting)
+        (log,) = (sweep / ".submitit").glob(f"*_{seed}")
+        subprocess.run([*stop, log.name], check=True)
+    while waiting.poll() is None:
+        release()
+        time.sleep(1)
+    assert waiting.returncode == 0, waiting.communicate()[0]
+    waiting.communicate()
+    found = results(sweep)
+    assert [found[f"seed={seed}"]["resumes"] for seed in (0, 1, 2)] == [1, 1, 0]
+    for seed in (0, 1):
+        weights = alone([*ON_SLURM, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
+        assert found[f"seed={seed}"]["weights_sha256"] == weights
+
+
+@pytest.mark.long
+def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
+    tmp_path: Path, data_root: Path, release: Callable[[], None]
+) -> None:
+    # Without experiment=quickstart, which has a name.
+    asked = ["model=nin_small", "data=garments", "trainer=cpu", *ON_SLURM[2:], "optimizer.lr=0.01"]
+    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nin", "train", *asked])
+    sent = subprocess.run(
+        ["sbatch", "--parsable", "--requeue", f"--chdir={tmp_path}", "--wrap", f"srun {line}"],
+        env=os.environ | {"NIN_DATA": str(data_root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    run = tmp_path / "outputs" / "runs" / sent.stdout.strip()
+    until = time.monotonic() + 120
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    subprocess.run(["scancel", "--signal=USR1", sent.stdout.strip()], check=True)
+    while not (run / "result.json").exists():
+        assert time.monotonic() < until + 120
+        release()
+        time.sleep(0.5)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["resumes"]) == ("finished", 1)
+    assert result["weights_sha256"] == alone([*asked, f"data.root={data_root}"], tmp_path / "alone")
