@@ -11,7 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin import networks
-from nin.networks import NUM_CLASSES
+from nin.networks import IN_CHANNELS, NUM_CLASSES, speed
 from nin.settings import Settings
 
 
@@ -30,30 +30,85 @@ class Classifier(LightningModule):
         self.settings = settings
         # Plain values: a checkpoint holds no class. They reach the loggers at the end, with the real final metrics.
         self.save_hyperparameters(settings.model_dump(mode="json"), logger=False)
-        # The layout that convolutions are fastest in, on CPUs and GPUs; values and shapes stay the same.
-        self.network = networks.build(settings).to(memory_format=torch.channels_last)
+        self.network = networks.build(settings)
+        self.piece_size = self._make_fast(settings)
         # Accumulated on the device and read once a logging interval or once an epoch.
-        self.train_loss, self.score_loss = MeanMetric(), MeanMetric()
+        # A NaN ends the run; asking for it in every update would cost as much as the update.
+        self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.train_acc, self.score_acc = accuracy(), accuracy()
         # What the batches since the last logging gave rides in checkpoints, which are saved between loggings too.
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
         self.confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
 
+    def _make_fast(self, settings: Settings) -> int | None:
+        """How many images are worked through at a time on a CPU; None keeps batches whole."""
+        chosen = settings.speed
+        piece = speed.piece_size(self.network, IN_CHANNELS, settings.data.image_size)
+        if piece and chosen.piece != "auto":
+            piece = chosen.piece
+        self.dropouts = speed.replace_dropout(self.network)
+        if chosen.relu_after_pooling:
+            speed.move_relu_behind_pooling(self.network)
+        if chosen.channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        return piece
+
     def forward(self, images: Tensor) -> Tensor:
         """``(batch, 1, image_size, image_size)``, 0 to 1, to logits ``(batch, 10)``."""
         return self.network(images)
 
+    def on_train_start(self) -> None:
+        asked, on_gpu = self.settings.compile, self.device.type == "cuda"
+        if asked is True or (asked == "auto" and on_gpu):
+            # In place: the names of the weights stay as they are.
+            self.network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        logits = self(images)
-        loss = functional.cross_entropy(logits, labels)
+        for dropout in self.dropouts:
+            dropout.begin(len(labels))
+        if (pieces := self._pieces(len(labels))) < len(labels):
+            loss, whole_loss, logits = self._loss_in_pieces(images, labels, pieces)
+        else:
+            logits = self.network(images)
+            loss = functional.cross_entropy(logits, labels)
+            whole_loss, logits = loss.detach(), logits.detach()
         # A read-back would hold up a GPU at every step; there, `require_finite` is called when metrics are read.
-        if not loss.is_cuda:
-            self.require_finite(loss.item())
-        self.train_loss.update(loss.detach(), len(labels))
-        self.train_acc.update(logits.detach(), labels)
+        if not whole_loss.is_cuda:
+            self.require_finite(whole_loss.item())
+        self.train_loss.update(whole_loss, len(labels))
+        self.train_acc.update(logits, labels)
         return loss
+
+    def _loss_in_pieces(self, images: Tensor, labels: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds up the gradients of all pieces but the last, whose loss Lightning is left to work backward from.
+
+        Returns the last piece's share of the loss, the whole batch's loss, and its logits.
+        """
+        shares, logits = [], []
+        for some_images, some_labels in zip(images.split(pieces), labels.split(pieces), strict=True):
+            if shares:
+                (shares[-1] / self.trainer.accumulate_grad_batches).backward()
+                shares[-1] = shares[-1].detach()
+            scored = self.network(some_images)
+            # Each image weighs the same, in a last piece that is not full too.
+            shares.append(functional.cross_entropy(scored, some_labels) * (len(some_labels) / len(labels)))
+            logits.append(scored.detach())
+        return shares[-1], torch.stack([share.detach() for share in shares]).sum(), torch.cat(logits)
+
+    def _pieces(self, images: int) -> int:
+        """How many of a batch's images are worked through at a time."""
+        if self.piece_size and self.device.type == "cpu" and self.trainer.world_size == 1:
+            return min(self.piece_size, images)
+        return max(images, 1)
+
+    def optimizer_zero_grad(self, *_: Any) -> None:
+        """Lightning would do it between a batch's first pieces and its last; see `optimizer_step`."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     def require_finite(self, loss: float) -> None:
         """Raises NonFiniteLossError if ``loss`` is NaN or infinite."""
@@ -83,7 +138,7 @@ class Classifier(LightningModule):
 
     def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = self(images)
+        logits = torch.cat([self(piece) for piece in images.split(self._pieces(len(labels)))])
         if not len(labels):  # the last batch, where there are fewer images than processes
             return logits
         self.score_loss.update(functional.cross_entropy(logits, labels), len(labels))
@@ -111,7 +166,10 @@ class Classifier(LightningModule):
     def _optimizer(self) -> torch.optim.Optimizer:
         chosen = self.settings.optimizer.model_dump(exclude={"name"})
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.optimizer.name]
-        return kind(self.network.parameters(), **chosen)
+        # Lightning clips no gradients in mixed precision where the optimiser is fused.
+        clipped = self.settings.trainer.gradient_clip_val is not None
+        fused = self.settings.speed.fused_optimizer and self.device.type in ("cpu", "cuda") and not clipped
+        return kind(self.network.parameters(), **chosen, fused=fused)
 
 
 def accuracy() -> MulticlassAccuracy:

@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a network, then test its best checkpoint once; with -m a sweep",
     "resume": "go on with the run in a folder, to the result that it would have had",
     "eval": "test metrics of a run's folder or of one .ckpt file",
+    "bench": "images a second, beside the notebooks' own loop and the machine's limit",
     "report": "the table and the chart of a sweep, also of one that is half done",
     "inspect": "a network without training it: layers, parameters, multiply-adds",
 }

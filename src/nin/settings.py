@@ -220,6 +220,19 @@ def one_process(trainer: Trainer) -> bool:
     return one and trainer.num_nodes == 1 and trainer.strategy in ("auto", "single_device")
 
 
+class Speed(Section):
+    """How the same numbers are computed faster. Each key changes a result by rounding at most."""
+
+    # The layout of images and maps that convolutions are fastest in.
+    channels_last: bool
+    # Of networks that pool the maximum; ReLU on a quarter of the maps.
+    relu_after_pooling: bool
+    # One kernel for all weights instead of several for each.
+    fused_optimizer: bool
+    # How many images are worked through at a time, gradients added up; "auto": what a CPU's cache holds.
+    piece: Positive | Literal["auto"] | None
+
+
 class Checkpoint(Section):
     every_n_steps: Positive | None
     keep: Annotated[int, Field(ge=0)]
@@ -239,6 +252,8 @@ MAY_CHANGE = (
     "threads",
     "data.root",
     "data.mirrors",
+    "speed",
+    "compile",
     "checkpoint",
     "sweep",
     "logger",
@@ -269,6 +284,9 @@ class Settings(Section):
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
     schedule: Schedule
     trainer: Trainer
+    speed: Speed
+    # torch.compile, with CUDA graphs on a GPU; "auto": on a GPU.
+    compile: bool | Literal["auto"]
     checkpoint: Checkpoint
     sweep: Sweep
     # Extension points: each entry is a `_target_` that Hydra instantiates.

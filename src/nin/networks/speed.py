@@ -1,0 +1,65 @@
+"""The same function of the same weights, computed faster: nothing here changes a result by more than rounding."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nin.networks.summary import layers
+
+# The largest maps of a piece of a batch stay below this, so that the next layer finds them in a CPU's cache. In bytes.
+_CACHED = 18 * 2**20
+
+
+class MaxPoolReLU(nn.MaxPool2d):
+    """ReLU behind a max pooling instead of before it: the same values and gradients, on a quarter of the maps."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return functional.relu_(super().forward(maps))
+
+
+class Dropout(nn.Dropout):
+    """The mask that the whole batch would have had in torch's own layout, for a batch in pieces and in any layout."""
+
+    def begin(self, batch_size: int) -> None:
+        """Of the next ``batch_size`` images."""
+        self.batch_size, self.done = batch_size, 0
+
+    def forward(self, piece: Tensor) -> Tensor:
+        if not self.training:
+            return piece
+        if self.done == 0:
+            mask = functional.dropout(piece.new_ones((self.batch_size, *piece.shape[1:])), self.p)
+            channels_last = piece.ndim == 4 and piece.is_contiguous(memory_format=torch.channels_last)
+            self.mask = mask.contiguous(memory_format=torch.channels_last) if channels_last else mask
+        begun, self.done = self.done, self.done + len(piece)
+        return piece * self.mask[begun : self.done]
+
+
+def move_relu_behind_pooling(network: nn.Sequential) -> None:
+    """In place; names and order of the weights stay as they are."""
+    for i, layer in enumerate(network):
+        if not isinstance(layer, nn.MaxPool2d) or i == 0:
+            continue
+        before, last = (network[i - 1], -1) if isinstance(network[i - 1], nn.Sequential) else (network, i - 1)
+        if isinstance(before[last], nn.ReLU):
+            before[last] = nn.Identity()
+            network[i] = MaxPoolReLU(layer.kernel_size, layer.stride, layer.padding)
+
+
+def piece_size(network: nn.Sequential, in_channels: int, image_size: int) -> int | None:
+    """How many images are best worked through at a time on a CPU, or None if the batch must be kept whole.
+
+    Batch norm needs it whole.
+    """
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        return None
+    largest = max(4 * torch.Size(layer.output_shape).numel() for layer in layers(network, in_channels, image_size))
+    return max(1, _CACHED // largest)
+
+
+def replace_dropout(network: nn.Sequential) -> list[Dropout]:
+    """Puts dropout that hangs neither on pieces nor on the layout in the place of the network's own; returns it."""
+    for i, layer in enumerate(network):
+        if type(layer) is nn.Dropout:
+            network[i] = Dropout(layer.p)
+    return [layer for layer in network if isinstance(layer, Dropout)]

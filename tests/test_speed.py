@@ -1,0 +1,100 @@
+"""What computes faster computes the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from nin import checkpoint_files, experiment
+from nin.checks import read
+from nin.config import composed
+from nin.networks import speed
+from nin.networks.nin import NiN
+from nin.run_folder import RunFolder
+from nin.settings import Settings
+
+OFF = (
+    "speed.channels_last=false",
+    "speed.relu_after_pooling=false",
+    "speed.fused_optimizer=false",
+    "speed.piece=null",
+)
+
+
+def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The relative distance of two networks' weights."""
+    assert list(one) == list(other)
+    difference = sum((one[name] - other[name]).double().square().sum() for name in one)
+    return float((difference / sum(weights.double().square().sum() for weights in one.values())).sqrt())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Batches of 30 images: pieces of 7, 7, 7, 7 and 2.
+        ("model=nin", "data.image_size=67", "speed.piece=7"),
+        (
+            "model=nin",
+            "data.image_size=99",
+            "speed.piece=16",
+            "trainer.accumulate_grad_batches=2",
+            "optimizer.momentum=0.9",
+        ),
+        ("model=vgg", "data.image_size=32", "speed.piece=4", "trainer.limit_train_batches=3"),
+        ("model=alexnet", "data.image_size=65", "speed.piece=11", "trainer.limit_train_batches=3"),
+    ],
+)
+def test_steps_with_every_switch_on_are_steps_with_all_off(
+    tmp_path: Path, data_root: Path, overrides: tuple[str, ...]
+) -> None:
+    asked = [
+        "speed.piece=16", "data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_epochs=1", "data.batch_size=30",
+        "trainer.limit_train_batches=20", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2",
+        "callbacks=none", "logger=none", "optimizer.lr=0.01", *overrides,
+    ]  # fmt: skip
+    weights, scores = [], []
+    for name, switches in (("on", ()), ("off", OFF)):
+        folder = RunFolder(tmp_path / name)
+        scores.append(experiment.train(read(composed([*asked, *switches])), folder, [])["metrics"])
+        state = checkpoint_files.read(folder.last)["state_dict"]
+        weights.append({name: value for name, value in state.items() if name.startswith("network.")})
+    assert far(*weights) < 1e-5
+    assert scores[0]["val/loss"] == pytest.approx(scores[1]["val/loss"], rel=1e-5)
+    assert scores[0]["test/acc"] == scores[1]["test/acc"]
+
+
+def test_relu_behind_the_pooling_gives_the_same_values_and_gradients_to_the_bit() -> None:
+    torch.manual_seed(0)
+    before = NiN(image_size=67, dropout=0.0)
+    after = NiN(image_size=67, dropout=0.0)
+    after.load_state_dict(before.state_dict())
+    speed.move_relu_behind_pooling(after)
+    assert sum(isinstance(layer, speed.MaxPoolReLU) for layer in after) == 3
+    assert list(after.state_dict()) == list(before.state_dict())
+    images, gradients = torch.rand(2, 1, 67, 67), []
+    for network in (before, after):
+        logits = network(images)
+        logits.square().sum().backward()
+        gradients.append([logits, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+def test_dropout_draws_the_mask_of_the_whole_batch() -> None:
+    maps = torch.rand(10, 4, 3, 3)
+    torch.manual_seed(0)
+    whole = nn.functional.dropout(maps, 0.3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        dropout = speed.Dropout(0.3)
+        torch.manual_seed(0)
+        dropout.begin(10)
+        pieces = [dropout(piece) for piece in maps.contiguous(memory_format=layout).split(4)]
+        assert torch.equal(torch.cat(pieces), whole)
+    assert dropout.eval()(maps) is maps
+
+
+def test_batch_norm_keeps_batches_whole_and_large_maps_make_small_pieces(settings: Callable[..., Settings]) -> None:
+    assert speed.piece_size(NiN(norm="batch"), 1, 224) is None
+    assert speed.piece_size(NiN(), 1, 224) == 16
+    assert speed.piece_size(NiN(image_size=67), 1, 67) > 128
