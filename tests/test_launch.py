@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from conftest import SMALL, nin, start, wait_for
-from nin import experiment, launch
+from nin import checkpoint_files, experiment, launch
 from nin.checks import read
 from nin.config import composed
 from nin.run_folder import RunFolder
@@ -102,7 +103,7 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", "train"]
         return subprocess.run(
             # Without experiment=quickstart, which has a name: this one is to be the time of start.
-            [*torchrun, "model=nin_small", "data=garments", "trainer=cpu", *SMALL[3:], "callbacks=none", *overrides],
+            [*torchrun, "model=nin_small", "data=garments", *SMALL[1:], "callbacks=none", *overrides],
             cwd=tmp_path,
             env=os.environ | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -114,10 +115,23 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused.stderr
     assert "add trainer=ddp trainer.devices=2" in refused.stderr
     assert not (tmp_path / "outputs").exists()
-    done = torchrun("trainer.strategy=ddp", "trainer.devices=2")
+    same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.05"]
+    done = torchrun("trainer.strategy=ddp", "trainer.devices=2", *same)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
-    assert json.loads((run / "result.json").read_text())["status"] == "finished"
+    two = json.loads((run / "result.json").read_text())
+
+    # Two processes with batches of 32 do what one does with batches of 64.
+    folder = RunFolder(tmp_path / "one")
+    batch = ["data.batch_size=64", f"data.root={data_root}"]
+    one = experiment.train(read(composed(["model=nin_small", "data=garments", *SMALL[1:], *same, *batch])), folder, [])
+    assert (two["steps"], two["status"]) == (one["steps"], "finished")
+    for metric in ("val/loss", "val/acc", "test/loss", "test/acc"):
+        assert two["metrics"][metric] == pytest.approx(one["metrics"][metric], rel=1e-4)
+    weights = [checkpoint_files.read(of.last)["state_dict"] for of in (RunFolder(run), folder)]
+    for name in weights[0]:
+        if name.startswith("network."):
+            assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
 
 
 @pytest.mark.long

@@ -50,9 +50,9 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     tmp_path: Path, data_root: Path, overrides: tuple[str, ...]
 ) -> None:
     asked = [
-        "speed.piece=16", "data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_epochs=1", "data.batch_size=30",
-        "trainer.limit_train_batches=20", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2",
-        "callbacks=none", "logger=none", "optimizer.lr=0.01", *overrides,
+        "data=garments", f"data.root={data_root}", "trainer=cpu", "callbacks=none", "logger=none",
+        "trainer.max_epochs=1", "trainer.limit_train_batches=20", "trainer.limit_val_batches=2",
+        "trainer.limit_test_batches=2", "data.batch_size=30", "optimizer.lr=0.01", "speed.piece=16", *overrides,
     ]  # fmt: skip
     weights, scores = [], []
     for name, switches in (("on", ()), ("off", OFF)):

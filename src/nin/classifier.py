@@ -61,7 +61,9 @@ class Classifier(LightningModule):
     def on_train_start(self) -> None:
         asked, on_gpu = self.settings.compile, self.device.type == "cuda"
         if asked is True or (asked == "auto" and on_gpu):
-            # In place: the names of the weights stay as they are.
+            for dropout in self.dropouts:  # a compiled one would draw other masks
+                dropout.forward = torch.compiler.disable(dropout.forward)
+            # In place: the names of the weights stay as they are. On a GPU with CUDA graphs.
             self.network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -71,15 +73,24 @@ class Classifier(LightningModule):
         if (pieces := self._pieces(len(labels))) < len(labels):
             loss, whole_loss, logits = self._loss_in_pieces(images, labels, pieces)
         else:
-            logits = self.network(images)
+            # Only whole batches are of the size that a compiled network is compiled for.
+            whole = len(labels) == self.settings.data.batch_size
+            logits = self.network(images) if whole else self.network.forward(images)
             loss = functional.cross_entropy(logits, labels)
             whole_loss, logits = loss.detach(), logits.detach()
+            if self.trainer.world_size > 1 and self.trainer.is_last_batch:
+                loss = loss * self._share(len(labels))
         # A read-back would hold up a GPU at every step; there, `require_finite` is called when metrics are read.
         if not whole_loss.is_cuda:
             self.require_finite(whole_loss.item())
         self.train_loss.update(whole_loss, len(labels))
         self.train_acc.update(logits, labels)
         return loss
+
+    def _share(self, images: int) -> Tensor:
+        """What this process's mean loss must be weighted by, where the last batch could not be divided equally."""
+        mean = self.trainer.strategy.reduce(torch.tensor(float(images), device=self.device), reduce_op="mean")
+        return images / mean
 
     def _loss_in_pieces(self, images: Tensor, labels: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor]:
         """Adds up the gradients of all pieces but the last, whose loss Lightning is left to work backward from.
@@ -138,7 +149,7 @@ class Classifier(LightningModule):
 
     def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = torch.cat([self(piece) for piece in images.split(self._pieces(len(labels)))])
+        logits = torch.cat([self.network.forward(piece) for piece in images.split(self._pieces(len(labels)))])
         if not len(labels):  # the last batch, where there are fewer images than processes
             return logits
         self.score_loss.update(functional.cross_entropy(logits, labels), len(labels))

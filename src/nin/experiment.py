@@ -1,6 +1,7 @@
 """One experiment from settings to result: build, fit, test the best checkpoint."""
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.metadata
 import logging
@@ -48,6 +49,20 @@ warnings.filterwarnings(
     "ignore", message=r"The number of training batches \(\d+\) is smaller than the logging interval"
 )
 
+
+def _keep_memory() -> None:
+    """Has glibc keep freed memory for the next step instead of giving it back and having the kernel clear it anew.
+
+    On 2 cores that was a quarter of `nin_small`'s training time.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**25)
+
+
+_keep_memory()
 
 # Before any run has set another number.
 _DEFAULT_THREADS = torch.get_num_threads()
@@ -166,6 +181,9 @@ def build_trainer(
         UserError: if the machine lacks what ``settings.trainer`` asks for.
     """
     arguments = settings.trainer.model_dump()
+    if arguments["precision"] is None and arguments["accelerator"] in ("auto", "gpu", "cuda"):
+        # Twice the speed and half the maps' memory; weights, sums and the loss stay float32.
+        arguments["precision"] = "bf16-mixed" if _has_bfloat16() else None
     if not arguments.pop("enable_progress_bar"):
         callbacks = [callback for callback in callbacks if not isinstance(callback, Bar)]
     loggers = []
@@ -193,6 +211,10 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def _has_bfloat16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def test(trainer: lightning.Trainer, module: Classifier, data: ImageData) -> tuple[dict[str, Any], Tensor]:

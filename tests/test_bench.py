@@ -1,0 +1,46 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from nin.commands import bench
+
+
+def test_what_is_measured_is_told_and_written(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bench.json"
+    asked = ["model=nin_small", "model.widths=[4,8,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}"]
+    bench.main([*asked, "--seconds", "0.2", "--rounds", "1", "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert set(found["rates"]) == {"training", "notebooks", "data", "scoring", "matrix product"}
+    assert min(found["rates"].values()) > 0
+    assert set(found["milliseconds_a_step"]) == {"plain loop", "bare Trainer", "nin train"}
+    # Forward, and backward for the weights and, but for the first layer, for what came in.
+    assert 2.5 < found["operations"]["training"] / found["operations"]["forward"] < 3
+    shown = capsys.readouterr().out
+    assert "the notebooks' loop" in shown
+    assert f"written: {out}" in shown
+    # Memory: what stays does not hang on the batch, what is kept for the backward pass does.
+    small, _, large = found["memory"].values()
+    assert list(found["memory"]) == ["16", "32", "64"]
+    assert (small["weights"], small["gradients"]) == (large["weights"], large["gradients"])
+    assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.05)
+    assert small["gradients"] == 4 * sum_of_parameters()
+
+
+def sum_of_parameters() -> int:
+    from nin import networks
+    from nin.config import settings_from
+
+    return sum(
+        p.numel() for p in networks.build(settings_from(["model=nin_small", "model.widths=[4,8,8]"])).parameters()
+    )
+
+
+def test_operations_are_the_notebooks_networks() -> None:
+    from nin.bench import operations
+    from nin.config import settings_from
+
+    counted = operations(settings_from([]))
+    assert (round(counted["forward"] / 1e9, 2), round(counted["training"] / 1e9, 2)) == (1.52, 4.51)
