@@ -47,7 +47,7 @@ def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"submitit is not installed; type: python3 -m pip install 'nin\[submitit\]'"):
+    with pytest.raises(UserError, match=r"its package is not installed; type: python3 -m uv sync --extra submitit"):
         launch._require_installed("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher")
     launch._require_installed("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
 

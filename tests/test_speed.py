@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning import Callback
 from torch import nn
 
 from nin import checkpoint_files, experiment
@@ -98,3 +100,24 @@ def test_batch_norm_keeps_batches_whole_and_large_maps_make_small_pieces(setting
     assert speed.piece_size(NiN(norm="batch"), 1, 224) is None
     assert speed.piece_size(NiN(), 1, 224) == 16
     assert speed.piece_size(NiN(image_size=67), 1, 67) > 128
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_creep_from_step_to_step(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    class Memory(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            taken.append(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024)
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Memory()], *rest))
+    asked = ["data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_steps=12", "callbacks=none"]
+    small = ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    experiment.train(read(composed([*asked, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
+    assert len(taken) == 12
+    assert max(taken[4:]) - max(taken[:4]) < 20, taken  # MiB; a batch's maps are 900

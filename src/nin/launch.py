@@ -81,7 +81,10 @@ def _require_installed(launcher: str) -> None:
         if f"hydra_{extra}_launcher" in launcher and not importlib.util.find_spec(
             f"hydra_plugins.hydra_{extra}_launcher"
         ):
-            raise UserError(f"hydra/launcher: {extra} is not installed; type: python3 -m pip install 'nin[{extra}]'")
+            raise UserError(
+                f"hydra/launcher: its package is not installed; type: python3 -m uv sync --extra {extra} "
+                f"(or python3 -m pip install '.[{extra}]' in the checkout)"
+            )
 
 
 def _checked(jobs: list[list[str]]) -> list[Settings]:

@@ -29,12 +29,22 @@ class StoppedError(Exception):
             return
         if callable(signal.getsignal(self.signum)):
             signal.raise_signal(self.signum)  # submitit's own handler does it, and ends this process
-        job = os.environ["SLURM_JOB_ID"]
-        if "SLURM_ARRAY_JOB_ID" in os.environ:
-            job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+        done = _scontrol("requeue")
         told = f"could not be requeued ({done.stderr.strip()})" if done.returncode else "is back in the queue"
-        print(f"SLURM job {job} {told}", file=sys.stderr)
+        print(f"SLURM job {os.environ['SLURM_JOB_ID']} {told}", file=sys.stderr)
+
+
+def back_in_queue() -> bool:
+    """Whether SLURM ends this job to run it again, as after `scontrol requeue`, and not because it was cancelled."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return False
+    shown = _scontrol("show", "job").stdout
+    return "JobState=" in shown and not any(f"JobState={state}" in shown for state in ("RUNNING", "CANCELLED"))
+
+
+def _scontrol(*command: str) -> subprocess.CompletedProcess[str]:
+    line = ["scontrol", *command, os.environ["SLURM_JOB_ID"]]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 def _signals() -> list[signal.Signals]:

@@ -36,7 +36,7 @@ from nin.launch import (
 )
 from nin.run_folder import RunFolder, global_rank, logging_to
 from nin.settings import Settings, UserError, project_conf
-from nin.stopping import StoppedError, StopRequest
+from nin.stopping import StoppedError, StopRequest, back_in_queue
 from nin.sweep import asked_for, job_folder
 
 
@@ -142,8 +142,12 @@ def job(config: DictConfig) -> float | None:
     except StoppedError as stopped:
         stopped.requeue()
         status, ended = stopped.exit_status, StoppedError(stopped.signum)
-    if is_joblib(launcher) or (launcher and status < 128 and not config.sweep.fail_fast):
-        # The sweep goes on. Hydra keeps the exception to its end: a new one, whose traceback holds no network.
+    if launcher.endswith("BasicLauncher"):
+        goes_on = status < 128 and not config.sweep.fail_fast
+    else:  # another process waits to be told, unless SLURM will run this job again
+        goes_on = bool(launcher) and not (status > 128 and back_in_queue())
+    if goes_on:
+        # Hydra keeps the exception to the sweep's end: a new one, whose traceback holds no network.
         raise ended
     sys.exit(status)  # not through Hydra, which would add lines of its own
 
