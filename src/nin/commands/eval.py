@@ -9,7 +9,7 @@ from nin.report import show_test
 from nin.run_folder import RunFolder, logging_to
 from nin.settings import UserError
 
-MAY_CHANGE = ("data.root", "data.batch_size", "trainer")
+MAY_CHANGE = ("data.root", "data.batch_size", "trainer", "threads", "speed")
 
 
 def main(arguments: list[str]) -> None:
