@@ -39,7 +39,7 @@ def sum_of_parameters() -> int:
 
 
 def test_operations_are_the_notebooks_networks() -> None:
-    from nin.bench import operations
+    from nin.bench.turns import operations
     from nin.config import settings_from
 
     counted = operations(settings_from([]))

@@ -115,7 +115,7 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused.stderr
     assert "add trainer=ddp trainer.devices=2" in refused.stderr
     assert not (tmp_path / "outputs").exists()
-    same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.05"]
+    same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.01", "trainer.max_epochs=1"]
     done = torchrun("trainer.strategy=ddp", "trainer.devices=2", *same)
     assert done.returncode == 0, done.stderr
     (run,) = (tmp_path / "outputs" / "runs").iterdir()

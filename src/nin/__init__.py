@@ -6,7 +6,7 @@ A file imports only from rows below its own:
     commands/         one file a command
     launch            several processes: a sweep's jobs, their threads and GPUs; those of torchrun
     sweep             a sweep's jobs: their folders, and one answer for all of them
-    bench             how fast, beside the notebooks' loop and the machine's limit
+    bench/            how fast, beside the notebooks' loop and the machine's limit
     report            results in words, for a terminal
     experiment        build, fit, test the best checkpoint
     progress          what a person sees while it runs

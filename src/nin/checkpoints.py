@@ -101,6 +101,7 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             # The best first: killed in between, the run repeats the epoch and finds it again.
             self.folder.publish(fresh, best)
+        trainer.strategy.barrier()  # ddp's other processes read it at the end
         seconds = time.perf_counter() - begun
         log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)
         if self.stop.signum is not None:

@@ -15,12 +15,13 @@ from nin.launch import require_accelerator
 from nin.report import shown
 from nin.run_folder import logging_to, write_whole
 from nin.settings import Settings, UserError, one_process
+from nin.stopping import StoppedError
 
 # What is measured is training; garments need no download and are as large as Fashion-MNIST's images.
 _BEHIND = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin bench",
         description="Trains for a minute and a half, in turns with the notebooks' loop and with matrix products, so "
@@ -41,18 +42,23 @@ def main(arguments: list[str]) -> None:
     prepare(settings.data)
     told = Console(stderr=True, highlight=False).print
     told("loading torch and Lightning …")
-    with logging_to(None):
-        found = measured(settings, asked.seconds, asked.rounds, told)
+    try:
+        with logging_to(None):
+            found = measured(settings, asked.seconds, asked.rounds, told)
+    except StoppedError as stopped:
+        told(f"{stopped}; nothing is written")
+        return stopped.exit_status
     show(found)
     out = asked.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
     write_whole(out, json.dumps(found, indent=2) + "\n")
     print(f"written: {shown(out)}")
+    return 0
 
 
 def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict[str, Any]:
     import torch
 
-    from nin import bench
+    from nin.bench import memory, overhead, turns
     from nin.experiment import build_trainer, device_name, versions
 
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
@@ -61,10 +67,10 @@ def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict
         "versions": versions(),
         "settings": settings.model_dump(mode="json"),
         "gpu": torch.cuda.is_available() and settings.trainer.accelerator != "cpu",
-        "operations": bench.operations(settings),
-        "rates": bench.training(settings, seconds, rounds, told),
-        "milliseconds_a_step": bench.overhead(settings, rounds, told),
-        "memory": {size: bench.memory(settings, size, told) for size in dict.fromkeys(sizes)},
+        "operations": turns.operations(settings),
+        "rates": turns.training(settings, seconds, rounds, told),
+        "milliseconds_a_step": overhead.overhead(settings, rounds, told),
+        "memory": {size: memory.memory(settings, size, told) for size in dict.fromkeys(sizes)},
     }
 
 
@@ -73,6 +79,7 @@ def show(found: dict[str, Any]) -> None:
     chosen, data = found["settings"]["model"], found["settings"]["data"]
     limit = rates["matrix product"]
     console = Console(highlight=False)
+    console.width = max(console.width, 110)
     size = f"{data['image_size']}x{data['image_size']}"
     title = f"{chosen['name']} at {size}, batch {data['batch_size']}, {found['device']}"
     table = Table("", title=title, title_justify="left")
