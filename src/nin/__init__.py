@@ -17,6 +17,7 @@ A file imports only from rows below its own:
     classifier        the LightningModule: loss, metrics, optimiser
     data/             the DataModule; Fashion-MNIST's files; the garments; resizing
     networks/         plain torch: nin, lenet, alexnet, vgg; their table of layers
+    allocator         freed memory is kept for the next step
     run_folder        names and atomic writes of a run's files
     config            Hydra's composition, and all mistakes in a command line at once
     checks            from a composed config to settings, or to all mistakes at once

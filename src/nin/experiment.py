@@ -1,7 +1,6 @@
 """One experiment from settings to result: build, fit, test the best checkpoint."""
 
 import contextlib
-import ctypes
 import hashlib
 import importlib.metadata
 import logging
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from nin import checkpoint_files
+from nin.allocator import keep_freed_memory
 from nin.callbacks import EventStream, Watch
 from nin.checkpoint_files import WholeFiles
 from nin.checkpoints import Checkpoints
@@ -50,19 +50,7 @@ warnings.filterwarnings(
 )
 
 
-def _keep_memory() -> None:
-    """Has glibc keep freed memory for the next step instead of giving it back and having the kernel clear it anew.
-
-    On 2 cores that was a quarter of `nin_small`'s training time.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**25)
-
-
-_keep_memory()
+keep_freed_memory()
 
 # Before any run has set another number.
 _DEFAULT_THREADS = torch.get_num_threads()

@@ -239,6 +239,8 @@ def _draw(rows: list[Row], metric: str) -> Any:
         axes.set_xlabel(keys[0])
         if min(at) > 0 and max(at) / min(at) >= 20:
             axes.set_xscale("log")
+        elif len(at) <= 10:
+            axes.set_xticks(at)
     else:
         means = [row.statistics(metric)["mean"] for row in rows]
         spread = [row.statistics(metric)["std"] or 0 for row in rows]
