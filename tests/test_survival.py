@@ -297,7 +297,7 @@ def test_fewer_epochs_than_are_done_are_refused(half_done: tuple[Settings, RunFo
 # Real processes.
 
 
-LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1", "callbacks=none")
+LONGER = (*SMALL, "trainer.limit_train_batches=200", "checkpoint.every_n_steps=1", "callbacks=none")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
