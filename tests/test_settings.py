@@ -8,7 +8,8 @@ import torch
 from nin import networks
 from nin.checks import read
 from nin.config import composed
-from nin.settings import Settings, Trainer, UserError, smallest_image_size
+from nin.models import smallest_image_size
+from nin.settings import Settings, Trainer, UserError
 
 
 def refused(*overrides: str) -> tuple[str, ...]:

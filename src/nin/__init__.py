@@ -22,4 +22,5 @@ A file imports only from rows below its own:
     config            Hydra's composition, and all mistakes in a command line at once
     checks            from a composed config to settings, or to all mistakes at once
     settings          the typed config; imports no torch
+    models            that of the networks, and how small their images may be
 """

@@ -11,7 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nin.settings import MAY_CHANGE, TRAINING_IMAGES, Section, Settings, UserError, flat, smallest_image_size
+from nin.models import Section, smallest_image_size
+from nin.settings import MAY_CHANGE, TRAINING_IMAGES, Settings, UserError, flat
 
 
 def read(config: DictConfig) -> Settings:

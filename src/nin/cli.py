@@ -71,7 +71,7 @@ def run(name: str, arguments: list[str]) -> int:
 def complete(flag: str, arguments: list[str]) -> int:
     """Shell completion: Hydra's own, which expects overrides right behind the program's name."""
     line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", 0))
-    if without := re.sub(r"^(\S+\s+)(train|inspect)\s+", r"\1", line):
+    if without := re.sub(r"^(\S+\s+)(train|inspect|bench)\s+", r"\1", line):
         os.environ["COMP_LINE"] = without
         os.environ["COMP_POINT"] = str(max(0, point - (len(line) - len(without))))
     if line and without == line:

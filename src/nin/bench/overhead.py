@@ -19,7 +19,6 @@ from nin.settings import Settings
 
 Told = Callable[[str], None]
 
-
 _STEPS, _WARM_UP = 300, 30
 
 
@@ -65,7 +64,7 @@ def overhead(settings: Settings, rounds: int, told: Told) -> dict[str, float]:
         for name, seconds in {
             "plain loop": lambda: _plain_loop(batches),
             "bare Trainer": lambda: _bare_trainer(batches),
-            "nin train": lambda: _wholeproject(settings),
+            "nin train": lambda: _whole_project(settings),
         }.items():
             milliseconds[name].append(1000 * seconds() / _STEPS)
     return {name: float(np.median(values)) for name, values in milliseconds.items()}
@@ -91,7 +90,7 @@ def _bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
     return clock.seconds
 
 
-def _wholeproject(settings: Settings) -> float:
+def _whole_project(settings: Settings) -> float:
     clock = Clock()
     on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu"})
     settings = settings.model_copy(update={"trainer": on_cpu, "compile": False})

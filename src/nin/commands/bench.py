@@ -56,8 +56,6 @@ def main(arguments: list[str]) -> int:
 
 
 def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict[str, Any]:
-    import torch
-
     from nin.bench import memory, overhead, turns
     from nin.experiment import build_trainer, device_name, versions
 
@@ -66,7 +64,6 @@ def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict
         "device": device_name(build_trainer(settings, None, []).strategy.root_device),
         "versions": versions(),
         "settings": settings.model_dump(mode="json"),
-        "gpu": torch.cuda.is_available() and settings.trainer.accelerator != "cpu",
         "operations": turns.operations(settings),
         "rates": turns.training(settings, seconds, rounds, told),
         "milliseconds_a_step": overhead.overhead(settings, rounds, told),

@@ -246,7 +246,7 @@ def _train(
 
     log = logging.getLogger("nin")
     try:
-        result = train(settings, folder, overrides, label, stop or StopRequest())
+        result = train(settings, folder, overrides, label, stop)
         if global_rank() == 0:
             folder.write_result(result)
         return result

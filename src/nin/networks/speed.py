@@ -20,13 +20,15 @@ class MaxPoolReLU(nn.MaxPool2d):
 class Dropout(nn.Dropout):
     """The mask that the whole batch would have had in torch's own layout, for a batch in pieces and in any layout."""
 
+    batch_size: int | None = None
+
     def begin(self, batch_size: int) -> None:
-        """Of the next ``batch_size`` images."""
+        """Of the next ``batch_size`` images; without it each call draws for itself, as torch's dropout does."""
         self.batch_size, self.done = batch_size, 0
 
     def forward(self, piece: Tensor) -> Tensor:
-        if not self.training:
-            return piece
+        if not self.training or self.batch_size is None:
+            return super().forward(piece)
         if self.done == 0:
             mask = functional.dropout(piece.new_ones((self.batch_size, *piece.shape[1:])), self.p)
             channels_last = piece.ndim == 4 and piece.is_contiguous(memory_format=torch.channels_last)
