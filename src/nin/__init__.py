@@ -11,6 +11,7 @@ A file imports only from rows below its own:
     experiment        build, fit, test the best checkpoint
     progress          what a person sees while it runs
     checkpoints       what is saved, when, under which name
+    health            dead classes and channels, counted and told
     callbacks         what is watched and drawn while training
     stopping          Ctrl-C and SIGTERM
     checkpoint_files  whole or not there, with a checksum, data only

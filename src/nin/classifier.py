@@ -70,7 +70,7 @@ class Classifier(LightningModule):
         images, labels = batch
         for dropout in self.dropouts:
             dropout.begin(len(labels))
-        if (pieces := self._pieces(len(labels))) < len(labels):
+        if (pieces := self.pieces(len(labels))) < len(labels):
             loss, whole_loss, logits = self._loss_in_pieces(images, labels, pieces)
         else:
             # Only whole batches are of the size that a compiled network is compiled for.
@@ -108,7 +108,7 @@ class Classifier(LightningModule):
             logits.append(scored.detach())
         return shares[-1], torch.stack([share.detach() for share in shares]).sum(), torch.cat(logits)
 
-    def _pieces(self, images: int) -> int:
+    def pieces(self, images: int) -> int:
         """How many of a batch's images are worked through at a time."""
         if self.piece_size and self.device.type == "cpu" and self.trainer.world_size == 1:
             return min(self.piece_size, images)
@@ -149,12 +149,19 @@ class Classifier(LightningModule):
 
     def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = torch.cat([self.network.forward(piece) for piece in images.split(self._pieces(len(labels)))])
+        logits = torch.cat([self._scored(piece) for piece in images.split(self.pieces(len(labels)))])
         if not len(labels):  # the last batch, where there are fewer images than processes
             return logits
         self.score_loss.update(functional.cross_entropy(logits, labels), len(labels))
         self.score_acc.update(logits, labels)
         return logits
+
+    def _scored(self, images: Tensor) -> Tensor:
+        logits = self.network.forward(images)
+        if not self.settings.data.test_time_flip:
+            return logits
+        both = torch.stack([logits, self.network.forward(images.flip(-1))]).float()
+        return both.log_softmax(-1).logsumexp(0) - math.log(2)  # of the mean of both probabilities
 
     def _log_scores(self, part: str) -> None:
         scores = {f"{part}/loss": self.score_loss.compute(), f"{part}/acc": self.score_acc.compute()}

@@ -169,9 +169,12 @@ def build_trainer(
         UserError: if the machine lacks what ``settings.trainer`` asks for.
     """
     arguments = settings.trainer.model_dump()
-    if arguments["precision"] is None and arguments["accelerator"] in ("auto", "gpu", "cuda"):
-        # Twice the speed and half the maps' memory; weights, sums and the loss stay float32.
-        arguments["precision"] = "bf16-mixed" if _has_bfloat16() else None
+    if arguments["precision"] in (None, "auto"):
+        # Up to twice the speed and half the maps' memory; weights, sums and the loss stay float32.
+        on_gpu = arguments["accelerator"] in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        on_cpu = not on_gpu and arguments["accelerator"] in ("auto", "cpu") and arguments["precision"] == "auto"
+        native = (on_gpu and _gpu_has_bfloat16()) or (on_cpu and _cpu_has_bfloat16())
+        arguments["precision"] = "bf16-mixed" if native else None
     if not arguments.pop("enable_progress_bar"):
         callbacks = [callback for callback in callbacks if not isinstance(callback, Bar)]
     loggers = []
@@ -201,8 +204,14 @@ def build_trainer(
         raise UserError(f"trainer: {error}") from error
 
 
-def _has_bfloat16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+def _gpu_has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _cpu_has_bfloat16() -> bool:
+    """Whether it multiplies it; others would emulate it, slowly. Older versions of torch can't tell."""
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def test(trainer: lightning.Trainer, module: Classifier, data: ImageData) -> tuple[dict[str, Any], Tensor]:

@@ -21,13 +21,16 @@ class NiN(Section):
 
     name: Literal["nin"]
     input_size: Positive
-    widths: Annotated[list[Positive], Field(min_length=1)]
+    # A block's entry is the width of all its layers, or lists each layer's.
+    widths: Annotated[list[Positive | list[Positive]], Field(min_length=1)]
+    last_width: Positive | None
     kernel_sizes: list[Positive]
     first_stride: Positive
-    first_padding: Literal[0, 1]
+    first_padding: Annotated[int, Field(ge=0)]
     conv1x1_layers: Annotated[int, Field(ge=0)]
     head: Literal["gap", "fc"]
     dropout: Share
+    dropout_between: bool
     norm: Literal["none", "batch"]
     init: Init
     final_relu: bool
@@ -41,6 +44,16 @@ class NiN(Section):
             )
         if even := [k for k in self.kernel_sizes[1:] if k % 2 == 0]:
             raise ValueError(f"kernel_sizes={self.kernel_sizes}: {even[0]} is even; all but the first must be odd")
+        return self
+
+    @model_validator(mode="after")
+    def one_width_a_layer(self):
+        layers = 1 + self.conv1x1_layers
+        if other := [w for w in self.widths if isinstance(w, list) and len(w) != layers]:
+            raise ValueError(
+                f"widths has {other[0]} for a block of {layers} layers (the convolution and conv1x1_layers="
+                f"{self.conv1x1_layers}): give one width a layer, or one number for all"
+            )
         return self
 
     def windows(self) -> list[tuple[int, int, int]]:

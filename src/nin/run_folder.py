@@ -212,11 +212,15 @@ def _flush_names(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def logging_to(file: Path | None) -> Iterator[None]:
-    """Everything that is logged, warnings included, goes to ``file``; warnings and errors also to standard error."""
+def logging_to(file: Path | None, label: str = "") -> Iterator[None]:
+    """Everything that is logged, warnings included, goes to ``file``; warnings and errors also to standard error.
+
+    Args:
+        label: stands before every line there, where other runs print beside this one.
+    """
     console = logging.StreamHandler()
     console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    console.setFormatter(logging.Formatter(f"{label}%(levelname)s: %(message)s"))
     handlers: list[logging.Handler] = [console]
     if file:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))

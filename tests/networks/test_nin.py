@@ -53,7 +53,7 @@ def test_shapes_parameters_and_counts_at_the_defaults() -> None:
 
 
 def test_a_block_by_hand() -> None:
-    block = NiNBlock(1, 1, kernel_size=2, stride=1, padding=0, conv1x1_layers=1)
+    block = NiNBlock(1, [1, 1], kernel_size=2, stride=1, padding=0)
     with torch.no_grad():
         for parameter, value in zip(block.parameters(), (1.0, -5.0, 2.0, 3.0), strict=True):
             parameter.fill_(value)
@@ -64,8 +64,23 @@ def test_a_block_by_hand() -> None:
 
 @pytest.mark.parametrize(("layers", "convolutions"), [(0, 1), (1, 2), (2, 3), (3, 4)])
 def test_conv1x1_layers_counts_the_1x1_convolutions(layers: int, convolutions: int) -> None:
-    kernels = [m.kernel_size for m in NiNBlock(1, 4, 3, 1, 1, layers) if isinstance(m, nn.Conv2d)]
-    assert kernels == [(3, 3)] + [(1, 1)] * (convolutions - 1)
+    kernels = [m.kernel_size for m in NiN(conv1x1_layers=layers)[0] if isinstance(m, nn.Conv2d)]
+    assert kernels == [(11, 11)] + [(1, 1)] * (convolutions - 1)
+
+
+def test_the_papers_network() -> None:
+    with torch.device("meta"):
+        network = NiN(
+            widths=[[192, 160, 96], 192], last_width=192, kernel_sizes=[5, 5, 3], first_stride=1, first_padding=2,
+            dropout_between=True,
+        )  # fmt: skip
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    assert [(m.kernel_size[0], m.out_channels) for m in convolutions] == [
+        (5, 192), (1, 160), (1, 96), (5, 192), (1, 192), (1, 192), (3, 192), (1, 192), (1, 10),
+    ]  # fmt: skip
+    assert [type(layer).__name__ for layer in network][:6] == ["NiNBlock", "MaxPool2d", "Dropout"] * 2
+    # Of CIFAR-10's three colours it has 967k parameters; grey images need 2 * 25 * 192 fewer.
+    assert sum(p.numel() for p in network.parameters()) == 966_986 - 9_600
 
 
 def test_final_relu_and_norm_and_head() -> None:

@@ -209,7 +209,7 @@ def carry_out(
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
             folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)
-            with logging_to(folder.log):
+            with logging_to(folder.log, label):
                 result = _train(settings, folder, overrides, label, stop)
     else:
         with logging_to(None):

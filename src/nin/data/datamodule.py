@@ -116,12 +116,16 @@ class ImageData(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """uint8 28x28 on the device becomes what the network sees: ``(batch, 1, image_size, image_size)``, 0 to 1."""
+        """uint8 28x28 on the device becomes what the network sees; while training, augmented."""
         images, labels = batch
         if self.trainer.training:
             images = augmented(images, self.data.augment)
+        return self.seen(images), labels
+
+    def seen(self, images: Tensor) -> Tensor:
+        """``(batch, 28, 28)`` uint8 becomes ``(batch, 1, image_size, image_size)`` from 0 to 1."""
         # In the precision of the network's weights, where that is not float32.
-        return self.trainer.precision_plugin.convert_input((resized(images, self.data.image_size), labels))
+        return self.trainer.precision_plugin.convert_input(resized(images, self.data.image_size))
 
 
 def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
