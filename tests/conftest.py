@@ -23,7 +23,9 @@ SMALL = (
     "trainer.limit_test_batches=2",
     "data.batch_size=32",
     "trainer.log_every_n_steps=4",
-    "model.widths=[8,16,16]",
+    "model.widths=[8,16]",
+    "model.last_width=16",
+    "model.dropout=0.2",
 )
 
 

@@ -10,7 +10,7 @@ def test_what_is_measured_is_told_and_written(
     tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    asked = ["model=nin_small", "model.widths=[4,8,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}"]
+    asked = ["model=nin_small", "model.widths=[4,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}"]
     bench.main([*asked, "--seconds", "0.2", "--rounds", "1", "--out", str(out)])
     found = json.loads(out.read_text())
     assert set(found["rates"]) == {"training", "notebooks", "data", "scoring", "matrix product"}
@@ -33,9 +33,7 @@ def sum_of_parameters() -> int:
     from nin import networks
     from nin.config import settings_from
 
-    return sum(
-        p.numel() for p in networks.build(settings_from(["model=nin_small", "model.widths=[4,8,8]"])).parameters()
-    )
+    return sum(p.numel() for p in networks.build(settings_from(["model=nin_small", "model.widths=[4,8]"])).parameters())
 
 
 def test_operations_are_the_notebooks_networks() -> None:

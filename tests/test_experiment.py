@@ -170,7 +170,9 @@ def test_it_runs_to_its_end_in_many_ways(settings: Callable[..., Settings], tmp_
     asked = [word for word in overrides.split() if word.startswith("model=")] or []
     words = [word for word in overrides.split() if not word.startswith("model=")]
     if asked:
-        whole = read(composed([*(w for w in SMALL if "widths" not in w), *asked, f"data.root={settings().data.root}"]))
+        whole = read(
+            composed([*(w for w in SMALL if not w.startswith("model.")), *asked, f"data.root={settings().data.root}"])
+        )
     else:
         whole = settings(*words)
     result = experiment.train(whole.model_copy(update={"callbacks": {}}), RunFolder(tmp_path), [])

@@ -21,8 +21,8 @@ from nin.settings import Settings
 
 # The notebooks' network, narrower: nothing but its start decides which classes are dead in so few steps.
 LOTTERY = (
-    "model=nin", "data.image_size=67", "model.widths=[8,16,16]", "optimizer=sgd", "optimizer.lr=0.1",
-    "schedule=constant", "schedule.warmup=0",
+    "model=nin", "data.image_size=67", "model.widths=[8,16,16]", "model.last_width=null", "optimizer=sgd",
+    "optimizer.lr=0.1", "schedule=constant", "schedule.warmup=0",
 )  # fmt: skip
 
 
@@ -76,7 +76,9 @@ def test_what_is_counted_in_other_networks() -> None:
 def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    chosen = settings(*LOTTERY, "callbacks.health.images=40", "callbacks.health.patience=0", "trainer.log_every_n_steps=1")
+    chosen = settings(
+        *LOTTERY, "callbacks.health.images=40", "callbacks.health.patience=0", "trainer.log_every_n_steps=1"
+    )
     with caplog.at_level(logging.WARNING, "nin"):
         experiment.train(chosen, folder := RunFolder(tmp_path), [])
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from conftest import SMALL, nin
 from nin import experiment, sweep
@@ -12,7 +13,7 @@ from nin.checks import read
 from nin.commands.report import report
 from nin.config import composed
 from nin.run_folder import RunFolder
-from nin.settings import UserError
+from nin.settings import UserError, project_conf
 
 
 def put_job(folder: Path, overrides: list[str], acc: float | None = None, error: str | None = None) -> Path:
@@ -133,3 +134,33 @@ def test_a_sweep_goes_on_past_a_failure_and_is_not_run_twice(tmp_path: Path, dat
     other = nin(*asked, "optimizer.lr=0.001,0.002", "seed=0,1", "model.dropout=0.3", **there)
     assert other.returncode == 1
     assert "optimizer.lr=0.001,seed=0 belongs to another experiment" in other.stderr.replace("\n", "")
+
+
+def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:
+    params = {"model.conv1x1_layers": "0,1", "seed": "0,1"}
+    assert sweep.jobs_of(params, ["experiment=cpu"]) == [
+        [f"model.conv1x1_layers={layers}", f"seed={seed}", "experiment=cpu"] for layers in (0, 1) for seed in (0, 1)
+    ]
+    assert sweep.jobs_of(params, ["seed=7"]) == [[f"model.conv1x1_layers={n}", "seed=7"] for n in (0, 1)]
+    assert sweep.not_replaced(params, ["seed=7"]) == {"model.conv1x1_layers": "0,1"}
+
+
+@pytest.mark.parametrize("path", sorted((project_conf() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_ready_sweep_is_sound_in_its_first_and_last_job(path: Path) -> None:
+    params = yaml.safe_load(path.read_text().partition("\n\n")[0])["hydra"]["sweeper"]["params"]
+    on_a_cpu = ["experiment=cpu", *(["data.image_size=67"] if path.stem == "networks" else [])]
+    for task in ([], on_a_cpu):
+        jobs = sweep.jobs_of(params, task)
+        assert len(jobs) > 2
+        for job in (jobs[0], jobs[-1]):
+            assert read(composed(job)).seed == (0 if job is jobs[0] else 2)
+
+
+@pytest.mark.parametrize("path", sorted((project_conf() / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_is_sound_and_says_what_to_expect(path: Path) -> None:
+    settings = read(composed([f"experiment={path.stem}"]))
+    header = path.read_text().partition("\ndefaults:")[0].partition("\ndata:")[0]
+    assert f"experiment={path.stem}" in header
+    assert "test/acc" in header or "nmeasured" in header
+    if settings.model.name == "nin":
+        assert settings.model.head == "gap"  # no fully connected layer

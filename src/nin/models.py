@@ -13,7 +13,7 @@ class Section(BaseModel):
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-Init = Literal["xavier_uniform", "kaiming_normal", "torch"]
+Init = Literal["xavier_uniform", "kaiming_normal", "kaiming_dirac", "torch"]
 
 
 class NiN(Section):

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -211,6 +212,13 @@ def _flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
+class _Console(logging.Handler):
+    """Prints to what is standard error at that moment: a bar on a terminal puts its own in the place of it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def logging_to(file: Path | None, label: str = "") -> Iterator[None]:
     """Everything that is logged, warnings included, goes to ``file``; warnings and errors also to standard error.
@@ -218,7 +226,7 @@ def logging_to(file: Path | None, label: str = "") -> Iterator[None]:
     Args:
         label: stands before every line there, where other runs print beside this one.
     """
-    console = logging.StreamHandler()
+    console = _Console()
     console.setLevel(logging.WARNING)
     console.setFormatter(logging.Formatter(f"{label}%(levelname)s: %(message)s"))
     handlers: list[logging.Handler] = [console]

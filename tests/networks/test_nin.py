@@ -113,6 +113,24 @@ def test_starting_weights_have_their_spread(init: str, deviation: float) -> None
     assert bool((layer.bias == 0).all()) == (init == "kaiming_normal")
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_every_class_starts_alive_and_learns_under_kaiming_dirac(seed: int) -> None:
+    torch.manual_seed(seed)
+    network, images = NiN(image_size=67, init="kaiming_dirac"), torch.rand(8, 1, 67, 67)
+    identities = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert len(identities) == 8
+    for layer in identities:
+        assert torch.equal(layer.weight.detach()[:, :, 0, 0], torch.eye(layer.out_channels))
+        assert not layer.bias.any()
+    first = network[0][0].weight
+    assert float(first.detach().std()) == pytest.approx((2 / 121) ** 0.5, rel=0.02)
+    scores = network.eval()(images)
+    assert bool((scores > 0).all())
+    for score in scores.mean(0):
+        (gradient,) = torch.autograd.grad(score, first, retain_graph=True)
+        assert gradient.any()
+
+
 def test_an_unknown_init_is_refused() -> None:
     with pytest.raises(ValueError, match="init='lecun'"):
         initialise(nn.Linear(2, 2), "lecun")
