@@ -47,10 +47,10 @@ def test_seeds_are_folded_and_the_best_comes_first(tmp_path: Path) -> None:
     jobs = sweep.read_jobs(tmp_path)
     rows = sweep.folded(jobs, "val/acc")
     assert sweep.table(rows, "val/acc") == [
-        ["optimizer.lr", "val/acc", "worst", "test/acc", "worst", "runs"],
-        ["0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "0.9100", "2"],
-        ["0.1", "0.8500 ± 0.0707", "0.8000", "0.8500 ± 0.0707", "0.8000", "3 (1 unfinished)"],
-        ["9", "", "", "", "", "1 (1 failed)"],
+        ["optimizer.lr", "val/acc", "worst", "test/acc", "worst", "seconds", "runs"],
+        ["0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "0.9100", "2", "2"],
+        ["0.1", "0.8500 ± 0.0707", "0.8000", "0.8500 ± 0.0707", "0.8000", "2", "3 (1 unfinished)"],
+        ["9", "", "", "", "", "", "1 (1 failed)"],
     ]
     assert sweep.failures(jobs) == ["failed: NonFiniteLossError: nan"]
     report(tmp_path)

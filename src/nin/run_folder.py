@@ -89,10 +89,15 @@ class RunFolder:
 
     def latest_scores(self) -> dict[str, float]:
         """The last epoch's scores of a run that has not ended, from metrics.csv."""
-        with contextlib.suppress(OSError, IndexError):
-            row = list(csv.DictReader(self.metrics.read_text().splitlines()))[-1]
-            return {k: float(v) for k, v in row.items() if k.startswith(("val/", "test/")) and v}
-        return {}
+        rows = self.read_epochs()
+        return {k: v for k, v in rows[-1].items() if k.startswith(("val/", "test/"))} if rows else {}
+
+    def read_epochs(self) -> list[dict[str, float]]:
+        """The rows of metrics.csv, one an epoch; an epoch without scores has no such keys."""
+        with contextlib.suppress(OSError):
+            rows = csv.DictReader(self.metrics.read_text().splitlines())
+            return [{k: float(v) for k, v in row.items() if v} for row in rows]
+        return []
 
     def _read_owner(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError):

@@ -187,9 +187,9 @@ def _as_csv(rows: list[Row]) -> str:
 
 
 def table(rows: list[Row], metric: str) -> list[list[str]]:
-    """The answer as words, the header first: what varies, the metrics over the seeds, how many runs."""
+    """The answer as words, the header first: what varies, the metrics over the seeds, seconds of training, runs."""
     shown = list(dict.fromkeys([metric, "val/acc", "test/acc"]))
-    header = [*rows[0].keys, *(column for name in shown for column in (name, "worst")), "runs"]
+    header = [*rows[0].keys, *(column for name in shown for column in (name, "worst")), "seconds", "runs"]
     return [header, *(_words(row, shown) for row in rows)]
 
 
@@ -199,6 +199,8 @@ def _words(row: Row, shown: list[str]) -> list[str]:
         found = row.statistics(name)
         mean, deviation, worst = ("" if value is None else f"{value:.4f}" for value in found.values())
         words += [f"{mean} ± {deviation}" if deviation else mean, worst]
+    seconds = row.statistics("train_seconds")["mean"]
+    words.append("" if seconds is None else f"{seconds:.0f}")
     states = [job.status for job in row.jobs]
     others = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states) if s != "finished")
     return [*words, f"{len(states)} ({others})" if others else str(len(states))]
@@ -218,41 +220,61 @@ def _as_markdown(sweep: Path, jobs: list[Job], rows: list[Row], metric: str) -> 
 
 
 def _draw(rows: list[Row], metric: str) -> Any:
-    """Lines over a key that is a number, with a band over the seeds; bars over anything else."""
+    """What came out in the end, and beside it each run's way there over its seconds of training."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.set_ylabel(metric)
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    end, way = figure.subplots(1, 2)
     rows = [row for row in rows if row.values(metric)]
-    keys = list(rows[0].keys) if rows else []
-    numbers = {row.label: _number(row.keys[keys[0]]) for row in rows} if len(keys) == 1 else {}
+    colours = {row.label: f"C{i % 10}" for i, row in enumerate(rows)}
     if not rows:
-        axes.text(0.5, 0.5, "no run has finished yet", ha="center", transform=axes.transAxes)
-    elif len(rows) > 1 and numbers and None not in numbers.values():
-        rows = sorted(rows, key=lambda row: numbers[row.label])
-        at = [numbers[row.label] for row in rows]
-        axes.plot(at, [row.statistics(metric)["mean"] for row in rows], marker="o")
-        axes.fill_between(
-            at, [min(row.values(metric)) for row in rows], [max(row.values(metric)) for row in rows], alpha=0.2
-        )
-        axes.set_xlabel(keys[0])
-        if min(at) > 0 and max(at) / min(at) >= 20:
-            axes.set_xscale("log")
-        elif len(at) <= 10:
-            axes.set_xticks(at)
-    else:
-        means = [row.statistics(metric)["mean"] for row in rows]
-        spread = [row.statistics(metric)["std"] or 0 for row in rows]
-        axes.barh([row.label for row in rows], means, xerr=spread, capsize=3)
-        axes.invert_yaxis()
-        axes.set_ylabel("")
-        axes.set_xlabel(metric)
-        # A bar from zero hides the difference between 0.91 and 0.92.
-        every = [v for row in rows for v in row.values(metric)]
-        margin = max(max(every) - min(every), 0.01)
-        axes.set_xlim(max(0, min(every) - margin), max(every) + margin / 2)
+        end.text(0.5, 0.5, "no run has finished yet", ha="center", transform=end.transAxes)
+    elif not _draw_line(end, rows, metric):
+        _draw_bars(end, rows, metric, colours)
+    for row in rows:
+        for i, job in enumerate(row.jobs):
+            epochs = [epoch for epoch in RunFolder(job.folder).read_epochs() if metric in epoch]
+            seconds, values = [epoch["seconds"] for epoch in epochs], [epoch[metric] for epoch in epochs]
+            label = row.label if i == 0 else None
+            way.plot(seconds, values, color=colours[row.label], marker=".", linewidth=1, label=label)
+    way.set_xlabel("seconds of training")
+    way.set_ylabel(metric)
+    if 1 < len(rows) <= 10:
+        way.legend()
     return figure
+
+
+def _draw_line(axes: Any, rows: list[Row], metric: str) -> bool:
+    """Over a key that is a number, with a band over the seeds; False if there is none."""
+    keys = list(rows[0].keys)
+    numbers = {row.label: _number(row.keys[keys[0]]) for row in rows} if len(keys) == 1 else {}
+    if len(rows) == 1 or not numbers or None in numbers.values():
+        return False
+    rows = sorted(rows, key=lambda row: numbers[row.label])
+    at = [numbers[row.label] for row in rows]
+    axes.plot(at, [row.statistics(metric)["mean"] for row in rows], marker="o")
+    axes.fill_between(
+        at, [min(row.values(metric)) for row in rows], [max(row.values(metric)) for row in rows], alpha=0.2
+    )
+    axes.set_xlabel(keys[0])
+    axes.set_ylabel(metric)
+    if min(at) > 0 and max(at) / min(at) >= 20:
+        axes.set_xscale("log")
+    elif len(at) <= 10:
+        axes.set_xticks(at)
+    return True
+
+
+def _draw_bars(axes: Any, rows: list[Row], metric: str, colours: dict[str, str]) -> None:
+    means = [row.statistics(metric)["mean"] for row in rows]
+    spread = [row.statistics(metric)["std"] or 0 for row in rows]
+    axes.barh([row.label for row in rows], means, xerr=spread, capsize=3, color=list(colours.values()))
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    # A bar from zero hides the difference between 0.91 and 0.92.
+    every = [v for row in rows for v in row.values(metric)]
+    margin = max(max(every) - min(every), 0.01)
+    axes.set_xlim(max(0, min(every) - margin), max(every) + margin / 2)
 
 
 def _number(word: str) -> float | None:
