@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -135,6 +137,36 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
 def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Settings], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"trainer: .*[Pp]recision"):
         experiment.train(settings("trainer.precision=3"), RunFolder(tmp_path), [])
+
+
+def test_no_test_image_has_a_say_in_training_or_choosing(
+    settings: Callable[..., Settings], tmp_path: Path, run: tuple[RunFolder, dict[str, Any]]
+) -> None:
+    shutil.copytree(settings().data.root, tmp_path / "data")
+    noise = np.random.default_rng(0)
+    for kind, header, most in (("images-idx3", 16, 256), ("labels-idx1", 8, 10)):
+        (path,) = (tmp_path / "data").rglob(f"t10k-{kind}-ubyte")
+        content = path.read_bytes()
+        path.write_bytes(content[:header] + noise.integers(0, most, len(content) - header, dtype=np.uint8).tobytes())
+    with_noise = RunFolder(tmp_path / "run")
+    result = experiment.train(settings(f"data.root={tmp_path / 'data'}"), with_noise, [])
+    folder, expected = run
+    assert result["metrics"]["test/loss"] != expected["metrics"]["test/loss"]
+    for key in ("val/acc", "val/loss"):
+        assert result["metrics"][key] == expected["metrics"][key]
+    for name in ("last", "best"):
+        theirs, ours = (checkpoint_files.read(getattr(f, name))["state_dict"] for f in (with_noise, folder))
+        assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callable[..., Settings]) -> None:
+    plain, both = (Classifier(settings(f"data.test_time_flip={on}")).eval() for on in ("false", "true"))
+    both.load_state_dict(plain.state_dict())
+    images = torch.rand(5, 1, 28, 28)
+    with torch.no_grad():
+        mean = (plain(images).softmax(1) + plain(images.flip(-1)).softmax(1)) / 2
+        assert torch.allclose(both.scored(images).exp(), mean, atol=1e-6)
+        assert torch.equal(plain.scored(images), plain(images))
 
 
 def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:

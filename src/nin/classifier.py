@@ -149,14 +149,15 @@ class Classifier(LightningModule):
 
     def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = torch.cat([self._scored(piece) for piece in images.split(self.pieces(len(labels)))])
+        logits = torch.cat([self.scored(piece) for piece in images.split(self.pieces(len(labels)))])
         if not len(labels):  # the last batch, where there are fewer images than processes
             return logits
         self.score_loss.update(functional.cross_entropy(logits, labels), len(labels))
         self.score_acc.update(logits, labels)
         return logits
 
-    def _scored(self, images: Tensor) -> Tensor:
+    def scored(self, images: Tensor) -> Tensor:
+        """Logits ``(batch, 10)`` as they are scored: with ``data.test_time_flip`` those of mirrored images count."""
         logits = self.network.forward(images)
         if not self.settings.data.test_time_flip:
             return logits

@@ -43,6 +43,10 @@ class Health(Callback):
         self.suspects: dict[str, Any] = {"dead": [], "chance": False}
         self.told = {"dead": False, "chance": False}
 
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.ckpt_path and trainer.is_global_zero:
+            self._look(trainer, module)  # many are dead from the start
+
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
@@ -51,14 +55,20 @@ class Health(Callback):
         if not due or trainer.global_step == self.looked_step or not trainer.is_global_zero:
             return
         self.looked_step = trainer.global_step
+        classes = self._look(trainer, module)
+        if trainer.global_step >= self.patience:
+            self._tell(trainer, classes)
+
+    def _look(self, trainer: Trainer, module: LightningModule) -> list[int]:
+        """Logs the counts; returns the dead classes."""
         channels, classes = dead(module.network, self._sample(trainer, module))
         values: dict[str, float] = {f"health/dead_channels/block{i}": float(n) for i, n in channels.items()}
         if classes is not None:
             values["health/dead_classes"] = float(len(classes))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        if trainer.global_step >= self.patience:
-            self._tell(trainer, classes or [])
+        log.info("step %d: dead classes: %s; dead channels by block: %s", trainer.global_step, classes, channels)
+        return classes or []
 
     def _sample(self, trainer: Trainer, module: LightningModule) -> Iterator[Tensor]:
         """The images as the network sees them, in batches that fit where the training's do."""
