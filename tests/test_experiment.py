@@ -177,6 +177,24 @@ def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], t
     assert flipped["weights_sha256"] != plain["weights_sha256"]
 
 
+@pytest.mark.parametrize(
+    ("asked", "features", "used"),
+    [
+        ("auto", {"avx512_bf16": True}, "bf16-mixed"),
+        ("auto", {"amx_bf16": True}, "bf16-mixed"),
+        ("auto", {"avx512_bf16": False, "avx2": True}, "32-true"),
+        ("null", {"avx512_bf16": True}, "32-true"),
+        ("64-true", {"avx512_bf16": True}, "64-true"),
+    ],
+)
+def test_bfloat16_on_a_cpu_is_asked_for_and_native(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, asked: str, features: dict, used: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    trainer = experiment.build_trainer(settings(f"trainer.precision={asked}", "callbacks=none"), None, [])
+    assert trainer.precision == used
+
+
 def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
     with warnings.catch_warnings():
         chosen = settings("callbacks=early_stopping")

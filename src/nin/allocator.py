@@ -1,6 +1,6 @@
 """Has glibc keep freed memory for the next step instead of giving it back and having the kernel clear it anew.
 
-On 2 cores that was a quarter of `nin_small`'s training time. Does nothing where the C library is another one.
+On 2 cores that was up to a quarter of a small network's training time. Does nothing where the C library is another one.
 """
 
 import contextlib
