@@ -87,9 +87,12 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
     events = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0}).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     windows = [4, 6, 8, 12]
-    assert steps == dict.fromkeys(("train/loss", "train/acc", "lr", "images_per_second"), windows) | {
-        tag: [6, 12] for tag in ("val/loss", "val/acc")
-    } | {tag: [12] for tag in ("test/loss", "test/acc", "best/val/loss", "best/val/acc")}
+    expected = dict.fromkeys(("train/loss", "train/acc", "lr", "images_per_second"), windows)
+    expected |= {tag: [6, 12] for tag in ("val/loss", "val/acc")}
+    expected |= {tag: [12] for tag in ("test/loss", "test/acc", "best/val/loss", "best/val/acc")}
+    counts = ["dead_classes", *(f"dead_channels/block{i}" for i in (1, 2, 3))]
+    expected |= {f"health/{count}": [0, 2, 4, 6, 8, 10, 12] for count in counts}
+    assert steps == expected
     assert events.Scalars("test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
     assert set(events.Tags()["images"]) == {"test/confusion", "test/wrong"}
     assert events.Tags()["graph"]

@@ -50,7 +50,7 @@ class Health(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        due = (index + 1) % max(1, trainer.num_training_batches // self.times) == 0
+        due = (index + 1) % math.ceil(trainer.num_training_batches / self.times) == 0
         # Several batches make one step where gradients are accumulated.
         if not due or trainer.global_step == self.looked_step or not trainer.is_global_zero:
             return
