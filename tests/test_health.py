@@ -78,10 +78,6 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
 ) -> None:
     looks = ("images=40", "times=6", "patience=0")
     chosen = settings(*LOTTERY, *(f"callbacks.health.{look}" for look in looks), "trainer.log_every_n_steps=1")
-        "callbacks.health.times=6",
-        "callbacks.health.patience=0",
-        "trainer.log_every_n_steps=1",
-    )
     with caplog.at_level(logging.WARNING, "nin"):
         experiment.train(chosen, folder := RunFolder(tmp_path), [])
 
