@@ -93,7 +93,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(f"{key.split('.')[-1]}={value}" for key, value in self.keys.items()) or "all"
+        return " ".join(f"{key.split('.')[-1]}={value}" for key, value in self.keys.items() if value) or "all"
 
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
