@@ -110,10 +110,10 @@ def _dead_in_words(classes: list[int]) -> str:
     if not classes:
         return ""
     names = ", ".join(CLASS_NAMES[i] for i in classes)
-    verb = "class is" if len(classes) == 1 else "classes are"
+    verb = "is" if len(classes) == 1 else "are"
     return (
-        f" {len(classes)} of {len(CLASS_NAMES)} {verb} dead ({names}): zero everywhere on their score maps, which end "
-        "in a ReLU, so that no gradient reaches them. Such a class is never recognised, and seldom comes back."
+        f" {len(classes)} of {len(CLASS_NAMES)} classes {verb} dead ({names}): the score map, which ends in a ReLU, is "
+        "zero everywhere, so that no gradient passes. Such a class is never recognised, and seldom comes back."
     )
 
 
