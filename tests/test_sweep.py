@@ -30,6 +30,7 @@ def put_job(folder: Path, overrides: list[str], acc: float | None = None, error:
 
 def test_a_folder_is_named_by_its_overrides_where_they_can_name_one() -> None:
     assert sweep.job_folder("optimizer.lr=0.1,seed=0") == "optimizer.lr=0.1,seed=0"
+    assert sweep.job_folder("") == "job"  # not the sweep's own folder, to which others may be added
     awkward = [sweep.job_folder(f"data.root={root}") for root in ("/a/b", "/a b", "a_b", "/a/../b")]
     assert len(set(awkward)) == 4
     assert not any("/" in name for name in awkward)

@@ -25,6 +25,8 @@ def job_folder(overrides: str) -> str:
     ``optimizer.lr=0.1,seed=0`` stays as it is. Two jobs never share a folder: what is shortened or has characters
     that a folder's name should not have ends with a part of its checksum.
     """
+    if not overrides:
+        return "job"  # of a sweep that varies nothing
     plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
     if plain == overrides and len(plain) <= _LONGEST:
         return plain
