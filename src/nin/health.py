@@ -113,7 +113,7 @@ def _dead_in_words(classes: list[int]) -> str:
     verb = "is" if len(classes) == 1 else "are"
     return (
         f" {len(classes)} of {len(CLASS_NAMES)} classes {verb} dead ({names}): the score map, which ends in a ReLU, is "
-        "zero everywhere, so that no gradient passes. Such a class is never recognised, and seldom comes back."
+        "zero everywhere, so that no gradient passes and it is not recognised until the layers below happen to wake it."
     )
 
 
