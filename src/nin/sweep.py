@@ -5,6 +5,7 @@ import hashlib
 import io
 import re
 import statistics
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -237,7 +238,7 @@ def _draw(rows: list[Row], metric: str) -> Any:
         for i, job in enumerate(row.jobs):
             epochs = [epoch for epoch in RunFolder(job.folder).read_epochs() if metric in epoch]
             seconds, values = [epoch["seconds"] for epoch in epochs], [epoch[metric] for epoch in epochs]
-            label = row.label if i == 0 else None
+            label = _wrapped(row) if i == 0 else None
             way.plot(seconds, values, color=colours[row.label], marker=".", linewidth=1, label=label)
     way.set_xlabel("seconds of training")
     way.set_ylabel(metric)
@@ -270,13 +271,17 @@ def _draw_line(axes: Any, rows: list[Row], metric: str) -> bool:
 def _draw_bars(axes: Any, rows: list[Row], metric: str, colours: dict[str, str]) -> None:
     means = [row.statistics(metric)["mean"] for row in rows]
     spread = [row.statistics(metric)["std"] or 0 for row in rows]
-    axes.barh([row.label for row in rows], means, xerr=spread, capsize=3, color=list(colours.values()))
+    axes.barh([_wrapped(row) for row in rows], means, xerr=spread, capsize=3, color=list(colours.values()))
     axes.invert_yaxis()
     axes.set_xlabel(metric)
     # A bar from zero hides the difference between 0.91 and 0.92.
     every = [v for row in rows for v in row.values(metric)]
     margin = max(max(every) - min(every), 0.01)
     axes.set_xlim(max(0, min(every) - margin), max(every) + margin / 2)
+
+
+def _wrapped(row: Row) -> str:
+    return textwrap.fill(row.label, width=32, break_long_words=False)
 
 
 def _number(word: str) -> float | None:
