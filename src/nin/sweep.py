@@ -229,17 +229,17 @@ def _draw(rows: list[Row], metric: str) -> Any:
     figure = Figure(figsize=(13, 4), layout="constrained")
     end, way = figure.subplots(1, 2)
     rows = [row for row in rows if row.values(metric)]
-    colours = {row.label: f"C{i % 10}" for i, row in enumerate(rows)}
+    colours = [f"C{i % 10}" for i in range(len(rows))]
     if not rows:
         end.text(0.5, 0.5, "no run has finished yet", ha="center", transform=end.transAxes)
     elif not _draw_line(end, rows, metric):
         _draw_bars(end, rows, metric, colours)
-    for row in rows:
+    for row, colour in zip(rows, colours, strict=True):
         for i, job in enumerate(row.jobs):
             epochs = [epoch for epoch in RunFolder(job.folder).read_epochs() if metric in epoch]
             seconds, values = [epoch["seconds"] for epoch in epochs], [epoch[metric] for epoch in epochs]
             label = _wrapped(row) if i == 0 else None
-            way.plot(seconds, values, color=colours[row.label], marker=".", linewidth=1, label=label)
+            way.plot(seconds, values, color=colour, marker=".", linewidth=1, label=label)
     way.set_xlabel("seconds of training")
     way.set_ylabel(metric)
     if 1 < len(rows) <= 10:
@@ -268,10 +268,10 @@ def _draw_line(axes: Any, rows: list[Row], metric: str) -> bool:
     return True
 
 
-def _draw_bars(axes: Any, rows: list[Row], metric: str, colours: dict[str, str]) -> None:
+def _draw_bars(axes: Any, rows: list[Row], metric: str, colours: list[str]) -> None:
     means = [row.statistics(metric)["mean"] for row in rows]
     spread = [row.statistics(metric)["std"] or 0 for row in rows]
-    axes.barh([_wrapped(row) for row in rows], means, xerr=spread, capsize=3, color=list(colours.values()))
+    axes.barh([_wrapped(row) for row in rows], means, xerr=spread, capsize=3, color=colours)
     axes.invert_yaxis()
     axes.set_xlabel(metric)
     # A bar from zero hides the difference between 0.91 and 0.92.
