@@ -20,6 +20,7 @@ from tensorboard.summary.writer import event_file_writer
 from conftest import SMALL, nin, start, wait_for
 from nin import checkpoint_files, experiment
 from nin.checks import read
+from nin.commands.train import carry_out
 from nin.config import composed
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
@@ -297,7 +298,7 @@ def test_fewer_epochs_than_are_done_are_refused(half_done: tuple[Settings, RunFo
 # Real processes.
 
 
-LONGER = (*SMALL, "trainer.limit_train_batches=200", "checkpoint.every_n_steps=1", "callbacks=none")
+LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1", "callbacks=none")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
@@ -310,6 +311,7 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
     first = start("train", *LONGER, "name=killed", **there)
     wait_for(runs / "killed" / "checkpoints" / "last.ckpt", first)
+    first.send_signal(signal.SIGSTOP)  # it stays at work however long the second takes to start
     second = nin("train", *LONGER, "name=killed", **there)
     first.kill()
     first.communicate()
@@ -317,9 +319,9 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     assert f"process {first.pid} on" in second.stderr
 
     # Another experiment under the same name is refused, with the keys.
-    other = nin("train", *LONGER, "name=killed", "optimizer.lr=0.001", "seed=3", **there)
-    assert other.returncode == 2
-    assert "seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now" in other.stderr
+    other = composed([*LONGER, "name=killed", "optimizer.lr=0.001", "seed=3"])
+    with pytest.raises(UserError, match=r"seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now"):
+        carry_out(other, runs / "killed", [])
 
     # Asked to stop, it does at once, with a checkpoint of that step.
     third = start("train", *LONGER, "name=killed", **there)

@@ -30,7 +30,8 @@ class Health(Callback):
 
     Args:
         images: how many are looked at.
-        times: how often in an epoch, at equal distances; a step in between costs nothing.
+        times: how often in an epoch, at equal distances, last at its end, where ``last.ckpt`` is saved; a step in
+            between costs nothing.
         patience: how many optimiser steps a run may take before anything is said.
     """
 
@@ -50,9 +51,11 @@ class Health(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        due = (index + 1) % math.ceil(trainer.num_training_batches / self.times) == 0
+        batches = trainer.num_training_batches
+        due = (index + 1) * self.times // batches > index * self.times // batches
+        ends = trainer.global_step == trainer.max_steps
         # Several batches make one step where gradients are accumulated.
-        if not due or trainer.global_step == self.looked_step or not trainer.is_global_zero:
+        if not (due or ends) or trainer.global_step == self.looked_step or not trainer.is_global_zero:
             return
         self.looked_step = trainer.global_step
         classes = self._look(trainer, module)

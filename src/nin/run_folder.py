@@ -221,7 +221,10 @@ class _Console(logging.Handler):
     """Prints to what is standard error at that moment: a bar on a terminal puts its own in the place of it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        try:
+            print(self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # a terminal that is gone is no reason to end a run
+            self.handleError(record)
 
 
 @contextlib.contextmanager
