@@ -76,7 +76,7 @@ def test_what_is_counted_in_other_networks() -> None:
 def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    looks = ("images=40", "times=4", "patience=0")
+    looks = ("images=2", "times=4", "patience=0")
     chosen = settings(*LOTTERY, *(f"callbacks.health.{look}" for look in looks), "trainer.log_every_n_steps=1")
     with caplog.at_level(logging.WARNING, "nin"):
         experiment.train(chosen, folder := RunFolder(tmp_path), [])
@@ -89,7 +89,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     assert all([event.step for event in values] == steps for values in logged.values())
 
     images, labels = load(chosen.data, "train")
-    seen = torch.tensor(images)[split(len(labels), chosen.data.val_size, chosen.seed)[1][:40]]
+    seen = torch.tensor(images)[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
     network = NiN(image_size=67, widths=(8, 16, 16))
     weights = checkpoint_files.read(folder.last)["state_dict"]
     network.load_state_dict({name.removeprefix("network."): w for name, w in weights.items() if "network" in name})
