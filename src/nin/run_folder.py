@@ -217,14 +217,12 @@ def _flush_names(folder: Path) -> None:
         os.close(descriptor)
 
 
-class _Console(logging.Handler):
+class _Console(logging.StreamHandler):
     """Prints to what is standard error at that moment: a bar on a terminal puts its own in the place of it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            print(self.format(record), file=sys.stderr, flush=True)
-        except Exception:  # a terminal that is gone is no reason to end a run
-            self.handleError(record)
+        self.stream = sys.stderr
+        super().emit(record)
 
 
 @contextlib.contextmanager
