@@ -1,9 +1,11 @@
 """Several processes: joblib's, torchrun's, SLURM's, and many jobs in one."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import pickle
+import select
 import shutil
 import signal
 import subprocess
@@ -98,33 +100,61 @@ def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path
     assert "seed=2  epoch 1/2" in second.stdout
 
 
-def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
-    def torchrun(*overrides: str) -> subprocess.CompletedProcess[str]:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", "train"]
-        return subprocess.run(
-            # Without experiment=quickstart, which has a name: this one is to be the time of start.
-            [*torchrun, "model=nin_small", "data=garments", *SMALL[1:], "callbacks=none", *overrides],
-            cwd=tmp_path,
-            env=os.environ | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+def torchrun(*arguments: str, cwd: Path, data_root: Path, **more: Any) -> subprocess.Popen[str]:
+    """Starts two processes of ``nin`` as on a machine with two devices."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", *arguments],
+        cwd=cwd,
+        env=os.environ | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"},
+        text=True,
+        **more,
+    )
 
-    refused = torchrun()
-    assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused.stderr
-    assert "add trainer=ddp trainer.devices=2" in refused.stderr
+
+def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> tuple[int, str]:
+    """The exit status of ``torchrun`` and what a person sees: with a terminal there is a bar.
+
+    Args:
+        stop_at: a file; as soon as it is there, torchrun is asked to stop.
+    """
+    terminal, end = os.openpty()
+    process = torchrun(*arguments, stdout=end, stderr=end, start_new_session=True, **more)
+    os.close(end)
+    seen, until = b"", time.monotonic() + 200
+    with contextlib.suppress(OSError):  # the last process has closed it
+        while time.monotonic() < until and select.select([terminal], [], [], 60)[0]:
+            seen += os.read(terminal, 65536)
+            if stop_at and stop_at.exists():
+                process.terminate()
+                stop_at = None
+    os.close(terminal)
+    try:
+        return process.wait(timeout=5), seen.decode()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
+    # Without experiment=quickstart, which has a name: this one is to be the time of start.
+    asked, there = ["train", "model=nin_small", "data=garments", *SMALL[1:]], {"cwd": tmp_path, "data_root": data_root}
+    refused = torchrun(*asked, stderr=subprocess.PIPE, **there).communicate(timeout=120)[1]
+    assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused
+    assert "add trainer=ddp trainer.devices=2" in refused
     assert not (tmp_path / "outputs").exists()
     same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.01", "trainer.max_epochs=1"]
-    done = torchrun("trainer.strategy=ddp", "trainer.devices=2", *same)
-    assert done.returncode == 0, done.stderr
+    status, seen = on_a_terminal(*asked, "trainer.strategy=ddp", "trainer.devices=2", *same, **there)
+    assert status == 0, seen
+    assert "epoch 1/1" in seen
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     two = json.loads((run / "result.json").read_text())
 
     # Two processes with batches of 32 do what one does with batches of 64.
     folder = RunFolder(tmp_path / "one")
-    batch = ["data.batch_size=64", f"data.root={data_root}"]
-    one = experiment.train(read(composed(["model=nin_small", "data=garments", *SMALL[1:], *same, *batch])), folder, [])
+    one = experiment.train(
+        read(composed([*asked[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder, []
+    )
     assert (two["steps"], two["status"]) == (one["steps"], "finished")
     for metric in ("val/loss", "val/acc", "test/loss", "test/acc"):
         assert two["metrics"][metric] == pytest.approx(one["metrics"][metric], rel=1e-4)
@@ -132,6 +162,27 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     for name in weights[0]:
         if name.startswith("network."):
             assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_torchruns_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
+    # 99 images in batches of 16 for both: the last one is 2 and 1, and from then on their dropout differs.
+    asked = [
+        *("train", *SMALL, "trainer.strategy=ddp", "trainer.devices=2", "trainer.limit_train_batches=1.0"),
+        *("data.val_size=9901", "data.batch_size=8", "data.augment=flip_shift", "trainer.max_epochs=20"),
+        "checkpoint.every_n_steps=5",
+    ]
+    there, runs = {"cwd": tmp_path, "data_root": data_root}, tmp_path / "outputs" / "runs"
+    assert on_a_terminal(*asked, "name=whole", **there)[0] == 0
+    third = runs / "halves" / "checkpoints" / "last-2.ckpt"
+    status, seen = on_a_terminal(*asked, "name=halves", stop_at=third, **there)
+    assert status == 1  # torchrun's
+    assert "the same command goes on from there" in seen
+    assert on_a_terminal(*asked, "name=halves", **there)[0] == 0
+    whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
+    assert (halves["weights_sha256"], halves["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    assert halves["resumes"] == 1
 
 
 @pytest.mark.long

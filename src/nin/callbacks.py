@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from nin.classifier import rounded
 from nin.data.files import CLASS_NAMES
@@ -211,18 +212,19 @@ class Pictures(Callback):
         del self.wrong[self.wrong_images :]
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        counts = module.confusion.compute()  # of all processes, so in all of them
         for logger in _tensorboards(trainer):
             step = trainer.global_step
-            logger.experiment.add_figure("test/confusion", self._confusion(module), step)
+            logger.experiment.add_figure("test/confusion", self._confusion(module, counts), step)
             if self.wrong:
                 logger.experiment.add_figure("test/wrong", self._page(), step)
 
-    def _confusion(self, module: LightningModule) -> Any:
+    def _confusion(self, module: LightningModule, counts: Tensor) -> Any:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 7.5), layout="constrained")
         axes = figure.subplots()
-        module.confusion.plot(ax=axes, labels=list(CLASS_NAMES), cmap="Blues")
+        module.confusion.plot(counts, ax=axes, labels=list(CLASS_NAMES), cmap="Blues")
         axes.set_xlabel("predicted")
         axes.set_ylabel("true")
         return figure

@@ -134,7 +134,7 @@ def newest_good(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
             raise UserError(
                 f"{path}: nothing to go on from: it has no {', '.join(sorted(missing))} (another version's?)"
             )
-        if CALLBACK not in checkpoint["callbacks"]:
+        if "processes" not in checkpoint["callbacks"].get(CALLBACK, {}):
             raise UserError(f"{path}: written by another program or version: it has no state of {CALLBACK}")
         return path, checkpoint
     # A best.ckpt or a damaged file is the trace of progress that must not be thrown away unasked.

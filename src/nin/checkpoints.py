@@ -42,7 +42,9 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = self.loaded["should_stop"]
             # Lightning has forgotten it where the optimiser's schedule asked for the number of batches.
             trainer.train_dataloader.load_state_dict(self.loaded["batches"])
-            set_random_state(self.loaded["random_state"])
+            own = self.loaded["processes"][trainer.global_rank % len(self.loaded["processes"])]
+            set_random_state(own["random_state"])
+            module.load_state_dict(own["metrics"], strict=False)
             self.loaded = None
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -112,11 +114,16 @@ class Checkpoints(Checkpoint):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.flush()
+        # Each process has its own, and Lightning saves those of the first.
+        own = {"random_state": random_state(), "metrics": module.metrics_so_far()}
+        processes = [own] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(processes, own)
         checkpoint["callbacks"][self.state_key] = {
             "best": self.best,
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
-            "random_state": random_state(),
+            "processes": processes,
             "batches": trainer.train_dataloader.state_dict(),
             "event_files": self.folder.event_file_sizes(),
         }

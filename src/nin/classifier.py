@@ -132,6 +132,11 @@ class Classifier(LightningModule):
             "model.norm=batch"
         )
 
+    def metrics_so_far(self) -> dict[str, Tensor]:
+        """The part of the state that the batches since the last logging left in this process, on the CPU."""
+        state = self.state_dict()
+        return {name: state[name].cpu() for name in state if name.startswith(("train_loss.", "train_acc."))}
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._score(batch)
 

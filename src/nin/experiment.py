@@ -155,8 +155,10 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     module = Classifier(settings)
     checkpoint_files.require_fit(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    # Nothing is written and no curve is drawn.
-    settings = settings.model_copy(update={"logger": {}, "callbacks": {}})
+    # Nothing is written and no curve is drawn; and one process tells it, whatever several of them trained.
+    one = {} if one_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
+    trainer = settings.trainer.model_copy(update=one)
+    settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
     return test(build_trainer(settings, None, [Bar(Watch(Path()))]), module, data)
 
 

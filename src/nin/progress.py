@@ -59,7 +59,8 @@ class Bar(Callback):
             # Once a second: reading the metrics makes a GPU wait.
             if (now := time.monotonic()) > self.told + 1 and self.watch.window_images:
                 self.told = now
-                so_far = self.watch.window_so_far(trainer, module)
+                # Where there are several processes all would have to read them at once: it shows what was last logged.
+                so_far = self.watch.window_so_far(trainer, module) if trainer.world_size == 1 else {}
                 self.progress.update(self.training, told=_in_words(self.watch.latest | so_far))
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:

@@ -252,7 +252,8 @@ def _train(
         return result
     except StoppedError as stopped:
         log.info("%s; last.ckpt is of this very step", stopped)
-        print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
+        if global_rank() == 0:
+            print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
         raise
     except UserError as mistake:
         log.info("refused: %s", mistake)
