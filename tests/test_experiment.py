@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional
 
 from conftest import SMALL
 from nin import checkpoint_files, experiment
@@ -20,6 +21,9 @@ from nin.checks import read
 from nin.classifier import Classifier, NonFiniteLossError
 from nin.commands.eval import checkpoint_of
 from nin.config import composed
+from nin.data.datamodule import split
+from nin.data.files import load
+from nin.data.images import resized
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
 
@@ -72,6 +76,30 @@ def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, A
         metrics, confusion = experiment.evaluate(checkpoint_files.settings_in(checkpoint, path), checkpoint)
         assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
         assert confusion.sum() == 64
+
+
+def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_smaller(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    # Weights that stay where they are, so that all images have been scored by the same.
+    still = ["optimizer.lr=1e-12", "model.norm=none", "model.dropout=0"]
+    limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
+    asked = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
+    folder = RunFolder(tmp_path)
+    told = experiment.train(asked, folder, [])["metrics"] | folder.read_epochs()[0]
+
+    module = Classifier(asked).eval()
+    module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
+    images, labels = load(asked.data, "train")
+    held_out, kept = split(len(labels), 9901, asked.seed)
+    test = load(asked.data, "t10k")
+    parts = {"train": (images[kept], labels[kept]), "val": (images[held_out], labels[held_out]), "test": test}
+    for part, (images, labels) in parts.items():  # 99, 9901 and 2000, in batches of 32
+        with torch.no_grad():
+            logits = module(resized(torch.tensor(images), 28))
+        labels = torch.tensor(labels, dtype=torch.int64)
+        assert told[f"{part}/loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=3e-6)
+        assert told[f"{part}/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), rel=3e-6)
 
 
 def test_metrics_csv_has_one_row_an_epoch(run: tuple[RunFolder, dict[str, Any]]) -> None:

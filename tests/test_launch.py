@@ -118,7 +118,7 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
         stop_at: a file; as soon as it is there, torchrun is asked to stop.
     """
     terminal, end = os.openpty()
-    process = torchrun(*arguments, stdout=end, stderr=end, start_new_session=True, **more)
+    process = torchrun(*arguments, stdout=end, stderr=end, **more)
     os.close(end)
     seen, until = b"", time.monotonic() + 200
     with contextlib.suppress(OSError):  # the last process has closed it
@@ -131,8 +131,8 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
     try:
         return process.wait(timeout=5), seen.decode()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        process.terminate()  # if it hangs: torchrun ends its processes, after half a minute by force
+        process.wait(timeout=60)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")

@@ -33,7 +33,8 @@ class Classifier(LightningModule):
         self.network = networks.build(settings)
         self.piece_size = self._make_fast(settings)
         # Accumulated on the device and read once a logging interval or once an epoch.
-        # A NaN ends the run; asking for it in every update would cost as much as the update.
+        # A NaN ends the run; asking for it in every update would cost as much as the update. Without that question
+        # torchmetrics 1.9 takes no weights either: each image's loss is given, or each image the mean of all.
         self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.train_acc, self.score_acc = accuracy(), accuracy()
         # What the batches since the last logging gave rides in checkpoints, which are saved between loggings too.
@@ -83,7 +84,7 @@ class Classifier(LightningModule):
         # A read-back would hold up a GPU at every step; there, `require_finite` is called when metrics are read.
         if not whole_loss.is_cuda:
             self.require_finite(whole_loss.item())
-        self.train_loss.update(whole_loss, len(labels))
+        self.train_loss.update(whole_loss.expand(len(labels)))
         self.train_acc.update(logits, labels)
         return loss
 
@@ -157,7 +158,7 @@ class Classifier(LightningModule):
         logits = torch.cat([self.scored(piece) for piece in images.split(self.pieces(len(labels)))])
         if not len(labels):  # the last batch, where there are fewer images than processes
             return logits
-        self.score_loss.update(functional.cross_entropy(logits, labels), len(labels))
+        self.score_loss.update(functional.cross_entropy(logits, labels, reduction="none"))
         self.score_acc.update(logits, labels)
         return logits
 
