@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -86,4 +87,5 @@ def _peak() -> int:
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # In bytes on macOS, in KiB elsewhere.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
