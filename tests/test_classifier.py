@@ -38,6 +38,23 @@ def test_one_cycle_by_hand() -> None:
     rates = learning_rates(10, "schedule=one_cycle")
     assert (rates[0], max(rates), rates[2]) == pytest.approx((1 / 25, 1, 1))
     assert rates[-1] == pytest.approx(1 / 250_000)
+    assert learning_rates(2, "schedule=one_cycle") == pytest.approx([1 / 25, 1])
+
+
+@pytest.mark.parametrize(("momentum", "ends"), [(0.9, (0.95, 0.85)), (0.98, (0.99, 0.97)), (0.0, (0.0, 0.0))])
+def test_one_cycle_moves_momentum_around_what_was_asked_for(momentum: float, ends: tuple[float, float]) -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    chosen = read(composed(["schedule=one_cycle"])).schedule
+    for optimizer, value in (
+        (torch.optim.SGD(weights, lr=1.0, momentum=momentum), lambda group: group["momentum"]),
+        (torch.optim.AdamW(weights, lr=1.0, betas=(momentum, 0.999)), lambda group: group["betas"][0]),
+    ):
+        scheduler, values = schedule(optimizer, chosen, 10), []
+        for _ in range(10):
+            values.append(value(optimizer.param_groups[0]))
+            optimizer.step()
+            scheduler.step()
+        assert (values[0], min(values)) == pytest.approx(ends)
 
 
 @pytest.mark.parametrize(

@@ -237,30 +237,35 @@ def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        "trainer.precision=bf16-true",
+        "trainer.precision=bf16-true callbacks=default",
         "trainer.precision=bf16-mixed",
         "trainer.max_time=00:00:00:01 trainer.max_epochs=-1 trainer.limit_train_batches=1.0 schedule=constant",
         "trainer.val_check_interval=4",
         "trainer.fast_dev_run=true",
+        "trainer.max_steps=2",
         "schedule=one_cycle schedule.warmup=0.0",
         "schedule=cosine schedule.warmup=0.99",
         "model=lenet optimizer.lr=0.01",
     ],
 )
-def test_it_runs_to_its_end_in_many_ways(settings: Callable[..., Settings], tmp_path: Path, overrides: str) -> None:
-    asked = [word for word in overrides.split() if word.startswith("model=")] or []
-    words = [word for word in overrides.split() if not word.startswith("model=")]
-    if asked:
-        whole = read(
-            composed([*(w for w in SMALL if not w.startswith("model.")), *asked, f"data.root={settings().data.root}"])
-        )
-    else:
-        whole = settings(*words)
-    result = experiment.train(whole.model_copy(update={"callbacks": {}}), RunFolder(tmp_path), [])
+def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overrides: str) -> None:
+    words = ["callbacks=none", *overrides.split()]
+    small = [word for word in SMALL if not ("model=lenet" in words and word.startswith("model."))]
+    result = experiment.train(read(composed([*small, f"data.root={data_root}", *words])), RunFolder(tmp_path), [])
     assert result["status"] == "finished"
     assert result["metrics"]["test/acc"] is not None
     last = checkpoint_files.read(RunFolder(tmp_path).last)
     assert last["global_step"] == result["steps"] > 0
+
+
+def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    # 500 batches of 4: in bfloat16 the sum would stand still at 256 images.
+    asked = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
+    half, single = (
+        experiment.train(settings(*asked, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
+        for precision in ("bf16-true", "32-true")
+    )
+    assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
 
 
 def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from nin import checkpoint_files, experiment
 from nin.checks import read
+from nin.classifier import Classifier
 from nin.config import composed
 from nin.networks import speed
 from nin.networks.nin import NiN
@@ -88,12 +89,35 @@ def test_dropout_draws_the_mask_of_the_whole_batch() -> None:
     torch.manual_seed(0)
     whole = nn.functional.dropout(maps, 0.3)
     for layout in (torch.contiguous_format, torch.channels_last):
-        dropout = speed.Dropout(0.3)
+        dropout = speed.Dropout(0.3, (4, 3, 3))
         torch.manual_seed(0)
-        dropout.begin(10)
+        dropout.begin(10, maps.device)
         pieces = [dropout(piece) for piece in maps.contiguous(memory_format=layout).split(4)]
         assert torch.equal(torch.cat(pieces), whole)
     assert dropout.eval()(maps) is maps
+
+
+@pytest.mark.parametrize("name", ["nin", "alexnet"])
+def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: str, data_root: Path) -> None:
+    module = Classifier(read(composed([f"model={name}", "data=garments", "data.image_size=67"])))
+    graphs, images, logits = [], torch.rand(4, 1, 67, 67), []
+
+    def counted(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for step in range(2):
+        for compiled in (False, True):
+            torch.manual_seed(step)
+            for dropout in module.dropouts:
+                dropout.begin(len(images), images.device)
+            if compiled and not step:
+                module.network.compile(backend=counted, dynamic=False)
+            logits.append(module.network(images) if compiled else module.network.forward(images))
+    assert len(graphs) == 1
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[2], logits[3])
+    assert not torch.equal(logits[0], logits[2])
 
 
 def test_batch_norm_keeps_batches_whole_and_large_maps_make_small_pieces(settings: Callable[..., Settings]) -> None:

@@ -187,7 +187,8 @@ class Pictures(Callback):
             return  # the graph is in the event files already
         size = module.settings.data.image_size
         for logger in _tensorboards(trainer):
-            example = torch.zeros(1, 1, size, size, device=module.device)
+            weights = next(module.network.parameters())  # of half the precision, where that was asked for
+            example = torch.zeros(1, 1, size, size, device=weights.device, dtype=weights.dtype)
             with warnings.catch_warnings():
                 # TensorBoard's graphs come from torch.jit.trace, which torch wants to replace one day.
                 warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)

@@ -44,7 +44,7 @@ class Checkpoints(Checkpoint):
             trainer.train_dataloader.load_state_dict(self.loaded["batches"])
             own = self.loaded["processes"][trainer.global_rank % len(self.loaded["processes"])]
             set_random_state(own["random_state"])
-            module.load_state_dict(own["metrics"], strict=False)
+            module.load_state_dict({k: v.to(module.device) for k, v in own["metrics"].items()}, strict=False)
             self.loaded = None
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

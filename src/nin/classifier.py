@@ -48,7 +48,7 @@ class Classifier(LightningModule):
         piece = speed.piece_size(self.network, IN_CHANNELS, settings.data.image_size)
         if piece and chosen.piece != "auto":
             piece = chosen.piece
-        self.dropouts = speed.replace_dropout(self.network)
+        self.dropouts = speed.replace_dropout(self.network, IN_CHANNELS, settings.data.image_size)
         if chosen.relu_after_pooling:
             speed.move_relu_behind_pooling(self.network)
         if chosen.channels_last:
@@ -59,18 +59,23 @@ class Classifier(LightningModule):
         """``(batch, 1, image_size, image_size)``, 0 to 1, to logits ``(batch, 10)``."""
         return self.network(images)
 
+    def on_fit_start(self) -> None:
+        # Where all of the module is bfloat16 or float16 (precision=bf16-true) sums of many images need more digits.
+        for metric in (self.train_loss, self.score_loss):
+            metric.set_dtype(torch.float32)
+
+    on_test_start = on_fit_start
+
     def on_train_start(self) -> None:
         asked, on_gpu = self.settings.compile, self.device.type == "cuda"
         if asked is True or (asked == "auto" and on_gpu):
-            for dropout in self.dropouts:  # a compiled one would draw other masks
-                dropout.forward = torch.compiler.disable(dropout.forward)
             # In place: the names of the weights stay as they are. On a GPU with CUDA graphs.
             self.network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         for dropout in self.dropouts:
-            dropout.begin(len(labels))
+            dropout.begin(len(labels), labels.device)
         if (pieces := self.pieces(len(labels))) < len(labels):
             loss, whole_loss, logits = self._loss_in_pieces(images, labels, pieces)
         else:
@@ -212,10 +217,16 @@ def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch
     from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
 
     if chosen.name == "one_cycle":
-        lr = optimizer.param_groups[0]["lr"]
-        # It divides by the steps of the climb but one.
-        steps = max(2, steps)
-        return OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=max(chosen.warmup, 2 / steps))
+        group = optimizer.param_groups[0]
+        # Three: it divides by the steps of the climb, and by those of the descent, but one.
+        steps = max(3, steps)
+        return OneCycleLR(
+            optimizer,
+            max_lr=group["lr"],
+            total_steps=steps,
+            pct_start=max(chosen.warmup, 2 / steps),
+            **_momentum_cycle(group["momentum"] if "momentum" in group else group["betas"][0]),
+        )
     warmup = round(chosen.warmup * steps)
     rest = (
         CosineAnnealingLR(optimizer, max(1, steps - warmup)) if chosen.name == "cosine" else ConstantLR(optimizer, 1.0)
@@ -224,3 +235,11 @@ def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch
         return rest
     climb = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
     return SequentialLR(optimizer, [climb, rest], milestones=[warmup])
+
+
+def _momentum_cycle(momentum: float) -> dict[str, Any]:
+    """Down from 0.05 above ``momentum`` to 0.05 below it and up again: around 0.9 it is torch's and Smith's own."""
+    if not momentum:
+        return {"cycle_momentum": False}
+    swing = min(0.05, momentum, round((1 - momentum) / 2, 6))
+    return {"max_momentum": round(momentum + swing, 6), "base_momentum": round(momentum - swing, 6)}

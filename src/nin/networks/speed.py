@@ -1,5 +1,7 @@
 """The same function of the same weights, computed faster: nothing here changes a result by more than rounding."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,23 +20,30 @@ class MaxPoolReLU(nn.MaxPool2d):
 
 
 class Dropout(nn.Dropout):
-    """The mask that the whole batch would have had in torch's own layout, for a batch in pieces and in any layout."""
+    """The mask that the whole batch would have had in torch's own layout, for a batch in pieces and in any layout.
 
-    batch_size: int | None = None
+    It is drawn before the network is called, so that a compiled network is one graph with the same mask.
 
-    def begin(self, batch_size: int) -> None:
+    Args:
+        shape: of one image's maps.
+    """
+
+    def __init__(self, p: float, shape: Sequence[int]):
+        super().__init__(p)
+        self.shape = tuple(shape)
+        self.mask: Tensor | None = None
+        self.done = 0
+
+    def begin(self, batch_size: int, device: torch.device) -> None:
         """Of the next ``batch_size`` images; without it each call draws for itself, as torch's dropout does."""
-        self.batch_size, self.done = batch_size, 0
+        self.mask = functional.dropout(torch.ones(batch_size, *self.shape, device=device), self.p)
+        self.done = 0
 
     def forward(self, piece: Tensor) -> Tensor:
-        if not self.training or self.batch_size is None:
+        if not self.training or self.mask is None:
             return super().forward(piece)
-        if self.done == 0:
-            mask = functional.dropout(piece.new_ones((self.batch_size, *piece.shape[1:])), self.p)
-            channels_last = piece.ndim == 4 and piece.is_contiguous(memory_format=torch.channels_last)
-            self.mask = mask.contiguous(memory_format=torch.channels_last) if channels_last else mask
         begun, self.done = self.done, self.done + len(piece)
-        return piece * self.mask[begun : self.done]
+        return piece * self.mask[begun : self.done].to(piece.dtype)
 
 
 def move_relu_behind_pooling(network: nn.Sequential) -> None:
@@ -59,9 +68,9 @@ def piece_size(network: nn.Sequential, in_channels: int, image_size: int) -> int
     return max(1, _CACHED // largest)
 
 
-def replace_dropout(network: nn.Sequential) -> list[Dropout]:
+def replace_dropout(network: nn.Sequential, in_channels: int, image_size: int) -> list[Dropout]:
     """Puts dropout that hangs neither on pieces nor on the layout in the place of the network's own; returns it."""
-    for i, layer in enumerate(network):
-        if type(layer) is nn.Dropout:
-            network[i] = Dropout(layer.p)
+    for i, row in enumerate(layers(network, in_channels, image_size)):
+        if type(network[i]) is nn.Dropout:
+            network[i] = Dropout(network[i].p, row.output_shape)
     return [layer for layer in network if isinstance(layer, Dropout)]
