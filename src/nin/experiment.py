@@ -66,6 +66,11 @@ def threads_of(settings: Settings, folder: RunFolder) -> int | None:
     return (folder.read_asked() or {}).get("threads") or _DEFAULT_THREADS
 
 
+def set_threads(settings: Settings) -> None:
+    """Those that the settings ask for, or as many as torch would have, whatever this process did before."""
+    torch.set_num_threads(settings.threads or _DEFAULT_THREADS)
+
+
 def train(
     settings: Settings,
     folder: RunFolder,
@@ -95,7 +100,7 @@ def train(
         folder.cut_event_files({})
         folder.metrics.unlink(missing_ok=True)
 
-    torch.set_num_threads(settings.threads or _DEFAULT_THREADS)
+    set_threads(settings)
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
@@ -150,7 +155,7 @@ def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None
 
 def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
-    torch.set_num_threads(settings.threads or _DEFAULT_THREADS)
+    set_threads(settings)
     data = ImageData(settings.data, settings.seed)
     module = Classifier(settings)
     checkpoint_files.require_fit(module, checkpoint)

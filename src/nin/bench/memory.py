@@ -29,10 +29,11 @@ def memory(settings: Settings, batch_size: int, told: Told) -> dict[str, int]:
 
 
 def _one_step(settings: Settings) -> dict[str, int]:
-    kept = Kept()
     with project(settings) as (module, images, build):
         trainer = build([])
-        _reset_peak()
+        device = trainer.strategy.root_device
+        kept = Kept(module)
+        _reset_peak(device)
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
             trainer.fit(module, images)
         parameters = sum(p.nbytes for p in module.network.parameters())
@@ -42,14 +43,15 @@ def _one_step(settings: Settings) -> dict[str, int]:
             "gradients": parameters,
             "optimiser": sum(value.nbytes for value in state if isinstance(value, Tensor)),
             "activations": kept.most,
-            "peak": _peak(),
+            "peak": _peak(device),
         }
 
 
 class Kept:
-    """Counts the bytes that autograd keeps for the backward pass, each piece of memory once."""
+    """Counts the bytes that autograd keeps for the backward pass, each piece of memory once, and no weights."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: nn.Module):
+        self.module = module
         self.users: dict[int, int] = defaultdict(int)
         self.now = self.most = 0
 
@@ -61,7 +63,8 @@ class Saved:
     def __init__(self, kept: Kept, tensor: Tensor):
         self.kept, self.tensor = kept, tensor
         self.place, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        self.counted = not isinstance(tensor, nn.Parameter)
+        # A linear layer keeps a transposed view of its weights.
+        self.counted = all(self.place != p.untyped_storage().data_ptr() for p in kept.module.parameters())
         if self.counted:
             kept.users[self.place] += 1
             kept.now += self.size if kept.users[self.place] == 1 else 0
@@ -73,17 +76,17 @@ class Saved:
             self.kept.now -= 0 if self.kept.users[self.place] else self.size
 
 
-def _reset_peak() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):  # Linux's
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak() -> int:
-    """The most memory that was taken since `_reset_peak`: the GPU's, or else this process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak(device: torch.device) -> int:
+    """The most memory that was taken since `_reset_peak`: the GPU's where it trains there, or else this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

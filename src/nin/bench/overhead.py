@@ -92,7 +92,7 @@ def _bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
 
 def _whole_project(settings: Settings) -> float:
     clock = Clock()
-    on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu"})
+    on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu", "devices": 1, "precision": None})
     settings = settings.model_copy(update={"trainer": on_cpu, "compile": False})
     with project(settings) as (module, data, build):
         data.data = settings.data.model_copy(update={"image_size": 28, "batch_size": 32})

@@ -1,5 +1,6 @@
 """Images a second: the real training, the notebooks' loop and the machine's limit in turns, so that ratios hold."""
 
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -101,13 +102,13 @@ class NotebookLoop:
             return self._rate()
 
     def _rate(self) -> float:
-        batches = iter(self.loader)
+        batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
         if not self.steps or self.loader.num_workers:
             self._step(next(batches))  # not timed: the workers begin, memory is taken
         if not self.steps:
             begun = time.perf_counter()
             self._step(next(batches))
-            self.steps = max(1, min(len(self.loader) - 3, round(self.seconds / (time.perf_counter() - begun))))
+            self.steps = max(1, round(self.seconds / (time.perf_counter() - begun)))
         begun, images = time.perf_counter(), 0
         for _ in range(self.steps):
             images += self._step(next(batches))
@@ -154,7 +155,7 @@ def _scoring_rate(data: ImageData, module: Classifier, device: torch.device, sec
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     training, images, begun = module.training, 0, time.perf_counter()
     module.eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), data.trainer.precision_plugin.val_step_context():
         while time.perf_counter() < begun + seconds:
             module.validation_step(batch, 0)
             images += len(batch[1])
@@ -183,7 +184,7 @@ def matrix_product(device: torch.device, dtype: torch.dtype, seconds: float) -> 
 
 
 def operations(settings: Settings) -> dict[str, int]:
-    """FLOP an image: forward alone, and forward with backward; a multiply-add counts as two."""
+    """FLOP an image: scoring it, and training on it, which is forward and backward; a multiply-add counts as two."""
     network, size = networks.build(settings), settings.data.image_size
     images = torch.zeros(2, IN_CHANNELS, size, size)  # two, since batch norm needs more than one
     with FlopCounterMode(display=False) as forward:
@@ -191,8 +192,10 @@ def operations(settings: Settings) -> dict[str, int]:
     with FlopCounterMode(display=False) as backward:
         logits.sum().backward()
     count = forward.get_total_flops() // 2
-    return {"forward": count, "training": count + backward.get_total_flops() // 2}
+    scoring = count * (2 if settings.data.test_time_flip else 1)
+    return {"scoring": scoring, "training": count + backward.get_total_flops() // 2}
 
 
 def _dtype(trainer: Trainer) -> torch.dtype:
-    return {"bf16": torch.bfloat16, "16": torch.float16}.get(str(trainer.precision).split("-")[0], torch.float32)
+    bits = str(trainer.precision).split("-")[0]
+    return {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}.get(bits, torch.float32)

@@ -57,8 +57,9 @@ def main(arguments: list[str]) -> int:
 
 def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict[str, Any]:
     from nin.bench import memory, overhead, turns
-    from nin.experiment import build_trainer, device_name, versions
+    from nin.experiment import build_trainer, device_name, set_threads, versions
 
+    set_threads(settings)
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
         "device": device_name(build_trainer(settings, None, []).strategy.root_device),
@@ -85,7 +86,7 @@ def show(found: dict[str, Any]) -> None:
     for row, name, flop in (
         ("nin train", "training", operations["training"]),
         ("the notebooks' loop", "notebooks", operations["training"]),
-        ("scoring (nin eval)", "scoring", operations["forward"]),
+        ("scoring (nin eval)", "scoring", operations["scoring"]),
         ("data alone", "data", None),
     ):
         share = [f"{flop / 1e9:.3g}", f"{rates[name] * flop / limit:.2f}"] if flop else ["", ""]
