@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning import Callback, Trainer
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
@@ -256,6 +257,39 @@ def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overri
     assert result["metrics"]["test/acc"] is not None
     last = checkpoint_files.read(RunFolder(tmp_path).last)
     assert last["global_step"] == result["steps"] > 0
+
+
+def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TimeIsUp(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, TimeIsUp()], *rest))
+    folder = RunFolder(tmp_path)
+    experiment.train(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, [])
+    rows = folder.read_epochs()
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 3)]
+    assert rows[1]["train/loss"] > 0
+
+
+def test_overfitted_are_the_same_batches_again_and_again(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, index: int) -> None:
+            seen.append(batch[1])
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Seen()], *rest))
+    asked = settings("trainer.overfit_batches=2", "callbacks=none", "logger=none")
+    experiment.train(asked, RunFolder(tmp_path), [])
+    assert len(seen) == 4
+    assert torch.equal(torch.cat(seen[:2]), torch.cat(seen[2:]))
 
 
 def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from lightning import Callback
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
@@ -111,6 +112,11 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
         "data.val_size=0 data.score_each_epoch=test",
         "callbacks=early_stopping callbacks.early_stopping.patience=1 trainer.max_epochs=5",
         "model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2",
+        # The eighth batch is of a validation between two batches whose gradients are added up.
+        "trainer.accumulate_grad_batches=2 trainer.limit_train_batches=9 trainer.val_check_interval=7",
+        # Asked to end after two epochs, it goes on for two more.
+        "callbacks=early_stopping callbacks.early_stopping.patience=1 +callbacks.early_stopping.min_delta=1.0 "
+        "trainer.max_epochs=5 trainer.min_epochs=4",
     ],
 )
 def test_interrupted_anywhere_it_is_the_same_run(
@@ -123,7 +129,7 @@ def test_interrupted_anywhere_it_is_the_same_run(
         assert all(a[0] < b[0] for a, b in itertools.pairwise(steps))
     for batch, kill in ((5, True), (8, False)):
         # A kill without a checkpoint in between would come at the same place for ever.
-        often = ["checkpoint.every_n_steps=2"] if kill else []
+        often = ["checkpoint.every_n_steps=1"] if kill else []
         folder = tmp_path / f"{batch}"
         result, interruptions = trained(settings(*asked, *often), folder, monkeypatch, batch, kill)
         assert interruptions > 0
@@ -267,6 +273,39 @@ def test_a_checkpoint_that_lacks_something_says_so(
         experiment.train(asked, folder, [])
 
 
+def test_another_number_of_processes_is_another_experiment(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
+    asked, folder, _ = half_done
+    content = checkpoint_files.read(folder.last)
+    content["callbacks"]["Checkpoints"]["processes"] *= 2
+    checkpoint_files.WholeFiles().save_checkpoint(content, folder.last)
+    with pytest.raises(UserError, match=r"trainer.devices: the run has 2 processes.* now there would be 1"):
+        experiment.train(asked, folder, [])
+
+
+class Unreadable(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"where": Path()}
+
+
+def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_first_saved(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    asked = settings(f"+callbacks.mine._target_={__name__}.Unreadable", "trainer.max_epochs=1")
+    with pytest.raises(UserError, match=r"callbacks: the state of one holds a pathlib.*PosixPath, which"):
+        experiment.train(asked, RunFolder(tmp_path), [])
+
+
+def test_a_logger_of_ones_own_goes_on_too(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
+    stopped(asked, folder, monkeypatch, batch=9)
+    assert experiment.train(asked, folder, [])["resumes"] == 1
+    assert len(list(folder.path.glob("version_*/metrics.csv"))) == 2
+
+
 def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
@@ -287,11 +326,17 @@ def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone
         experiment.train(asked, folder, [])
 
 
-def test_fewer_epochs_than_are_done_are_refused(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+def test_fewer_epochs_than_are_done_are_refused_and_not_written_down(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
     asked, folder, _ = half_done
-    fewer = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 0})})
+    endless = asked.model_copy(update={"schedule": asked.schedule.model_copy(update={"name": "constant", "warmup": 0})})
+    folder.write_asked(OmegaConf.create(endless.model_dump(mode="json")), [])
+    before = folder.config.read_bytes()
+    fewer = endless.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 0})})
     with pytest.raises(UserError, match=r"trainer.max_epochs=0: the run has 1 epochs behind it"):
-        experiment.train(fewer, folder, [])
+        carry_out(OmegaConf.create(fewer.model_dump(mode="json")), folder.path, [])
+    assert folder.config.read_bytes() == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,8 @@ class Watch(Callback):
         step = trainer.global_step
         if step == trainer.max_steps:
             trainer.should_stop = True  # Lightning then validates before it ends, also in the middle of an epoch
-        due = step % trainer.log_every_n_steps == 0 or trainer.is_last_batch or trainer.should_stop
+        last = step == trainer.max_steps or trainer.is_last_batch or ends(trainer)
+        due = step % trainer.log_every_n_steps == 0 or last
         # Several batches make one step where gradients are accumulated.
         if due and step != self.logged_step:
             self._read_window(trainer, module)
@@ -82,7 +83,8 @@ class Watch(Callback):
         self.epoch["seconds"] += images / values["images_per_second"]
         self.epoch["loss"] += images * values["train/loss"]
         self.epoch["right"] += images * values["train/acc"]
-        self._log(trainer, values | {"lr": _lr(trainer)})
+        if trainer.global_step != self.logged_step:
+            self._log(trainer, values | {"lr": _lr(trainer)})
         self.logged_step = trainer.global_step
         self._open_window()
 
@@ -103,7 +105,7 @@ class Watch(Callback):
             self._log(trainer, self.scores)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if self.window_images and trainer.global_step != self.logged_step:
+        if self.window_images:
             self._read_window(trainer, module)  # trainer.max_time ended the epoch after our look at the batch
         epoch = self.epoch
         self.images += epoch["images"]
@@ -148,6 +150,11 @@ class Watch(Callback):
 
 # The clocks are kept apart: what they show is the time until now.
 _KEPT = ("latest", "logged_step", "scored_step", "rows", "epoch", "scores", "window_images", "images", "step_seconds")
+
+
+def ends(trainer: Trainer) -> bool:
+    """Whether training was asked to end, and may: early stopping and max_time wait for min_epochs and min_steps."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _lr(trainer: Trainer) -> float:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,14 @@ class WholeFiles(TorchCheckpointIO):
     The checksum is the zip file's comment: 64 hex digits of the SHA-256 of everything before them.
     """
 
+    proved = False
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
+        if not self.proved:  # once: what could not be read again must not be found out at the end
+            _require_data(buffer)
+            self.proved = True
         content = buffer.getbuffer()
         content[-2:] = _DIGITS.to_bytes(2, "little")  # the comment's length, at the very end of a zip file
         digest = hashlib.sha256(content).hexdigest().encode()
@@ -46,6 +52,17 @@ class WholeFiles(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         return read(Path(path))
+
+
+def _require_data(buffer: io.BytesIO) -> None:
+    try:
+        torch.load(io.BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"callbacks: the state of one holds a {kind[1] if kind else 'class'}, which can't be read again without "
+            "running code; have its state_dict() return tensors, numbers, words, lists and dictionaries of them"
+        ) from error
 
 
 # The name under which the callback `Checkpoints` finds its own state in a checkpoint.

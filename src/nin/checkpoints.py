@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nin.callbacks import Watch
+from nin.callbacks import Watch, ends
 from nin.run_folder import RunFolder
 from nin.stopping import StoppedError, StopRequest
 
@@ -50,7 +50,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
         # Gradients that are still being accumulated are not saved; after the last batch the epoch's end is near.
-        if loop._should_accumulate() or trainer.is_last_batch or trainer.should_stop:
+        if loop._should_accumulate() or trainer.is_last_batch or ends(trainer):
             return
         # A run of max_steps ends with a validation that Lightning can't begin again: it begins one step before.
         due = self._due(trainer) or trainer.global_step + 1 == trainer.max_steps
@@ -58,14 +58,21 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "mid epoch")
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.should_stop and self._due(trainer):
+        if self._may_save_validation(trainer) and not ends(trainer) and self._due(trainer):
             self._save(trainer, "before validation")
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._asked_to_stop(trainer) and not trainer.sanity_checking:
-            if not trainer.should_stop:
-                self._save(trainer, "before validation")
+        if not self._may_save_validation(trainer) or not self._asked_to_stop(trainer):
+            return
+        if not ends(trainer):
+            self._save(trainer, "before validation")
+        # Lightning can't begin the last validation again: what a checkpoint lacks by then is saved behind it.
+        if self.saved_step >= trainer.global_step - 1:
             raise StoppedError(self.stop.signum)
+
+    def _may_save_validation(self, trainer: Trainer) -> bool:
+        """Not between batches whose gradients are added up: a checkpoint would lack them."""
+        return not trainer.sanity_checking and not trainer.fit_loop.epoch_loop._should_accumulate()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         # Scores of weights that have changed since then choose nothing.
@@ -106,7 +113,7 @@ class Checkpoints(Checkpoint):
         trainer.strategy.barrier()  # ddp's other processes read it at the end
         seconds = time.perf_counter() - begun
         log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)
-        if self.stop.signum is not None:
+        if self._asked_to_stop(trainer):
             raise StoppedError(self.stop.signum)
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -87,18 +87,9 @@ def train(
         UserError: if the machine lacks what the settings ask for.
         StoppedError: if it was stopped from outside; ``last.ckpt`` is saved.
     """
-    resumes, going_on, checkpoint = folder.resumes(), None, None
-    if good := checkpoint_files.newest_good(folder):
-        going_on, checkpoint = good
+    going_on, checkpoint = checkpoint_files.newest_good(folder) or (None, None)
+    if checkpoint:
         _require_epochs_left(settings, checkpoint)
-        resumes = folder.resumes(one_more=global_rank() == 0)
-        place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
-        log.info("going on from %s, for the %d. time", place, resumes)
-        print(f"{label}going on from {place}", flush=True)
-        folder.cut_event_files(checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"])
-    else:
-        folder.cut_event_files({})
-        folder.metrics.unlink(missing_ok=True)
 
     set_threads(settings)
     lightning.seed_everything(settings.seed, verbose=False)
@@ -112,6 +103,17 @@ def train(
         # TensorBoard drops what it has already read of what was cut.
         purge_step = checkpoint["global_step"] + 1 if checkpoint else None
         trainer = build_trainer(settings, folder.path, [watch, Bar(watch, label), kept], purge_step)
+        resumes = folder.resumes()
+        if checkpoint:
+            _require_as_many_processes(trainer, checkpoint)
+            resumes = folder.resumes(one_more=global_rank() == 0)
+            place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
+            log.info("going on from %s, for the %d. time", place, resumes)
+            print(f"{label}going on from {place}", flush=True)
+            folder.cut_event_files(checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"])
+        else:
+            folder.cut_event_files({})
+            folder.metrics.unlink(missing_ok=True)
         for logger in trainer.loggers:
             if isinstance(logger, EventStream):
                 at_the_end.callback(logger.close)
@@ -153,6 +155,15 @@ def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None
         )
 
 
+def _require_as_many_processes(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
+    before, now = len(checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"]), trainer.world_size
+    if before != now:
+        raise UserError(
+            f"trainer.devices: the run has {before} process{'es' * (before > 1)}, which share every batch, and now "
+            f"there would be {now}: other batches, so another experiment; start as many, or give another name"
+        )
+
+
 def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
     set_threads(settings)
@@ -190,8 +201,9 @@ def build_trainer(
             more = {"save_dir": str(folder)}
             if purge_step and logger.get("_target_", "").endswith(("EventStream", "TensorBoardLogger")):
                 more["purge_step"] = purge_step
-            if purge_step and logger.get("_target_", "").endswith("CSVLogger"):
-                more["version"] = f"{logger['version']}-{purge_step}"  # it would delete the file that is there
+            version = logger.get("version")  # without one it takes the next number itself
+            if purge_step and version is not None and logger.get("_target_", "").endswith("CSVLogger"):
+                more["version"] = f"{version}-{purge_step}"  # it would delete the file that is there
             loggers.append(instantiate(logger, **more))
         callbacks = callbacks + [instantiate(callback) for callback in settings.callbacks.values()]
     except (HydraException, OmegaConfBaseException) as error:

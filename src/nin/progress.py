@@ -107,7 +107,9 @@ class Bar(Callback):
 
 def _in_words(latest: dict[str, float]) -> str:
     words = [f"{short} {latest[name]:.4f}" for short, name in _SHORT.items() if name in latest]
-    return "  ".join([*words, f"{latest['images_per_second']:,.0f} images/s"]) if words else ""
+    if "images_per_second" in latest:
+        words.append(f"{latest['images_per_second']:,.0f} images/s")
+    return "  ".join(words)
 
 
 _SHORT = {"loss": "train/loss", "acc": "train/acc", "val": "val/acc", "test": "test/acc"}

@@ -171,7 +171,7 @@ MAY_CHANGE = (
         for key in (
             "accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "benchmark", "profiler",
             "detect_anomaly", "inference_mode", "enable_progress_bar", "enable_model_summary", "log_every_n_steps",
-            "max_epochs", "max_time", "num_sanity_val_steps",
+            "max_epochs", "num_sanity_val_steps",
         )
     ),
 )  # fmt: skip

@@ -34,7 +34,7 @@ from nin.launch import (
     tell_folder,
     told_folder,
 )
-from nin.run_folder import RunFolder, global_rank, logging_to
+from nin.run_folder import RunFolder, global_rank, logging_to, write_whole
 from nin.settings import Settings, UserError, project_conf
 from nin.stopping import StoppedError, StopRequest, back_in_queue
 from nin.sweep import asked_for, job_folder
@@ -206,11 +206,17 @@ def carry_out(
 
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
             settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
+            before = {path: path.read_text() for path in (folder.config, folder.overrides) if path.exists()}
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
             folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)
             with logging_to(folder.log, label):
-                result = _train(settings, folder, overrides, label, stop)
+                try:
+                    result = _train(settings, folder, overrides, label, stop)
+                except UserError:  # what is refused is not what the run was asked
+                    for path, text in before.items():
+                        write_whole(path, text)
+                    raise
     else:
         with logging_to(None):
             return _train(settings, folder, overrides, label, stop)
@@ -251,7 +257,7 @@ def _train(
             folder.write_result(result)
         return result
     except StoppedError as stopped:
-        log.info("%s; last.ckpt is of this very step", stopped)
+        log.info("%s; goes on from last.ckpt", stopped)
         if global_rank() == 0:
             print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
         raise

@@ -23,6 +23,7 @@ class Batches:
     Args:
         seed: of the order; None keeps the order of the files.
         epoch: tells the current epoch.
+        reshuffled: whether each epoch has an order of its own.
         rank: which of the ``world_size`` processes this is. Each takes its share of every batch's images.
     """
 
@@ -33,11 +34,12 @@ class Batches:
         batch_size: int,
         seed: int | None = None,
         epoch: Callable[[], int] = lambda: 0,
+        reshuffled: bool = True,
         rank: int = 0,
         world_size: int = 1,
     ):
         self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.epoch, self.rank, self.world_size = seed, epoch, rank, world_size
+        self.seed, self.epoch, self.reshuffled, self.rank, self.world_size = seed, epoch, reshuffled, rank, world_size
         self._place = {"epoch": 0, "batch": 0}
         self._loaded: dict[str, int] | None = None
 
@@ -50,7 +52,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, loaded = self.epoch(), self._loaded
         self._loaded = None
-        order = self._order(epoch)
+        order = self._order(epoch if self.reshuffled else 0)
         for batch in range(loaded["batch"] if loaded and loaded["epoch"] == epoch else 0, len(self)):
             together = self.batch_size * self.world_size
             taken = order[batch * together : (batch + 1) * together][self.rank :: self.world_size]
@@ -112,7 +114,13 @@ class ImageData(LightningDataModule):
     def _batches(self, part: tuple[Tensor, Tensor], seed: int | None = None) -> Batches:
         trainer = self.trainer
         return Batches(
-            *part, self.data.batch_size, seed, lambda: trainer.current_epoch, trainer.global_rank, trainer.world_size
+            *part,
+            self.data.batch_size,
+            seed,
+            lambda: trainer.current_epoch,
+            not trainer.overfit_batches,  # overfitted are the same batches again and again
+            trainer.global_rank,
+            trainer.world_size,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
