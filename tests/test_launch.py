@@ -25,7 +25,7 @@ from nin.checks import read
 from nin.config import composed
 from nin.run_folder import RunFolder
 from nin.settings import UserError
-from nin.stopping import StoppedError
+from nin.stopping import StoppedError, StopRequest
 
 
 def results(sweep: Path) -> dict[str, dict[str, Any]]:
@@ -39,12 +39,27 @@ def alone(overrides: list[str], folder: Path) -> str:
 
 def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:
     with pytest.raises(UserError) as refused:
-        launch._checked([["trainer=ddp", "trainer.accelerator=cpu"], ["trainer.devices=[0,1]"], ["seed=-1"]])
+        launch._checked([["trainer=ddp", "trainer.accelerator=cpu"], ["trainer.devices=[0,1]"], ["seed=-1"]], here=True)
     first, second, third = refused.value.mistakes
     assert "trainer.strategy=ddp, trainer.devices=auto" in first
     assert "hydra/launcher=joblib for one job a GPU" in first
     assert "trainer.devices=[0, 1]" in second
     assert third.startswith("seed=-1")
+
+
+def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(
+    data_root: Path,
+) -> None:
+    small = ["model=nin_small", "data=garments", f"data.root={data_root}"]
+    jobs = [[*small, "trainer.precision=32-true"], [*small, "trainer.precision=bf61-mixed"]]
+    with pytest.raises(UserError, match="Precision 'bf61-mixed' is invalid"):
+        launch._checked(jobs, here=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="this machine has no GPU"):
+            launch._checked([[*small, "trainer=gpu"]], here=True)
+        assert len(launch._checked([[*small, "trainer=gpu"]], here=False)) == 1
+    with pytest.raises(UserError, match="no jobs"):
+        launch._checked([], here=True)
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,14 +72,14 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
 def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_held", [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    launch.take_gpu(tmp_path)
+    launch.take_gpu(tmp_path, StopRequest())
     assert "CUDA_VISIBLE_DEVICES" not in os.environ  # nothing was shared out
     monkeypatch.setenv("NIN_GPUS", "4,GPU-7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
     with FileLock(tmp_path / ".gpu-4.lock"):
-        launch.take_gpu(tmp_path)
+        launch.take_gpu(tmp_path, StopRequest())
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    launch.take_gpu(tmp_path)  # the next job of the same process
+    launch.take_gpu(tmp_path, StopRequest())  # the next job of the same process
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
     launch._held[0].release()
 
@@ -76,10 +91,11 @@ def test_what_ends_a_job_travels_between_processes() -> None:
 
 def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
-    asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=40", "checkpoint.every_n_steps=1"]
+    asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
     sweep = tmp_path / "outputs" / "sweeps" / "at-once"
-    command = ["train", "-m", *asked, "name=at-once", "hydra/launcher=joblib", "seed=0,1,2"]
-    first = start(*command, **there)
+    command = ["train", "-m", *asked, "name=at-once", "hydra/launcher=joblib"]
+    # A third process has nothing to do, and must not be the end of the others.
+    first = start(*command, "seed=0,1", "hydra.launcher.n_jobs=3", **there)
     for seed in (0, 1):  # neither waits for the other
         wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", first)
     first.send_signal(signal.SIGTERM)
@@ -87,10 +103,9 @@ def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path
     assert first.returncode == 143, output
     stopped = {seed: (sweep / f"seed={seed}" / "nin.log") for seed in (0, 1)}
     assert all("stopped by SIGINT" in log.read_text() for log in stopped.values()), output
-    assert not (sweep / "seed=2" / "nin.log").exists()
-    assert "1 not begun" in output.replace("\n", "")
+    assert "2 unfinished" in output.replace("\n", "")
 
-    second = nin(*command, **there)
+    second = nin(*command, "seed=0,1,2", **there)
     assert second.returncode == 0, second.stderr
     found = results(sweep)
     assert [found[f"seed={seed}"]["resumes"] for seed in (0, 1, 2)] == [1, 1, 0]
@@ -162,6 +177,18 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     for name in weights[0]:
         if name.startswith("network."):
             assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.long
+def test_joblib_ends_at_the_first_failure_if_asked_with_the_others_checkpoints(tmp_path: Path, data_root: Path) -> None:
+    asked = [*SMALL, "callbacks=none", "schedule=constant", "model.norm=none", "trainer.max_epochs=2000"]
+    sweep = tmp_path / "outputs" / "sweeps" / "fast"
+    command = [*asked, "optimizer.lr=0.0001,1e30,0.0002", "hydra/launcher=joblib", "sweep.fail_fast=true", "name=fast"]
+    ended = nin("train", "-m", *command, cwd=tmp_path, NIN_DATA=str(data_root))
+    assert ended.returncode == 1, ended.stderr
+    assert json.loads((sweep / "optimizer.lr=1e+30" / "result.json").read_text())["status"] == "failed"
+    assert "stopped by SIGINT" in (sweep / "optimizer.lr=0.0001" / "nin.log").read_text()
+    assert not (sweep / "optimizer.lr=0.0002" / "nin.log").exists()
 
 
 @pytest.mark.long

@@ -87,6 +87,44 @@ def test_jobs_that_have_not_begun_are_told(tmp_path: Path) -> None:
     ]
 
 
+def asked_for(sweep: Path, *task: str) -> None:
+    """As Hydra's sweeper writes down what it was asked for."""
+    (sweep / "multirun.yaml").write_text(json.dumps({"hydra": {"sweeper": {}, "overrides": {"task": list(task)}}}))
+
+
+def test_a_job_that_was_run_under_two_names_counts_once(tmp_path: Path) -> None:
+    for name, overrides in (("lr=0.1", []), ("lr=0.1,seed=0", ["seed=0"]), ("lr=0.1,seed=1", ["seed=1"])):
+        job = put_job(tmp_path / name, ["optimizer.lr=0.1", *overrides], 0.9)
+        result = json.loads((job / "result.json").read_text())
+        (job / "result.json").write_text(json.dumps(result | {"seed": 1 if "seed=1" in overrides else 0}))
+    asked_for(tmp_path, "optimizer.lr=0.1", "seed=0,1,2")
+    (row,) = sweep.folded(sweep.read_jobs(tmp_path), "val/acc")
+    assert [job.status for job in row.jobs] == ["finished", "finished", "not begun"]
+
+
+def test_a_job_has_begun_though_the_sweep_was_asked_for_otherwise_since(tmp_path: Path) -> None:
+    for lr in ("0.1", "0.05"):
+        put_job(tmp_path / f"lr={lr}", ["name=lr-11-22", f"optimizer.lr={lr}"], 0.5)
+    asked_for(tmp_path, "name=lr-${now:%m-%d}", "optimizer.lr=0.1,0.05", "threads=1", "callbacks=none")
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "finished"]
+    asked_for(tmp_path, "optimizer.lr=0.1,0.01", "threads=1")
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "finished", "not begun"]
+
+
+def test_a_run_that_was_stopped_is_not_at_work(tmp_path: Path) -> None:
+    folder = RunFolder(put_job(tmp_path / "seed=0", ["seed=0"]))
+    folder.config.write_text("seed: 0")
+    with folder.claimed():
+        assert [job.status for job in sweep.read_jobs(tmp_path)] == ["running"]
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["unfinished"]
+
+
+def test_values_that_can_not_be_tried_one_by_one_are_refused() -> None:
+    for values in ("interval(0,1)", "range(0,3,0)"):
+        with pytest.raises(UserError, match="not to be tried one by one"):
+            sweep.jobs_of({}, [f"seed={values}"])
+
+
 def test_what_is_no_sweep_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such sweep"):
         sweep.read_jobs(tmp_path / "none")

@@ -55,7 +55,11 @@ def overridden(
         for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
             if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in may_change)):
                 raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
-            OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
+            if override.is_delete():
+                parent, _, last = key.rpartition(".")
+                del (OmegaConf.select(config, parent) if parent else config)[last]
+            else:
+                OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
     return read(config)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import logging
+import os
 import platform
 import subprocess
 import warnings
@@ -12,11 +13,11 @@ from typing import Any
 
 import lightning
 import torch
-import yaml
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
@@ -31,7 +32,7 @@ from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
 from nin.progress import Bar
 from nin.run_folder import RunFolder, global_rank
-from nin.settings import Settings, UserError, flat, one_process
+from nin.settings import THREADS, Settings, UserError, flat, one_process
 from nin.stopping import StopRequest
 
 log = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ warnings.filterwarnings(
 
 keep_freed_memory()
 
-# Before any run has set another number.
-_DEFAULT_THREADS = torch.get_num_threads()
+# Before any run has set another number; one of joblib's processes is told that of a run alone.
+_DEFAULT_THREADS = int(os.environ.get(THREADS, torch.get_num_threads()))
 
 
 def threads_of(settings: Settings, folder: RunFolder) -> int | None:
@@ -284,7 +285,8 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
     del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
     if settings.sweep.keys:  # the same columns in all of a sweep's jobs, whichever networks they have
         given = dict(word.lstrip("+~").partition("=")[::2] for word in result["overrides"])
-        values = {key: yaml.safe_load(given[key]) for key in settings.sweep.keys if key in given}
+        # As Hydra reads them: 1e-05 is a number.
+        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
     values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
     final = {
         k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)

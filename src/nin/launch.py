@@ -1,9 +1,13 @@
 """The start of several processes: a sweep's jobs get folders, threads and GPUs; those of torchrun share one folder."""
 
+import _thread
 import importlib.util
 import multiprocessing
 import os
 import signal
+import threading
+import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +18,9 @@ from omegaconf import DictConfig
 
 from nin.config import settings_from
 from nin.data.files import prepare
-from nin.settings import Settings, Trainer, UserError, one_process
+from nin.run_folder import logging_to
+from nin.settings import THREADS, Settings, Trainer, UserError, one_process
+from nin.stopping import StopRequest
 from nin.sweep import KEYS, jobs_of, not_replaced
 
 _A_JOB_FAILED = signal.SIGUSR1
@@ -34,6 +40,7 @@ class Launch:
     def __init__(self, config: DictConfig):
         self.folder = Path(config.hydra.sweep.dir)
         self.stopped_by: int | None = None
+        self.ended_fast = self._gives_up = False
         launcher = config.hydra.launcher
         if started_by_torchrun():
             raise UserError("torchrun: each of its processes would begin the whole sweep; start it without torchrun")
@@ -43,20 +50,22 @@ class Launch:
         config.hydra.sweeper.params = params
         jobs: list[Settings] = []
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
-            jobs = _checked(jobs_of(params, task))
+            jobs = _checked(jobs_of(params, task), here="submitit" not in launcher._target_)
         overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
         swept, fixed = (
             [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
         )
+        for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them a command")):
+            if key in swept:
+                raise UserError(f"{key}: can't be varied; {remedy}")
         common = {"name": f"'{config.name}'"}  # where it is the time of start, or another machine's variable
         if is_joblib(launcher._target_):
             # Threads that wait for work leave the cores to the other jobs.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            if config.threads is None and "threads" not in swept:
-                common["threads"] = str(_threads())
+            os.environ.setdefault(THREADS, str(_threads()))
             _share_out_gpus(launcher, jobs)
-            for signum in (signal.SIGINT, signal.SIGTERM, _A_JOB_FAILED):
-                signal.signal(signum, self._pass_on)
+            if _at_once(launcher) > 1:
+                self._take_signals()
         # Each job's config is composed anew, from these.
         unnamed = [*fixed, *common, KEYS]
         config.hydra.overrides.hydra += [
@@ -66,43 +75,106 @@ class Launch:
             f"{KEYS}=[{','.join(swept)}]",  # the last: behind it stands what was asked for
         ]
 
-    def _pass_on(self, signum: int, frame: FrameType | None) -> None:
-        """Joblib would kill the jobs of a process that is stopped: they are asked to stop instead, and waited for."""
-        if self.stopped_by == signal.SIGINT == signum:
+    def _take_signals(self) -> None:
+        """Joblib would kill the jobs of a process that is stopped: they are asked to stop instead, and waited for.
+
+        One of its processes that has no job yet would die of a signal, and joblib would kill the others for it: they
+        begin with signals held back, until `StopRequest` listens.
+        """
+        taken = (signal.SIGINT, signal.SIGTERM, _A_JOB_FAILED)
+        for signum in taken:  # a library's thread may have begun before, and take them
+            signal.signal(signum, self._handle)
+        resource_tracker.ensure_running()  # at its start it lets signals through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, taken)
+
+        def wait() -> None:
+            while True:
+                self._pass_on(signal.sigwait(taken))
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self._gives_up:
             raise KeyboardInterrupt
-        if signum != _A_JOB_FAILED:
+        self._pass_on(signum)
+
+    def _pass_on(self, signum: int) -> None:
+        again = self.stopped_by == signal.SIGINT == signum
+        if signum == _A_JOB_FAILED:
+            self.ended_fast = True
+        else:
             self.stopped_by = signum
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGINT)
+        processes = multiprocessing.active_children()
+        if again or (not processes and signum != _A_JOB_FAILED):
+            self._gives_up = True
+            _thread.interrupt_main()
+        for process in processes:
+            os.kill(process.pid, signal.SIGINT)
+
+
+def _at_once(launcher: DictConfig) -> int:
+    from joblib import effective_n_jobs
+
+    return effective_n_jobs(launcher.n_jobs)
 
 
 def _require_installed(launcher: str) -> None:
     for extra in ("joblib", "submitit"):
-        if f"hydra_{extra}_launcher" in launcher and not importlib.util.find_spec(
-            f"hydra_plugins.hydra_{extra}_launcher"
-        ):
+        if f"hydra_{extra}_launcher" not in launcher:
+            continue
+        try:
+            found = importlib.util.find_spec(f"hydra_plugins.hydra_{extra}_launcher")
+        except ModuleNotFoundError:  # no plugin of Hydra's at all
+            found = None
+        if not found:
             raise UserError(
                 f"hydra/launcher: its package is not installed; type: python3 -m uv sync --extra {extra} "
                 f"(or python3 -m pip install '.[{extra}]' in the checkout)"
             )
 
 
-def _checked(jobs: list[list[str]]) -> list[Settings]:
-    """Raises UserError with the mistakes of all jobs of a sweep."""
+def _checked(jobs: list[list[str]], here: bool) -> list[Settings]:
+    """The settings of a sweep's jobs.
+
+    Args:
+        here: whether they run on this machine, which must have what they ask for.
+
+    Raises:
+        UserError: with the mistakes of all jobs.
+    """
     mistakes: dict[str, None] = {}
-    checked = []
+    checked: list[Settings] = []
     for job in jobs:
         try:
             settings = settings_from(job)
             _require_one_process(settings.trainer)
-            require_accelerator(settings.trainer)
             prepare(settings.data)
             checked.append(settings)
         except UserError as error:
             mistakes |= dict.fromkeys(error.mistakes)
+    tried: list[Any] = []
+    for settings in checked if here and not mistakes else []:
+        parts = (settings.trainer, settings.logger, settings.callbacks)
+        if parts in tried:
+            continue
+        tried.append(parts)
+        try:
+            require_accelerator(settings.trainer)
+            _require_accepted_by_lightning(settings)
+        except UserError as error:
+            mistakes |= dict.fromkeys(error.mistakes)
     if mistakes:
         raise UserError(*mistakes)
+    if not jobs:
+        raise UserError("a key of the sweep has no values, and so the sweep no jobs")
     return checked
+
+
+def _require_accepted_by_lightning(settings: Settings) -> None:
+    from nin.experiment import build_trainer
+
+    with logging_to(None):
+        build_trainer(settings, None, [])
 
 
 def _require_one_process(trainer: Trainer) -> None:
@@ -133,6 +205,11 @@ def require_accelerator(trainer: Trainer) -> None:
 
 def is_joblib(launcher: str) -> bool:
     return launcher.endswith(".JoblibLauncher")
+
+
+def is_beside_others() -> bool:
+    """Whether this is one of joblib's processes; one job at a time needs none, and runs in the sweep's own."""
+    return multiprocessing.current_process().name != "MainProcess"
 
 
 def _threads() -> int:
@@ -189,19 +266,22 @@ def _torchrun_store() -> Any:
 _held: list[FileLock] = []  # this process has its GPU to its end
 
 
-def take_gpu(folder: Path) -> None:
-    """Makes one of the GPUs that are shared out the only one that this process sees, before torch looks for them."""
-    if _held or _GPUS not in os.environ:
-        return
-    for gpu in os.environ[_GPUS].split(","):
-        lock = FileLock(folder / f".gpu-{gpu}.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            continue
-        _held.append(lock)
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-        return
+def take_gpu(folder: Path, stop: StopRequest) -> None:
+    """Makes one of the GPUs that are shared out the only one that this process sees, before torch looks for them.
+
+    Waits for one as long as others work on the same sweep with all of them.
+    """
+    while not _held and _GPUS in os.environ and stop.signum is None:
+        for gpu in os.environ[_GPUS].split(","):
+            lock = FileLock(folder / f".gpu-{gpu}.lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            _held.append(lock)
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return
+        time.sleep(1)
 
 
 def end_the_others() -> None:

@@ -69,6 +69,9 @@ class RunFolder:
                 half_written.unlink()
             yield
         finally:
+            with contextlib.suppress(OSError):
+                owner = {k: v for k, v in self._read_owner().items() if k not in ("pid", "host")}
+                write_whole(self.owner, json.dumps(owner))
             lock.release()
             if not self.config.exists():  # refused before anything was asked of it
                 shutil.rmtree(self.config.parent, ignore_errors=True)

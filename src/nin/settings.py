@@ -153,6 +153,9 @@ class Sweep(Section):
     keys: list[str]
 
 
+# The variable by which a sweep tells joblib's processes how many threads a run alone would have.
+THREADS = "NIN_THREADS"
+
 # What a run may be told anew when it goes on; all else would make it another experiment.
 MAY_CHANGE = (
     "name",

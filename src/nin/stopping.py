@@ -60,7 +60,7 @@ def _signals() -> list[signal.Signals]:
 class StopRequest:
     """Remembers that a stop was asked for; a second Ctrl-C ends the process at once.
 
-    As a context manager it puts the handlers that were there before back in place.
+    As a context manager it puts the handlers that were there before back in place, where it is entered first.
 
     Args:
         with_parent: whether the end of the process that started this one asks for a stop as well.
@@ -71,6 +71,7 @@ class StopRequest:
         self._asked_at = 0.0
         self._parent = os.getppid() if with_parent else None
         self._before: dict[int, Any] = {}
+        self._entered = 0
 
     @property
     def signum(self) -> int | None:
@@ -84,12 +85,15 @@ class StopRequest:
         self._signum = signum
 
     def __enter__(self) -> Self:
+        self._entered += 1
         self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        self._entered -= 1
+        if not self._entered:
+            for signum, handler in self._before.items():
+                signal.signal(signum, handler)
 
     def listen(self) -> None:
         """Takes the signals; said again where another library has taken them meanwhile."""
@@ -98,6 +102,7 @@ class StopRequest:
         for signum in _signals():
             handler = signal.signal(signum, self._handle)
             self._before.setdefault(signum, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())  # see launch.Launch
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         # A sweep passes on to its processes what the terminal may have sent to all of them.

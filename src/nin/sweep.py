@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from nin.run_folder import RunFolder, write_whole
 from nin.settings import UserError
@@ -54,11 +58,19 @@ def not_replaced(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, An
 def jobs_of(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str]]:
     """Each job's own overrides, from ``hydra.sweeper.params`` and those of the command line, in the jobs' order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
+    overrides = _parsed(params, task)
+    try:
+        return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
+    except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
+        raise UserError(f"{' '.join(task)}: not to be tried one by one ({str(error).splitlines()[0]})") from error
+
+
+def _parsed(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:
     words = [*(f"{key}={value}" for key, value in not_replaced(params, task).items()), *task]
-    overrides = OverridesParser.create().parse_overrides(words)
-    return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
+    hydra = GlobalHydra.instance().hydra
+    # glob(*) asks the search path, which there is in a Hydra command alone.
+    return OverridesParser.create(hydra.config_loader if hydra else None).parse_overrides(words)
 
 
 @dataclass
@@ -110,21 +122,30 @@ def read_jobs(sweep: Path) -> list[Job]:
     """
     if not sweep.is_dir():
         raise UserError(f"{sweep}: no such sweep; sweeps are folders in outputs/sweeps")
-    jobs = [job for folder in sorted(sweep.iterdir()) if (job := _read_job(folder))]
+    jobs: list[Job] = []
+    for folder in sorted(sweep.iterdir()):
+        job = _read_job(folder)
+        # A key that was varied only later has given the same job another folder.
+        if job and not any(job.overrides == other.overrides and other.status == "finished" for other in jobs):
+            jobs.append(job)
     if not jobs:
         raise UserError(f"{sweep}: no job has begun here; is it a sweep's folder, as in outputs/sweeps/lr?")
-    begun = [job.overrides.items() for job in jobs]
-    asked = [_by_key(words) for words in _asked(sweep)]
-    return jobs + [Job(sweep, job, "not begun") for job in asked if not any(job.items() <= there for there in begun)]
+    asked, swept = _asked(sweep)
+    # Other keys may have been said otherwise since: threads=1, callbacks=none.
+    telling = [*swept, *varying_keys(jobs)]
+    begun = [[job.overrides.get(key) for key in telling] for job in jobs]
+    return jobs + [Job(sweep, job, "not begun") for job in asked if [job.get(key) for key in telling] not in begun]
 
 
-def _asked(sweep: Path) -> list[list[str]]:
-    """The jobs that the sweep was last asked for, from the file that Hydra's sweeper writes."""
+def _asked(sweep: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """The jobs that the sweep was last asked for and the keys that it varies, from the file that Hydra writes."""
     try:
         hydra = yaml.load((sweep / "multirun.yaml").read_text(), Loader=_Loader)["hydra"]
-        return jobs_of(hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"])
-    except (OSError, yaml.YAMLError, LookupError, TypeError):
-        return []
+        params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
+        swept = [override.key_or_group for override in _parsed(params, task) if override.is_sweep_override()]
+        return [_by_key(job) for job in jobs_of(params, task)], swept
+    except (OSError, yaml.YAMLError, LookupError, TypeError, HydraException, UserError):
+        return [], []
 
 
 def _read_job(path: Path) -> Job | None:
@@ -141,6 +162,8 @@ def _read_job(path: Path) -> Job | None:
     if result["status"] == "failed":
         return Job(path, overrides, "failed", error=result["error"])
     metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, float)}
+    if "seed" in result:
+        overrides.setdefault("seed", str(result["seed"]))
     return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
 
 

@@ -27,6 +27,7 @@ from nin.data.files import prepare
 from nin.launch import (
     Launch,
     end_the_others,
+    is_beside_others,
     is_joblib,
     require_accelerator,
     require_fit_with_torchrun,
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> int:
     run = hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(job)
     try:
         run()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         return _status(error, arguments)
     finally:
         if _launch and any(_launch.folder.glob("*/.hydra/overrides.yaml")):
@@ -66,10 +67,12 @@ _launch: Launch | None = None
 OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
 
 
-def _status(error: Exception, arguments: list[str]) -> int:
+def _status(error: Exception | KeyboardInterrupt, arguments: list[str]) -> int:
     """The exit status for what ended Hydra, or the UserError that tells of it."""
     if _launch and _launch.stopped_by:
         return StoppedError(_launch.stopped_by).exit_status
+    if _launch and _launch.ended_fast:
+        return 1  # the others were stopped because one failed
     match error:
         case StoppedError():
             return error.exit_status
@@ -82,6 +85,8 @@ def _status(error: Exception, arguments: list[str]) -> int:
         case BrokenProcessPool():
             print("nin train: a job's process was killed; the same command goes on from there", file=sys.stderr)
             return 1
+        case ValueError() if "flag can only be used" in str(error) or str(error).startswith("Only one of --"):
+            raise UserError(str(error)) from None  # Hydra's, of its own options
         case OSError():  # Hydra makes the run's folder before the job begins
             raise UserError(
                 f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
@@ -96,6 +101,8 @@ class BeforeStart(Callback):
         with _ending_the_program():
             settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
             require_fit_with_torchrun(settings.trainer)
+            if config.hydra.sweeper.get("params"):
+                raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
             tell_folder(config.hydra.run.dir)
             if not is_finished(RunFolder(config.hydra.run.dir), settings):
                 prepare(settings.data)
@@ -128,9 +135,16 @@ def job(config: DictConfig) -> float | None:
     path = Path(hydra_config.runtime.output_dir)
     overrides = asked_for(hydra_config.overrides.task)
     launcher = hydra_config.launcher._target_ if hydra_config.mode == RunMode.MULTIRUN else ""
+    beside_others = is_joblib(launcher) and is_beside_others()
+    in_turn = launcher.endswith("BasicLauncher") or (is_joblib(launcher) and not beside_others)
     try:
-        run = _beside_others if is_joblib(launcher) else carry_out
-        result = run(config, path, overrides)
+        if beside_others:
+            result = _beside_others(config, path, overrides)
+        else:
+            stop = StopRequest()
+            result = carry_out(config, path, overrides, stop=stop)
+            if in_turn and stop.signum is not None:  # too late for this job, and for the next one not
+                raise StoppedError(stop.signum)
         return result["metrics"]["val/acc"]
     except UserError as mistake:
         print(f"nin train: {mistake}", file=sys.stderr)
@@ -142,7 +156,7 @@ def job(config: DictConfig) -> float | None:
     except StoppedError as stopped:
         stopped.requeue()
         status, ended = stopped.exit_status, StoppedError(stopped.signum)
-    if launcher.endswith("BasicLauncher"):
+    if in_turn:
         goes_on = status < 128 and not config.sweep.fail_fast
     else:  # another process waits to be told, unless SLURM will run this job again
         goes_on = bool(launcher) and not (status > 128 and back_in_queue())
@@ -152,27 +166,29 @@ def job(config: DictConfig) -> float | None:
     sys.exit(status)  # not through Hydra, which would add lines of its own
 
 
-# Why this process begins no further job.
-_ended_by: StoppedError | RunFailedError | UserError | None = None
+# In one of joblib's processes: what listens for signals to its end, and why it begins no further job.
+_stop: StopRequest | None = None
+_ended_by: RunFailedError | UserError | None = None
 
 
 def _beside_others(config: DictConfig, path: Path, overrides: list[str]) -> dict[str, Any]:
-    """A job in one of joblib's processes. An exception that leaves it would have the jobs beside it killed."""
-    global _ended_by
-    with StopRequest(with_parent=True) as stop:
-        if _ended_by:
-            raise _ended_by
-        take_gpu(path.parent)
-        try:
-            return carry_out(config, path, overrides, f"{path.name}  ", stop)
-        except StoppedError as stopped:
-            _ended_by = stopped
-            raise
-        except (UserError, RunFailedError) as failure:
-            if config.sweep.fail_fast:
-                _ended_by = failure
-                end_the_others()
-            raise
+    """A job in one of joblib's processes. An exception that no job expects would have the jobs beside it killed."""
+    global _stop, _ended_by
+    if _stop is None:
+        _stop = StopRequest(with_parent=True)
+        _stop.__enter__()
+    if _ended_by:
+        raise _ended_by
+    take_gpu(path.parent, _stop)
+    if _stop.signum is not None:
+        raise StoppedError(_stop.signum)
+    try:
+        return carry_out(config, path, overrides, f"{path.name}  ", _stop)
+    except (UserError, RunFailedError) as failure:
+        if config.sweep.fail_fast:
+            _ended_by = failure
+            end_the_others()
+        raise
 
 
 def carry_out(
