@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side: with all threads each they would wait for one another. Before torch is imported.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from nin.checks import read
 from nin.config import composed
 from nin.settings import Settings
