@@ -11,7 +11,8 @@ def test_what_is_measured_is_told_and_written(
 ) -> None:
     out = tmp_path / "bench.json"
     asked = ["model=nin_small", "model.widths=[4,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}"]
-    asked += ["data.val_size=9900"]  # a bench may go through all images several times
+    # A bench may go through all images several times.
+    asked += ["data.val_size=9900", "trainer.log_every_n_steps=2"]
     bench.main([*asked, "--seconds", "0.2", "--rounds", "1", "--out", str(out)])
     found = json.loads(out.read_text())
     assert set(found["rates"]) == {"training", "notebooks", "data", "scoring", "matrix product"}
