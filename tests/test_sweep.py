@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from conftest import SMALL, nin
-from nin import experiment, sweep
+from nin import experiment, summary, sweep
 from nin.checks import read
 from nin.commands.report import report
 from nin.config import composed
@@ -47,13 +47,13 @@ def test_seeds_are_folded_and_the_best_comes_first(tmp_path: Path) -> None:
     put_job(tmp_path / "begun", ["experiment=cpu", "optimizer.lr=0.1", "seed=2"])
     jobs = sweep.read_jobs(tmp_path)
     rows = sweep.folded(jobs, "val/acc")
-    assert sweep.table(rows, "val/acc") == [
+    assert summary.table(rows, "val/acc") == [
         ["optimizer.lr", "val/acc", "worst", "test/acc", "worst", "seconds", "runs"],
         ["0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "0.9100", "2", "2"],
         ["0.1", "0.8500 ± 0.0707", "0.8000", "0.8500 ± 0.0707", "0.8000", "2", "3 (1 unfinished)"],
         ["9", "", "", "", "", "", "1 (1 failed)"],
     ]
-    assert sweep.failures(jobs) == ["failed: NonFiniteLossError: nan"]
+    assert summary.failures(jobs) == ["failed: NonFiniteLossError: nan"]
     report(tmp_path)
     lines = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
     assert [float(line["val/acc mean"]) for line in lines[:2]] == pytest.approx([0.92, 0.85])
@@ -78,7 +78,7 @@ def test_jobs_that_have_not_begun_are_told(tmp_path: Path) -> None:
         put_job(
             tmp_path / f"{norm}-{lr}", [f"model.norm={norm}", "experiment=cpu", f"optimizer.lr={lr}", "seed=0"], 0.5
         )
-    rows = sweep.table(sweep.folded(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
+    rows = summary.table(sweep.folded(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
     assert sorted([row[0], row[1], row[-1]] for row in rows[1:]) == [
         ["batch", "0.05", "2 (1 not begun)"],
         ["batch", "0.1", "2 (2 not begun)"],

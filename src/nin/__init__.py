@@ -5,10 +5,12 @@ A file imports only from rows below its own:
     __main__, cli     dispatch; nothing heavy imported
     commands/         one file a command
     launch            several processes: a sweep's jobs, their threads and GPUs; those of torchrun
-    sweep             a sweep's jobs: their folders, and one answer for all of them
+    summary           one answer for all of a sweep's jobs: table, files, picture
+    sweep             a sweep's jobs: their folders, what varies, what came out
     bench/            how fast, beside the notebooks' loop and the machine's limit
     report            results in words, for a terminal
     experiment        build, fit, test the best checkpoint
+    trainer           Lightning's Trainer with its loggers and callbacks, precision and threads
     progress          what a person sees while it runs
     checkpoints       what is saved, when, under which name
     health            dead classes and channels, counted and told

@@ -48,9 +48,6 @@ class Launch:
         task = list(config.hydra.overrides.task)
         params = not_replaced(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
-        jobs: list[Settings] = []
-        if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
-            jobs = _checked(jobs_of(params, task), here="submitit" not in launcher._target_)
         overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
         swept, fixed = (
             [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
@@ -58,6 +55,9 @@ class Launch:
         for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them a command")):
             if key in swept:
                 raise UserError(f"{key}: can't be varied; {remedy}")
+        jobs: list[Settings] = []
+        if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
+            jobs = _checked(jobs_of(params, task), here="submitit" not in launcher._target_)
         common = {"name": f"'{config.name}'"}  # where it is the time of start, or another machine's variable
         if is_joblib(launcher._target_):
             # Threads that wait for work leave the cores to the other jobs.
@@ -171,7 +171,7 @@ def _checked(jobs: list[list[str]], here: bool) -> list[Settings]:
 
 
 def _require_accepted_by_lightning(settings: Settings) -> None:
-    from nin.experiment import build_trainer
+    from nin.trainer import build_trainer
 
     with logging_to(None):
         build_trainer(settings, None, [])

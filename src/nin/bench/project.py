@@ -15,11 +15,11 @@ from nin.callbacks import EventStream, Watch
 from nin.checkpoints import Checkpoints
 from nin.classifier import Classifier
 from nin.data.datamodule import ImageData
-from nin.experiment import build_trainer
 from nin.progress import Bar
 from nin.run_folder import RunFolder
 from nin.settings import Settings
 from nin.stopping import StopRequest
+from nin.trainer import build_trainer
 
 
 @contextlib.contextmanager

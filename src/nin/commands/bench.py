@@ -57,7 +57,8 @@ def main(arguments: list[str]) -> int:
 
 def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict[str, Any]:
     from nin.bench import memory, overhead, turns
-    from nin.experiment import build_trainer, device_name, set_threads, versions
+    from nin.experiment import device_name, versions
+    from nin.trainer import build_trainer, set_threads
 
     set_threads(settings)
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]

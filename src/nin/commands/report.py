@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nin import sweep
+from nin import summary, sweep
 from nin.report import shown
 
 
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("sweep", type=Path, help="a sweep's folder, as in outputs/sweeps/lr")
     parser.add_argument(
-        "--metric", default="val/acc", choices=sweep.METRICS, help="what to sort by and draw; default: val/acc"
+        "--metric", default="val/acc", choices=summary.METRICS, help="what to sort by and draw; default: val/acc"
     )
     asked = parser.parse_args(arguments)
     report(asked.sweep, asked.metric)
@@ -31,15 +31,15 @@ def report(folder: Path, metric: str = "val/acc") -> None:
     if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
         metric = "test/acc"  # the notebooks' habit: nothing is held out
     rows = sweep.folded(jobs, metric)
-    sweep.write_summary(folder, jobs, rows, metric)
-    header, *lines = sweep.table(rows, metric)
+    summary.write_summary(folder, jobs, rows, metric)
+    header, *lines = summary.table(rows, metric)
     table = Table(title=f"{folder.name}: the best by {metric} first", title_justify="left")
     for name in header:
         table.add_column(name, overflow="fold")
     for line in lines:
         table.add_row(*line)
     Console(highlight=False).print(table)
-    for failure in sweep.failures(jobs):
+    for failure in summary.failures(jobs):
         print(f"failed: {failure}")
     print(f"summary:    {shown(folder)}/summary.csv, summary.md, summary.png")
     print(f"dashboards: tensorboard --logdir {shown(folder)}")

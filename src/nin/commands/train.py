@@ -166,7 +166,7 @@ def job(config: DictConfig) -> float | None:
     sys.exit(status)  # not through Hydra, which would add lines of its own
 
 
-# In one of joblib's processes: what listens for signals to its end, and why it begins no further job.
+# In one of joblib's processes: its own for all its jobs, and why it begins no further one.
 _stop: StopRequest | None = None
 _ended_by: RunFailedError | UserError | None = None
 
@@ -176,7 +176,7 @@ def _beside_others(config: DictConfig, path: Path, overrides: list[str]) -> dict
     global _stop, _ended_by
     if _stop is None:
         _stop = StopRequest(with_parent=True)
-        _stop.__enter__()
+        _stop.listen()
     if _ended_by:
         raise _ended_by
     take_gpu(path.parent, _stop)
@@ -218,11 +218,11 @@ def carry_out(
             if is_finished(folder, settings):  # by another process, since we looked
                 return folder.read_result()
             with logging_to(None):
-                from nin.experiment import build_trainer, threads_of
+                from nin.trainer import build_trainer, threads_of
 
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
             settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
-            before = {path: path.read_text() for path in (folder.config, folder.overrides) if path.exists()}
+            before = {file: file.read_text() for file in (folder.config, folder.overrides) if file.exists()}
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
             folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)
@@ -230,8 +230,8 @@ def carry_out(
                 try:
                     result = _train(settings, folder, overrides, label, stop)
                 except UserError:  # what is refused is not what the run was asked
-                    for path, text in before.items():
-                        write_whole(path, text)
+                    for file, text in before.items():
+                        write_whole(file, text)
                     raise
     else:
         with logging_to(None):
