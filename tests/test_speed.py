@@ -15,6 +15,7 @@ from nin.classifier import Classifier
 from nin.config import composed
 from nin.networks import speed
 from nin.networks.nin import NiN
+from nin.networks.summary import layers
 from nin.run_folder import RunFolder
 from nin.settings import Settings
 
@@ -121,9 +122,12 @@ def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: 
 
 
 def test_batch_norm_keeps_batches_whole_and_large_maps_make_small_pieces(settings: Callable[..., Settings]) -> None:
-    assert speed.piece_size(NiN(norm="batch"), 1, 224) is None
-    assert speed.piece_size(NiN(), 1, 224) == 16
-    assert speed.piece_size(NiN(image_size=67), 1, 67) > 128
+    def piece_size(network: NiN, image_size: int) -> int | None:
+        return speed.piece_size(network, layers(network, 1, image_size))
+
+    assert piece_size(NiN(norm="batch"), 224) is None
+    assert piece_size(NiN(), 224) == 16
+    assert piece_size(NiN(image_size=67), 67) > 128
 
 
 @pytest.mark.long

@@ -42,7 +42,7 @@ class Checkpoints(Checkpoint):
             trainer.should_stop = self.loaded["should_stop"]
             # Lightning has forgotten it where the optimiser's schedule asked for the number of batches.
             trainer.train_dataloader.load_state_dict(self.loaded["batches"])
-            own = self.loaded["processes"][trainer.global_rank % len(self.loaded["processes"])]
+            own = self.loaded["processes"][trainer.global_rank]
             set_random_state(own["random_state"])
             module.load_state_dict({k: v.to(module.device) for k, v in own["metrics"].items()}, strict=False)
             self.loaded = None
@@ -58,19 +58,19 @@ class Checkpoints(Checkpoint):
             self._save(trainer, "mid epoch")
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if self._may_save_validation(trainer) and not ends(trainer) and self._due(trainer):
+        if self._may_save_here(trainer) and not ends(trainer) and self._due(trainer):
             self._save(trainer, "before validation")
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if not self._may_save_validation(trainer) or not self._asked_to_stop(trainer):
+        if not self._may_save_here(trainer) or not self._asked_to_stop(trainer):
             return
         if not ends(trainer):
-            self._save(trainer, "before validation")
+            self._save(trainer, "before validation")  # and stops
         # Lightning can't begin the last validation again: what a checkpoint lacks by then is saved behind it.
-        if self.saved_step >= trainer.global_step - 1:
+        elif self.saved_step >= trainer.global_step - 1:
             raise StoppedError(self.stop.signum)
 
-    def _may_save_validation(self, trainer: Trainer) -> bool:
+    def _may_save_here(self, trainer: Trainer) -> bool:
         """Not between batches whose gradients are added up: a checkpoint would lack them."""
         return not trainer.sanity_checking and not trainer.fit_loop.epoch_loop._should_accumulate()
 

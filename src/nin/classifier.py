@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from nin import networks
 from nin.networks import IN_CHANNELS, NUM_CLASSES, speed
+from nin.networks.summary import layers
 from nin.settings import Settings
 
 
@@ -37,7 +38,7 @@ class Classifier(LightningModule):
         # torchmetrics 1.9 takes no weights either: each image's loss is given, or each image the mean of all.
         self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
         self.train_acc, self.score_acc = accuracy(), accuracy()
-        # What the batches since the last logging gave rides in checkpoints, which are saved between loggings too.
+        # What the batches since the last logging gave is part of the state: checkpoints are saved in between, too.
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
         self.confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
@@ -45,10 +46,11 @@ class Classifier(LightningModule):
     def _make_fast(self, settings: Settings) -> int | None:
         """How many images are worked through at a time on a CPU; None keeps batches whole."""
         chosen = settings.speed
-        piece = speed.piece_size(self.network, IN_CHANNELS, settings.data.image_size)
+        rows = layers(self.network, IN_CHANNELS, settings.data.image_size)
+        piece = speed.piece_size(self.network, rows)
         if piece and chosen.piece != "auto":
             piece = chosen.piece
-        self.dropouts = speed.replace_dropout(self.network, IN_CHANNELS, settings.data.image_size)
+        self.dropouts = speed.replace_dropout(self.network, rows)
         if chosen.relu_after_pooling:
             speed.move_relu_behind_pooling(self.network)
         if chosen.channels_last:

@@ -60,10 +60,11 @@ def _signals() -> list[signal.Signals]:
 class StopRequest:
     """Remembers that a stop was asked for; a second Ctrl-C ends the process at once.
 
-    As a context manager it puts the handlers that were there before back in place, where it is entered first.
+    As a context manager it puts the handlers that were there before back in place.
 
     Args:
-        with_parent: whether the end of the process that started this one asks for a stop as well.
+        with_parent: in one of joblib's processes. The end of the one that started it asks for a stop as well, and it
+            listens to its end: between two jobs, too, a signal must not be the end of the process.
     """
 
     def __init__(self, with_parent: bool = False) -> None:
@@ -71,7 +72,6 @@ class StopRequest:
         self._asked_at = 0.0
         self._parent = os.getppid() if with_parent else None
         self._before: dict[int, Any] = {}
-        self._entered = 0
 
     @property
     def signum(self) -> int | None:
@@ -85,13 +85,11 @@ class StopRequest:
         self._signum = signum
 
     def __enter__(self) -> Self:
-        self._entered += 1
         self.listen()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._entered -= 1
-        if not self._entered:
+        if self._parent is None:
             for signum, handler in self._before.items():
                 signal.signal(signum, handler)
 

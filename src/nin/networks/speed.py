@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nin.networks.summary import layers
+from nin.networks.summary import Layer
 
 # The largest maps of a piece of a batch stay below this, so that the next layer finds them in a CPU's cache. In bytes.
 _CACHED = 18 * 2**20
@@ -57,20 +57,20 @@ def move_relu_behind_pooling(network: nn.Sequential) -> None:
             network[i] = MaxPoolReLU(layer.kernel_size, layer.stride, layer.padding)
 
 
-def piece_size(network: nn.Sequential, in_channels: int, image_size: int) -> int | None:
+def piece_size(network: nn.Sequential, rows: list[Layer]) -> int | None:
     """How many images are best worked through at a time on a CPU, or None if the batch must be kept whole.
 
-    Batch norm needs it whole.
+    Batch norm needs it whole. ``rows`` are the network's layers at the size of its images.
     """
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         return None
-    largest = max(4 * torch.Size(layer.output_shape).numel() for layer in layers(network, in_channels, image_size))
+    largest = max(4 * torch.Size(layer.output_shape).numel() for layer in rows)
     return max(1, _CACHED // largest)
 
 
-def replace_dropout(network: nn.Sequential, in_channels: int, image_size: int) -> list[Dropout]:
+def replace_dropout(network: nn.Sequential, rows: list[Layer]) -> list[Dropout]:
     """Puts dropout that hangs neither on pieces nor on the layout in the place of the network's own; returns it."""
-    for i, row in enumerate(layers(network, in_channels, image_size)):
+    for i, row in enumerate(rows):
         if type(network[i]) is nn.Dropout:
             network[i] = Dropout(network[i].p, row.output_shape)
     return [layer for layer in network if isinstance(layer, Dropout)]
