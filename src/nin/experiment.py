@@ -105,10 +105,8 @@ def train(
 
 
 def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None:
-    epochs, most = (
-        checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"],
-        settings.trainer.max_epochs,
-    )
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    most = settings.trainer.max_epochs
     if most not in (-1, None) and epochs > most:
         raise UserError(
             f"trainer.max_epochs={most}: the run has {epochs} epochs behind it; give as many or more, or another name"
