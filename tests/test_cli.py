@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SMALL, nin
+from nin import cli
 
 
 def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
@@ -18,6 +19,24 @@ def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
     unknown = nin("trian", cwd=tmp_path)
     assert (unknown.returncode, unknown.stdout) == (2, "")
     assert "no command 'trian'" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("nin ", "train resume eval bench report inspect"),
+        ("nin re", "resume report"),
+        ("nin eval ", ""),
+        ("nin x ", ""),
+    ],
+)
+def test_completion_offers_commands_and_leaves_files_to_the_shell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, offered: str
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    assert cli.complete("-sc", ["query=bash"]) == 0
+    assert capsys.readouterr().out.split() == offered.split()
 
 
 @pytest.mark.parametrize(

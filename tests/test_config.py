@@ -46,6 +46,8 @@ def test_an_earlier_runs_settings_change_only_where_they_may() -> None:
     assert (changed.model, changed.optimizer) == (earlier.model, earlier.optimizer)
     assert "health" in earlier.callbacks
     assert "health" not in overridden(earlier, ["~callbacks.health"], ("callbacks",)).callbacks
+    without = read(composed(["model=nin_small", "callbacks=none"]))
+    assert overridden(without, ["~callbacks.health"], ("callbacks",)).callbacks == {}
     with pytest.raises(UserError, match=r"optimizer.lr=1: can't be changed here; these can: trainer, data.root"):
         overridden(earlier, ["optimizer.lr=1"], ("trainer", "data.root"))
     with pytest.raises(UserError, match="no such key"):

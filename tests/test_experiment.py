@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-import warnings
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
@@ -156,6 +155,36 @@ def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
     assert [event.step for event in events.Scalars("test/acc")] == [6, 12]
 
 
+def test_the_final_test_is_in_the_curves_where_the_last_epoch_was_not_scored(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    asked = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
+    experiment.train(asked, folder, [])
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
+
+
+def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, clock = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+
+    class Slow(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            passed[0] += 10_000
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Slow()], *rest))
+    folder = RunFolder(tmp_path)
+    asked = settings("trainer.val_check_interval=3", "trainer.log_every_n_steps=4", "callbacks=none", "logger=none")
+    experiment.train(asked, folder, [])
+    for epoch in folder.read_epochs():  # 6 batches of 32
+        assert epoch["images_per_second"] > 6 * 32 / 10_000
+        assert epoch["seconds"] > 20_000
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
@@ -228,10 +257,9 @@ def test_bfloat16_on_a_cpu_is_asked_for_and_native(
 
 
 def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
-    with warnings.catch_warnings():
-        chosen = settings("callbacks=early_stopping")
+    chosen = settings("callbacks=early_stopping")
     trainer = experiment.build_trainer(chosen, None, [])
-    assert OmegaConf.to_container(OmegaConf.create(chosen.callbacks))["early_stopping"]["monitor"] == "val/acc"
+    assert chosen.callbacks["early_stopping"]["monitor"] == "val/acc"
     assert any(type(callback).__name__ == "EarlyStopping" for callback in trainer.callbacks)
 
 

@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from hydra import compose, initialize_config_dir
 
 from conftest import SMALL, nin, start, wait_for
 from nin import checkpoint_files, experiment, launch
 from nin.checks import read
 from nin.config import composed
 from nin.run_folder import RunFolder
-from nin.settings import UserError
+from nin.settings import UserError, project_conf
 from nin.stopping import StoppedError, StopRequest
 
 
@@ -67,6 +68,15 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
     with pytest.raises(UserError, match=r"its package is not installed; type: python3 -m uv sync --extra submitit"):
         launch._require_installed("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher")
     launch._require_installed("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # nin.config does it, and pytest undoes it
+def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> None:
+    asked = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
+    with initialize_config_dir(str(project_conf()), version_base="1.3"):
+        config = compose("train", overrides=asked, return_hydra_config=True)
+    with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are sent before one can fail"):
+        launch.Launch(config)
 
 
 def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

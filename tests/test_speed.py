@@ -14,8 +14,8 @@ from nin.checks import read
 from nin.classifier import Classifier
 from nin.config import composed
 from nin.networks import speed
+from nin.networks.layers import layers
 from nin.networks.nin import NiN
-from nin.networks.summary import layers
 from nin.run_folder import RunFolder
 from nin.settings import Settings
 

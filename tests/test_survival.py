@@ -326,17 +326,19 @@ def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone
         experiment.train(asked, folder, [])
 
 
-def test_fewer_epochs_than_are_done_are_refused_and_not_written_down(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, folder, _ = half_done
+    asked, folder = settings("~callbacks.pictures"), RunFolder(tmp_path / "run")
+    trained(asked, folder.path, monkeypatch)
     endless = asked.model_copy(update={"schedule": asked.schedule.model_copy(update={"name": "constant", "warmup": 0})})
     folder.write_asked(OmegaConf.create(endless.model_dump(mode="json")), [])
-    before = folder.config.read_bytes()
-    fewer = endless.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 0})})
-    with pytest.raises(UserError, match=r"trainer.max_epochs=0: the run has 1 epochs behind it"):
+    folder.write_result({"status": "failed"})
+    before = folder.config.read_bytes(), folder.result.read_bytes()
+    fewer = endless.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 1})})
+    with pytest.raises(UserError, match=r"trainer.max_epochs=1: the run has 2 epochs behind it"):
         carry_out(OmegaConf.create(fewer.model_dump(mode="json")), folder.path, [])
-    assert folder.config.read_bytes() == before
+    assert (folder.config.read_bytes(), folder.result.read_bytes()) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------

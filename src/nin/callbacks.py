@@ -78,9 +78,11 @@ class Watch(Callback):
         module.require_finite(values["train/loss"])
         module.train_loss.reset()
         module.train_acc.reset()
-        images = self.window_images * trainer.world_size
+        # The last batch of an epoch may not be divided equally.
+        own = torch.tensor(float(self.window_images), device=module.device)
+        images = int(trainer.strategy.reduce(own, reduce_op="sum"))
         self.epoch["images"] += images
-        self.epoch["seconds"] += images / values["images_per_second"]
+        self.epoch["seconds"] += time.perf_counter() - self.window_started
         self.epoch["loss"] += images * values["train/loss"]
         self.epoch["right"] += images * values["train/acc"]
         if trainer.global_step != self.logged_step:
@@ -96,8 +98,13 @@ class Watch(Callback):
             "images_per_second": self.window_images * trainer.world_size / seconds
         }
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self.validation_started = time.perf_counter()
+
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.sanity_checking:
+            # In the middle of an epoch, it is no part of the images' time.
+            self._open_window(self.window_images, self.validation_started - self.window_started)
             self.scores = rounded(
                 {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
             )
@@ -123,9 +130,9 @@ class Watch(Callback):
         self.rows.append(row)
         self.train_seconds = time.perf_counter() - self.started
         if trainer.is_global_zero:
-            self.write_rows()
+            self._write_rows()
 
-    def write_rows(self) -> None:
+    def _write_rows(self) -> None:
         text = io.StringIO()
         writer = csv.DictWriter(text, [c for c in COLUMNS if any(c in row for row in self.rows)], lineterminator="\n")
         writer.writeheader()

@@ -15,7 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from nin.checks import read as read_settings
-from nin.run_folder import RunFolder, replaced
+from nin.run_folder import RunFolder, global_rank, replaced
 from nin.settings import Settings, UserError
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,8 @@ def newest_good(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
             checkpoint = read(path)
         except UserError as error:
             aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
-            path.rename(aside)
+            if global_rank() == 0:  # the others of several processes leave it out as well
+                path.rename(aside)
             log.warning("%s; set aside as %s", error, aside.name)
             continue
         if missing := {"loops", "callbacks", "optimizer_states", "lr_schedulers"} - checkpoint.keys():

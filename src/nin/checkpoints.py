@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 class Checkpoints(Checkpoint):
     """Keeps ``last.ckpt``, from which a run goes on to the very result that it would have had, and ``best.ckpt``.
 
-    ``last.ckpt`` is written after every epoch, after every ``every_n_steps`` optimiser steps, and when a stop is
-    asked for. ``best.ckpt`` is the epoch with the highest val/acc, of several the one with the lowest val/loss; where
-    nothing is held out to choose by, it is the last epoch.
+    ``last.ckpt`` is written after every epoch, after every ``every_n_steps`` optimiser steps, one step before
+    ``trainer.max_steps``, and when a stop is asked for. ``best.ckpt`` is the epoch with the highest val/acc, of several
+    the one with the lowest val/loss; where nothing is held out to choose by, it is the last epoch.
 
     Besides what Lightning saves: every generator's random state, and how much of each event file had been written.
     """
@@ -43,7 +43,7 @@ class Checkpoints(Checkpoint):
             # Lightning has forgotten it where the optimiser's schedule asked for the number of batches.
             trainer.train_dataloader.load_state_dict(self.loaded["batches"])
             own = self.loaded["processes"][trainer.global_rank]
-            set_random_state(own["random_state"])
+            set_random_state(own["random_state"], module.device)
             module.load_state_dict({k: v.to(module.device) for k, v in own["metrics"].items()}, strict=False)
             self.loaded = None
 
@@ -122,7 +122,7 @@ class Checkpoints(Checkpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.flush()
         # Each process has its own, and Lightning saves those of the first.
-        own = {"random_state": random_state(), "metrics": module.metrics_so_far()}
+        own = {"random_state": random_state(module.device), "metrics": module.metrics_so_far()}
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, own)
@@ -171,25 +171,25 @@ def place_loops(fit_loop: dict[str, Any], place: str) -> None:
     validation["is_last_batch"] = False
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every generator of random numbers, as tensors and plain values."""
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of every generator that training on ``device`` draws from, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if torch.backends.mps.is_available():
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
         state["mps"] = torch.mps.get_rng_state()
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Puts every generator back; those of a device that is not here, or was not there, are left as they are."""
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Puts every generator back; that of ``device`` is left as it is where training was on another kind."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "mps" in state and torch.backends.mps.is_available():
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])

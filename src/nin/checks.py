@@ -98,7 +98,7 @@ def meant(word: str, known: list[str]) -> str:
 
 
 def _impossible_combinations(plain: dict) -> list[str]:
-    """Mistakes that show only when several keys are seen together."""
+    """Mistakes beyond types and ranges; most show only when several keys are seen together."""
     # Unchecked, so that one wrong key does not hide another; a rule whose own keys are wrong is passed over.
     sections = {}
     for key, field in Settings.model_fields.items():
@@ -113,7 +113,7 @@ def _impossible_combinations(plain: dict) -> list[str]:
         _some_images_are_left,
         _something_chooses_the_best,
         _training_ends,
-        _what_is_tested,
+        _nothing_is_left_out,
         _watched,
     ):
         with contextlib.suppress(TypeError, AttributeError, KeyError):
@@ -155,11 +155,15 @@ def _training_ends(settings: Settings) -> str | None:
     if schedule.name != "constant" or schedule.warmup:
         return f"schedule={schedule.name}: needs to know the last step; set trainer.max_epochs or trainer.max_steps"
     if trainer.max_time is None:
-        return f"trainer.max_epochs={trainer.max_epochs}: training would never end; set it, or trainer.max_steps"
+        given = "null" if trainer.max_epochs is None else trainer.max_epochs
+        return f"trainer.max_epochs={given}: nothing says when training ends; set it, or trainer.max_steps"
     return None
 
 
-def _what_is_tested(settings: Settings) -> str | None:
+def _nothing_is_left_out(settings: Settings) -> str | None:
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(settings.trainer, key) == 0:
+            return f"trainer.{key}=0: nothing would be trained; give 1 or more"
     if settings.trainer.limit_test_batches == 0:
         return "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
     if settings.trainer.barebones:

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from nin import networks
 from nin.networks import IN_CHANNELS, NUM_CLASSES, speed
-from nin.networks.summary import layers
+from nin.networks.layers import layers
 from nin.settings import Settings
 
 
@@ -95,10 +95,11 @@ class Classifier(LightningModule):
         self.train_acc.update(logits, labels)
         return loss
 
-    def _share(self, images: int) -> Tensor:
-        """What this process's mean loss must be weighted by, where the last batch could not be divided equally."""
-        mean = self.trainer.strategy.reduce(torch.tensor(float(images), device=self.device), reduce_op="mean")
-        return images / mean
+    def pieces(self, images: int) -> int:
+        """How many of a batch's images are worked through at a time."""
+        if self.piece_size and self.device.type == "cpu" and self.trainer.world_size == 1:
+            return min(self.piece_size, images)
+        return max(images, 1)
 
     def _loss_in_pieces(self, images: Tensor, labels: Tensor, pieces: int) -> tuple[Tensor, Tensor, Tensor]:
         """Adds up the gradients of all pieces but the last, whose loss Lightning is left to work backward from.
@@ -116,11 +117,10 @@ class Classifier(LightningModule):
             logits.append(scored.detach())
         return shares[-1], torch.stack([share.detach() for share in shares]).sum(), torch.cat(logits)
 
-    def pieces(self, images: int) -> int:
-        """How many of a batch's images are worked through at a time."""
-        if self.piece_size and self.device.type == "cpu" and self.trainer.world_size == 1:
-            return min(self.piece_size, images)
-        return max(images, 1)
+    def _share(self, images: int) -> Tensor:
+        """What this process's mean loss must be weighted by, where the last batch could not be divided equally."""
+        mean = self.trainer.strategy.reduce(torch.tensor(float(images), device=self.device), reduce_op="mean")
+        return images / mean
 
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Lightning would do it between a batch's first pieces and its last; see `optimizer_step`."""
@@ -159,6 +159,7 @@ class Classifier(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
+        self.confusion.compute()  # of all processes, as long as they can ask each other; it keeps what it found
 
     def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch

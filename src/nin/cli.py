@@ -52,7 +52,10 @@ def usage() -> str:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Runs one command and returns its exit status: 0 done, 2 the user's mistake, 1 the work failed."""
+    """Runs one command; the exit status is 0 if it is done, 2 for a mistake of the user's, 1 if the work failed.
+
+    128 and more: a signal ended it, as in a shell.
+    """
     command = importlib.import_module(f"nin.commands.{name}")
     from nin.settings import UserError
 
@@ -75,7 +78,8 @@ def complete(flag: str, arguments: list[str]) -> int:
         os.environ["COMP_LINE"] = without
         os.environ["COMP_POINT"] = str(max(0, point - (len(line) - len(without))))
     if line and without == line:
-        words = line.split()
-        print("\n".join(c for c in COMMANDS if len(words) < 2 or c.startswith(words[1])))
+        *before, begun = re.split(r"\s+", line[:point])
+        if len(before) == 1:  # behind the command come files, which the shell knows
+            print("\n".join(c for c in COMMANDS if c.startswith(begun)))
         return 0
     return run("train", [flag, *arguments])

@@ -57,7 +57,9 @@ def overridden(
                 raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
             if override.is_delete():
                 parent, _, last = key.rpartition(".")
-                del (OmegaConf.select(config, parent) if parent else config)[last]
+                there = OmegaConf.select(config, parent) if parent else config
+                if there:  # the earlier run may never have had it
+                    there.pop(last, None)
             else:
                 OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
     return read(config)

@@ -41,7 +41,7 @@ def train(
     """Trains, tests the best checkpoint once and returns the result; goes on from ``last.ckpt`` where there is one.
 
     Args:
-        label: stands before every line that is printed, where other runs print beside this one.
+        label: stands before the lines that are printed on the way, where other runs print beside this one.
 
     Raises:
         UserError: if the machine lacks what the settings ask for.
@@ -70,10 +70,11 @@ def train(
             place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
             log.info("going on from %s, for the %d. time", place, resumes)
             print(f"{label}going on from {place}", flush=True)
-            folder.cut_event_files(checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"])
-        else:
-            folder.cut_event_files({})
-            folder.metrics.unlink(missing_ok=True)
+        if global_rank() == 0:
+            written = checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"] if checkpoint else {}
+            folder.cut_event_files(written)
+            if not checkpoint:
+                folder.metrics.unlink(missing_ok=True)
         for logger in trainer.loggers:
             if isinstance(logger, EventStream):
                 at_the_end.callback(logger.close)
@@ -100,7 +101,7 @@ def train(
             "resumes": resumes,
         }
         if trainer.is_global_zero:
-            log_results(trainer, settings, result)
+            log_results(trainer, settings, result, watch)
         return result
 
 
@@ -177,7 +178,7 @@ def git_commit() -> str | None:
         return None
 
 
-def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str, Any]) -> None:
+def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str, Any], watch: Watch) -> None:
     """The final metrics, and the settings beside them for TensorBoard's HParams tab.
 
     The metrics of the checkpoint that was tested are logged here and nowhere else, so that no tag has a step twice.
@@ -193,8 +194,9 @@ def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str
     final = {
         k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
     }
-    # The notebooks' habit has the test metrics in the curves already, at this very step.
-    fresh = {} if settings.data.score_each_epoch == "test" else final
+    # The notebooks' habit may have the test metrics in the curves already, at this very step.
+    logged = watch.scores if watch.scored_step == result["steps"] else {}
+    fresh = {k: v for k, v in final.items() if k not in logged}
     for logger in trainer.loggers:
         logger.log_metrics(fresh, step=result["steps"])
         if isinstance(logger, TensorBoardLogger):

@@ -55,6 +55,8 @@ class Launch:
         for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them a command")):
             if key in swept:
                 raise UserError(f"{key}: can't be varied; {remedy}")
+        if config.sweep.fail_fast and "submitit" in launcher._target_:
+            raise UserError("sweep.fail_fast=true: all jobs are sent before one can fail; leave it out")
         jobs: list[Settings] = []
         if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
             jobs = _checked(jobs_of(params, task), here="submitit" not in launcher._target_)
@@ -112,12 +114,6 @@ class Launch:
             os.kill(process.pid, signal.SIGINT)
 
 
-def _at_once(launcher: DictConfig) -> int:
-    from joblib import effective_n_jobs
-
-    return effective_n_jobs(launcher.n_jobs)
-
-
 def _require_installed(launcher: str) -> None:
     for extra in ("joblib", "submitit"):
         if f"hydra_{extra}_launcher" not in launcher:
@@ -170,13 +166,6 @@ def _checked(jobs: list[list[str]], here: bool) -> list[Settings]:
     return checked
 
 
-def _require_accepted_by_lightning(settings: Settings) -> None:
-    from nin.trainer import build_trainer
-
-    with logging_to(None):
-        build_trainer(settings, None, [])
-
-
 def _require_one_process(trainer: Trainer) -> None:
     if not one_process(trainer):
         raise UserError(
@@ -203,6 +192,13 @@ def require_accelerator(trainer: Trainer) -> None:
     )
 
 
+def _require_accepted_by_lightning(settings: Settings) -> None:
+    from nin.trainer import build_trainer
+
+    with logging_to(None):
+        build_trainer(settings, None, [])
+
+
 def is_joblib(launcher: str) -> bool:
     return launcher.endswith(".JoblibLauncher")
 
@@ -220,15 +216,21 @@ def _threads() -> int:
 
 
 def _share_out_gpus(launcher: DictConfig, jobs: list[Settings]) -> None:
-    """One job a GPU, and no more jobs at once than there are GPUs."""
+    """One job a GPU, and no more jobs at once than there are GPUs. Another sweeper's jobs are not known beforehand."""
     import torch
 
-    if not torch.cuda.is_available() or all(job.trainer.accelerator == "cpu" for job in jobs):
+    if not torch.cuda.is_available() or (jobs and all(job.trainer.accelerator == "cpu" for job in jobs)):
         return
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     os.environ[_GPUS] = gpus
     count = len(gpus.split(","))
     launcher.n_jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
+
+
+def _at_once(launcher: DictConfig) -> int:
+    from joblib import effective_n_jobs
+
+    return effective_n_jobs(launcher.n_jobs)
 
 
 def started_by_torchrun() -> bool:

@@ -1,6 +1,6 @@
 """The typed config. Imports no torch: a mistake is told before anything heavy is loaded.
 
-``conf/`` holds every default; this file holds every type and range; ``checks`` reads one into the other.
+``conf/`` holds every default; this file and ``models`` hold every type and range; ``checks`` reads one into the other.
 """
 
 from pathlib import Path

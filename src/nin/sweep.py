@@ -52,6 +52,10 @@ def not_replaced(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, An
     return {key: value for key, value in params.items() if key not in given}
 
 
+def _by_key(words: Iterable[str]) -> dict[str, str]:
+    return dict(word.lstrip("+~").partition("=")[::2] for word in words)
+
+
 def jobs_of(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str]]:
     """Each job's own overrides, from ``hydra.sweeper.params`` and those of the command line, in the jobs' order."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -159,10 +163,6 @@ def _read_job(path: Path) -> Job | None:
     if "seed" in result:
         overrides.setdefault("seed", str(result["seed"]))
     return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
-
-
-def _by_key(words: Iterable[str]) -> dict[str, str]:
-    return dict(word.lstrip("+~").partition("=")[::2] for word in words)
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

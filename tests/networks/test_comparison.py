@@ -4,7 +4,7 @@ import torch
 from nin import networks
 from nin.checks import read
 from nin.config import composed
-from nin.networks import summary
+from nin.networks.layers import first_fully_connected_weights, layers
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ def test_what_the_notebooks_compare(model: str, fully_connected: int, parameters
     with torch.device("meta"):
         network = networks.build(settings)
         assert network(torch.zeros(2, 1, settings.data.image_size, settings.data.image_size)).shape == (2, 10)
-    assert summary.first_fully_connected_weights(network) == fully_connected
+    assert first_fully_connected_weights(network) == fully_connected
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
 def test_lenets_multiply_adds_by_hand() -> None:
     with torch.device("meta"):
-        rows = summary.layers(networks.build(read(composed(["model=lenet"]))), in_channels=1, image_size=28)
+        rows = layers(networks.build(read(composed(["model=lenet"]))), in_channels=1, image_size=28)
     convolutions = [28 * 28 * 6 * 25, 10 * 10 * 16 * 6 * 25]
     connected = [400 * 120, 120 * 84, 84 * 10]
     assert [row.multiply_adds for row in rows if row.multiply_adds] == convolutions + connected

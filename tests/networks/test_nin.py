@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from nin.networks import summary
 from nin.networks.init import initialise
+from nin.networks.layers import layers
 from nin.networks.nin import NiN, NiNBlock
 
 
@@ -41,7 +41,7 @@ def test_the_notebooks_weights_give_the_notebooks_logits(first_padding: int, tra
 
 def test_shapes_parameters_and_counts_at_the_defaults() -> None:
     with torch.device("meta"):
-        rows = summary.layers(NiN(), in_channels=1, image_size=224)
+        rows = layers(NiN(), in_channels=1, image_size=224)
     assert [row.output_shape for row in rows] == [
         (96, 54, 54), (96, 26, 26), (256, 26, 26), (256, 12, 12), (384, 12, 12), (384, 5, 5), (384, 5, 5),
         (10, 5, 5), (10, 1, 1), (10,),

@@ -4,16 +4,13 @@ import contextlib
 import resource
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from nin.bench.project import project
+from nin.bench.project import Told, project
 from nin.settings import Settings
-
-Told = Callable[[str], None]
 
 
 def memory(settings: Settings, batch_size: int, told: Told) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from nin.bench.project import project
+from nin.bench.project import Told, project
 from nin.networks import NUM_CLASSES
 from nin.settings import Settings
-
-Told = Callable[[str], None]
 
 _STEPS, _WARM_UP = 300, 30
 

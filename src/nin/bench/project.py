@@ -1,4 +1,4 @@
-"""What `nin train` trains with, for whoever measures it."""
+"""The training that is measured, and what all measurements share."""
 
 import contextlib
 import os
@@ -20,6 +20,8 @@ from nin.run_folder import RunFolder
 from nin.settings import Settings
 from nin.stopping import StopRequest
 from nin.trainer import build_trainer
+
+Told = Callable[[str], None]  # takes a line that says what is measured now
 
 
 @contextlib.contextmanager

@@ -20,13 +20,24 @@ from torchvision import transforms
 
 from nin import networks
 from nin.allocator import as_without
-from nin.bench.project import project, wait_for
+from nin.bench.project import Told, project, wait_for
 from nin.classifier import Classifier
 from nin.data.datamodule import ImageData
 from nin.networks import IN_CHANNELS
 from nin.settings import Settings
 
-Told = Callable[[str], None]
+
+def operations(settings: Settings) -> dict[str, int]:
+    """FLOP an image: scoring it, and training on it, which is forward and backward; a multiply-add counts as two."""
+    network, size = networks.build(settings), settings.data.image_size
+    images = torch.zeros(2, IN_CHANNELS, size, size)  # two, since batch norm needs more than one
+    with FlopCounterMode(display=False) as forward:
+        logits = network(images)
+    with FlopCounterMode(display=False) as backward:
+        logits.sum().backward()
+    count = forward.get_total_flops() // 2
+    scoring = count * (2 if settings.data.test_time_flip else 1)
+    return {"scoring": scoring, "training": count + backward.get_total_flops() // 2}
 
 
 @dataclass
@@ -181,19 +192,6 @@ def matrix_product(device: torch.device, dtype: torch.dtype, seconds: float) -> 
             products += 1
         best = max(best, 2 * size**3 * products / (time.perf_counter() - begun))
     return best
-
-
-def operations(settings: Settings) -> dict[str, int]:
-    """FLOP an image: scoring it, and training on it, which is forward and backward; a multiply-add counts as two."""
-    network, size = networks.build(settings), settings.data.image_size
-    images = torch.zeros(2, IN_CHANNELS, size, size)  # two, since batch norm needs more than one
-    with FlopCounterMode(display=False) as forward:
-        logits = network(images)
-    with FlopCounterMode(display=False) as backward:
-        logits.sum().backward()
-    count = forward.get_total_flops() // 2
-    scoring = count * (2 if settings.data.test_time_flip else 1)
-    return {"scoring": scoring, "training": count + backward.get_total_flops() // 2}
 
 
 def _dtype(trainer: Trainer) -> torch.dtype:

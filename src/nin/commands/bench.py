@@ -18,7 +18,7 @@ from nin.settings import Settings, UserError, one_process
 from nin.stopping import StoppedError
 
 # What is measured is training; garments need no download and are as large as Fashion-MNIST's images.
-_BEHIND = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]
+_UNLESS_ASKED = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]
 
 
 def main(arguments: list[str]) -> int:
@@ -35,9 +35,9 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.rounds < 1 or asked.seconds <= 0:
         raise UserError("--rounds and --seconds: must be above 0")
-    settings = settings_from([*_BEHIND, *asked.overrides])
+    settings = settings_from([*_UNLESS_ASKED, *asked.overrides])
     if not one_process(settings.trainer):
-        raise UserError("trainer: a bench is of one process; leave out trainer=ddp, or give trainer.devices=1")
+        raise UserError("trainer: a bench is of one process; leave out trainer=ddp and trainer.devices")
     require_accelerator(settings.trainer)
     prepare(settings.data)
     told = Console(stderr=True, highlight=False).print

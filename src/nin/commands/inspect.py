@@ -24,13 +24,13 @@ def main(arguments: list[str]) -> None:
     import torch
 
     from nin import networks
-    from nin.networks import summary
+    from nin.networks.layers import first_fully_connected_weights, layers
 
     console = Console()
     size = settings.data.image_size
     with torch.device("meta"):
         chosen = networks.build(settings)
-    rows = summary.layers(chosen, in_channels=1, image_size=size)
+    rows = layers(chosen, in_channels=1, image_size=size)
     table = Table(title=f"{settings.model.name} at {size}x{size}", title_justify="left")
     for column in ("layer", "output shape", "parameters", "multiply-adds", "sees"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> None:
         with torch.device("meta"):
             built = networks.build(other)
         counts = (
-            summary.first_fully_connected_weights(built),
+            first_fully_connected_weights(built),
             sum(p.numel() for p in built.parameters()),
-            sum(row.multiply_adds for row in summary.layers(built, 1, size)),
+            sum(row.multiply_adds for row in layers(built, 1, size)),
         )
         table.add_row(name, f"{size}x{size}", *(f"{n:,}" if n else "none" for n in counts))
     console.print(table)

@@ -26,10 +26,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
     asked = parser.parse_args(arguments)
 
-    config = RunFolder(asked.run).read_asked()
+    folder = RunFolder(asked.run)
+    config = folder.read_asked()
     if config is None:
         raise UserError(f"{asked.run}: no run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
-    folder = RunFolder(asked.run)
     before = list(OmegaConf.load(folder.overrides)) if folder.overrides.exists() else []
     try:
         settings = overridden(read(config), asked.overrides, MAY_CHANGE, before)

@@ -197,7 +197,7 @@ def carry_out(
     """Brings the run in folder ``path`` to its end, from wherever it is, and shows and returns its result.
 
     Args:
-        label: stands before every line that the run prints, where others print beside it.
+        label: stands before the lines that the run prints on its way, where others print beside it.
 
     Raises:
         UserError: if the folder belongs to another experiment or another process is at work on it.
@@ -222,7 +222,9 @@ def carry_out(
 
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
             settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
-            before = {file: file.read_text() for file in (folder.config, folder.overrides) if file.exists()}
+            before = {
+                file: file.read_text() for file in (folder.config, folder.overrides, folder.result) if file.exists()
+            }
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
             folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)

@@ -63,7 +63,7 @@ class Batches:
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
             return torch.arange(len(self.labels), device=self.labels.device)
-        # One stream of random numbers for all epochs of a seed, no two of which share an order.
+        # Each epoch of a seed has a generator of its own, so that its order is known without those before it.
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
         return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
 

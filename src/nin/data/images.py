@@ -10,9 +10,9 @@ def augmented(images: Tensor, augment: str) -> Tensor:
 
     Args:
         images: ``(batch, height, width)``, any type.
-        augment: "none", "flip" (left-right, every other image), "flip_shift" (and moved by up to 2 pixels a way,
-            zeros coming in) or "flip_shift_cutout" (and with a black square of 8 pixels a side, which may reach over
-            the border; DeVries & Taylor 2017).
+        augment: "none", "flip" (left-right, with probability one half), "flip_shift" (and moved by up to 2 pixels a
+            way, zeros coming in) or "flip_shift_cutout" (and with a black square of 8 pixels a side, which may reach
+            over the border; DeVries & Taylor 2017).
     """
     if augment == "none":
         return images

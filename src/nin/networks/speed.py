@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nin.networks.summary import Layer
+from nin.networks.layers import Layer
 
 # The largest maps of a piece of a batch stay below this, so that the next layer finds them in a CPU's cache. In bytes.
 _CACHED = 18 * 2**20
