@@ -40,7 +40,7 @@ class Data(Section):
     val_size: Annotated[int, Field(ge=0)]
     # What is scored after every epoch. "test" is the notebooks' habit; nothing is then chosen by it.
     score_each_epoch: Literal["val", "test"]
-    augment: Literal["none", "flip", "flip_shift", "flip_shift_cutout"]
+    augment: Literal["none", "flip", "flip_shift"]
     # Whether each image is scored as it is and mirrored, and the mean of both probabilities counts.
     test_time_flip: bool
     # Where missing files are fetched from, tried in turn; garments are drawn, not fetched.

@@ -10,9 +10,8 @@ def augmented(images: Tensor, augment: str) -> Tensor:
 
     Args:
         images: ``(batch, height, width)``, any type.
-        augment: "none", "flip" (left-right, with probability one half), "flip_shift" (and moved by up to 2 pixels a
-            way, zeros coming in) or "flip_shift_cutout" (and with a black square of 8 pixels a side, which may reach
-            over the border; DeVries & Taylor 2017).
+        augment: "none", "flip" (left-right, with probability one half) or "flip_shift" (and moved by up to 2 pixels a
+            way, zeros coming in).
     """
     if augment == "none":
         return images
@@ -20,11 +19,6 @@ def augmented(images: Tensor, augment: str) -> Tensor:
     images = torch.where(flip, images.flip(-1), images)
     if augment == "flip":
         return images
-    images = _shifted(images)
-    return images if augment == "flip_shift" else _cut_out(images)
-
-
-def _shifted(images: Tensor) -> Tensor:
     batch, height, width = images.shape
     rows, columns = torch.randint(0, 5, (2, batch, 1), device=images.device)
     padded = functional.pad(images, (2, 2, 2, 2))
@@ -32,18 +26,6 @@ def _shifted(images: Tensor) -> Tensor:
     columns = columns + torch.arange(width, device=images.device)  # (batch, width)
     each = torch.arange(batch, device=images.device)[:, None, None]
     return padded[each, rows[:, :, None], columns[:, None, :]]
-
-
-def _cut_out(images: Tensor) -> Tensor:
-    def inside(size: int) -> Tensor:
-        """(batch, size): eight in a row around a pixel drawn for each image."""
-        centre = torch.randint(0, size, (len(images), 1), device=images.device)
-        distance = torch.arange(size, device=images.device) - centre
-        return (distance >= -4) & (distance < 4)
-
-    height, width = images.shape[1:]
-    square = inside(height)[:, :, None] & inside(width)[:, None, :]
-    return images.masked_fill(square, 0)
 
 
 def resized(images: Tensor, image_size: int) -> Tensor:
