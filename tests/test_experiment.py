@@ -196,6 +196,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
 
 
 def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    second = [
+        f"+callbacks.second.{word}"
+        for word in ("_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=val/acc")
+    ]
+    with pytest.raises(UserError, match=r"trainer: Found more than one stateful callback"):
+        experiment.build_trainer(settings("callbacks=early_stopping", *second, "+callbacks.second.mode=max"), None, [])
     with pytest.raises(UserError, match=r"trainer: .*[Pp]recision"):
         experiment.train(settings("trainer.precision=3"), RunFolder(tmp_path), [])
 

@@ -19,13 +19,14 @@ import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conftest import SMALL, nin, start, wait_for
 from nin import checkpoint_files, experiment, launch
 from nin.checks import read
 from nin.config import composed
 from nin.run_folder import RunFolder
-from nin.settings import UserError, project_conf
+from nin.settings import Settings, UserError, project_conf
 from nin.stopping import StoppedError, StopRequest
 
 
@@ -92,6 +93,24 @@ def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch:
     launch.take_gpu(tmp_path, StopRequest())  # the next job of the same process
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
     launch._held[0].release()
+
+
+def test_one_run_is_not_begun_by_each_of_sruns_processes(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(
+        UserError, match=r"srun started 2 processes, and trainer.strategy=auto is for one; add trainer=ddp"
+    ):
+        launch.require_fit_with_processes(settings().trainer)
+    launch.require_fit_with_processes(settings("trainer=ddp").trainer)
+
+
+def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
+    for folder in ("/home/o'brien/a b", '/ä="1",x'):
+        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={launch._quoted(folder)}"])
+        assert override.value() == folder
 
 
 def test_what_ends_a_job_travels_between_processes() -> None:

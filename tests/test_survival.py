@@ -25,7 +25,7 @@ from nin.commands.train import carry_out
 from nin.config import composed
 from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError
-from nin.stopping import StoppedError
+from nin.stopping import StoppedError, StopRequest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In this process: the interruption comes at an exact place, as a signal or as an exception that nobody catches.
@@ -339,6 +339,47 @@ def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
     with pytest.raises(UserError, match=r"trainer.max_epochs=1: the run has 2 epochs behind it"):
         carry_out(OmegaConf.create(fewer.model_dump(mode="json")), folder.path, [])
     assert (folder.config.read_bytes(), folder.result.read_bytes()) == before
+
+
+def broken_pipe() -> int:
+    """Where to write to a reader that is gone, as `tee` is, which has had the Ctrl-C as well."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def test_a_stop_is_heeded_though_nobody_reads_what_is_told_of_it() -> None:
+    standard_error, writer = os.dup(2), broken_pipe()
+    os.dup2(writer, 2)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signum == signal.SIGINT
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(writer)
+        os.close(standard_error)
+
+
+def test_a_run_whose_reader_is_gone_goes_on_to_its_result(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with os.fdopen(broken_pipe(), "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert experiment.train(settings("callbacks=none", "logger=none"), RunFolder(tmp_path), [])["epochs"] == 2
+
+
+def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in (".fresh.ckpt", ".best.ckpt.tmp", ".nfs01", "last.ckpt"):
+        (folder.checkpoints / name).touch()
+    with folder.claimed():
+        assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+            ".ipynb_checkpoints",
+            ".nfs01",
+            "last.ckpt",
+        ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

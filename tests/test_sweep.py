@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,8 @@ def test_jobs_that_have_not_begun_are_told(tmp_path: Path) -> None:
     hydra = {"sweeper": {"params": {"model.norm": "none,batch"}}, "overrides": {"task": asked}}
     (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
     for norm, lr in (("none", "0.1"), ("batch", "0.05")):
-        put_job(
-            tmp_path / f"{norm}-{lr}", [f"model.norm={norm}", "experiment=cpu", f"optimizer.lr={lr}", "seed=0"], 0.5
-        )
+        varied = [f"model.norm={norm}", f"optimizer.lr={lr}", "seed=0"]
+        put_job(tmp_path / ",".join(varied), ["experiment=cpu", *varied], 0.5)
     rows = summary.table(sweep.folded(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
     assert sorted([row[0], row[1], row[-1]] for row in rows[1:]) == [
         ["batch", "0.05", "2 (1 not begun)"],
@@ -93,18 +93,62 @@ def asked_for(sweep: Path, *task: str) -> None:
 
 
 def test_a_job_that_was_run_under_two_names_counts_once(tmp_path: Path) -> None:
-    for name, overrides in (("lr=0.1", []), ("lr=0.1,seed=0", ["seed=0"]), ("lr=0.1,seed=1", ["seed=1"])):
-        job = put_job(tmp_path / name, ["optimizer.lr=0.1", *overrides], 0.9)
+    for name, overrides, acc in (
+        ("job", ["optimizer.lr=0.1"], None),  # it was not finished, and was so under another name
+        ("seed=0", ["optimizer.lr=0.1", "seed=0"], 0.9),
+        ("optimizer.lr=0.1,seed=0", ["optimizer.lr=0.1", "seed=0"], 0.9),
+        ("seed=1", ["name=renamed", "optimizer.lr=0.1", "seed=1"], 0.9),
+        ("model.dropout=0.5,optimizer.lr=0.1,seed=1", ["model.dropout=0.5", "optimizer.lr=0.1", "seed=1"], 0.9),
+        ("model.dropout=0.3,optimizer.lr=0.1,seed=1", ["model.dropout=0.3", "optimizer.lr=0.1", "seed=1"], 0.8),
+    ):
+        job = put_job(tmp_path / name, overrides, acc)
+        seed = 1 if "seed=1" in overrides else 0
+        (job / ".hydra" / "config.yaml").write_text(f"seed: {seed}\nmodel: {{dropout: 0.5}}\noptimizer: {{lr: 0.1}}\n")
+    asked_for(tmp_path, "optimizer.lr=0.1", "seed=0,1")
+    rows = sweep.folded(sweep.read_jobs(tmp_path), "val/acc")
+    assert [(row.keys, [job.status for job in row.jobs]) for row in rows] == [
+        ({"model.dropout": "0.5"}, ["finished", "finished"]),
+        ({"model.dropout": "0.3"}, ["finished"]),
+    ]
+
+
+def test_what_makes_no_other_experiment_makes_no_other_row(tmp_path: Path) -> None:
+    for lr, more in (("0.1", []), ("0.05", ["threads=1", "callbacks=none", "trainer=cpu"])):
+        for seed in (0, 1):
+            varied = [f"optimizer.lr={lr}", f"seed={seed}"]
+            put_job(tmp_path / ",".join(varied), [*varied, *more], 0.5)
+    asked_for(tmp_path, "optimizer.lr=0.1,0.05", "seed=0,1", "threads=1")
+    rows = sweep.folded(sweep.read_jobs(tmp_path), "val/acc")
+    assert [(row.keys, len(row.jobs)) for row in rows] == [({"optimizer.lr": lr}, 2) for lr in ("0.05", "0.1")]
+    # Unless the sweep asks just for that, be it an earlier one.
+    for threads in (1, 2):
+        put_job(tmp_path / f"optimizer.lr=0.1,threads={threads}", ["optimizer.lr=0.1", f"threads={threads}"], 0.5)
+    assert len(sweep.folded(sweep.read_jobs(tmp_path), "val/acc")) == 4
+
+
+def test_a_loss_that_ran_away_in_the_last_step_does_not_break_the_report(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        job = put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.5)
         result = json.loads((job / "result.json").read_text())
-        (job / "result.json").write_text(json.dumps(result | {"seed": 1 if "seed=1" in overrides else 0}))
-    asked_for(tmp_path, "optimizer.lr=0.1", "seed=0,1,2")
-    (row,) = sweep.folded(sweep.read_jobs(tmp_path), "val/acc")
-    assert [job.status for job in row.jobs] == ["finished", "finished", "not begun"]
+        result["metrics"]["test/loss"] = math.nan if seed else 2.0
+        (job / "result.json").write_text(json.dumps(result))
+    report(tmp_path)
+    (line,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
+    assert (line["test/loss mean"], line["test/loss std"], line["val/acc mean"]) == ("2.0", "", "0.5")
+
+
+def test_a_sweep_that_can_only_be_read_is_reported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
+    (tmp_path / "summary.csv").mkdir()
+    report(tmp_path)
+    told = capsys.readouterr()
+    assert "0.5000" in told.out
+    assert told.err.startswith("no summary: ")
 
 
 def test_a_job_has_begun_though_the_sweep_was_asked_for_otherwise_since(tmp_path: Path) -> None:
     for lr in ("0.1", "0.05"):
-        put_job(tmp_path / f"lr={lr}", ["name=lr-11-22", f"optimizer.lr={lr}"], 0.5)
+        put_job(tmp_path / f"optimizer.lr={lr}", ["name=lr-11-22", f"optimizer.lr={lr}"], 0.5)
     asked_for(tmp_path, "name=lr-${now:%m-%d}", "optimizer.lr=0.1,0.05", "threads=1", "callbacks=none")
     assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "finished"]
     asked_for(tmp_path, "optimizer.lr=0.1,0.01", "threads=1")

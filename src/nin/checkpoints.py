@@ -105,11 +105,10 @@ class Checkpoints(Checkpoint):
     def _save(self, trainer: Trainer, place: str, best: bool = False) -> None:
         begun = time.perf_counter()
         self._place, self.saved_step = place, trainer.global_step
-        fresh = self.folder.checkpoints / ".fresh.ckpt"
-        trainer.save_checkpoint(fresh, weights_only=False)
+        trainer.save_checkpoint(self.folder.fresh, weights_only=False)
         if trainer.is_global_zero:
             # The best first: killed in between, the run repeats the epoch and finds it again.
-            self.folder.publish(fresh, best)
+            self.folder.publish(best)
         trainer.strategy.barrier()  # ddp's other processes read it at the end
         seconds = time.perf_counter() - begun
         log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)

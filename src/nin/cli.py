@@ -64,6 +64,9 @@ def run(name: str, arguments: list[str]) -> int:
     except UserError as mistake:
         print(f"nin {name}: {mistake}", file=sys.stderr)
         return 2
+    except PermissionError as error:  # somebody else's run
+        print(f"nin {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # nin report … | head

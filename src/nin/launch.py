@@ -42,8 +42,8 @@ class Launch:
         self.stopped_by: int | None = None
         self.ended_fast = self._gives_up = False
         launcher = config.hydra.launcher
-        if started_by_torchrun():
-            raise UserError("torchrun: each of its processes would begin the whole sweep; start it without torchrun")
+        if by := started_in_several():
+            raise UserError(f"{by}: each of its processes would begin the whole sweep; start it in one")
         _require_installed(launcher._target_)
         task = list(config.hydra.overrides.task)
         params = not_replaced(config.hydra.sweeper.get("params") or {}, task)
@@ -72,7 +72,7 @@ class Launch:
         unnamed = [*fixed, *common, KEYS]
         config.hydra.overrides.hydra += [
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(unnamed))}]",
-            f"hydra.sweep.dir='{self.folder}'",
+            f"hydra.sweep.dir={_quoted(str(self.folder))}",
             *(f"{key}={value}" for key, value in common.items()),
             f"{KEYS}=[{','.join(swept)}]",  # the last: behind it stands what was asked for
         ]
@@ -199,6 +199,11 @@ def _require_accepted_by_lightning(settings: Settings) -> None:
         build_trainer(settings, None, [])
 
 
+def _quoted(text: str) -> str:
+    """As Hydra's grammar wants any text that is a value."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
 def is_joblib(launcher: str) -> bool:
     return launcher.endswith(".JoblibLauncher")
 
@@ -237,26 +242,40 @@ def started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
 
 
-def require_fit_with_torchrun(trainer: Trainer) -> None:
-    """Raises UserError if each of torchrun's processes would train a network of its own."""
-    if started_by_torchrun() and one_process(trainer):
+def started_in_several() -> str | None:
+    """What has started this process with others beside it, torchrun or srun; None if it is alone."""
+    if started_by_torchrun():
+        return "torchrun"
+    return "srun" if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
+
+
+def require_fit_with_processes(trainer: Trainer) -> None:
+    """Raises UserError if each of torchrun's or srun's processes would train a network of its own."""
+    if (by := started_in_several()) and one_process(trainer):
+        every = os.environ["WORLD_SIZE" if by == "torchrun" else "SLURM_STEP_NUM_TASKS"]
+        here = os.environ["LOCAL_WORLD_SIZE"] if by == "torchrun" else "…, as many as there are on a node"
         raise UserError(
-            f"torchrun started {os.environ['WORLD_SIZE']} processes, and trainer.strategy={trainer.strategy} is for "
-            f"one; add trainer=ddp trainer.devices={os.environ['LOCAL_WORLD_SIZE']}"
+            f"{by} started {every} processes, and trainer.strategy={trainer.strategy} is for one; "
+            f"add trainer=ddp trainer.devices={here}"
         )
 
 
 def tell_folder(folder: str) -> None:
     """The first of torchrun's processes tells the others its folder; they would each name one by their own clock."""
     if started_by_torchrun() and os.environ["RANK"] == "0":
-        _torchrun_store().set("nin/folder", str(Path(folder).absolute()))
+        _torchrun_store().set(_folder_key(), str(Path(folder).absolute()))
 
 
 def told_folder() -> list[str]:
     """The override that makes one of torchrun's other processes work in the first one's folder."""
     if not started_by_torchrun() or os.environ["RANK"] == "0":
         return []
-    return [f"hydra.run.dir='{_torchrun_store().get('nin/folder').decode()}'"]
+    return [f"hydra.run.dir={_quoted(_torchrun_store().get(_folder_key()).decode())}"]
+
+
+def _folder_key() -> str:
+    """Anew for each start: the store outlives the processes that torchrun starts again."""
+    return f"nin/folder/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
 
 
 def _torchrun_store() -> Any:

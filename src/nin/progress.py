@@ -1,6 +1,8 @@
 """What a person sees while it runs: on a terminal a bar, elsewhere one plain line an epoch."""
 
 import math
+import os
+import sys
 import time
 from typing import Any
 
@@ -91,10 +93,10 @@ class Bar(Callback):
             of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             scores = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
             rate = f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
-            print(
-                f"{self.label}epoch {row['epoch']}{of}  step {row['step']}{scores}  {rate}",
-                flush=True,
-            )
+            try:
+                print(f"{self.label}epoch {row['epoch']}{of}  step {row['step']}{scores}  {rate}", flush=True)
+            except BrokenPipeError:  # `| head` has seen enough, `| tee` had the Ctrl-C first; the run goes on
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self.progress:

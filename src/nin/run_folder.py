@@ -34,6 +34,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
+        self.fresh = self.checkpoints / ".fresh.ckpt"  # on its way to become last.ckpt
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "nin.log"
@@ -65,8 +66,8 @@ class RunFolder:
             ) from error
         try:
             write_whole(self.owner, json.dumps(self._read_owner() | {"pid": os.getpid(), "host": socket.gethostname()}))
-            for half_written in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*")):
-                half_written.unlink()
+            for half_written in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp"), self.fresh):
+                half_written.unlink(missing_ok=True)
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -158,17 +159,17 @@ class RunFolder:
         # A run that was killed while it saved for the first time has nothing but its best.
         return [self.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), self.best]
 
-    def publish(self, fresh: Path, best: bool) -> None:
+    def publish(self, best: bool) -> None:
         """``fresh`` becomes last.ckpt, and best.ckpt as well if it is; the last ones before it move down by one."""
         if best:
-            with fresh.open("rb") as content, replaced(self.best) as file:
+            with self.fresh.open("rb") as content, replaced(self.best) as file:
                 shutil.copyfileobj(content, file)
         if self.keep and self.last.exists():
             for i in reversed(range(1, self.keep)):
                 if (older := self.last.with_name(f"last-{i}.ckpt")).exists():
                     older.replace(self.last.with_name(f"last-{i + 1}.ckpt"))
             self.last.replace(self.last.with_name("last-1.ckpt"))
-        fresh.replace(self.last)
+        self.fresh.replace(self.last)
         _flush_names(self.checkpoints)
 
     def event_file_sizes(self) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Ctrl-C, SIGTERM and SLURM's warning: a request to stop at the next batch, not an end in the middle of one."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -106,9 +107,14 @@ class StopRequest:
         # A sweep passes on to its processes what the terminal may have sent to all of them.
         echo = self._parent and time.monotonic() - self._asked_at < 1
         if signum == signal.SIGINT and self.signum is not None and not echo:
-            os.write(2, b"\x1b[?25h\nstopped at once\n" if os.isatty(2) else b"stopped at once\n")  # the cursor back
+            _tell(b"\x1b[?25h\nstopped at once\n" if os.isatty(2) else b"stopped at once\n")  # the cursor back
             os._exit(130)
         if self.signum is not None:
             return
         self.signum, self._asked_at = signum, time.monotonic()
-        os.write(2, b"\nstopping after this batch, with a checkpoint (Ctrl-C again stops at once)\n")
+        _tell(b"\nstopping after this batch, with a checkpoint (Ctrl-C again stops at once)\n")
+
+
+def _tell(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # the `tee` behind us has had the Ctrl-C too, and is gone
+        os.write(2, line)

@@ -1,6 +1,9 @@
 """A sweep's jobs: which folder each has, what varies, what came out, and which of them are one but for the seed."""
 
+import contextlib
 import hashlib
+import json
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -16,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from nin.run_folder import RunFolder
-from nin.settings import UserError
+from nin.settings import MAY_CHANGE, UserError
 
 _LONGEST = 100  # characters of a folder's name; file systems take 255 bytes
 
@@ -95,7 +98,7 @@ class Row:
     def values(self, metric: str) -> list[float]:
         """Those of finished jobs; an unfinished one has only the scores of an epoch on the way."""
         done = [job.metrics.get(metric) for job in self.jobs if job.status == "finished"]
-        return [value for value in done if value is not None]
+        return [value for value in done if value is not None and math.isfinite(value)]
 
     def statistics(self, metric: str) -> dict[str, float | None]:
         """Mean, standard deviation and worst over the seeds; None where there is nothing to tell it from."""
@@ -120,40 +123,58 @@ def read_jobs(sweep: Path) -> list[Job]:
     """
     if not sweep.is_dir():
         raise UserError(f"{sweep}: no such sweep; sweeps are folders in outputs/sweeps")
-    jobs: list[Job] = []
-    for folder in sorted(sweep.iterdir()):
-        job = _read_job(folder)
-        # A key that was varied only later has given the same job another folder.
-        if job and not any(job.overrides == other.overrides and other.status == "finished" for other in jobs):
-            jobs.append(job)
+    asked, swept = _asked(sweep)
+    jobs = [job for folder in sorted(sweep.iterdir()) if (job := _read_job(folder, swept))]
     if not jobs:
         raise UserError(f"{sweep}: no job has begun here; is it a sweep's folder, as in outputs/sweeps/lr?")
-    asked, swept = _asked(sweep)
-    # Other keys may have been said otherwise since: threads=1, callbacks=none.
-    telling = [*swept, *varying_keys(jobs)]
-    begun = [[job.overrides.get(key) for key in telling] for job in jobs]
-    return jobs + [Job(sweep, job, "not begun") for job in asked if [job.get(key) for key in telling] not in begun]
+    begun = {job.folder.name for job in jobs}
+    # A key that was varied only later has given the same job another folder.
+    keys = dict.fromkeys(["seed", *swept, *varying_keys(jobs)])
+    for job in jobs:
+        _fill_in(job, keys)
+    finished = [job for job in jobs if job.status == "finished"]
+    once = [job for i, job in enumerate(finished) if job.overrides not in [other.overrides for other in finished[:i]]]
+    done = [job.overrides for job in once]
+    jobs = [job for job in jobs if job in once or (job.status != "finished" and job.overrides not in done)]
+    return jobs + [Job(sweep, job, "not begun") for folder, job in asked if folder not in begun]
 
 
-def _asked(sweep: Path) -> tuple[list[dict[str, str]], list[str]]:
-    """The jobs that the sweep was last asked for and the keys that it varies, from the file that Hydra writes."""
+def _asked(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """The jobs that the sweep was last asked for, each with its folder's name, and the keys that it varies.
+
+    Both are read from the file that Hydra writes.
+    """
     try:
-        hydra = yaml.load((sweep / "multirun.yaml").read_text(), Loader=_Loader)["hydra"]
+        hydra = yaml.load((sweep / "multirun.yaml").read_text(encoding="utf-8"), Loader=_Loader)["hydra"]
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
         swept = [override.key_or_group for override in _parsed(params, task) if override.is_sweep_override()]
-        return [_by_key(job) for job in jobs_of(params, task)], swept
+        jobs = jobs_of(params, task)
     except (OSError, yaml.YAMLError, LookupError, TypeError, HydraException, UserError):
         return [], []
+    # As Hydra names them.
+    names = [job_folder(",".join(sorted(word for word in job if _by_key([word]).keys() & swept))) for job in jobs]
+    return [(name, _telling(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
 
 
-def _read_job(path: Path) -> Job | None:
+def _telling(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
+    """Without what makes no other experiment (``threads=1``, ``callbacks=none``) and is not what the sweep varies."""
+    free = tuple(f"{key}." for key in MAY_CHANGE)
+    return {
+        key: value
+        for key, value in overrides.items()
+        # The sweep that varied it may not be the last one that was asked for here.
+        if key in swept or f"{key}=" in folder or not (key == "trainer" or f"{key}.".startswith(free))
+    }
+
+
+def _read_job(path: Path, swept: list[str]) -> Job | None:
     folder = RunFolder(path)
     try:
         # A line an override: Hydra's own file, read without the time that a whole config takes.
-        words = yaml.load(folder.overrides.read_text(), Loader=_Loader)
+        words = yaml.load(folder.overrides.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, yaml.YAMLError):
         return None
-    overrides = _by_key(words or [])
+    overrides = _telling(_by_key(words or []), swept, path.name)
     result = folder.read_result()
     if result is None:
         return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", folder.latest_scores())
@@ -163,6 +184,21 @@ def _read_job(path: Path) -> Job | None:
     if "seed" in result:
         overrides.setdefault("seed", str(result["seed"]))
     return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
+
+
+def _fill_in(job: Job, keys: Iterable[str]) -> None:
+    """Gives a job the values that it has for ``keys`` without having been asked for them."""
+    missing = [key for key in keys if key not in job.overrides]
+    if not missing:
+        return
+    with contextlib.suppress(OSError, yaml.YAMLError):
+        config = yaml.load(RunFolder(job.folder).config.read_text(encoding="utf-8"), Loader=_Loader)
+        for key in missing:
+            value: Any = config
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if isinstance(value, str | int | float):
+                job.overrides[key] = value if isinstance(value, str) else json.dumps(value)  # true, not True
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -182,4 +218,4 @@ def folded(jobs: list[Job], metric: str) -> list[Row]:
 def varying_keys(jobs: list[Job]) -> list[str]:
     """The keys, without ``seed``, that do not have one value in all jobs."""
     keys = dict.fromkeys(key for job in jobs for key in job.overrides)
-    return [key for key in keys if key not in ("seed", "name") and len({job.overrides.get(key) for job in jobs}) > 1]
+    return [key for key in keys if key != "seed" and len({job.overrides.get(key) for job in jobs}) > 1]

@@ -95,7 +95,7 @@ def build_trainer(
             default_root_dir=folder,
             enable_progress_bar=False,  # Lightning's own; `Bar` is ours
         )
-    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
 
 

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -127,7 +127,7 @@ def test_a_malformed_idx_file_is_named(tmp_path: Path, content: bytes, told: str
 class Mirror(ThreadingHTTPServer):
     """Serves gzipped files on loopback and counts what is asked for."""
 
-    def __init__(self, contents: dict[str, bytes]):
+    def __init__(self, contents: dict[str, bytes], changed: Callable[[bytes], bytes] = lambda packed: packed):
         asked = self.asked = []
 
         class Handler(BaseHTTPRequestHandler):
@@ -135,7 +135,7 @@ class Mirror(ThreadingHTTPServer):
                 asked.append(self.path)
                 content = contents.get(self.path.rsplit("/", 1)[-1].removesuffix(".gz"))
                 self.send_response(404 if content is None else 200)
-                packed = gzip.compress(content or b"")
+                packed = changed(gzip.compress(content or b""))
                 self.send_header("Content-Length", str(len(packed)))
                 self.end_headers()
                 self.wfile.write(packed)
@@ -169,6 +169,28 @@ def test_mirrors_are_tried_until_one_has_the_published_file(
         sorted(NAMES)
     ] * 3
     assert sorted(p.name for p in raw.iterdir()) == sorted([*NAMES, ".lock", "verified.json"])
+
+
+def test_a_mirror_that_breaks_off_or_is_none_does_not_stand_in_the_way_of_the_next(
+    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror]
+) -> None:
+    cut, page = (
+        Mirror(published, lambda packed: packed[:-20]),
+        Mirror(published, lambda packed: b"<html>Sign in</html>"),
+    )
+    asked = data(tmp_path, "no-address/files", cut.url, page.url, mirrors[2].url)
+    files.prepare(asked)
+    assert {name: (files.raw_folder(asked) / name).read_bytes() for name in NAMES} == published
+    assert len(cut.asked) >= 4
+    assert len(page.asked) >= 4
+    for server in (cut, page):
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_root_that_cannot_even_be_looked_at_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"can't be read \(File name too long\)"):
+        files.prepare(data(tmp_path / ("x" * 300)))
 
 
 def test_only_bad_mirrors_leave_no_bad_file(tmp_path: Path, mirrors: list[Mirror]) -> None:

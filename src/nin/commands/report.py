@@ -1,6 +1,7 @@
 """``nin report SWEEP``: the table and the chart of a sweep, also of one that is half done."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -26,12 +27,11 @@ def main(arguments: list[str]) -> None:
 
 
 def report(folder: Path, metric: str = "val/acc") -> None:
-    """Prints the table of the sweep in ``folder`` and writes its summary."""
+    """Prints the table of the sweep in ``folder``, and writes its summary if that can be."""
     jobs = sweep.read_jobs(folder)
     if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
         metric = "test/acc"  # the notebooks' habit: nothing is held out
     rows = sweep.folded(jobs, metric)
-    summary.write_summary(folder, jobs, rows, metric)
     header, *lines = summary.table(rows, metric)
     table = Table(title=f"{folder.name}: the best by {metric} first", title_justify="left")
     for name in header:
@@ -41,5 +41,9 @@ def report(folder: Path, metric: str = "val/acc") -> None:
     Console(highlight=False).print(table)
     for failure in summary.failures(jobs):
         print(f"failed: {failure}")
-    print(f"summary:    {shown(folder)}/summary.csv, summary.md, summary.png")
+    try:
+        summary.write_summary(folder, jobs, rows, metric)
+        print(f"summary:    {shown(folder)}/summary.csv, summary.md, summary.png")
+    except OSError as error:  # somebody else's sweep, a full disk
+        print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
     print(f"dashboards: tensorboard --logdir {shown(folder)}")

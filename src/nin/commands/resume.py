@@ -9,7 +9,7 @@ from nin.checks import read
 from nin.commands.train import RunFailedError, carry_out, is_finished
 from nin.config import overridden
 from nin.data.files import prepare
-from nin.launch import require_accelerator
+from nin.launch import require_accelerator, require_fit_with_processes
 from nin.run_folder import RunFolder
 from nin.settings import MAY_CHANGE, UserError
 from nin.stopping import StoppedError
@@ -36,6 +36,7 @@ def main(arguments: list[str]) -> int:
     except UserError:  # the earlier ones may need a --config-dir that is not here
         settings = overridden(read(config), asked.overrides, MAY_CHANGE)
     settings = settings.model_copy(update={"resume": "auto"})
+    require_fit_with_processes(settings.trainer)
     if not is_finished(folder, settings):
         prepare(settings.data)
         require_accelerator(settings.trainer)

@@ -30,7 +30,7 @@ from nin.launch import (
     is_beside_others,
     is_joblib,
     require_accelerator,
-    require_fit_with_torchrun,
+    require_fit_with_processes,
     take_gpu,
     tell_folder,
     told_folder,
@@ -100,7 +100,7 @@ class BeforeStart(Callback):
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         with _ending_the_program():
             settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-            require_fit_with_torchrun(settings.trainer)
+            require_fit_with_processes(settings.trainer)
             if config.hydra.sweeper.get("params"):
                 raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
             tell_folder(config.hydra.run.dir)
@@ -223,7 +223,9 @@ def carry_out(
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
             settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
             before = {
-                file: file.read_text() for file in (folder.config, folder.overrides, folder.result) if file.exists()
+                file: file.read_text(encoding="utf-8")
+                for file in (folder.config, folder.overrides, folder.result)
+                if file.exists()
             }
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
             folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
@@ -277,7 +279,8 @@ def _train(
     except StoppedError as stopped:
         log.info("%s; goes on from last.ckpt", stopped)
         if global_rank() == 0:
-            print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
+            with contextlib.suppress(OSError):  # nobody listens any more
+                print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
         raise
     except UserError as mistake:
         log.info("refused: %s", mistake)

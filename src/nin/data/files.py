@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
+import http.client
 import json
 import tempfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,16 +39,16 @@ def prepare(data: Data) -> None:
             what to do.
     """
     folder = raw_folder(data)
-    if any(not (folder / name).exists() for name in FASHION_MNIST):
-        with _filled_by_one(folder) as fresh:
-            missing = [name for name in FASHION_MNIST if not (folder / name).exists()]
-            if missing and data.name == "garments":
-                from nin.data import garments
-
-                garments.draw(fresh)
-            elif missing:
-                _fetch(missing, fresh, data)
     try:
+        if any(not (folder / name).exists() for name in FASHION_MNIST):
+            with _filled_by_one(folder) as fresh:
+                missing = [name for name in FASHION_MNIST if not (folder / name).exists()]
+                if missing and data.name == "garments":
+                    from nin.data import garments
+
+                    garments.draw(fresh)
+                elif missing:
+                    _fetch(missing, fresh, data)
         if data.name == "fashion_mnist":
             _verify(folder)
         else:
@@ -98,8 +100,8 @@ def _filled_by_one(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"data.root={folder.parents[1]}: {folder} can't be written ({error.strerror}), and the data set is not "
-            "all there; make room, or set data.root or the variable NIN_DATA to a folder that can be written or that "
-            "has the files"
+            "all there; make room, or set data.root (for a new run the variable NIN_DATA too) to a folder that can be "
+            "written or that has the files"
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -121,9 +123,11 @@ def _fetch(names: list[str], folder: Path, data: Data) -> None:
                 if _sha256(folder / name) == FASHION_MNIST[name]:
                     break
                 failures.append(f"{mirror}: sent a {name} that is not the published one")
-            except (OSError, RuntimeError, EOFError) as error:  # no network, a refusal, a transfer that was cut off
+            # No network, a refusal, no address, a transfer that was cut off, and what is no gzip file.
+            except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
                 failures.append(f"{mirror}: {error}")
-            (folder / name).unlink(missing_ok=True)
+            for left in (folder / name, folder / f"{name}.gz"):  # torchvision would take it for the next mirror's
+                left.unlink(missing_ok=True)
         else:
             tried = "\n  ".join(failures) or "data.mirrors is empty"
             raise UserError(
