@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conftest import SMALL, nin, start, wait_for
-from nin import checkpoint_files, experiment, launch
+from nin import checkpoint_files, experiment, launch, processes
 from nin.checks import read
 from nin.config import composed
 from nin.run_folder import RunFolder
@@ -103,13 +103,13 @@ def test_one_run_is_not_begun_by_each_of_sruns_processes(
     with pytest.raises(
         UserError, match=r"srun started 2 processes, and trainer.strategy=auto is for one; add trainer=ddp"
     ):
-        launch.require_fit_with_processes(settings().trainer)
-    launch.require_fit_with_processes(settings("trainer=ddp").trainer)
+        processes.require_fit_with_processes(settings().trainer)
+    processes.require_fit_with_processes(settings("trainer=ddp").trainer)
 
 
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
     for folder in ("/home/o'brien/a b", '/ä="1",x'):
-        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={launch._quoted(folder)}"])
+        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={processes.quoted(folder)}"])
         assert override.value() == folder
 
 

@@ -4,7 +4,7 @@ A file imports only from rows below its own:
 
     __main__, cli     dispatch; nothing heavy imported
     commands/         one file a command
-    launch            several processes: a sweep's jobs, their threads and GPUs; those of torchrun
+    launch            a sweep's start: its jobs checked, their folders, threads and GPUs
     summary           one answer for all of a sweep's jobs: table, files, picture
     sweep             a sweep's jobs: their folders, what varies, what came out
     bench/            how fast, beside the notebooks' loop and the machine's limit
@@ -21,6 +21,7 @@ A file imports only from rows below its own:
     data/             the DataModule; Fashion-MNIST's files; the garments; resizing
     networks/         plain torch: nin, lenet, alexnet, vgg; their table of layers
     allocator         freed memory is kept for the next step
+    processes         one run in several of them, as torchrun and srun start them
     run_folder        names and atomic writes of a run's files
     config            Hydra's composition, and all mistakes in a command line at once
     checks            from a composed config to settings, or to all mistakes at once

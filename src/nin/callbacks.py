@@ -227,7 +227,7 @@ class Pictures(Callback):
         del self.wrong[self.wrong_images :]
 
     def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
-        counts = module.confusion.compute()  # of all processes, so in all of them
+        counts = module.confusion.compute()
         for logger in _tensorboards(trainer):
             step = trainer.global_step
             logger.experiment.add_figure("test/confusion", self._confusion(module, counts), step)

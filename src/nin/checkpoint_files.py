@@ -15,7 +15,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from omegaconf import OmegaConf
 
 from nin.checks import read as read_settings
-from nin.run_folder import RunFolder, global_rank, replaced
+from nin.processes import global_rank
+from nin.run_folder import RunFolder, replaced
 from nin.settings import Settings, UserError
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from nin.models import Section, smallest_image_size
-from nin.settings import MAY_CHANGE, TRAINING_IMAGES, Settings, UserError, flat
+from nin.settings import MAY_CHANGE, TRAINING_IMAGES, Settings, UserError, flat, is_within
 
 
 def read(config: DictConfig) -> Settings:
@@ -188,7 +188,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
         # A schedule with a last step would have had other learning rates all along.
         endless = settings.schedule.name == "constant" and not settings.schedule.warmup
         may_change = [key for key in MAY_CHANGE if endless or key != "trainer.max_epochs"]
-        return {k: v for k, v in keys.items() if not f"{k}.".startswith(tuple(f"{key}." for key in may_change))}
+        return {k: v for k, v in keys.items() if not is_within(k, may_change)}
 
     there, here = fixed(before), fixed(now)
     return [

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.checks import meant, read
-from nin.settings import Settings, UserError, project_conf
+from nin.settings import Settings, UserError, is_within, project_conf
 
 # conf/hydra/launcher has the launchers' own names, and their own schemas fill in the keys that it leaves out.
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
@@ -53,7 +53,7 @@ def overridden(
         # A trainer is chosen for where it trains; how long the earlier run was to be is left alone.
         device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
         for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
-            if not f"{key}.".startswith(tuple(f"{prefix}." for prefix in may_change)):
+            if not is_within(key, may_change):
                 raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
             if override.is_delete():
                 parent, _, last = key.rpartition(".")

@@ -22,8 +22,9 @@ from nin.checkpoints import Checkpoints
 from nin.classifier import Classifier, rounded
 from nin.data.datamodule import ImageData
 from nin.data.files import CLASS_NAMES
+from nin.processes import global_rank
 from nin.progress import Bar
-from nin.run_folder import RunFolder, global_rank
+from nin.run_folder import RunFolder
 from nin.settings import Settings, UserError, flat, one_process
 from nin.stopping import StopRequest
 from nin.trainer import build_trainer, set_threads

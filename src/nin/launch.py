@@ -1,4 +1,4 @@
-"""The start of several processes: a sweep's jobs get folders, threads and GPUs; those of torchrun share one folder."""
+"""The start of a sweep: its jobs are checked, and get folders, threads and GPUs."""
 
 import _thread
 import importlib.util
@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from nin.config import settings_from
 from nin.data.files import prepare
+from nin.processes import quoted, started_in_several
 from nin.run_folder import logging_to
 from nin.settings import THREADS, Settings, Trainer, UserError, one_process
 from nin.stopping import StopRequest
@@ -72,7 +73,7 @@ class Launch:
         unnamed = [*fixed, *common, KEYS]
         config.hydra.overrides.hydra += [
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(unnamed))}]",
-            f"hydra.sweep.dir={_quoted(str(self.folder))}",
+            f"hydra.sweep.dir={quoted(str(self.folder))}",
             *(f"{key}={value}" for key, value in common.items()),
             f"{KEYS}=[{','.join(swept)}]",  # the last: behind it stands what was asked for
         ]
@@ -199,11 +200,6 @@ def _require_accepted_by_lightning(settings: Settings) -> None:
         build_trainer(settings, None, [])
 
 
-def _quoted(text: str) -> str:
-    """As Hydra's grammar wants any text that is a value."""
-    return "'" + text.replace("'", "\\'") + "'"
-
-
 def is_joblib(launcher: str) -> bool:
     return launcher.endswith(".JoblibLauncher")
 
@@ -236,52 +232,6 @@ def _at_once(launcher: DictConfig) -> int:
     from joblib import effective_n_jobs
 
     return effective_n_jobs(launcher.n_jobs)
-
-
-def started_by_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ["WORLD_SIZE"]) > 1
-
-
-def started_in_several() -> str | None:
-    """What has started this process with others beside it, torchrun or srun; None if it is alone."""
-    if started_by_torchrun():
-        return "torchrun"
-    return "srun" if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 else None
-
-
-def require_fit_with_processes(trainer: Trainer) -> None:
-    """Raises UserError if each of torchrun's or srun's processes would train a network of its own."""
-    if (by := started_in_several()) and one_process(trainer):
-        every = os.environ["WORLD_SIZE" if by == "torchrun" else "SLURM_STEP_NUM_TASKS"]
-        here = os.environ["LOCAL_WORLD_SIZE"] if by == "torchrun" else "…, as many as there are on a node"
-        raise UserError(
-            f"{by} started {every} processes, and trainer.strategy={trainer.strategy} is for one; "
-            f"add trainer=ddp trainer.devices={here}"
-        )
-
-
-def tell_folder(folder: str) -> None:
-    """The first of torchrun's processes tells the others its folder; they would each name one by their own clock."""
-    if started_by_torchrun() and os.environ["RANK"] == "0":
-        _torchrun_store().set(_folder_key(), str(Path(folder).absolute()))
-
-
-def told_folder() -> list[str]:
-    """The override that makes one of torchrun's other processes work in the first one's folder."""
-    if not started_by_torchrun() or os.environ["RANK"] == "0":
-        return []
-    return [f"hydra.run.dir={_quoted(_torchrun_store().get(_folder_key()).decode())}"]
-
-
-def _folder_key() -> str:
-    """Anew for each start: the store outlives the processes that torchrun starts again."""
-    return f"nin/folder/{os.environ['TORCHELASTIC_RESTART_COUNT']}"
-
-
-def _torchrun_store() -> Any:
-    from torch.distributed import TCPStore
-
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
 
 
 _held: list[FileLock] = []  # this process has its GPU to its end

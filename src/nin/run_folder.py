@@ -185,11 +185,6 @@ class RunFolder:
                 os.truncate(path, sizes[path.name])
 
 
-def global_rank() -> int:
-    """Which process of a distributed run this is, as Lightning, torchrun and SLURM tell it."""
-    return next((int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if key in os.environ), 0)
-
-
 def write_whole(path: Path, text: str) -> None:
     """Writes ``text`` to ``path``, whole or not at all."""
     with replaced(path) as file:

@@ -213,6 +213,11 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
+    """Whether ``key`` is one of ``prefixes`` or lies below one: ``speed.piece`` is within ``speed``."""
+    return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
+
+
 def project_conf() -> Path:
     """The folder of config groups: inside the installed package, or at the top of a checkout."""
     package = Path(__file__).parent

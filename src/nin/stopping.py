@@ -10,7 +10,7 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-from nin.run_folder import global_rank
+from nin.processes import global_rank
 
 
 class StoppedError(Exception):

@@ -19,7 +19,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from nin.run_folder import RunFolder
-from nin.settings import MAY_CHANGE, UserError
+from nin.settings import MAY_CHANGE, UserError, is_within
 
 _LONGEST = 100  # characters of a folder's name; file systems take 255 bytes
 
@@ -132,10 +132,10 @@ def read_jobs(sweep: Path) -> list[Job]:
     keys = dict.fromkeys(["seed", *swept, *varying_keys(jobs)])
     for job in jobs:
         _fill_in(job, keys)
-    finished = [job for job in jobs if job.status == "finished"]
-    once = [job for i, job in enumerate(finished) if job.overrides not in [other.overrides for other in finished[:i]]]
-    done = [job.overrides for job in once]
-    jobs = [job for job in jobs if job in once or (job.status != "finished" and job.overrides not in done)]
+    once: dict[frozenset, Job] = {}
+    for job in sorted(jobs, key=lambda job: job.status != "finished"):
+        once.setdefault(frozenset(job.overrides.items()), job)
+    jobs = sorted(once.values(), key=lambda job: job.folder)
     return jobs + [Job(sweep, job, "not begun") for folder, job in asked if folder not in begun]
 
 
@@ -158,12 +158,11 @@ def _asked(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
 
 def _telling(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
     """Without what makes no other experiment (``threads=1``, ``callbacks=none``) and is not what the sweep varies."""
-    free = tuple(f"{key}." for key in MAY_CHANGE)
     return {
         key: value
         for key, value in overrides.items()
         # The sweep that varied it may not be the last one that was asked for here.
-        if key in swept or f"{key}=" in folder or not (key == "trainer" or f"{key}.".startswith(free))
+        if key in swept or f"{key}=" in folder or not (key == "trainer" or is_within(key, MAY_CHANGE))
     }
 
 

@@ -9,7 +9,8 @@ from nin.checks import read
 from nin.commands.train import RunFailedError, carry_out, is_finished
 from nin.config import overridden
 from nin.data.files import prepare
-from nin.launch import require_accelerator, require_fit_with_processes
+from nin.launch import require_accelerator
+from nin.processes import require_fit_with_processes
 from nin.run_folder import RunFolder
 from nin.settings import MAY_CHANGE, UserError
 from nin.stopping import StoppedError

@@ -30,12 +30,10 @@ from nin.launch import (
     is_beside_others,
     is_joblib,
     require_accelerator,
-    require_fit_with_processes,
     take_gpu,
-    tell_folder,
-    told_folder,
 )
-from nin.run_folder import RunFolder, global_rank, logging_to, write_whole
+from nin.processes import global_rank, require_fit_with_processes, tell_folder, told_folder
+from nin.run_folder import RunFolder, logging_to, write_whole
 from nin.settings import Settings, UserError, project_conf
 from nin.stopping import StoppedError, StopRequest, back_in_queue
 from nin.sweep import asked_for, job_folder
