@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import SMALL, nin
+from helpers import SMALL, nin
 from nin import cli
 
 
@@ -42,7 +42,7 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["train", "data.image_size=40", "seed=-1"], "nin train: 2 mistakes\n  seed=-1: must be"),
+        (["train", "data.image_size=40", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
         (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
         (["train", "trainer=gpu", "data=garments"], "nin train: trainer.accelerator=gpu: this machine has no GPU"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),

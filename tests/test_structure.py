@@ -19,7 +19,7 @@ ROWS = [
 
 def row_of(module: str) -> int:
     first = module.removeprefix("nin").lstrip(".").split(".")[0] or "__init__"
-    return ROWS.index({"cli": "__main__"}.get(first, first))
+    return ROWS.index({"cli": "__main__", "__main__": "__main__"}.get(first, first))
 
 
 @pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))

@@ -57,7 +57,7 @@ def run(name: str, arguments: list[str]) -> int:
     128 and more: a signal ended it, as in a shell.
     """
     command = importlib.import_module(f"nin.commands.{name}")
-    from nin.settings import UserError
+    from nin.config.schema import UserError
 
     try:
         return command.main(arguments) or 0

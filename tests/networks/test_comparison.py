@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from nin import networks
-from nin.checks import read
-from nin.config import composed
+from nin.config.composition import compose_config
+from nin.config.validation import validate
 from nin.networks.layers import first_fully_connected_weights, layers
 
 
@@ -18,7 +18,7 @@ from nin.networks.layers import first_fully_connected_weights, layers
     ],
 )
 def test_what_the_notebooks_compare(model: str, fully_connected: int, parameters: int) -> None:
-    settings = read(composed([f"model={model}"]))
+    settings = validate(compose_config([f"model={model}"]))
     with torch.device("meta"):
         network = networks.build(settings)
         assert network(torch.zeros(2, 1, settings.data.image_size, settings.data.image_size)).shape == (2, 10)
@@ -28,7 +28,7 @@ def test_what_the_notebooks_compare(model: str, fully_connected: int, parameters
 
 def test_lenets_multiply_adds_by_hand() -> None:
     with torch.device("meta"):
-        rows = layers(networks.build(read(composed(["model=lenet"]))), in_channels=1, image_size=28)
+        rows = layers(networks.build(validate(compose_config(["model=lenet"]))), in_channels=1, image_size=28)
     convolutions = [28 * 28 * 6 * 25, 10 * 10 * 16 * 6 * 25]
     connected = [400 * 120, 120 * 84, 84 * 10]
     assert [row.multiply_adds for row in rows if row.multiply_adds] == convolutions + connected

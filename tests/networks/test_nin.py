@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from nin.networks.init import initialise
+from nin.networks.init import initialize
 from nin.networks.layers import layers
 from nin.networks.nin import NiN, NiNBlock
 
@@ -108,7 +108,7 @@ def test_final_relu_and_norm_and_head() -> None:
 def test_starting_weights_have_their_spread(init: str, deviation: float) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 96, 3)
-    initialise(layer, init)
+    initialize(layer, init)
     assert float(layer.weight.detach().std()) == pytest.approx(deviation, rel=0.02)
     assert bool((layer.bias == 0).all()) == (init == "kaiming_normal")
 
@@ -133,4 +133,4 @@ def test_every_class_starts_alive_and_learns_under_kaiming_dirac(seed: int) -> N
 
 def test_an_unknown_init_is_refused() -> None:
     with pytest.raises(ValueError, match="init='lecun'"):
-        initialise(nn.Linear(2, 2), "lecun")
+        initialize(nn.Linear(2, 2), "lecun")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.bench.project import Told, project
-from nin.settings import Settings
+from nin.config.schema import Settings
 
 
 def memory(settings: Settings, batch_size: int, told: Told) -> dict[str, int]:
@@ -20,7 +20,7 @@ def memory(settings: Settings, batch_size: int, told: Told) -> dict[str, int]:
     one_step = settings.trainer.model_copy(update={"max_steps": 1})
     settings = settings.model_copy(update={"data": data, "trainer": one_step, "callbacks": {}, "compile": False})
     found = _one_step(settings)
-    whole = _one_step(settings.model_copy(update={"speed": settings.speed.model_copy(update={"piece": None})}))
+    whole = _one_step(settings.model_copy(update={"speed": settings.speed.model_copy(update={"micro_batch": None})}))
     peak = found.pop("peak")
     return found | {"activations_uncut": whole["activations"], "peak": peak}
 

@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from nin.bench.project import Told, project
+from nin.config.schema import Settings
 from nin.networks import NUM_CLASSES
-from nin.settings import Settings
 
 _STEPS, _WARM_UP = 300, 30
 
@@ -94,6 +94,6 @@ def _whole_project(settings: Settings) -> float:
     with project(settings) as (module, data, build):
         data.data = settings.data.model_copy(update={"image_size": 28, "batch_size": 32})
         module.settings = settings.model_copy(update={"data": data.data})
-        module.network, module.dropouts, module.piece_size = _smallest(), [], None
+        module.network, module.dropouts, module.micro_batch_size = _smallest(), [], None
         build([clock]).fit(module, data)
     return clock.seconds

@@ -11,15 +11,16 @@ import torch
 from lightning import Callback, Trainer
 from rich.console import Console
 
-from nin.callbacks import EventStream, Watch
-from nin.checkpoints import Checkpoints
-from nin.classifier import Classifier
-from nin.data.datamodule import ImageData
-from nin.progress import Bar
-from nin.run_folder import RunFolder
-from nin.settings import Settings
-from nin.stopping import StopRequest
-from nin.trainer import build_trainer
+from nin.config.schema import Settings
+from nin.data.module import ImageData
+from nin.runs.folder import RunFolder
+from nin.system.signals import StopRequest
+from nin.training.callbacks.checkpoints import ResumableCheckpoint
+from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
+from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.classifier import Classifier
+from nin.training.trainer import build_trainer
 
 Told = Callable[[str], None]  # takes a line that says what is measured now
 
@@ -34,10 +35,10 @@ def project(settings: Settings) -> Iterator[tuple[Classifier, ImageData, Callabl
         opened = []
 
         def build(more: list[Callback]) -> Trainer:
-            watch = Watch(folder.metrics)
-            bar = Bar(watch)
+            watch = MetricsLogger(folder.metrics)
+            bar = TrainingProgressBar(watch)
             bar.console = Console(file=nowhere, force_terminal=True, width=120)
-            kept = Checkpoints(folder, settings.checkpoint.every_n_steps, watch, stop)
+            kept = ResumableCheckpoint(folder, settings.checkpoint.every_n_steps, watch, stop)
             trainer = build_trainer(settings, folder.path, [watch, bar, kept, *more])
             opened.extend(trainer.loggers)
             return trainer
@@ -46,7 +47,7 @@ def project(settings: Settings) -> Iterator[tuple[Classifier, ImageData, Callabl
             yield Classifier(settings), ImageData(settings.data, settings.seed), build
         finally:
             for logger in opened:
-                if isinstance(logger, EventStream):
+                if isinstance(logger, SingleFileTensorBoardLogger):
                     logger.close()
 
 

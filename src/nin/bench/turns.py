@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 from nin import networks
-from nin.allocator import as_without
 from nin.bench.project import Told, project, wait_for
-from nin.classifier import Classifier
-from nin.data.datamodule import ImageData
+from nin.config.schema import Settings
+from nin.data.module import ImageData
 from nin.networks import IN_CHANNELS
-from nin.settings import Settings
+from nin.system.devices import default_allocator
+from nin.training.classifier import Classifier
 
 
 def operations(settings: Settings) -> dict[str, int]:
@@ -109,7 +109,7 @@ class NotebookLoop:
 
     def __call__(self) -> float:
         """Images a second, with the allocator left to itself as in a notebook."""
-        with as_without():
+        with default_allocator():
             return self._rate()
 
     def _rate(self) -> float:
@@ -137,7 +137,7 @@ class NotebookLoop:
 
 
 class PILImages(Dataset):
-    """``(height, width)`` uint8 images, each resized by PIL when it is asked for."""
+    """``(height, width)`` uint8 images, each resize by PIL when it is asked for."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, image_size: int):
         self.images, self.labels = images, labels
@@ -151,7 +151,7 @@ class PILImages(Dataset):
 
 
 def _data_rate(data: ImageData, module: Classifier, seconds: float) -> float:
-    """Images a second that are taken, resized and scaled, and nothing else."""
+    """Images a second that are taken, resize and scaled, and nothing else."""
     images, begun = 0, time.perf_counter()
     while True:
         for batch in data.train_dataloader():

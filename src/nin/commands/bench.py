@@ -9,13 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nin.config import settings_from
-from nin.data.files import prepare
-from nin.launch import require_accelerator
-from nin.report import shown
-from nin.run_folder import logging_to, write_whole
-from nin.settings import Settings, UserError, one_process
-from nin.stopping import StoppedError
+from nin.config.composition import compose_settings
+from nin.config.schema import Settings, UserError, is_single_process
+from nin.data.sources import prepare
+from nin.runs.folder import logging_to, write_atomically
+from nin.runs.results import shown
+from nin.sweeps.launch import require_accelerator
+from nin.system.signals import StoppedError
 
 # What is measured is training; garments need no download and are as large as Fashion-MNIST's images.
 _UNLESS_ASKED = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]
@@ -35,8 +35,8 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.rounds < 1 or asked.seconds <= 0:
         raise UserError("--rounds and --seconds: must be above 0")
-    settings = settings_from([*_UNLESS_ASKED, *asked.overrides])
-    if not one_process(settings.trainer):
+    settings = compose_settings([*_UNLESS_ASKED, *asked.overrides])
+    if not is_single_process(settings.trainer):
         raise UserError("trainer: a bench is of one process; leave out trainer=ddp and trainer.devices")
     require_accelerator(settings.trainer)
     prepare(settings.data)
@@ -50,15 +50,15 @@ def main(arguments: list[str]) -> int:
         return stopped.exit_status
     show(found)
     out = asked.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
-    write_whole(out, json.dumps(found, indent=2) + "\n")
+    write_atomically(out, json.dumps(found, indent=2) + "\n")
     print(f"written: {shown(out)}")
     return 0
 
 
 def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict[str, Any]:
     from nin.bench import memory, overhead, turns
-    from nin.experiment import device_name, versions
-    from nin.trainer import build_trainer, set_threads
+    from nin.training.experiment import device_name, versions
+    from nin.training.trainer import build_trainer, set_threads
 
     set_threads(settings)
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
@@ -114,5 +114,5 @@ def show(found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         "Weights, gradients and the optimiser's state do not hang on the batch; what each layer keeps for the backward "
-        "pass grows with it,\nand is what pieces of the batch (speed.piece) keep small.\n"
+        "pass grows with it,\nand is what micro_batch of the batch (speed.micro_batch) keep small.\n"
     )

@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from nin.config import overridden
-from nin.data.files import prepare
-from nin.report import show_test
-from nin.run_folder import RunFolder, logging_to
-from nin.settings import UserError
+from nin.config.composition import apply_overrides
+from nin.config.schema import UserError
+from nin.data.sources import prepare
+from nin.runs.folder import RunFolder, logging_to
+from nin.runs.results import show_test
 
 MAY_CHANGE = ("data.root", "data.batch_size", "trainer", "threads", "speed")
 
@@ -25,10 +25,11 @@ def main(arguments: list[str]) -> None:
     path = checkpoint_of(asked.run_or_checkpoint)
 
     with logging_to(None):
-        from nin import checkpoint_files, experiment
+        from nin.checkpoints import files as checkpoint_files
+        from nin.training import experiment
 
         checkpoint = checkpoint_files.read(path)
-        settings = overridden(checkpoint_files.settings_in(checkpoint, path), asked.overrides, MAY_CHANGE)
+        settings = apply_overrides(checkpoint_files.settings_of(checkpoint, path), asked.overrides, MAY_CHANGE)
         prepare(settings.data)
         metrics, confusion = experiment.evaluate(settings, checkpoint)
     print(

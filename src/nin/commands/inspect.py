@@ -3,8 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from nin.checks import read
-from nin.config import composed, settings_from
+from nin.config.composition import compose_config, compose_settings
+from nin.config.validation import validate
 
 HELP = """Usage: nin inspect [group=option …] [key=value …]
 
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
-    settings = settings_from(arguments)
+    settings = compose_settings(arguments)
     import torch
 
     from nin import networks
@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     for column in ("network", "input", "its weights", "all parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for name in ("lenet", "alexnet", "vgg", "nin"):
-        other = read(composed([f"model={name}"]))
+        other = validate(compose_config([f"model={name}"]))
         size = other.data.image_size
         with torch.device("meta"):
             built = networks.build(other)

@@ -7,14 +7,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nin import summary, sweep
-from nin.report import shown
+from nin.runs.results import shown
+from nin.sweeps import jobs as sweep
+from nin.sweeps import summary
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="nin report",
-        description="What a sweep has found: runs that differ only in seed folded into mean, standard deviation and "
+        description="What a sweep has found: runs that differ only in seed are folded into mean, standard deviation and "
         "worst; the best first. Writes summary.csv, summary.md and summary.png into its folder.",
         epilog="example: nin report outputs/sweeps/lr",
     )
@@ -31,7 +32,7 @@ def report(folder: Path, metric: str = "val/acc") -> None:
     jobs = sweep.read_jobs(folder)
     if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
         metric = "test/acc"  # the notebooks' habit: nothing is held out
-    rows = sweep.folded(jobs, metric)
+    rows = sweep.group_by_seed(jobs, metric)
     header, *lines = summary.table(rows, metric)
     table = Table(title=f"{folder.name}: the best by {metric} first", title_justify="left")
     for name in header:

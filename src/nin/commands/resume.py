@@ -5,15 +5,15 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from nin.checks import read
-from nin.commands.train import RunFailedError, carry_out, is_finished
-from nin.config import overridden
-from nin.data.files import prepare
-from nin.launch import require_accelerator
-from nin.processes import require_fit_with_processes
-from nin.run_folder import RunFolder
-from nin.settings import MAY_CHANGE, UserError
-from nin.stopping import StoppedError
+from nin.commands.train import RunFailedError, execute_run, is_finished
+from nin.config.composition import apply_overrides
+from nin.config.schema import MAY_CHANGE, UserError
+from nin.config.validation import validate
+from nin.data.sources import prepare
+from nin.runs.folder import RunFolder
+from nin.sweeps.launch import require_accelerator
+from nin.system.distributed import require_single_process_start
+from nin.system.signals import StoppedError
 
 
 def main(arguments: list[str]) -> int:
@@ -28,21 +28,21 @@ def main(arguments: list[str]) -> int:
     asked = parser.parse_args(arguments)
 
     folder = RunFolder(asked.run)
-    config = folder.read_asked()
+    config = folder.read_request()
     if config is None:
         raise UserError(f"{asked.run}: no run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     before = list(OmegaConf.load(folder.overrides)) if folder.overrides.exists() else []
     try:
-        settings = overridden(read(config), asked.overrides, MAY_CHANGE, before)
+        settings = apply_overrides(validate(config), asked.overrides, MAY_CHANGE, before)
     except UserError:  # the earlier ones may need a --config-dir that is not here
-        settings = overridden(read(config), asked.overrides, MAY_CHANGE)
+        settings = apply_overrides(validate(config), asked.overrides, MAY_CHANGE)
     settings = settings.model_copy(update={"resume": "auto"})
-    require_fit_with_processes(settings.trainer)
+    require_single_process_start(settings.trainer)
     if not is_finished(folder, settings):
         prepare(settings.data)
         require_accelerator(settings.trainer)
     try:
-        carry_out(OmegaConf.create(settings.model_dump(mode="json")), asked.run, [*before, *asked.overrides])
+        execute_run(OmegaConf.create(settings.model_dump(mode="json")), asked.run, [*before, *asked.overrides])
     except RunFailedError:
         return 1
     except StoppedError as stopped:

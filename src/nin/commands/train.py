@@ -20,23 +20,23 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.checks import differences, read
 from nin.commands.report import report
-from nin.config import all_mistakes, first_job
-from nin.data.files import prepare
-from nin.launch import (
+from nin.config.composition import collect_errors, first_job_overrides
+from nin.config.schema import Settings, UserError, project_conf
+from nin.config.validation import differences, validate
+from nin.data.sources import prepare
+from nin.runs.folder import RunFolder, logging_to, write_atomically
+from nin.sweeps.jobs import job_folder, own_overrides
+from nin.sweeps.launch import (
     Launch,
-    end_the_others,
-    is_beside_others,
+    acquire_gpu,
     is_joblib,
+    is_joblib_worker,
     require_accelerator,
-    take_gpu,
+    stop_other_workers,
 )
-from nin.processes import global_rank, require_fit_with_processes, tell_folder, told_folder
-from nin.run_folder import RunFolder, logging_to, write_whole
-from nin.settings import Settings, UserError, project_conf
-from nin.stopping import StoppedError, StopRequest, back_in_queue
-from nin.sweep import asked_for, job_folder
+from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_single_process_start
+from nin.system.signals import StoppedError, StopRequest, back_in_queue
 
 
 class RunFailedError(Exception):
@@ -44,7 +44,7 @@ class RunFailedError(Exception):
 
 
 def main(arguments: list[str]) -> int:
-    sys.argv = [sys.argv[0], *arguments, *told_folder()]
+    sys.argv = [sys.argv[0], *arguments, *receive_run_dir()]
     # Exceptions come to us instead of being printed by Hydra with exit status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     run = hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(job)
@@ -78,8 +78,8 @@ def _status(error: Exception | KeyboardInterrupt, arguments: list[str]) -> int:
             return 1  # told when it happened; the sweep's other jobs went on
         case HydraException() | OmegaConfBaseException():
             known = get_args_parser().parse_args(arguments)
-            overrides = first_job(known.overrides) if known.multirun else known.overrides
-            raise all_mistakes(error, overrides, known.config_dir) from None
+            overrides = first_job_overrides(known.overrides) if known.multirun else known.overrides
+            raise collect_errors(error, overrides, known.config_dir) from None
         case BrokenProcessPool():
             print("nin train: a job's process was killed; the same command goes on from there", file=sys.stderr)
             return 1
@@ -97,11 +97,11 @@ class BeforeStart(Callback):
 
     def on_run_start(self, config: DictConfig, **_: object) -> None:
         with _ending_the_program():
-            settings = read(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-            require_fit_with_processes(settings.trainer)
+            settings = validate(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+            require_single_process_start(settings.trainer)
             if config.hydra.sweeper.get("params"):
                 raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
-            tell_folder(config.hydra.run.dir)
+            broadcast_run_dir(config.hydra.run.dir)
             if not is_finished(RunFolder(config.hydra.run.dir), settings):
                 prepare(settings.data)
                 require_accelerator(settings.trainer)
@@ -131,22 +131,22 @@ def job(config: DictConfig) -> float | None:
     gc.collect()
     hydra_config = HydraConfig.get()
     path = Path(hydra_config.runtime.output_dir)
-    overrides = asked_for(hydra_config.overrides.task)
+    overrides = own_overrides(hydra_config.overrides.task)
     launcher = hydra_config.launcher._target_ if hydra_config.mode == RunMode.MULTIRUN else ""
-    beside_others = is_joblib(launcher) and is_beside_others()
+    beside_others = is_joblib(launcher) and is_joblib_worker()
     in_turn = launcher.endswith("BasicLauncher") or (is_joblib(launcher) and not beside_others)
     try:
         if beside_others:
             result = _beside_others(config, path, overrides)
         else:
             stop = StopRequest()
-            result = carry_out(config, path, overrides, stop=stop)
+            result = execute_run(config, path, overrides, stop=stop)
             if in_turn and stop.signum is not None:  # too late for this job, and for the next one not
                 raise StoppedError(stop.signum)
         return result["metrics"]["val/acc"]
     except UserError as mistake:
         print(f"nin train: {mistake}", file=sys.stderr)
-        status, ended = 2, UserError(*mistake.mistakes)
+        status, ended = 2, UserError(*mistake.errors)
         with contextlib.suppress(OSError):
             path.rmdir()  # if Hydra has just made it and nothing was written
     except RunFailedError:
@@ -177,19 +177,19 @@ def _beside_others(config: DictConfig, path: Path, overrides: list[str]) -> dict
         _stop.listen()
     if _ended_by:
         raise _ended_by
-    take_gpu(path.parent, _stop)
+    acquire_gpu(path.parent, _stop)
     if _stop.signum is not None:
         raise StoppedError(_stop.signum)
     try:
-        return carry_out(config, path, overrides, f"{path.name}  ", _stop)
+        return execute_run(config, path, overrides, f"{path.name}  ", _stop)
     except (UserError, RunFailedError) as failure:
         if config.sweep.fail_fast:
             _ended_by = failure
-            end_the_others()
+            stop_other_workers()
         raise
 
 
-def carry_out(
+def execute_run(
     config: DictConfig, path: Path, overrides: list[str], label: str = "", stop: StopRequest | None = None
 ) -> dict[str, Any]:
     """Brings the run in folder ``path`` to its end, from wherever it is, and shows and returns its result.
@@ -202,9 +202,9 @@ def carry_out(
         RunFailedError: if the work failed.
         StoppedError: if it was stopped from outside.
     """
-    from nin.report import show_result, shown
+    from nin.runs.results import show_result, shown
 
-    settings = read(config)
+    settings = validate(config)
     folder = RunFolder(path, settings.checkpoint.keep)
     _require_same_experiment(folder, settings)
     if is_finished(folder, settings):
@@ -216,7 +216,7 @@ def carry_out(
             if is_finished(folder, settings):  # by another process, since we looked
                 return folder.read_result()
             with logging_to(None):
-                from nin.trainer import build_trainer, threads_of
+                from nin.training.trainer import build_trainer, threads_of
 
                 build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
             settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
@@ -226,14 +226,14 @@ def carry_out(
                 if file.exists()
             }
             # As read: with absolute paths, so that the run goes on from wherever it is asked to.
-            folder.write_asked(OmegaConf.create(settings.model_dump(mode="json")), overrides)
+            folder.write_request(OmegaConf.create(settings.model_dump(mode="json")), overrides)
             folder.result.unlink(missing_ok=True)
             with logging_to(folder.log, label):
                 try:
                     result = _train(settings, folder, overrides, label, stop)
                 except UserError:  # what is refused is not what the run was asked
                     for file, text in before.items():
-                        write_whole(file, text)
+                        write_atomically(file, text)
                     raise
     else:
         with logging_to(None):
@@ -246,16 +246,16 @@ def is_finished(folder: RunFolder, settings: Settings) -> bool:
     """Whether the run has ended, and is not asked for more epochs than it has."""
     if folder.result_status() != "finished":
         return False
-    asked, before = settings.trainer.max_epochs, folder.read_asked()
+    asked, before = settings.trainer.max_epochs, folder.read_request()
     if before is None or asked == before.trainer.max_epochs:
         return True
     return asked not in (-1, None) and asked <= folder.read_result()["epochs"]
 
 
 def _require_same_experiment(folder: RunFolder, now: Settings) -> None:
-    if not folder.has_progress() or (config := folder.read_asked()) is None:
+    if not folder.has_progress() or (config := folder.read_request()) is None:
         return
-    before = read(config)
+    before = validate(config)
     if now.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or leave resume=auto to go on")
     if different := differences(before, now):
@@ -266,7 +266,7 @@ def _require_same_experiment(folder: RunFolder, now: Settings) -> None:
 def _train(
     settings: Settings, folder: RunFolder, overrides: list[str], label: str, stop: StopRequest | None
 ) -> dict[str, Any]:
-    from nin.experiment import train
+    from nin.training.experiment import train
 
     log = logging.getLogger("nin")
     try:

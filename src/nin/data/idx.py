@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nin.settings import UserError
+from nin.config.schema import UserError
 
 IMAGES, LABELS = 0x0803, 0x0801  # unsigned bytes in three dimensions, in one
 

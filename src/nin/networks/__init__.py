@@ -2,11 +2,11 @@
 
 from torch import nn
 
+from nin.config.schema import Settings
 from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
 from nin.networks.vgg import VGG
-from nin.settings import Settings
 
 NETWORKS: dict[str, type[nn.Sequential]] = {"nin": NiN, "lenet": LeNet, "alexnet": AlexNet, "vgg": VGG}
 IN_CHANNELS, NUM_CLASSES = 1, 10

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from nin.networks.init import initialise
+from nin.networks.init import initialize
 
 
 class AlexNet(nn.Sequential):
@@ -45,4 +45,4 @@ class AlexNet(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(4096, num_classes),
         )
-        initialise(self, init)
+        initialize(self, init)

@@ -3,7 +3,7 @@
 from torch import nn
 
 
-def initialise(network: nn.Module, init: str) -> None:
+def initialize(network: nn.Module, init: str) -> None:
     """Draws the weights of every convolution and fully connected layer anew, in place.
 
     "xavier_uniform" (Glorot & Bengio 2010) is the notebooks': weights only, biases as torch draws them.

@@ -37,8 +37,8 @@ def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[La
                 elif isinstance(part, nn.AdaptiveAvgPool2d | nn.Linear):
                     field = image_size
             parameters = sum(p.numel() for p in layer.parameters())
-            seen = min(field, image_size)
-            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, seen))
+            prepare_images = min(field, image_size)
+            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, prepare_images))
     network.train(was_training)
     return rows
 

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from nin.networks.init import initialise
+from nin.networks.init import initialize
 
 
 class LeNet(nn.Sequential):
@@ -27,4 +27,4 @@ class LeNet(nn.Sequential):
             nn.Sigmoid(),
             nn.Linear(84, num_classes),
         )
-        initialise(self, init)
+        initialize(self, init)

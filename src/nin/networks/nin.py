@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from nin.networks.init import initialise
+from nin.networks.init import initialize
 
 
 class NiNBlock(nn.Sequential):
@@ -96,4 +96,4 @@ class NiN(nn.Sequential):
         else:
             layers += [nn.Flatten(), nn.Linear(num_classes * size * size, num_classes)]
         super().__init__(*layers)
-        initialise(self, init)
+        initialize(self, init)

@@ -20,7 +20,7 @@ class MaxPoolReLU(nn.MaxPool2d):
 
 
 class Dropout(nn.Dropout):
-    """The mask that the whole batch would have had in torch's own layout, for a batch in pieces and in any layout.
+    """The mask that the whole batch would have had in torch's own layout, for a batch in micro_batch and in any layout.
 
     It is drawn before the network is called, so that a compiled network is one graph with the same mask.
 
@@ -46,7 +46,7 @@ class Dropout(nn.Dropout):
         return piece * self.mask[begun : self.done].to(piece.dtype)
 
 
-def move_relu_behind_pooling(network: nn.Sequential) -> None:
+def move_relu_after_pooling(network: nn.Sequential) -> None:
     """In place; names and order of the weights stay as they are."""
     for i, layer in enumerate(network):
         if not isinstance(layer, nn.MaxPool2d) or i == 0:
@@ -57,7 +57,7 @@ def move_relu_behind_pooling(network: nn.Sequential) -> None:
             network[i] = MaxPoolReLU(layer.kernel_size, layer.stride, layer.padding)
 
 
-def piece_size(network: nn.Sequential, rows: list[Layer]) -> int | None:
+def micro_batch_size(network: nn.Sequential, rows: list[Layer]) -> int | None:
     """How many images are best worked through at a time on a CPU, or None if the batch must be kept whole.
 
     Batch norm needs it whole. ``rows`` are the network's layers at the size of its images.
@@ -69,7 +69,7 @@ def piece_size(network: nn.Sequential, rows: list[Layer]) -> int | None:
 
 
 def replace_dropout(network: nn.Sequential, rows: list[Layer]) -> list[Dropout]:
-    """Puts dropout that hangs neither on pieces nor on the layout in the place of the network's own; returns it."""
+    """Puts dropout that hangs neither on micro_batch nor on the layout in the place of the network's own; returns it."""
     for i, row in enumerate(rows):
         if type(network[i]) is nn.Dropout:
             network[i] = Dropout(network[i].p, row.output_shape)

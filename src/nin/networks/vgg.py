@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from nin.networks.init import initialise
+from nin.networks.init import initialize
 
 
 class VGG(nn.Sequential):
@@ -37,4 +37,4 @@ class VGG(nn.Sequential):
             nn.Dropout(dropout),
             nn.Linear(4096, num_classes),
         )
-        initialise(self, init)
+        initialize(self, init)

@@ -1,0 +1,48 @@
+"""Results in words, for a terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nin.runs.folder import RunFolder
+
+
+def show_result(folder: RunFolder, result: dict[str, Any]) -> None:
+    """The table at a run's end, where its files are, and the line that opens TensorBoard on it."""
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    for name in ("test/acc", "test/loss", "val/acc", "val/loss"):
+        if result["metrics"][name] is not None:
+            table.add_row(name, f"{result['metrics'][name]:.4f}")
+    table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
+    table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
+    table.add_row("parameters", f"{result['parameters']:,}")
+    table.add_row("weights", result["weights_sha256"][:16])
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(table)
+    print(f"run folder: {shown(folder.path)}")
+    if folder.tensorboard.exists():
+        print(f"curves:     tensorboard --logdir {shown(folder.path)}")
+
+
+def show_test(metrics: dict[str, Any], confusion: Any) -> None:
+    """Test loss and accuracy, and under them the confusion matrix with each class's accuracy."""
+    print(f"test/acc  {metrics['test/acc']}\ntest/loss {metrics['test/loss']}")
+    table = Table(title="true class (rows), predicted class (columns)", title_justify="left", box=box.SIMPLE)
+    table.add_column("")
+    table.add_column("accuracy", justify="right", style="bold")
+    for name in metrics["test/acc_by_class"]:
+        table.add_column(name[:7], justify="right")
+    for (name, acc), row in zip(metrics["test/acc_by_class"].items(), confusion.tolist(), strict=True):
+        table.add_row(name, "-" if acc is None else f"{acc:.4f}", *(str(count) if count else "·" for count in row))
+    console = Console()
+    Console(width=max(console.width, 120), highlight=False).print(table)
+
+
+def shown(path: Path) -> str:
+    """A path relative to where the user is, if it lies below."""
+    path, here = path.resolve(), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

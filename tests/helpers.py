@@ -1,0 +1,53 @@
+"""What several test modules use: a small run's overrides, and the program in a process of its own."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# A whole run in a second or two: two epochs of six batches of the garments at 28x28.
+SMALL = (
+    "experiment=quickstart",
+    "trainer=cpu",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=6",
+    "trainer.limit_val_batches=2",
+    "trainer.limit_test_batches=2",
+    "data.batch_size=32",
+    "trainer.log_every_n_steps=4",
+    "model.widths=[8,16]",
+    "model.last_width=16",
+    "model.dropout=0.2",
+)
+
+# Without cached bytecode every process would compile torch and Lightning anew.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYTHONDONTWRITEBYTECODE")}
+
+
+def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the program as a person would, warnings being errors."""
+    return subprocess.run(
+        [sys.executable, "-m", "nin", *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """As ``nin``, and goes on while it runs."""
+    command = [sys.executable, "-m", "nin", *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=cwd, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    begun = time.monotonic()
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < begun + seconds, f"no {path}"
+        time.sleep(0.005)

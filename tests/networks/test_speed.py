@@ -1,0 +1,152 @@
+"""What computes faster computes the same."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from torch import nn
+
+from nin.checkpoints import files as checkpoint_files
+from nin.config.composition import compose_config
+from nin.config.schema import Settings
+from nin.config.validation import validate
+from nin.networks import speed
+from nin.networks.layers import layers
+from nin.networks.nin import NiN
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+from nin.training.classifier import Classifier
+
+OFF = (
+    "speed.channels_last=false",
+    "speed.relu_after_pooling=false",
+    "speed.fused_optimizer=false",
+    "speed.micro_batch=null",
+)
+
+
+def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The relative distance of two networks' weights."""
+    assert list(one) == list(other)
+    difference = sum((one[name] - other[name]).double().square().sum() for name in one)
+    return float((difference / sum(weights.double().square().sum() for weights in one.values())).sqrt())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        # Batches of 30 images: micro_batch of 7, 7, 7, 7 and 2.
+        ("model=nin", "data.image_size=67", "speed.micro_batch=7"),
+        (
+            "model=nin",
+            "data.image_size=99",
+            "speed.micro_batch=16",
+            "trainer.accumulate_grad_batches=2",
+            "optimizer.momentum=0.9",
+        ),
+        ("model=vgg", "data.image_size=32", "speed.micro_batch=4", "trainer.limit_train_batches=3"),
+        ("model=alexnet", "data.image_size=65", "speed.micro_batch=11", "trainer.limit_train_batches=3"),
+    ],
+)
+def test_steps_with_every_switch_on_are_steps_with_all_off(
+    tmp_path: Path, data_root: Path, overrides: tuple[str, ...]
+) -> None:
+    asked = [
+        "data=garments", f"data.root={data_root}", "trainer=cpu", "callbacks=none", "logger=none",
+        "trainer.max_epochs=1", "trainer.limit_train_batches=20", "trainer.limit_val_batches=2",
+        "trainer.limit_test_batches=2", "data.batch_size=30", "optimizer.lr=0.01", "speed.micro_batch=16", *overrides,
+    ]  # fmt: skip
+    weights, scores = [], []
+    for name, switches in (("on", ()), ("off", OFF)):
+        folder = RunFolder(tmp_path / name)
+        scores.append(experiment.train(validate(compose_config([*asked, *switches])), folder, [])["metrics"])
+        state = checkpoint_files.read(folder.last)["state_dict"]
+        weights.append({name: value for name, value in state.items() if name.startswith("network.")})
+    assert far(*weights) < 1e-5
+    assert scores[0]["val/loss"] == pytest.approx(scores[1]["val/loss"], rel=1e-5)
+    assert scores[0]["test/acc"] == scores[1]["test/acc"]
+
+
+def test_relu_behind_the_pooling_gives_the_same_values_and_gradients_to_the_bit() -> None:
+    torch.manual_seed(0)
+    before = NiN(image_size=67, dropout=0.0)
+    after = NiN(image_size=67, dropout=0.0)
+    after.load_state_dict(before.state_dict())
+    speed.move_relu_after_pooling(after)
+    assert sum(isinstance(layer, speed.MaxPoolReLU) for layer in after) == 3
+    assert list(after.state_dict()) == list(before.state_dict())
+    images, gradients = torch.rand(2, 1, 67, 67), []
+    for network in (before, after):
+        logits = network(images)
+        logits.square().sum().backward()
+        gradients.append([logits, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
+
+
+def test_dropout_draws_the_mask_of_the_whole_batch() -> None:
+    maps = torch.rand(10, 4, 3, 3)
+    torch.manual_seed(0)
+    whole = nn.functional.dropout(maps, 0.3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        dropout = speed.Dropout(0.3, (4, 3, 3))
+        torch.manual_seed(0)
+        dropout.begin(10, maps.device)
+        micro_batch = [dropout(piece) for piece in maps.contiguous(memory_format=layout).split(4)]
+        assert torch.equal(torch.cat(micro_batch), whole)
+    assert dropout.eval()(maps) is maps
+
+
+@pytest.mark.parametrize("name", ["nin", "alexnet"])
+def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: str, data_root: Path) -> None:
+    module = Classifier(validate(compose_config([f"model={name}", "data=garments", "data.image_size=67"])))
+    graphs, images, logits = [], torch.rand(4, 1, 67, 67), []
+
+    def counted(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    for step in range(2):
+        for compiled in (False, True):
+            torch.manual_seed(step)
+            for dropout in module.dropouts:
+                dropout.begin(len(images), images.device)
+            if compiled and not step:
+                module.network.compile(backend=counted, dynamic=False)
+            logits.append(module.network(images) if compiled else module.network.forward(images))
+    assert len(graphs) == 1
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[2], logits[3])
+    assert not torch.equal(logits[0], logits[2])
+
+
+def test_batch_norm_keeps_batches_whole_and_large_maps_make_small_pieces(settings: Callable[..., Settings]) -> None:
+    def micro_batch_size(network: NiN, image_size: int) -> int | None:
+        return speed.micro_batch_size(network, layers(network, 1, image_size))
+
+    assert micro_batch_size(NiN(norm="batch"), 224) is None
+    assert micro_batch_size(NiN(), 224) == 16
+    assert micro_batch_size(NiN(image_size=67), 67) > 128
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_creep_from_step_to_step(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = []
+
+    class Memory(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            taken.append(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024)
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Memory()], *rest))
+    asked = ["data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_steps=12", "callbacks=none"]
+    small = ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
+    experiment.train(validate(compose_config([*asked, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
+    assert len(taken) == 12
+    assert max(taken[4:]) - max(taken[:4]) < 20, taken  # MiB; a batch's maps are 900

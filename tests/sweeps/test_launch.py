@@ -1,0 +1,366 @@
+"""Several processes: joblib's, torchrun's, SLURM's, and many jobs in one."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pickle
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from helpers import SMALL, nin, start, wait_for
+from nin.checkpoints import files as checkpoint_files
+from nin.config.composition import compose_config
+from nin.config.schema import Settings, UserError, project_conf
+from nin.config.validation import validate
+from nin.runs.folder import RunFolder
+from nin.sweeps import launch
+from nin.system import distributed
+from nin.system.signals import StoppedError, StopRequest
+from nin.training import experiment
+
+
+def results(sweep: Path) -> dict[str, dict[str, Any]]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sweep.glob("*/result.json")}
+
+
+def alone(overrides: list[str], folder: Path) -> str:
+    """The weights of a single run in this process."""
+    return experiment.train(validate(compose_config(overrides)), RunFolder(folder), [])["weights_sha256"]
+
+
+def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:
+    with pytest.raises(UserError) as refused:
+        launch._checked([["trainer=ddp", "trainer.accelerator=cpu"], ["trainer.devices=[0,1]"], ["seed=-1"]], here=True)
+    first, second, third = refused.value.errors
+    assert "trainer.strategy=ddp, trainer.devices=auto" in first
+    assert "hydra/launcher=joblib for one job a GPU" in first
+    assert "trainer.devices=[0, 1]" in second
+    assert third.startswith("seed=-1")
+
+
+def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(
+    data_root: Path,
+) -> None:
+    small = ["model=nin_small", "data=garments", f"data.root={data_root}"]
+    jobs = [[*small, "trainer.precision=32-true"], [*small, "trainer.precision=bf61-mixed"]]
+    with pytest.raises(UserError, match="Precision 'bf61-mixed' is invalid"):
+        launch._checked(jobs, here=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="this machine has no GPU"):
+            launch._checked([[*small, "trainer=gpu"]], here=True)
+        assert len(launch._checked([[*small, "trainer=gpu"]], here=False)) == 1
+    with pytest.raises(UserError, match="no jobs"):
+        launch._checked([], here=True)
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"its package is not installed; type: python3 -m uv sync --extra submitit"):
+        launch._require_installed("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher")
+    launch._require_installed("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # nin.config does it, and pytest undoes it
+def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> None:
+    asked = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
+    with initialize_config_dir(str(project_conf()), version_base="1.3"):
+        config = compose("train", overrides=asked, return_hydra_config=True)
+    with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are sent before one can fail"):
+        launch.Launch(config)
+
+
+def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_held", [])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    launch.acquire_gpu(tmp_path, StopRequest())
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ  # nothing was shared out
+    monkeypatch.setenv("NIN_GPUS", "4,GPU-7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
+    with FileLock(tmp_path / ".gpu-4.lock"):
+        launch.acquire_gpu(tmp_path, StopRequest())
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    launch.acquire_gpu(tmp_path, StopRequest())  # the next job of the same process
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
+    launch._held[0].release()
+
+
+def test_one_run_is_not_begun_by_each_of_sruns_processes(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    with pytest.raises(
+        UserError, match=r"srun started 2 processes, and trainer.strategy=auto is for one; add trainer=ddp"
+    ):
+        distributed.require_single_process_start(settings().trainer)
+    distributed.require_single_process_start(settings("trainer=ddp").trainer)
+
+
+def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
+    for folder in ("/home/o'brien/a b", '/ä="1",x'):
+        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={distributed.quoted(folder)}"])
+        assert override.value() == folder
+
+
+def test_what_ends_a_job_travels_between_processes() -> None:
+    stopped = pickle.loads(pickle.dumps(StoppedError(signal.SIGTERM)))
+    assert (stopped.signum, stopped.exit_status, str(stopped)) == (signal.SIGTERM, 143, "stopped by SIGTERM")
+
+
+def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
+    sweep = tmp_path / "outputs" / "sweeps" / "at-once"
+    command = ["train", "-m", *asked, "name=at-once", "hydra/launcher=joblib"]
+    # A third process has nothing to do, and must not be the end of the others.
+    first = start(*command, "seed=0,1", "hydra.launcher.n_jobs=3", **there)
+    for seed in (0, 1):  # neither waits for the other
+        wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", first)
+    first.send_signal(signal.SIGTERM)
+    output = first.communicate(timeout=90)[0]
+    assert first.returncode == 143, output
+    stopped = {seed: (sweep / f"seed={seed}" / "nin.log") for seed in (0, 1)}
+    assert all("stopped by SIGINT" in log.read_text() for log in stopped.values()), output
+    assert "2 unfinished" in output.replace("\n", "")
+
+    second = nin(*command, "seed=0,1,2", **there)
+    assert second.returncode == 0, second.stderr
+    found = results(sweep)
+    assert [found[f"seed={seed}"]["resumes"] for seed in (0, 1, 2)] == [1, 1, 0]
+    for seed in (0, 2):
+        weights = alone([*asked, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
+        assert found[f"seed={seed}"]["weights_sha256"] == weights
+    assert "seed=2  epoch 1/2" in second.stdout
+
+
+def torchrun(*arguments: str, cwd: Path, data_root: Path, **more: Any) -> subprocess.Popen[str]:
+    """Starts two processes of ``nin`` as on a machine with two devices."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", *arguments],
+        cwd=cwd,
+        env=os.environ | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"},
+        text=True,
+        **more,
+    )
+
+
+def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> tuple[int, str]:
+    """The exit status of ``torchrun`` and what a person sees: with a terminal there is a bar.
+
+    Args:
+        stop_at: a file; as soon as it is there, torchrun is asked to stop.
+    """
+    terminal, end = os.openpty()
+    process = torchrun(*arguments, stdout=end, stderr=end, **more)
+    os.close(end)
+    prepare_images, until = b"", time.monotonic() + 200
+    with contextlib.suppress(OSError):  # the last process has closed it
+        while time.monotonic() < until and select.select([terminal], [], [], 60)[0]:
+            prepare_images += os.read(terminal, 65536)
+            if stop_at and stop_at.exists():
+                process.terminate()
+                stop_at = None
+    os.close(terminal)
+    try:
+        return process.wait(timeout=5), prepare_images.decode()
+    finally:
+        process.terminate()  # if it hangs: torchrun ends its processes, after half a minute by force
+        process.wait(timeout=60)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
+    # Without experiment=quickstart, which has a name: this one is to be the time of start.
+    asked, there = ["train", "model=nin_small", "data=garments", *SMALL[1:]], {"cwd": tmp_path, "data_root": data_root}
+    refused = torchrun(*asked, stderr=subprocess.PIPE, **there).communicate(timeout=120)[1]
+    assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused
+    assert "add trainer=ddp trainer.devices=2" in refused
+    assert not (tmp_path / "outputs").exists()
+    same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.01", "trainer.max_epochs=1"]
+    status, prepare_images = on_a_terminal(*asked, "trainer.strategy=ddp", "trainer.devices=2", *same, **there)
+    assert status == 0, prepare_images
+    assert "epoch 1/1" in prepare_images
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    two = json.loads((run / "result.json").read_text())
+
+    # Two processes with batches of 32 do what one does with batches of 64.
+    folder = RunFolder(tmp_path / "one")
+    one = experiment.train(
+        validate(compose_config([*asked[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder, []
+    )
+    assert (two["steps"], two["status"]) == (one["steps"], "finished")
+    for metric in ("val/loss", "val/acc", "test/loss", "test/acc"):
+        assert two["metrics"][metric] == pytest.approx(one["metrics"][metric], rel=1e-4)
+    weights = [checkpoint_files.read(of.last)["state_dict"] for of in (RunFolder(run), folder)]
+    for name in weights[0]:
+        if name.startswith("network."):
+            assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.long
+def test_joblib_ends_at_the_first_failure_if_asked_with_the_others_checkpoints(tmp_path: Path, data_root: Path) -> None:
+    asked = [*SMALL, "callbacks=none", "schedule=constant", "model.norm=none", "trainer.max_epochs=2000"]
+    sweep = tmp_path / "outputs" / "sweeps" / "fast"
+    command = [*asked, "optimizer.lr=0.0001,1e30,0.0002", "hydra/launcher=joblib", "sweep.fail_fast=true", "name=fast"]
+    ended = nin("train", "-m", *command, cwd=tmp_path, NIN_DATA=str(data_root))
+    assert ended.returncode == 1, ended.stderr
+    assert json.loads((sweep / "optimizer.lr=1e+30" / "result.json").read_text())["status"] == "failed"
+    assert "stopped by SIGINT" in (sweep / "optimizer.lr=0.0001" / "nin.log").read_text()
+    assert not (sweep / "optimizer.lr=0.0002" / "nin.log").exists()
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_torchruns_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
+    # 99 images in batches of 16 for both: the last one is 2 and 1, and from then on their dropout differs.
+    asked = [
+        *("train", *SMALL, "trainer.strategy=ddp", "trainer.devices=2", "trainer.limit_train_batches=1.0"),
+        *("data.val_size=9901", "data.batch_size=8", "data.augment=flip_shift", "trainer.max_epochs=20"),
+        "checkpoint.every_n_steps=5",
+    ]
+    there, runs = {"cwd": tmp_path, "data_root": data_root}, tmp_path / "outputs" / "runs"
+    assert on_a_terminal(*asked, "name=whole", **there)[0] == 0
+    third = runs / "halves" / "checkpoints" / "last-2.ckpt"
+    status, prepare_images = on_a_terminal(*asked, "name=halves", stop_at=third, **there)
+    assert status == 1  # torchrun's
+    assert "the same command goes on from there" in prepare_images
+    assert on_a_terminal(*asked, "name=halves", **there)[0] == 0
+    whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
+    assert (halves["weights_sha256"], halves["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    assert halves["resumes"] == 1
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads Linux's /proc")
+def test_twenty_jobs_in_one_process_leave_nothing_behind(tmp_path: Path, data_root: Path) -> None:
+    watched = """
+import logging, os, sys, threading
+from nin.commands import train
+
+run = train.job
+
+def job(config):
+    try:
+        return run(config)
+    finally:
+        loggers = [logging.getLogger(), *map(logging.getLogger, logging.Logger.manager.loggerDict)]
+        # The most so far: what there is at the moment goes down when the system takes memory back, and up again.
+        memory = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+        found = [len(os.listdir("/proc/self/fd")), threading.active_count(), sum(len(l.handlers) for l in loggers)]
+        print("left", memory, *found, flush=True)
+
+train.job = job
+sys.exit(train.main(sys.argv[1:]))
+"""
+    # The second ten fail: their tracebacks must not hold their networks.
+    asked = [*SMALL, "schedule=constant", "model.norm=none", "optimizer.lr=0.001,1e30", "seed=range(0,10)"]
+    done = subprocess.run(
+        [sys.executable, "-c", watched, "-m", "name=flat", *asked],
+        cwd=tmp_path,
+        env=os.environ | {"NIN_DATA": str(data_root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    left = [[int(n) for n in line.split()[1:]] for line in done.stdout.splitlines() if line.startswith("left")]
+    assert len(left) == 20, done.stderr
+    memory, *counts = zip(*left[4:], strict=True)
+    assert all(len(set(count)) == 1 for count in counts), left
+    assert max(memory) - min(memory) < 40_000, memory  # KiB; with the tracebacks kept it was 58,000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A real SLURM cluster, where there is one: nodes that are idle and take jobs from here.
+
+
+@pytest.fixture
+def release() -> Iterator[Callable[[], None]]:
+    """Lets requeued jobs begin without the two minutes that SLURM waits; at the end no job of these tests is left."""
+    if not shutil.which("sbatch") or subprocess.run(["sinfo", "-h"], capture_output=True).returncode:
+        pytest.skip("no SLURM cluster takes jobs from here")
+
+    def queue(*options: str) -> list[str]:
+        return subprocess.run(["squeue", "-h", *options], capture_output=True, text=True).stdout.split()
+
+    before = queue("-o", "%A")
+
+    def now() -> None:
+        for job in queue("-t", "PD", "-o", "%i"):
+            shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+            # Sooner than this the node still counts the job's last life as revoked.
+            if "Reason=BeginTime" in shown and "Restarts=0" not in shown:
+                time.sleep(4)
+                subprocess.run(["scontrol", "update", f"jobid={job}", "StartTime=now"], check=False)
+
+    yield now
+    for job in set(queue("-o", "%A")) - set(before):
+        subprocess.run(["scancel", job], check=False)
+
+
+ON_SLURM = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=1"]
+
+
+@pytest.mark.long
+def test_slurm_jobs_that_are_stopped_go_back_and_end_with_the_same_weights(
+    tmp_path: Path, data_root: Path, release: Callable[[], None]
+) -> None:
+    sweep = tmp_path / "outputs" / "sweeps" / "slurm"
+    command = ["train", "-m", *ON_SLURM, "name=slurm", "hydra/launcher=submitit_slurm", "seed=0,1,2"]
+    waiting = start(*command, cwd=tmp_path, NIN_DATA=str(data_root))
+    for seed, stop in enumerate((["scancel", "--signal=USR2"], ["scontrol", "requeue"])):
+        wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", waiting)
+        (log,) = (sweep / ".submitit").glob(f"*_{seed}")
+        subprocess.run([*stop, log.name], check=True)
+    while waiting.poll() is None:
+        release()
+        time.sleep(1)
+    assert waiting.returncode == 0, waiting.communicate()[0]
+    waiting.communicate()
+    found = results(sweep)
+    assert [found[f"seed={seed}"]["resumes"] for seed in (0, 1, 2)] == [1, 1, 0]
+    for seed in (0, 1):
+        weights = alone([*ON_SLURM, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
+        assert found[f"seed={seed}"]["weights_sha256"] == weights
+
+
+@pytest.mark.long
+def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
+    tmp_path: Path, data_root: Path, release: Callable[[], None]
+) -> None:
+    # Without experiment=quickstart, which has a name.
+    asked = ["model=nin_small", "data=garments", "trainer=cpu", *ON_SLURM[2:], "optimizer.lr=0.01"]
+    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nin", "train", *asked])
+    sent = subprocess.run(
+        ["sbatch", "--parsable", "--requeue", f"--chdir={tmp_path}", "--wrap", f"srun {line}"],
+        env=os.environ | {"NIN_DATA": str(data_root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    run = tmp_path / "outputs" / "runs" / sent.stdout.strip()
+    until = time.monotonic() + 120
+    while not (run / "checkpoints" / "last.ckpt").exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    subprocess.run(["scancel", "--signal=USR1", sent.stdout.strip()], check=True)
+    while not (run / "result.json").exists():
+        assert time.monotonic() < until + 120
+        release()
+        time.sleep(0.5)
+    result = json.loads((run / "result.json").read_text())
+    assert (result["status"], result["resumes"]) == ("finished", 1)
+    assert result["weights_sha256"] == alone([*asked, f"data.root={data_root}"], tmp_path / "alone")

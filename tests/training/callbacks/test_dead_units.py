@@ -1,0 +1,131 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from nin.checkpoints import files as checkpoint_files
+from nin.config.schema import Settings
+from nin.data.module import split
+from nin.data.sources import load
+from nin.data.transforms import resize
+from nin.networks import speed
+from nin.networks.alexnet import AlexNet
+from nin.networks.lenet import LeNet
+from nin.networks.nin import NiN
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+from nin.training.callbacks.dead_units import dead
+
+# The notebooks' network, narrower: nothing but its start decides which classes are dead in so few steps.
+LOTTERY = (
+    "model=nin", "data.image_size=67", "model.widths=[8,16,16]", "model.last_width=null", "optimizer=sgd",
+    "optimizer.lr=0.1", "schedule=constant", "schedule.warmup=0",
+)  # fmt: skip
+
+
+def relu_outputs(network: nn.Sequential, images: torch.Tensor) -> list[list[torch.Tensor]]:
+    """What every ReLU gives, by block, run layer by layer."""
+    outputs = []
+    for block in network.eval():
+        parts = list(block) if isinstance(block, nn.Sequential) else [block]
+        outputs.append([])
+        for part in parts:
+            images = part(images).clone()
+            if isinstance(part, nn.ReLU):
+                outputs[-1].append(images)
+    return [block for block in outputs if block]
+
+
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_dead_counts_are_what_every_relu_gives(norm: str) -> None:
+    torch.manual_seed(0)
+    network, images = NiN(image_size=67, widths=(8, 16, 16), norm=norm), torch.rand(6, 1, 67, 67)
+    silenced = {0: [1, 5], 4: [0], 7: [2, 9]}  # block by its place in the network: channels of its last layer
+    with torch.no_grad():
+        for block, channels in silenced.items():
+            network[block][-2].bias[channels] = -1e3
+    expected = relu_outputs(network, images)
+    channels = {i: sum(int((o.amax((0, 2, 3)) == 0).sum()) for o in b) for i, b in enumerate(expected, start=1)}
+    classes = (expected[-1][-1].amax((0, 2, 3)) == 0).nonzero().flatten().tolist()
+    assert {2, 9} <= set(classes)
+    assert channels[1] >= 2
+    before = [t.clone() for t in network.state_dict().values()]
+    network.train()
+    random_state = torch.get_rng_state()
+    assert dead(network, iter(images.split(4))) == (channels, classes)
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
+    speed.move_relu_after_pooling(network)
+    assert dead(network, iter(images.split(4))) == (channels, classes)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+def test_what_is_counted_in_other_networks() -> None:
+    images = torch.rand(2, 1, 67, 67)
+    assert dead(NiN(image_size=67, final_relu=False), iter([images]))[1] == []
+    assert dead(NiN(image_size=67, head="fc"), iter([images]))[1] is None
+    counts, classes = dead(AlexNet(image_size=67), iter([images]))
+    assert (list(counts), classes) == ([1, 2, 3, 4, 5, 6, 7], None)
+    assert dead(LeNet(image_size=67), iter([images])) == ({}, None)
+
+
+def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    looks = ("images=2", "checks_per_epoch=4", "patience_steps=0")
+    chosen = settings(*LOTTERY, *(f"callbacks.dead_units.{look}" for look in looks), "trainer.log_every_n_steps=1")
+    with caplog.at_level(logging.WARNING, "nin"):
+        experiment.train(chosen, folder := RunFolder(tmp_path), [])
+
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("units/")}
+    assert set(logged) == {"units/dead_classes", *(f"units/dead_channels/block{i}" for i in range(1, 5))}
+    # Of six batches an epoch; the last look is at the weights that are saved.
+    steps = [0, 2, 3, 5, 6, 8, 9, 11, 12]
+    assert all([event.step for event in values] == steps for values in logged.values())
+
+    images, labels = load(chosen.data, "train")
+    prepare_images = torch.tensor(images)[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
+    network = NiN(image_size=67, widths=(8, 16, 16))
+    weights = checkpoint_files.read(folder.last)["state_dict"]
+    network.load_state_dict({name.removeprefix("network."): w for name, w in weights.items() if "network" in name})
+    outputs = relu_outputs(network, resize(prepare_images, 67))
+    silent = int((outputs[-1][-1].amax((0, 2, 3)) == 0).sum())
+    assert logged["units/dead_classes"][-1].value == silent > 0
+    for i, block in enumerate(outputs, start=1):
+        assert logged[f"units/dead_channels/block{i}"][-1].value == sum(
+            int((maps.amax((0, 2, 3)) == 0).sum()) for maps in block
+        )
+
+    (told,) = [record.getMessage() for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
+    assert "training sits at chance at step 3 (epoch 1): the loss is 2.3" in told
+    assert f"{silent} of 10 classes are dead (" in told
+    assert "Try experiment=robust" in told
+
+
+def test_a_network_that_learns_is_told_nothing(
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = settings(
+        "trainer.log_every_n_steps=1", "callbacks.dead_units.patience_steps=6", "trainer.limit_train_batches=1.0"
+    )
+    experiment.train(chosen, RunFolder(tmp_path), [])
+    assert EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("units/dead_classes")
+    assert not [record for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
+
+
+def test_looking_changes_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    hashes, looks = set(), {}
+    for times in (1, 6):
+        folder = RunFolder(tmp_path / str(times))
+        chosen = settings(*LOTTERY, f"callbacks.dead_units.checks_per_epoch={times}", "trainer.max_steps=9")
+        hashes.add(experiment.train(chosen, folder, [])["weights_sha256"])
+        logged = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("units/dead_classes")
+        looks[times] = [event.step for event in logged]
+    assert len(hashes) == 1
+    assert looks == {1: [0, 6, 9], 6: list(range(10))}

@@ -1,0 +1,41 @@
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+from nin.training.callbacks import progress
+
+
+def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=140)
+    monkeypatch.setattr(progress, "Console", lambda: console)
+    experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path), [])
+    shown = screen.getvalue()
+    for words in ("epoch 2/2", "loss ", "acc ", "val 0.", "images/s", "0:00:0", "testing"):
+        assert words in shown
+
+
+def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
+    settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "a"), [])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    quiet = settings("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
+    experiment.train(quiet, RunFolder(tmp_path / "b"), [])
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_not_known_yet_is_not_shown() -> None:
+    # Validation may come before the first logging.
+    assert progress._in_words({}) == ""
+    assert progress._in_words({"val/acc": 0.5}) == "val 0.5000"
+    assert progress._in_words({"val/acc": 0.5, "images_per_second": 1200.4}) == "val 0.5000  1,200 images/s"

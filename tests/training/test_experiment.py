@@ -1,0 +1,346 @@
+"""Whole runs on the garments, in this process: what they leave behind, and that it is true."""
+
+import csv
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback, Trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional
+
+from helpers import SMALL
+from nin.checkpoints import files as checkpoint_files
+from nin.commands.eval import checkpoint_of
+from nin.config.composition import compose_config
+from nin.config.schema import Settings, UserError
+from nin.config.validation import validate
+from nin.data.module import split
+from nin.data.sources import load
+from nin.data.transforms import resize
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+from nin.training.classifier import Classifier, NonFiniteLossError
+
+
+@pytest.fixture(scope="module")
+def run(
+    settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[RunFolder, dict[str, Any]]:
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    return folder, experiment.train(settings(), folder, ["a=1"])
+
+
+def test_the_result_is_whole(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    _, result = run
+    assert json.loads(json.dumps(result)) == result
+    assert (result["status"], result["epochs"], result["steps"], result["seed"]) == ("finished", 2, 12, 0)
+    assert set(result["metrics"]) == {"val/loss", "val/acc", "test/loss", "test/acc", "test/acc_by_class"}
+    assert len(result["metrics"]["test/acc_by_class"]) == 10
+    assert result["overrides"] == ["a=1"]
+    assert result["images_per_second"] > 0
+    assert result["train_seconds"] > 0
+
+
+def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
+    run: tuple[RunFolder, dict[str, Any]], settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    _, result = run
+    torch.manual_seed(123)
+    again = experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"), [])
+    assert again["weights_sha256"] == result["weights_sha256"]
+    assert again["metrics"] == result["metrics"]
+    other = experiment.train(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"), [])
+    assert other["weights_sha256"] != result["weights_sha256"]
+
+
+def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
+    module = Classifier(checkpoint_files.settings_of(last, folder.last))
+    module.load_state_dict(last["state_dict"])
+    assert experiment.weights_sha256(module.network) == result["weights_sha256"]
+    (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
+    assert scores["val/acc"] == result["metrics"]["val/acc"]
+
+
+def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    for path in (folder.path, folder.best):
+        checkpoint = checkpoint_files.read(checkpoint_of(path))
+        metrics, confusion = experiment.evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
+        assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
+        assert confusion.sum() == 64
+
+
+def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_smaller(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    # Weights that stay where they are, so that all images have been score by the same.
+    still = ["optimizer.lr=1e-12", "model.norm=none", "model.dropout=0"]
+    limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
+    asked = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
+    folder = RunFolder(tmp_path)
+    told = experiment.train(asked, folder, [])["metrics"] | folder.read_epochs()[0]
+
+    module = Classifier(asked).eval()
+    module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
+    images, labels = load(asked.data, "train")
+    held_out, kept = split(len(labels), 9901, asked.seed)
+    test = load(asked.data, "t10k")
+    parts = {"train": (images[kept], labels[kept]), "val": (images[held_out], labels[held_out]), "test": test}
+    for part, (images, labels) in parts.items():  # 99, 9901 and 2000, in batches of 32
+        with torch.no_grad():
+            logits = module(resize(torch.tensor(images), 28))
+        labels = torch.tensor(labels, dtype=torch.int64)
+        assert told[f"{part}/loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=3e-6)
+        assert told[f"{part}/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), rel=3e-6)
+
+
+def test_metrics_csv_has_one_row_an_epoch(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "6"), ("2", "12")]
+    best = max(rows, key=lambda row: (float(row["val/acc"]), -float(row["val/loss"])))
+    assert float(best["val/loss"]) == result["metrics"]["val/loss"]
+
+
+def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, Any]]) -> None:
+    folder, result = run
+    events = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0}).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    windows = [4, 6, 8, 12]
+    expected = dict.fromkeys(("train/loss", "train/acc", "lr", "images_per_second"), windows)
+    expected |= {tag: [6, 12] for tag in ("val/loss", "val/acc")}
+    expected |= {tag: [12] for tag in ("test/loss", "test/acc", "best/val/loss", "best/val/acc")}
+    counts = ["dead_classes", *(f"dead_channels/block{i}" for i in (1, 2, 3))]
+    expected |= {f"units/{count}": [0, 2, 3, 5, 6, 8, 9, 11, 12] for count in counts}
+    assert steps == expected
+    assert events.Scalars("test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
+    assert set(events.Tags()["images"]) == {"test/confusion", "test/wrong"}
+    assert events.Tags()["graph"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
+    hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optimizer.lr" in hparams
+    assert b"hp_metric" not in hparams
+
+
+def test_with_other_loggers_metrics_csv_is_there_too(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "csv")
+    experiment.train(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder, [])
+    assert (folder.path / "csv" / "metrics.csv").exists()
+    assert not folder.tensorboard.exists()
+    # Five steps of two batches each: an epoch of six batches, and two thirds of another, which is validated too.
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["3", "5"]
+    assert all(row["val/acc"] for row in rows)
+
+
+def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "notebook")
+    result = experiment.train(settings("data.val_size=0", "data.score_each_epoch=test"), folder, [])
+    assert result["metrics"]["val/acc"] is None
+    last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
+    assert last["global_step"] == best["global_step"] == 12
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert float(rows[-1]["test/acc"]) == result["metrics"]["test/acc"]
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("test/acc")] == [6, 12]
+
+
+def test_the_final_test_is_in_the_curves_where_the_last_epoch_was_not_scored(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    asked = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
+    experiment.train(asked, folder, [])
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
+
+
+def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed, clock = [0.0], time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + passed[0])
+
+    class Slow(Callback):
+        def on_validation_batch_end(self, *_: Any) -> None:
+            passed[0] += 10_000
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Slow()], *rest))
+    folder = RunFolder(tmp_path)
+    asked = settings("trainer.val_check_interval=3", "trainer.log_every_n_steps=4", "callbacks=none", "logger=none")
+    experiment.train(asked, folder, [])
+    for epoch in folder.read_epochs():  # 6 batches of 32
+        assert epoch["images_per_second"] > 6 * 32 / 10_000
+        assert epoch["seconds"] > 20_000
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    wild = settings("optimizer=sgd", "optimizer.lr=1e30", "schedule=constant", "model.norm=none", "logger=none")
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss is (nan|inf) at step \d.*learning rate 1e\+30.*Try a smaller"
+    ):
+        experiment.train(wild, RunFolder(tmp_path), [])
+
+
+def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    second = [
+        f"+callbacks.second.{word}"
+        for word in ("_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=val/acc")
+    ]
+    with pytest.raises(UserError, match=r"trainer: Found more than one stateful callback"):
+        experiment.build_trainer(settings("callbacks=early_stopping", *second, "+callbacks.second.mode=max"), None, [])
+    with pytest.raises(UserError, match=r"trainer: .*[Pp]recision"):
+        experiment.train(settings("trainer.precision=3"), RunFolder(tmp_path), [])
+
+
+def test_no_test_image_has_a_say_in_training_or_choosing(
+    settings: Callable[..., Settings], tmp_path: Path, run: tuple[RunFolder, dict[str, Any]]
+) -> None:
+    shutil.copytree(settings().data.root, tmp_path / "data")
+    noise = np.random.default_rng(0)
+    for kind, header, most in (("images-idx3", 16, 256), ("labels-idx1", 8, 10)):
+        (path,) = (tmp_path / "data").rglob(f"t10k-{kind}-ubyte")
+        content = path.read_bytes()
+        path.write_bytes(content[:header] + noise.integers(0, most, len(content) - header, dtype=np.uint8).tobytes())
+    with_noise = RunFolder(tmp_path / "run")
+    result = experiment.train(settings(f"data.root={tmp_path / 'data'}"), with_noise, [])
+    folder, expected = run
+    assert result["metrics"]["test/loss"] != expected["metrics"]["test/loss"]
+    for key in ("val/acc", "val/loss"):
+        assert result["metrics"][key] == expected["metrics"][key]
+    for name in ("last", "best"):
+        theirs, ours = (checkpoint_files.read(getattr(f, name))["state_dict"] for f in (with_noise, folder))
+        assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+
+
+def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callable[..., Settings]) -> None:
+    plain, both = (Classifier(settings(f"data.test_time_flip={on}")).eval() for on in ("false", "true"))
+    both.load_state_dict(plain.state_dict())
+    images = torch.rand(5, 1, 28, 28)
+    with torch.no_grad():
+        mean = (plain(images).softmax(1) + plain(images.flip(-1)).softmax(1)) / 2
+        assert torch.allclose(both.score(images).exp(), mean, atol=1e-6)
+        assert torch.equal(plain.score(images), plain(images))
+
+
+def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    plain, flipped = (
+        experiment.train(settings(f"data.augment={a}", "optimizer.lr=1e-12"), RunFolder(tmp_path / a), [])
+        for a in ("none", "flip_shift")
+    )
+    assert flipped["weights_sha256"] != plain["weights_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "features", "used"),
+    [
+        ("auto", {"avx512_bf16": True}, "bf16-mixed"),
+        ("auto", {"amx_bf16": True}, "bf16-mixed"),
+        ("auto", {"avx512_bf16": False, "avx2": True}, "32-true"),
+        ("null", {"avx512_bf16": True}, "32-true"),
+        ("64-true", {"avx512_bf16": True}, "64-true"),
+    ],
+)
+def test_bfloat16_on_a_cpu_is_asked_for_and_native(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, asked: str, features: dict, used: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    trainer = experiment.build_trainer(settings(f"trainer.precision={asked}", "callbacks=none"), None, [])
+    assert trainer.precision == used
+
+
+def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
+    chosen = settings("callbacks=early_stopping")
+    trainer = experiment.build_trainer(chosen, None, [])
+    assert chosen.callbacks["early_stopping"]["monitor"] == "val/acc"
+    assert any(type(callback).__name__ == "EarlyStopping" for callback in trainer.callbacks)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "trainer.precision=bf16-true callbacks=default",
+        "trainer.precision=bf16-mixed",
+        "trainer.max_time=00:00:00:01 trainer.max_epochs=-1 trainer.limit_train_batches=1.0 schedule=constant",
+        "trainer.val_check_interval=4",
+        "trainer.fast_dev_run=true",
+        "trainer.max_steps=2",
+        "schedule=one_cycle schedule.warmup=0.0",
+        "schedule=cosine schedule.warmup=0.99",
+        "model=lenet optimizer.lr=0.01",
+    ],
+)
+def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overrides: str) -> None:
+    words = ["callbacks=none", *overrides.split()]
+    small = [word for word in SMALL if not ("model=lenet" in words and word.startswith("model."))]
+    result = experiment.train(
+        validate(compose_config([*small, f"data.root={data_root}", *words])), RunFolder(tmp_path), []
+    )
+    assert result["status"] == "finished"
+    assert result["metrics"]["test/acc"] is not None
+    last = checkpoint_files.read(RunFolder(tmp_path).last)
+    assert last["global_step"] == result["steps"] > 0
+
+
+def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class TimeIsUp(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 1
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, TimeIsUp()], *rest))
+    folder = RunFolder(tmp_path)
+    experiment.train(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, [])
+    rows = folder.read_epochs()
+    assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 3)]
+    assert rows[1]["train/loss"] > 0
+
+
+def test_overfitted_are_the_same_batches_again_and_again(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_images = []
+
+    class Seen(Callback):
+        def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, index: int) -> None:
+            prepare_images.append(batch[1])
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Seen()], *rest))
+    asked = settings("trainer.overfit_batches=2", "callbacks=none", "logger=none")
+    experiment.train(asked, RunFolder(tmp_path), [])
+    assert len(prepare_images) == 4
+    assert torch.equal(torch.cat(prepare_images[:2]), torch.cat(prepare_images[2:]))
+
+
+def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    # 500 batches of 4: in bfloat16 the sum would stand still at 256 images.
+    asked = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
+    half, single = (
+        experiment.train(settings(*asked, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
+        for precision in ("bf16-true", "32-true")
+    )
+    assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
+
+
+def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    # Scored after batches 4 of 6, and saved after 6: those scores are of other weights.
+    result = experiment.train(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
+    assert result["metrics"]["val/acc"] is None
+    assert checkpoint_files.read(RunFolder(tmp_path).best)["global_step"] == 12

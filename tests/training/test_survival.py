@@ -1,0 +1,481 @@
+"""A run that was stopped, killed or damaged anywhere ends as the run that was left alone."""
+
+import csv
+import itertools
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Callback
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
+from helpers import SMALL, nin, start, wait_for
+from nin.checkpoints import files as checkpoint_files
+from nin.commands.train import execute_run
+from nin.config.composition import compose_config
+from nin.config.schema import Settings, UserError
+from nin.config.validation import validate
+from nin.runs.folder import RunFolder
+from nin.system.signals import StoppedError, StopRequest
+from nin.training import experiment
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In this process: the interruption comes at an exact place, as a signal or as an exception that nobody catches.
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def a_second_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorBoard names event files by the second, and nobody starts a process twice in one; these tests do."""
+    seconds = itertools.count(1_700_000_000)
+    monkeypatch.setattr(event_file_writer.time, "time", lambda: float(next(seconds)))
+
+
+class Interruption(Callback):
+    """Sends SIGTERM, or raises, at the beginning of the n-th batch, be it for training, validation or test."""
+
+    def __init__(self, batch: int, kill: bool):
+        self.left, self.kill = batch, kill
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0 and self.kill:
+            raise KilledError
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    on_validation_batch_start = on_test_batch_start = on_train_batch_start
+
+
+def trained(
+    settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int | None = None, kill: bool = False
+) -> tuple[dict[str, Any], int]:
+    """The result of a run that is interrupted at the n-th batch of every start, and how often it was."""
+    build = experiment.build_trainer
+
+    def interrupted(settings: Settings, folder: Path, callbacks: list, *rest: Any) -> Any:
+        return build(settings, folder, [*callbacks, *([Interruption(batch, kill)] if batch else [])], *rest)
+
+    interruptions = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", interrupted)
+        while interruptions < 50:
+            try:
+                return experiment.train(settings, RunFolder(folder), []), interruptions
+            except (StoppedError, KilledError):
+                interruptions += 1
+    raise AssertionError("the run never ends")
+
+
+def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Leaves the run as it is when it is asked to stop at the n-th batch."""
+    build = experiment.build_trainer
+    with monkeypatch.context() as patch:
+        interruption = Interruption(batch, kill=False)
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, interruption], *r))
+        with pytest.raises(StoppedError):
+            experiment.train(settings, folder, [])
+
+
+def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
+    """metrics.csv and every scalar curve, without what a clock measured."""
+    clocks = ("seconds", "images_per_second")
+    rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return [{k: v for k, v in row.items() if k not in clocks} for row in rows], {
+        tag: [(step, 0.0 if tag in clocks else value) for step, value in curve] for tag, curve in curves.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "schedule=one_cycle data.augment=flip_shift",
+        "schedule=constant optimizer=sgd optimizer.lr=0.1 optimizer.momentum=0.9 checkpoint.every_n_steps=3",
+        "schedule=cosine trainer.accumulate_grad_batches=2 trainer.limit_train_batches=7",
+        "trainer.val_check_interval=0.5 checkpoint.every_n_steps=1",
+        "trainer.check_val_every_n_epoch=2",
+        "trainer.limit_val_batches=0",
+        "trainer.max_steps=9",
+        "data.val_size=0 data.score_each_epoch=test",
+        "callbacks=early_stopping callbacks.early_stopping.patience=1 trainer.max_epochs=5",
+        "model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2",
+        # The eighth batch is of a validation between two batches whose gradients are added up.
+        "trainer.accumulate_grad_batches=2 trainer.limit_train_batches=9 trainer.val_check_interval=7",
+        # Asked to end after two epochs, it goes on for two more.
+        "callbacks=early_stopping callbacks.early_stopping.patience=1 +callbacks.early_stopping.min_delta=1.0 "
+        "trainer.max_epochs=5 trainer.min_epochs=4",
+    ],
+)
+def test_interrupted_anywhere_it_is_the_same_run(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
+) -> None:
+    asked = [*overrides.split(), "~callbacks.images"]
+    whole, _ = trained(settings(*asked), tmp_path / "whole", monkeypatch)
+    curves = record(tmp_path / "whole")
+    for steps in curves[1].values():
+        assert all(a[0] < b[0] for a, b in itertools.pairwise(steps))
+    for batch, kill in ((5, True), (8, False)):
+        # A kill without a checkpoint in between would come at the same place for ever.
+        often = ["checkpoint.every_n_steps=1"] if kill else []
+        folder = tmp_path / f"{batch}"
+        result, interruptions = trained(settings(*asked, *often), folder, monkeypatch, batch, kill)
+        assert interruptions > 0
+        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+        assert (result["steps"], result["epochs"]) == (whole["steps"], whole["epochs"])
+        assert record(folder) == curves
+        assert kill or result["resumes"] == interruptions
+
+
+def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["schedule=constant", "optimizer=sgd", "~callbacks.images"]
+    at_once, _ = trained(settings(*asked, "trainer.max_epochs=4"), tmp_path / "at_once", monkeypatch)
+    trained(settings(*asked), tmp_path / "extended", monkeypatch)
+    extended, _ = trained(settings(*asked, "trainer.max_epochs=4"), tmp_path / "extended", monkeypatch)
+    assert extended["weights_sha256"] == at_once["weights_sha256"]
+    assert extended["metrics"] == at_once["metrics"]
+    assert record(tmp_path / "extended") == record(tmp_path / "at_once")
+    assert extended["train_seconds"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage.
+
+
+@pytest.fixture
+def half_done(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Settings, RunFolder, dict[str, Any]]:
+    """A run that was stopped in its second epoch, with the result that it is to have."""
+    asked = settings("~callbacks.images", "checkpoint.every_n_steps=2")
+    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
+    stopped(asked, RunFolder(tmp_path / "half"), monkeypatch, batch=11)
+    return asked, RunFolder(tmp_path / "half"), whole
+
+
+def cut_off(path: Path) -> None:
+    os.truncate(path, random.Random(0).randrange(path.stat().st_size))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(1).randrange(len(content))] ^= 0x10
+    path.write_bytes(content)
+
+
+def flip_in_the_checksum(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 0x01
+    path.write_bytes(content)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip, flip_in_the_checksum, empty, folder_instead])
+def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+) -> None:
+    asked, folder, whole = half_done
+    damage(folder.last)
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
+    assert "set aside as last.ckpt.damaged-0" in caplog.text
+
+
+def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
+    asked, folder, _ = half_done
+    for path in folder.resume_candidates():
+        cut_off(path)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no good checkpoint to go on from .*last.ckpt.damaged-0.*start it anew"):
+            experiment.train(asked, folder, [])
+
+
+def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+    import torch
+
+    _, folder, _ = half_done
+    paths = sorted(folder.checkpoints.glob("*.ckpt"))
+    assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
+    for path in paths:
+        assert (
+            torch.load(path, weights_only=True)["state_dict"].keys() == checkpoint_files.read(path)["state_dict"].keys()
+        )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
+def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import resource
+
+    asked = settings("~callbacks.images", "checkpoint.every_n_steps=2")
+    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
+    folder, size = RunFolder(tmp_path / "full"), (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
+    stopped(asked, folder, monkeypatch, batch=9)
+    saved = {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()}
+
+    # The system refuses to write more than half a checkpoint, as it would with a full disk.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not be saved, the one before it is kept; make room"):
+            experiment.train(asked, folder, [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == saved
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
+@pytest.mark.parametrize("missing", ["optimizer_states", "hyper_parameters", "a weight"])
+def test_a_checkpoint_that_lacks_something_says_so(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]], missing: str
+) -> None:
+    import torch
+
+    asked, folder, _ = half_done
+    content = torch.load(folder.last, weights_only=True)
+    if missing == "a weight":
+        del content["state_dict"]["network.0.0.weight"]
+    else:
+        del content[missing]
+    for path in folder.resume_candidates():
+        path.unlink(missing_ok=True)
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
+    with pytest.raises(UserError, match=r"weight is not in it|no good checkpoint|it has no optimizer_states"):
+        experiment.train(asked, folder, [])
+
+
+def test_another_number_of_processes_is_another_experiment(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
+    asked, folder, _ = half_done
+    content = checkpoint_files.read(folder.last)
+    content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
+    with pytest.raises(UserError, match=r"trainer.devices: the run has 2 processes.* now there would be 1"):
+        experiment.train(asked, folder, [])
+
+
+class Unreadable(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"where": Path()}
+
+
+def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_first_saved(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    asked = settings(f"+callbacks.mine._target_={__name__}.Unreadable", "trainer.max_epochs=1")
+    with pytest.raises(UserError, match=r"callbacks: the state of one holds a pathlib.*PosixPath, which"):
+        experiment.train(asked, RunFolder(tmp_path), [])
+
+
+def test_a_logger_of_ones_own_goes_on_too(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
+    stopped(asked, folder, monkeypatch, batch=9)
+    assert experiment.train(asked, folder, [])["resumes"] == 1
+    assert len(list(folder.path.glob("version_*/metrics.csv"))) == 2
+
+
+def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+) -> None:
+    asked, folder, whole = half_done
+    for path in folder.resume_candidates()[:-1]:
+        path.unlink()
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
+def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
+    trained(asked, folder.path, monkeypatch)
+    folder.best.unlink()
+    with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
+        experiment.train(asked, folder, [])
+
+
+def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
+    trained(asked, folder.path, monkeypatch)
+    endless = asked.model_copy(update={"schedule": asked.schedule.model_copy(update={"name": "constant", "warmup": 0})})
+    folder.write_request(OmegaConf.create(endless.model_dump(mode="json")), [])
+    folder.write_result({"status": "failed"})
+    before = folder.config.read_bytes(), folder.result.read_bytes()
+    fewer = endless.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 1})})
+    with pytest.raises(UserError, match=r"trainer.max_epochs=1: the run has 2 epochs behind it"):
+        execute_run(OmegaConf.create(fewer.model_dump(mode="json")), folder.path, [])
+    assert (folder.config.read_bytes(), folder.result.read_bytes()) == before
+
+
+def broken_pipe() -> int:
+    """Where to write to a reader that is gone, as `tee` is, which has had the Ctrl-C as well."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def test_a_stop_is_heeded_though_nobody_reads_what_is_told_of_it() -> None:
+    standard_error, writer = os.dup(2), broken_pipe()
+    os.dup2(writer, 2)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signum == signal.SIGINT
+    finally:
+        os.dup2(standard_error, 2)
+        os.close(writer)
+        os.close(standard_error)
+
+
+def test_a_run_whose_reader_is_gone_goes_on_to_its_result(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with os.fdopen(broken_pipe(), "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert experiment.train(settings("callbacks=none", "logger=none"), RunFolder(tmp_path), [])["epochs"] == 2
+
+
+def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (folder.checkpoints / ".ipynb_checkpoints").mkdir(parents=True)
+    for name in (".fresh.ckpt", ".best.ckpt.tmp", ".nfs01", "last.ckpt"):
+        (folder.checkpoints / name).touch()
+    with folder.claimed():
+        assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
+            ".ipynb_checkpoints",
+            ".nfs01",
+            "last.ckpt",
+        ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real processes.
+
+
+LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1", "callbacks=none")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
+def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    runs = tmp_path / "outputs" / "runs"
+    asked = validate(compose_config([*LONGER, f"data.root={data_root}"]))
+    expected = experiment.train(asked, RunFolder(runs / "whole"), [])
+
+    # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
+    first = start("train", *LONGER, "name=killed", **there)
+    wait_for(runs / "killed" / "checkpoints" / "last.ckpt", first)
+    first.send_signal(signal.SIGSTOP)  # it stays at work however long the second takes to start
+    second = nin("train", *LONGER, "name=killed", **there)
+    first.kill()
+    first.communicate()
+    assert second.returncode == 2, second.stderr
+    assert f"process {first.pid} on" in second.stderr
+
+    # Another experiment under the same name is refused, with the keys.
+    other = compose_config([*LONGER, "name=killed", "optimizer.lr=0.001", "seed=3"])
+    with pytest.raises(UserError, match=r"seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now"):
+        execute_run(other, runs / "killed", [])
+
+    # Asked to stop, it does at once, with a checkpoint of that step.
+    third = start("train", *LONGER, "name=killed", **there)
+    (runs / "killed" / "checkpoints" / "last-1.ckpt").unlink(missing_ok=True)
+    wait_for(runs / "killed" / "checkpoints" / "last-1.ckpt", third)
+    third.send_signal(signal.SIGINT)
+    output = third.communicate(timeout=60)[0]
+    assert third.returncode == 130, output
+    assert "going on from epoch" in output
+    assert "the same command goes on from there" in output
+
+    # Asked twice, it does not wait for anything.
+    fourth = start("resume", "outputs/runs/killed", **there)
+    log = runs / "killed" / "nin.log"
+    while log.read_text().count("going on from") < 2:
+        time.sleep(0.005)
+    fourth.send_signal(signal.SIGINT)
+    fourth.send_signal(signal.SIGINT)
+    assert fourth.wait(timeout=60) == 130
+    fourth.communicate()
+
+    last = nin("resume", "outputs/runs/killed", **there)
+    assert last.returncode == 0, last.stderr
+    result = json.loads((runs / "killed" / "result.json").read_text())
+    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert record(runs / "killed") == record(runs / "whole")
+    assert result["resumes"] == 3
+    assert log.read_text().count("going on from") == 3
+    # What the dead process had begun to write is gone.
+    assert not [path for path in (runs / "killed").rglob(".*") if path.name != ".hydra"]
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("data", ["garments", "fashion_mnist"])
+def test_twenty_deaths(tmp_path: Path, data_root: Path, request: pytest.FixtureRequest, data: str) -> None:
+    root = request.getfixturevalue("real_root") if data == "fashion_mnist" else data_root
+    there = {"cwd": tmp_path, "NIN_DATA": str(root)}
+    asked = [
+        *LONGER,
+        f"data={data}",
+        "data.augment=flip_shift",
+        "trainer.limit_train_batches=250",
+        "checkpoint.every_n_steps=3",
+    ]
+    runs, draw = tmp_path / "outputs" / "runs", random.Random(data)
+    assert nin("train", *asked, "name=whole", **there).returncode == 0
+    expected = json.loads((runs / "whole" / "result.json").read_text())
+    deaths = 0
+    for death in range(20):
+        process = start("train", *asked, "name=killed", **there)
+        log = runs / "killed" / "nin.log"
+        begun = log.read_text().count("going on from") if log.exists() else 0
+        if death:
+            while process.poll() is None and log.read_text().count("going on from") == begun:
+                time.sleep(0.01)
+        else:
+            wait_for(runs / "killed" / "checkpoints" / "last.ckpt", process)
+        time.sleep(draw.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
+        deaths += process.returncode == -signal.SIGKILL
+    last = nin("resume", "outputs/runs/killed", **there)
+    assert last.returncode == 0, last.stderr
+    result = json.loads((runs / "killed" / "result.json").read_text())
+    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert record(runs / "killed") == record(runs / "whole")
+    assert deaths > 10  # the run may have come to its end before the last of them
