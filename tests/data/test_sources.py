@@ -13,7 +13,8 @@ import pytest
 from nin.config.composition import compose_config
 from nin.config.schema import Data, UserError
 from nin.config.validation import validate
-from nin.data import files, idx
+from nin.data import idx
+from nin.data import sources as files
 
 NAMES = list(files.FASHION_MNIST)
 
