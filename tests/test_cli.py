@@ -71,7 +71,7 @@ def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> N
     folder = tmp_path / "outputs" / "runs" / "first"
     there = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "events" not in p.name)
     assert there == [
-        *(f".hydra/{name}" for name in ("config.yaml", "lock", "overrides.yaml", "process.json")),
+        *(f".hydra/{name}" for name in ("config.yaml", "lock", "overrides.yaml", "state.json")),
         *(f"checkpoints/{name}" for name in ("best.ckpt", "last-1.ckpt", "last.ckpt")),
         *("metrics.csv", "nin.log", "result.json", "tensorboard/hparams.yaml"),
     ]

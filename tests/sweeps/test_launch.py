@@ -27,7 +27,7 @@ from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError, project_conf
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import launch
+from nin.sweeps import checks, gpus, launch
 from nin.system import distributed
 from nin.system.signals import StoppedError, StopRequest
 from nin.training import experiment
@@ -44,10 +44,12 @@ def alone(overrides: list[str], folder: Path) -> str:
 
 def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:
     with pytest.raises(UserError) as refused:
-        launch._checked([["trainer=ddp", "trainer.accelerator=cpu"], ["trainer.devices=[0,1]"], ["seed=-1"]], here=True)
+        checks.check_jobs(
+            [["trainer=ddp", "trainer.accelerator=cpu"], ["trainer.devices=[0,1]"], ["seed=-1"]], on_this_machine=True
+        )
     first, second, third = refused.value.errors
     assert "trainer.strategy=ddp, trainer.devices=auto" in first
-    assert "hydra/launcher=joblib for one job a GPU" in first
+    assert "hydra/launcher=joblib for one job per GPU" in first
     assert "trainer.devices=[0, 1]" in second
     assert third.startswith("seed=-1")
 
@@ -58,20 +60,22 @@ def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for
     small = ["model=nin_small", "data=garments", f"data.root={data_root}"]
     jobs = [[*small, "trainer.precision=32-true"], [*small, "trainer.precision=bf61-mixed"]]
     with pytest.raises(UserError, match="Precision 'bf61-mixed' is invalid"):
-        launch._checked(jobs, here=True)
+        checks.check_jobs(jobs, on_this_machine=True)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="this machine has no GPU"):
-            launch._checked([[*small, "trainer=gpu"]], here=True)
-        assert len(launch._checked([[*small, "trainer=gpu"]], here=False)) == 1
-    with pytest.raises(UserError, match="no jobs"):
-        launch._checked([], here=True)
+            checks.check_jobs([[*small, "trainer=gpu"]], on_this_machine=True)
+        assert len(checks.check_jobs([[*small, "trainer=gpu"]], on_this_machine=False)) == 1
+    with pytest.raises(UserError, match="there are no jobs"):
+        checks.check_jobs([], on_this_machine=True)
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"its package is not installed; type: python3 -m uv sync --extra submitit"):
-        launch._require_installed("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher")
-    launch._require_installed("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
+    with pytest.raises(
+        UserError, match=r"its package is not installed; run: python3 -m pip install hydra-submitit-launcher submitit"
+    ):
+        checks.require_launcher("hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher")
+    checks.require_launcher("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # nin.config does it, and pytest undoes it
@@ -79,23 +83,21 @@ def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> Non
     asked = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
     with initialize_config_dir(str(project_conf()), version_base="1.3"):
         config = compose("train", overrides=asked, return_hydra_config=True)
-    with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are sent before one can fail"):
-        launch.Launch(config)
+    with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are submitted before one can fail"):
+        launch.Sweep(config)
 
 
 def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_held", [])
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    launch.acquire_gpu(tmp_path, StopRequest())
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ  # nothing was shared out
+    assert gpus.acquire_gpu(tmp_path, StopRequest()) is None  # none are shared
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
     monkeypatch.setenv("NIN_GPUS", "4,GPU-7")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
     with FileLock(tmp_path / ".gpu-4.lock"):
-        launch.acquire_gpu(tmp_path, StopRequest())
+        held = gpus.acquire_gpu(tmp_path, StopRequest())
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    launch.acquire_gpu(tmp_path, StopRequest())  # the next job of the same process
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    launch._held[0].release()
+    assert held is not None
+    held.release()
 
 
 def test_one_run_is_not_begun_by_each_of_sruns_processes(
@@ -104,7 +106,7 @@ def test_one_run_is_not_begun_by_each_of_sruns_processes(
     monkeypatch.setenv("SLURM_PROCID", "1")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     with pytest.raises(
-        UserError, match=r"srun started 2 processes, and trainer.strategy=auto is for one; add trainer=ddp"
+        UserError, match=r"srun started 2 processes, and trainer.strategy=auto uses one; add trainer=ddp"
     ):
         distributed.require_single_process_start(settings().trainer)
     distributed.require_single_process_start(settings("trainer=ddp").trainer)
@@ -187,7 +189,7 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     # Without experiment=quickstart, which has a name: this one is to be the time of start.
     asked, there = ["train", "model=nin_small", "data=garments", *SMALL[1:]], {"cwd": tmp_path, "data_root": data_root}
     refused = torchrun(*asked, stderr=subprocess.PIPE, **there).communicate(timeout=120)[1]
-    assert "torchrun started 2 processes, and trainer.strategy=auto is for one" in refused
+    assert "torchrun started 2 processes, and trainer.strategy=auto uses one" in refused
     assert "add trainer=ddp trainer.devices=2" in refused
     assert not (tmp_path / "outputs").exists()
     same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.01", "trainer.max_epochs=1"]
@@ -237,7 +239,7 @@ def test_torchruns_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path:
     third = runs / "halves" / "checkpoints" / "last-2.ckpt"
     status, prepare_images = on_a_terminal(*asked, "name=halves", stop_at=third, **there)
     assert status == 1  # torchrun's
-    assert "the same command goes on from there" in prepare_images
+    assert "run the same command again to resume" in prepare_images
     assert on_a_terminal(*asked, "name=halves", **there)[0] == 0
     whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
     assert (halves["weights_sha256"], halves["metrics"]) == (whole["weights_sha256"], whole["metrics"])

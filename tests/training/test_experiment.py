@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from helpers import SMALL
 from nin.checkpoints import files as checkpoint_files
-from nin.commands.eval import checkpoint_of
+from nin.commands.eval import find_checkpoint
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
@@ -73,7 +73,7 @@ def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, di
 def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, result = run
     for path in (folder.path, folder.best):
-        checkpoint = checkpoint_files.read(checkpoint_of(path))
+        checkpoint = checkpoint_files.read(find_checkpoint(path))
         metrics, confusion = experiment.evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
         assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
         assert confusion.sum() == 64

@@ -14,19 +14,19 @@ from typing import Any
 
 import pytest
 from lightning import Callback
-from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
 from helpers import SMALL, nin, start, wait_for
 from nin.checkpoints import files as checkpoint_files
-from nin.commands.train import execute_run
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
 from nin.system.signals import StoppedError, StopRequest
 from nin.training import experiment
+from nin.training.run import execute_run
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In this process: the interruption comes at an exact place, as a signal or as an exception that nobody catches.
@@ -204,7 +204,7 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
     result = experiment.train(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
     assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
-    assert "set aside as last.ckpt.damaged-0" in caplog.text
+    assert "renamed to last.ckpt.damaged-0" in caplog.text
 
 
 def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
@@ -214,7 +214,7 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
     for path in folder.resume_candidates():
         cut_off(path)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"no good checkpoint to go on from .*last.ckpt.damaged-0.*start it anew"):
+        with pytest.raises(UserError, match=r"no valid checkpoint to resume from .*last.ckpt.damaged-0.*start again"):
             experiment.train(asked, folder, [])
 
 
@@ -246,7 +246,7 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
     try:
-        with pytest.raises(OSError, match=r"could not be saved, the one before it is kept; make room"):
+        with pytest.raises(OSError, match=r"could not be saved, the previous one is kept; free some space"):
             experiment.train(asked, folder, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -270,7 +270,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
     for path in folder.resume_candidates():
         path.unlink(missing_ok=True)
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
-    with pytest.raises(UserError, match=r"weight is not in it|no good checkpoint|it has no optimizer_states"):
+    with pytest.raises(UserError, match=r"weight is missing|no good checkpoint|optimizer_states"):
         experiment.train(asked, folder, [])
 
 
@@ -333,12 +333,12 @@ def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
     asked, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
     trained(asked, folder.path, monkeypatch)
     endless = asked.model_copy(update={"schedule": asked.schedule.model_copy(update={"name": "constant", "warmup": 0})})
-    folder.write_request(OmegaConf.create(endless.model_dump(mode="json")), [])
+    folder.write_request(endless.model_dump(mode="json"), [])
     folder.write_result({"status": "failed"})
     before = folder.config.read_bytes(), folder.result.read_bytes()
     fewer = endless.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 1})})
-    with pytest.raises(UserError, match=r"trainer.max_epochs=1: the run has 2 epochs behind it"):
-        execute_run(OmegaConf.create(fewer.model_dump(mode="json")), folder.path, [])
+    with pytest.raises(UserError, match=r"trainer.max_epochs=1: the run has already trained for 2 epochs"):
+        execute_run(RunRequest(fewer, folder))
     assert (folder.config.read_bytes(), folder.result.read_bytes()) == before
 
 
@@ -375,7 +375,7 @@ def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path)
     (folder.checkpoints / ".ipynb_checkpoints").mkdir(parents=True)
     for name in (".fresh.ckpt", ".best.ckpt.tmp", ".nfs01", "last.ckpt"):
         (folder.checkpoints / name).touch()
-    with folder.claimed():
+    with folder.claim():
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == [
             ".ipynb_checkpoints",
             ".nfs01",
@@ -410,7 +410,7 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     # Another experiment under the same name is refused, with the keys.
     other = compose_config([*LONGER, "name=killed", "optimizer.lr=0.001", "seed=3"])
     with pytest.raises(UserError, match=r"seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now"):
-        execute_run(other, runs / "killed", [])
+        execute_run(RunRequest(validate(other), RunFolder(runs / "killed")))
 
     # Asked to stop, it does at once, with a checkpoint of that step.
     third = start("train", *LONGER, "name=killed", **there)
@@ -419,13 +419,13 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     third.send_signal(signal.SIGINT)
     output = third.communicate(timeout=60)[0]
     assert third.returncode == 130, output
-    assert "going on from epoch" in output
-    assert "the same command goes on from there" in output
+    assert "resuming from epoch" in output
+    assert "run the same command again to resume" in output
 
     # Asked twice, it does not wait for anything.
     fourth = start("resume", "outputs/runs/killed", **there)
     log = runs / "killed" / "nin.log"
-    while log.read_text().count("going on from") < 2:
+    while log.read_text().count("resume #") < 2:
         time.sleep(0.005)
     fourth.send_signal(signal.SIGINT)
     fourth.send_signal(signal.SIGINT)
@@ -438,7 +438,7 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
     assert record(runs / "killed") == record(runs / "whole")
     assert result["resumes"] == 3
-    assert log.read_text().count("going on from") == 3
+    assert log.read_text().count("resume #") == 3
     # What the dead process had begun to write is gone.
     assert not [path for path in (runs / "killed").rglob(".*") if path.name != ".hydra"]
 
@@ -463,9 +463,9 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path, request: pytest.FixtureR
     for death in range(20):
         process = start("train", *asked, "name=killed", **there)
         log = runs / "killed" / "nin.log"
-        begun = log.read_text().count("going on from") if log.exists() else 0
+        begun = log.read_text().count("resume #") if log.exists() else 0
         if death:
-            while process.poll() is None and log.read_text().count("going on from") == begun:
+            while process.poll() is None and log.read_text().count("resume #") == begun:
                 time.sleep(0.01)
         else:
             wait_for(runs / "killed" / "checkpoints" / "last.ckpt", process)

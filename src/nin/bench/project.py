@@ -12,21 +12,21 @@ from lightning import Callback, Trainer
 from rich.console import Console
 
 from nin.config.schema import Settings
-from nin.data.module import ImageData
+from nin.data.module import ImageDataModule
 from nin.runs.folder import RunFolder
 from nin.system.signals import StopRequest
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.classifier import Classifier
-from nin.training.trainer import build_trainer
+from nin.training.experiment import build_trainer
 
 Told = Callable[[str], None]  # takes a line that says what is measured now
 
 
 @contextlib.contextmanager
-def project(settings: Settings) -> Iterator[tuple[Classifier, ImageData, Callable[..., Trainer]]]:
+def project(settings: Settings) -> Iterator[tuple[Classifier, ImageDataModule, Callable[..., Trainer]]]:
     """What `nin train` trains with: its bar (drawn nowhere), loggers and checkpoints, in a folder that goes away."""
     with tempfile.TemporaryDirectory() as path, Path(os.devnull).open("w") as nowhere, StopRequest() as stop:
         folder = RunFolder(path)
@@ -44,7 +44,7 @@ def project(settings: Settings) -> Iterator[tuple[Classifier, ImageData, Callabl
             return trainer
 
         try:
-            yield Classifier(settings), ImageData(settings.data, settings.seed), build
+            yield Classifier(settings), ImageDataModule(settings.data, settings.seed), build
         finally:
             for logger in opened:
                 if isinstance(logger, SingleFileTensorBoardLogger):

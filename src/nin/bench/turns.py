@@ -21,7 +21,7 @@ from torchvision import transforms
 from nin import networks
 from nin.bench.project import Told, project, wait_for
 from nin.config.schema import Settings
-from nin.data.module import ImageData
+from nin.data.module import ImageDataModule
 from nin.networks import IN_CHANNELS
 from nin.system.devices import default_allocator
 from nin.training.classifier import Classifier
@@ -150,7 +150,7 @@ class PILImages(Dataset):
         return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
 
 
-def _data_rate(data: ImageData, module: Classifier, seconds: float) -> float:
+def _data_rate(data: ImageDataModule, module: Classifier, seconds: float) -> float:
     """Images a second that are taken, resize and scaled, and nothing else."""
     images, begun = 0, time.perf_counter()
     while True:
@@ -161,7 +161,7 @@ def _data_rate(data: ImageData, module: Classifier, seconds: float) -> float:
                 return images / (time.perf_counter() - begun)
 
 
-def _scoring_rate(data: ImageData, module: Classifier, device: torch.device, seconds: float) -> float:
+def _scoring_rate(data: ImageDataModule, module: Classifier, device: torch.device, seconds: float) -> float:
     """Images a second through `Classifier.validation_step`, as `nin eval` does it."""
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     training, images, begun = module.training, 0, time.perf_counter()

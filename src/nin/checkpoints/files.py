@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, with a checksum, data only; and how a good one is told from a damaged one."""
+"""Checkpoint files: atomic, with a checksum, data only; which of them are valid, and whether they fit the run."""
 
 import hashlib
 import io
@@ -6,38 +6,47 @@ import logging
 import pickle
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from lightning.fabric.plugins import TorchCheckpointIO
-from omegaconf import OmegaConf
+from torch import Tensor, nn
 
 from nin.config.schema import Settings, UserError
-from nin.config.validation import validate
+from nin.config.validation import differences, validate_plain
 from nin.runs.folder import RunFolder, open_atomically
-from nin.system.distributed import global_rank
 
 log = logging.getLogger(__name__)
 
+# The key under which the callback `ResumableCheckpoint` finds its own state in a checkpoint.
+CALLBACK = "ResumableCheckpoint"
+
+# The checksum is the comment of the zip file: 64 hexadecimal digits of the SHA-256 of everything before them.
+_DIGITS = 64
+_ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes before the comment
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint whole or not at all, with a checksum in it; reads data only, never code.
+    """Saves checkpoints atomically, with a checksum inside; loads data only, never code."""
 
-    The checksum is the zip file's comment: 64 hex digits of the SHA-256 of everything before them.
-    """
-
-    proved = False
+    _is_readable = False
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Saves ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: if the disk is full or can't be written; the previous file is kept.
+            UserError: if a callback's state could not be loaded again as data.
+        """
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        if not self.proved:  # once: what could not be read again must not be found out at the end
+        if not self._is_readable:  # once: a state that can't be loaded must be found in the first save, not on resuming
             _require_data(buffer)
-            self.proved = True
+            self._is_readable = True
         content = buffer.getbuffer()
-        content[-2:] = _DIGITS.to_bytes(2, "little")  # the comment's length, at the very end of a zip file
+        content[-2:] = _DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
         digest = hashlib.sha256(content).hexdigest().encode()
         try:
             with open_atomically(Path(path)) as file:
@@ -46,12 +55,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             megabytes = len(content) / 1e6
             error.strerror = (
-                f"{error.strerror}: the checkpoint of {megabytes:.0f} MB could not be saved, the one before it is "
-                "kept; make room and say the same command again, which goes on from there"
+                f"{error.strerror}: the checkpoint of {megabytes:.0f} MB could not be saved, the previous one is kept; "
+                "free some space and run the same command again, which resumes from there"
             )
             raise
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Loads a checkpoint as `read` does."""
         return read(Path(path))
 
 
@@ -61,23 +71,19 @@ def _require_data(buffer: io.BytesIO) -> None:
     except pickle.UnpicklingError as error:
         kind = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"callbacks: the state of one holds a {kind[1] if kind else 'class'}, which can't be read again without "
-            "running code; have its state_dict() return tensors, numbers, words, lists and dictionaries of them"
+            f"callbacks: the state of one holds a {kind[1] if kind else 'class'}, which can't be loaded without "
+            "running code; its state_dict() must return tensors, numbers, strings, lists and dictionaries of them"
         ) from error
 
 
-# The name under which the callback `ResumableCheckpoint` finds its own state in a checkpoint.
-CALLBACK = "ResumableCheckpoint"
-_DIGITS = 64
-_ZIP_END = b"PK\x05\x06"  # 22 bytes before the comment
-
-
 def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content: tensors and plain values, on the CPU.
+    """The content of a checkpoint: tensors on the CPU and plain values.
 
     Raises:
-        UserError: if the file is missing, damaged, no checkpoint of this project, or holds anything but data.
+        UserError: if the file is missing, damaged, not a checkpoint of this project, or holds anything but data.
     """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -85,81 +91,127 @@ def read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     end = len(content) - _DIGITS
-    sealed = content[end - 22 : end - 18] == _ZIP_END
-    if sealed and hashlib.sha256(content[:end]).hexdigest().encode() != content[end:]:
-        raise UserError(f"{path}: damaged: its content does not fit its checksum")
+    if end < 22 or content[end - 22 : end - 18] != _ZIP_END:
+        raise UserError(f"{path}: damaged, or not a checkpoint of nin: it does not end with a checksum")
+    if hashlib.sha256(content[:end]).hexdigest().encode() != content[end:]:
+        raise UserError(f"{path}: damaged: its content does not match its checksum")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of pickles of other protocols before it refuses them
+            warnings.simplefilter("ignore")  # torch warns about other pickle protocols before it refuses them
             checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: refused: it is no checkpoint, or holds more than tensors and plain values, which could run code "
-            "when it is read"
+            f"{path}: refused: it is not a checkpoint, or holds more than tensors and plain values, which could run "
+            "code when it is loaded"
         ) from error
-    except Exception as error:  # whatever torch happens on in a file that is cut off
-        raise UserError(
-            f"{path}: damaged, or no checkpoint: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: not a checkpoint of nin: it holds a {type(checkpoint).__name__}")
-    missing = [key for key in ("state_dict", "hyper_parameters") if key not in checkpoint]
-    if missing:
-        raise UserError(f"{path}: not a checkpoint of this version of nin: it has no {' and no '.join(missing)}")
+    except Exception as error:  # torch raises many types on a file with a valid checksum of other content
+        raise UserError(f"{path}: not a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+    _require_layout(checkpoint, path)
     return checkpoint
 
 
-def settings_of(checkpoint: dict[str, Any], path: Path) -> Settings:
-    """The settings of the run that wrote a checkpoint.
-
-    Raises:
-        UserError: if they are not what this version of the project knows.
-    """
-    try:
-        return validate(OmegaConf.create(checkpoint["hyper_parameters"]))
-    except UserError as error:
-        raise UserError(f"{path}: written by another version of nin?\n{error}") from error
-
-
-def require_matching_weights(module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    """Raises UserError, with the names, if a checkpoint's weights are not those that ``module`` has."""
-    there, here = set(checkpoint["state_dict"]), set(module.state_dict())
-    if odd := sorted(there ^ here):
+def _require_layout(checkpoint: Any, path: Path) -> None:
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path}: not a checkpoint of nin: it holds a {type(checkpoint).__name__}")
+    layout = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "epoch": int}
+    wrong = [key for key, kind in layout.items() if not isinstance(checkpoint.get(key), kind)]
+    if wrong:
         raise UserError(
-            "the checkpoint was written by another version of nin: "
-            + ", ".join(f"{name} is {'not in it' if name in here else 'unknown here'}" for name in odd[:3])
-            + (f" and {len(odd) - 3} more" if len(odd) > 3 else "")
+            f"{path}: not a checkpoint of this version of nin: {', '.join(wrong)} missing or of another type"
         )
 
 
-def load_newest_valid(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
-    """The checkpoint to go on from, or None where none was ever saved. Damaged ones are set aside with a warning.
+def settings_of(checkpoint: Mapping[str, Any], path: Path) -> Settings:
+    """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.
 
     Raises:
-        UserError: if there were checkpoints and none is good.
+        UserError: if this version of the project does not know them.
+    """
+    try:
+        return validate_plain(checkpoint["hyper_parameters"]["settings"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
+
+
+def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Checks that a checkpoint has the weights of ``module``, with their shapes and types, all finite.
+
+    Raises:
+        UserError: names the weights that differ.
+    """
+    saved, current = checkpoint["state_dict"], module.state_dict()
+    wrong = [
+        f"{name} is {'missing' if name in current else 'unknown'}" for name in sorted(saved.keys() ^ current.keys())
+    ]
+    for name in (name for name in current if name in saved):
+        if not isinstance(saved[name], Tensor):
+            wrong.append(f"{name} is a {type(saved[name]).__name__}")
+        elif (saved[name].shape, saved[name].dtype) != (current[name].shape, current[name].dtype):
+            wrong.append(f"{name} is {_kind(saved[name])}, not {_kind(current[name])}")
+        elif not bool(saved[name].isfinite().all()):
+            wrong.append(f"{name} has values that are NaN or infinite")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"the checkpoint's weights are not those of the network: {', '.join(wrong[:3])}{more}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def load_newest_valid(folder: RunFolder, rank: int = 0) -> tuple[Path, dict[str, Any]] | None:
+    """The newest valid checkpoint of a run; None if none was ever saved. Damaged files are renamed with a warning.
+
+    Raises:
+        UserError: if there are checkpoints and none is valid.
     """
     for path in folder.resume_candidates():
         if not path.exists():
             continue
         try:
-            checkpoint = read(path)
+            return path, read(path)
         except UserError as error:
             aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
-            if global_rank() == 0:  # the others of several processes leave it out as well
+            if rank == 0:  # the other ranks skip it as well
                 path.rename(aside)
-            log.warning("%s; set aside as %s", error, aside.name)
-            continue
-        if missing := {"loops", "callbacks", "optimizer_states", "lr_schedulers"} - checkpoint.keys():
-            raise UserError(
-                f"{path}: nothing to go on from: it has no {', '.join(sorted(missing))} (another version's?)"
-            )
-        if "processes" not in checkpoint["callbacks"].get(CALLBACK, {}):
-            raise UserError(f"{path}: written by another program or version: it has no state of {CALLBACK}")
-        return path, checkpoint
-    # A best.ckpt or a damaged file is the trace of progress that must not be thrown away unasked.
-    if folder.checkpoints.exists() and (there := [p.name for p in folder.checkpoints.iterdir() if p.name[0] != "."]):
+            log.warning("%s; renamed to %s", error, aside.name)
+    # best.ckpt or a damaged file shows that there was progress, which must not be discarded silently.
+    if folder.checkpoints.exists() and (left := [p.name for p in folder.checkpoints.iterdir() if p.name[0] != "."]):
         raise UserError(
-            f"{folder.checkpoints}: no good checkpoint to go on from (there are: {', '.join(sorted(there))}); put a "
-            "good last.ckpt there, give another name=…, or remove the run's folder to start it anew"
+            f"{folder.checkpoints}: no valid checkpoint to resume from (found: {', '.join(sorted(left))}); put a valid "
+            "last.ckpt there, give another name=…, or remove the run's folder to start again"
         )
     return None
+
+
+def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settings, run_id: str | None) -> None:
+    """Checks that a checkpoint continues exactly this experiment, and has all the state that resuming needs.
+
+    Args:
+        run_id: the identity of the run's folder; None if it has none yet.
+
+    Raises:
+        UserError: names what differs or is missing.
+    """
+    needed = {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
+    wrong = [key for key, kind in needed.items() if not isinstance(checkpoint.get(key), kind)]
+    scheduled = settings.schedule.name != "constant" or settings.schedule.warmup > 0
+    for key, count in (("optimizer_states", 1), ("lr_schedulers", int(scheduled))):
+        if key not in wrong and len(checkpoint[key]) != count:
+            wrong.append(f"{key} has {len(checkpoint[key])} entries instead of {count}")
+    state = checkpoint["callbacks"].get(CALLBACK) if "callbacks" not in wrong else None
+    if not isinstance(state, dict) or "processes" not in state:
+        wrong.append(f"the state of {CALLBACK}")
+    if wrong:
+        raise UserError(f"{path}: can't be resumed: {', '.join(wrong)} (missing or wrong)")
+    if different := differences(settings_of(checkpoint, path), settings):
+        raise UserError(
+            f"{path} was saved by another experiment; give another name=…, or its settings:\n  "
+            + "\n  ".join(different)
+        )
+    saved_by = state.get("run_id")
+    if run_id and saved_by and saved_by != run_id:
+        raise UserError(
+            f"{path} was saved by another run (run id {saved_by[:8]}…, the folder has {run_id[:8]}…); put the run's "
+            "own checkpoint there, or give another name=…"
+        )

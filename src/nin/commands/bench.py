@@ -12,9 +12,10 @@ from rich.table import Table
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.runs.folder import logging_to, write_atomically
+from nin.runs.console import log_to
+from nin.runs.folder import write_atomically
 from nin.runs.results import shown
-from nin.sweeps.launch import require_accelerator
+from nin.system.devices import require_accelerator
 from nin.system.signals import StoppedError
 
 # What is measured is training; garments need no download and are as large as Fashion-MNIST's images.
@@ -43,7 +44,7 @@ def main(arguments: list[str]) -> int:
     told = Console(stderr=True, highlight=False).print
     told("loading torch and Lightning …")
     try:
-        with logging_to(None):
+        with log_to(None):
             found = measured(settings, asked.seconds, asked.rounds, told)
     except StoppedError as stopped:
         told(f"{stopped}; nothing is written")
@@ -57,8 +58,9 @@ def main(arguments: list[str]) -> int:
 
 def measured(settings: Settings, seconds: float, rounds: int, told: Any) -> dict[str, Any]:
     from nin.bench import memory, overhead, turns
-    from nin.training.experiment import device_name, versions
-    from nin.training.trainer import build_trainer, set_threads
+    from nin.system.devices import set_threads
+    from nin.training.experiment import build_trainer, device_name
+    from nin.training.run import versions
 
     set_threads(settings)
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]

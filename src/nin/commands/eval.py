@@ -5,41 +5,47 @@ from pathlib import Path
 
 from nin.config.composition import apply_overrides
 from nin.config.schema import UserError
+from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
-from nin.runs.folder import RunFolder, logging_to
+from nin.runs.console import log_to, tolerate_output_errors
+from nin.runs.folder import RunFolder
 from nin.runs.results import show_test
 
-MAY_CHANGE = ("data.root", "data.batch_size", "trainer", "threads", "speed")
+MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="nin eval",
-        description="Test loss and accuracy, by class too, and the confusion matrix. Of a run's folder its best.ckpt "
-        "is tested, which is what result.json has; before the first epoch's end, last.ckpt.",
-        epilog="example: nin eval outputs/runs/first trainer=cpu",
-    )
-    parser.add_argument("run_or_checkpoint", type=Path, help="a run's folder, or one .ckpt file")
-    parser.add_argument("overrides", nargs="*", help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
-    asked = parser.parse_args(arguments)
-    path = checkpoint_of(asked.run_or_checkpoint)
+    args = parse_arguments(arguments)
+    tolerate_output_errors()
+    path = find_checkpoint(args.run_or_checkpoint)
+    with log_to(None):
+        from nin.checkpoints.files import read, settings_of
+        from nin.training.experiment import evaluate
 
-    with logging_to(None):
-        from nin.checkpoints import files as checkpoint_files
-        from nin.training import experiment
-
-        checkpoint = checkpoint_files.read(path)
-        settings = apply_overrides(checkpoint_files.settings_of(checkpoint, path), asked.overrides, MAY_CHANGE)
+        checkpoint = read(path)
+        settings = apply_overrides(ignore_stored_paths(settings_of(checkpoint, path)), args.overrides, MAY_CHANGE)
         prepare(settings.data)
-        metrics, confusion = experiment.evaluate(settings, checkpoint)
-    print(
-        f"{path}: {settings.model.name}, {settings.data.name} at {settings.data.image_size}x{settings.data.image_size}"
-    )
+        metrics, confusion = evaluate(settings, checkpoint)
+    size = settings.data.image_size
+    print(f"{path}: {settings.model.name}, {settings.data.name} at {size}x{size}")
     show_test(metrics, confusion)
 
 
-def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that a run's folder is judged by, or ``path`` itself if it is a file.
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nin eval",
+        allow_abbrev=False,
+        description="Test loss and accuracy, also per class, and the confusion matrix. Of a run's folder, best.ckpt is "
+        "tested, as in result.json; before the end of the first epoch, last.ckpt.",
+        epilog="example: nin eval outputs/runs/first trainer=cpu",
+    )
+    parser.add_argument("run_or_checkpoint", type=Path, help="a run's folder, or a .ckpt file")
+    parser.add_argument("overrides", nargs="*", help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
+    return parser.parse_args(arguments)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that represents a run's folder, or ``path`` itself if it is a file.
 
     Raises:
         UserError: if there is none.

@@ -1,51 +1,71 @@
-"""``nin resume RUN [overrides]``: go on with the run in a folder, from its own config."""
+"""``nin resume RUN [overrides]``: continue the run in a folder, from its own config."""
 
 import argparse
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from nin.commands.train import RunFailedError, execute_run, is_finished
 from nin.config.composition import apply_overrides
-from nin.config.schema import MAY_CHANGE, UserError
-from nin.config.validation import validate
-from nin.data.sources import prepare
+from nin.config.schema import MAY_CHANGE, Settings, UserError
+from nin.config.trust import ignore_stored_actions, require_trusted_targets
+from nin.config.validation import validate_plain
+from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
-from nin.sweeps.launch import require_accelerator
+from nin.runs.request import RunRequest
 from nin.system.distributed import require_single_process_start
 from nin.system.signals import StoppedError
+from nin.training.run import RunFailedError, execute_run
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nin resume",
-        description="Go on with an interrupted or failed run from its last.ckpt, to the very result that it would "
-        "have had; with trainer.max_epochs=… also with a finished one.",
-        epilog=f"may change: {', '.join(MAY_CHANGE)}",
-    )
-    parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
-    parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
-    asked = parser.parse_args(arguments)
-
-    folder = RunFolder(asked.run)
-    config = folder.read_request()
-    if config is None:
-        raise UserError(f"{asked.run}: no run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
-    before = list(OmegaConf.load(folder.overrides)) if folder.overrides.exists() else []
-    try:
-        settings = apply_overrides(validate(config), asked.overrides, MAY_CHANGE, before)
-    except UserError:  # the earlier ones may need a --config-dir that is not here
-        settings = apply_overrides(validate(config), asked.overrides, MAY_CHANGE)
-    settings = settings.model_copy(update={"resume": "auto"})
+    args = parse_arguments(arguments)
+    tolerate_output_errors()
+    folder = RunFolder(args.run)
+    settings, overrides = read_settings(folder, args.overrides, args.allow)
+    folder.keep = settings.checkpoint.keep
     require_single_process_start(settings.trainer)
-    if not is_finished(folder, settings):
-        prepare(settings.data)
-        require_accelerator(settings.trainer)
     try:
-        execute_run(OmegaConf.create(settings.model_dump(mode="json")), asked.run, [*before, *asked.overrides])
+        execute_run(RunRequest(settings, folder, overrides))
     except RunFailedError:
         return 1
     except StoppedError as stopped:
         stopped.requeue()
         return stopped.exit_status
     return 0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nin resume",
+        allow_abbrev=False,
+        description="Continue an interrupted or failed run from its last.ckpt, to the result that it would have had "
+        "without the interruption; with trainer.max_epochs=… also a finished one.",
+        epilog=f"may change: {', '.join(MAY_CHANGE)}",
+    )
+    parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
+    parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
+    parser.add_argument(
+        "--allow", metavar="MODULE", action="append", default=[],
+        help="a Python module of yours whose classes the run's config may name; can be given several times",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -> tuple[Settings, list[str]]:
+    """The settings to resume with, and all overrides that led to them.
+
+    The stored config is plain data: no interpolation is resolved, and it can't name code outside this project,
+    Lightning and torchmetrics, nor addresses to download from.
+
+    Raises:
+        UserError: if the folder has no valid config, or an override is not allowed.
+    """
+    config = folder.read_request()
+    if config is None:
+        raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
+    stored = ignore_stored_actions(validate_plain(config))
+    require_trusted_targets(stored, allowed)
+    previous = folder.read_overrides()
+    try:
+        settings = apply_overrides(stored, overrides, MAY_CHANGE, previous)
+    except UserError:  # the earlier overrides may need a --config-dir that is not given here
+        settings = apply_overrides(stored, overrides, MAY_CHANGE)
+    return settings.model_copy(update={"resume": "auto"}), [*previous, *overrides]

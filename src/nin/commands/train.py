@@ -1,292 +1,189 @@
-"""``nin train``: train a network, then test its best checkpoint once. A Hydra command; ``-m`` sweeps."""
+"""``nin train``: train a network, then test its best checkpoint once. A Hydra command; ``-m`` starts a sweep."""
 
+import argparse
 import contextlib
-import gc
-import logging
 import os
 import sys
-import traceback
 from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
+import hydra.version
+from hydra._internal.callbacks import Callbacks
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import run_job
 from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.commands.report import report
 from nin.config.composition import collect_errors, first_job_overrides
-from nin.config.schema import Settings, UserError, project_conf
-from nin.config.validation import differences, validate
-from nin.data.sources import prepare
-from nin.runs.folder import RunFolder, logging_to, write_atomically
-from nin.sweeps.jobs import job_folder, own_overrides
-from nin.sweeps.launch import (
-    Launch,
-    acquire_gpu,
-    is_joblib,
-    is_joblib_worker,
-    require_accelerator,
-    stop_other_workers,
-)
-from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_single_process_start
-from nin.system.signals import StoppedError, StopRequest, back_in_queue
-
-
-class RunFailedError(Exception):
-    """A run failed; the traceback is in its log and on standard error already."""
+from nin.config.schema import UserError, project_conf
+from nin.config.validation import did_you_mean, validate
+from nin.runs.console import tolerate_output_errors
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+from nin.system.distributed import broadcast_run_dir, receive_run_dir, require_single_process_start
+from nin.system.signals import StoppedError
+from nin.training.run import RunFailedError, execute_run
 
 
 def main(arguments: list[str]) -> int:
-    sys.argv = [sys.argv[0], *arguments, *receive_run_dir()]
-    # Exceptions come to us instead of being printed by Hydra with exit status 1.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    run = hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(job)
+    args = parse_arguments(arguments)
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        return show(arguments, args)
+    tolerate_output_errors()
+    with open_hydra(args.config_dir, args.config_path) as app:
+        is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+        config = compose(app, args, RunMode.MULTIRUN if is_sweep else RunMode.RUN)
+        return start_sweep(app, config) if is_sweep else run_once(app, config)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parses Hydra's options. Settings are given as ``key=value``, without dashes.
+
+    Raises:
+        UserError: on an unknown option.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]  # no public list
+        option = unknown[0].partition("=")[0]
+        word = option.lstrip("-")
+        raise UserError(
+            f"{option}: no such option; settings are given as key=value, as in {word or 'seed'}=…; "
+            f"{did_you_mean(option, options)}"
+        )
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun: not supported; use nin resume RUN")
+    return args
+
+
+def show(arguments: list[str], args: argparse.Namespace) -> int:
+    """Hydra's own ``--help``, ``--cfg``, ``--info`` and shell completion."""
+    sys.argv = [sys.argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     try:
-        run()
-    except (Exception, KeyboardInterrupt) as error:
-        return _status(error, arguments)
-    finally:
-        if _launch and any(_launch.folder.glob("*/.hydra/overrides.yaml")):
-            report(_launch.folder)
+        hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(lambda config: None)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise collect_errors(error, args.overrides, args.config_dir) from None
+    except ValueError as error:  # options that exclude each other
+        raise UserError(str(error)) from None
     return 0
 
 
-# The sweep that this process has begun.
-_launch: Launch | None = None
-
-# For hydra.sweep.subdir in conf/train.yaml.
-OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)
-
-
-def _status(error: Exception | KeyboardInterrupt, arguments: list[str]) -> int:
-    """The exit status for what ended Hydra, or the UserError that tells of it."""
-    if _launch and _launch.stopped_by:
-        return StoppedError(_launch.stopped_by).exit_status
-    if _launch and _launch.ended_fast:
-        return 1  # the others were stopped because one failed
-    match error:
-        case StoppedError():
-            return error.exit_status
-        case UserError() | RunFailedError():
-            return 1  # told when it happened; the sweep's other jobs went on
-        case HydraException() | OmegaConfBaseException():
-            known = get_args_parser().parse_args(arguments)
-            overrides = first_job_overrides(known.overrides) if known.multirun else known.overrides
-            raise collect_errors(error, overrides, known.config_dir) from None
-        case BrokenProcessPool():
-            print("nin train: a job's process was killed; the same command goes on from there", file=sys.stderr)
-            return 1
-        case ValueError() if "flag can only be used" in str(error) or str(error).startswith("Only one of --"):
-            raise UserError(str(error)) from None  # Hydra's, of its own options
-        case OSError():  # Hydra makes the run's folder before the job begins
-            raise UserError(
-                f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
-            ) from error
-    raise error
-
-
-class BeforeStart(Callback):
-    """Hydra calls it when the config is composed and nothing has been written: what can't work is refused here."""
-
-    def on_run_start(self, config: DictConfig, **_: object) -> None:
-        with _ending_the_program():
-            settings = validate(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
-            require_single_process_start(settings.trainer)
-            if config.hydra.sweeper.get("params"):
-                raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
-            broadcast_run_dir(config.hydra.run.dir)
-            if not is_finished(RunFolder(config.hydra.run.dir), settings):
-                prepare(settings.data)
-                require_accelerator(settings.trainer)
-
-    def on_multirun_start(self, config: DictConfig, **_: object) -> None:
-        global _launch
-        with _ending_the_program():
-            _launch = Launch(config)
-
-
 @contextlib.contextmanager
-def _ending_the_program() -> Iterator[None]:
-    """Hydra turns a callback's exceptions into warnings, all but the one that ends the program."""
-    try:
-        yield
-    except UserError as mistake:
-        print(f"nin train: {mistake}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
-
-
-def job(config: DictConfig) -> float | None:
-    """One run; in a sweep, one of its jobs. Returns val/acc, for sweepers that optimise."""
-    # Lightning's objects refer to each other: without this the job before would still hold its memory.
-    gc.collect()
-    hydra_config = HydraConfig.get()
-    path = Path(hydra_config.runtime.output_dir)
-    overrides = own_overrides(hydra_config.overrides.task)
-    launcher = hydra_config.launcher._target_ if hydra_config.mode == RunMode.MULTIRUN else ""
-    beside_others = is_joblib(launcher) and is_joblib_worker()
-    in_turn = launcher.endswith("BasicLauncher") or (is_joblib(launcher) and not beside_others)
-    try:
-        if beside_others:
-            result = _beside_others(config, path, overrides)
-        else:
-            stop = StopRequest()
-            result = execute_run(config, path, overrides, stop=stop)
-            if in_turn and stop.signum is not None:  # too late for this job, and for the next one not
-                raise StoppedError(stop.signum)
-        return result["metrics"]["val/acc"]
-    except UserError as mistake:
-        print(f"nin train: {mistake}", file=sys.stderr)
-        status, ended = 2, UserError(*mistake.errors)
-        with contextlib.suppress(OSError):
-            path.rmdir()  # if Hydra has just made it and nothing was written
-    except RunFailedError:
-        status, ended = 1, RunFailedError()
-    except StoppedError as stopped:
-        stopped.requeue()
-        status, ended = stopped.exit_status, StoppedError(stopped.signum)
-    if in_turn:
-        goes_on = status < 128 and not config.sweep.fail_fast
-    else:  # another process waits to be told, unless SLURM will run this job again
-        goes_on = bool(launcher) and not (status > 128 and back_in_queue())
-    if goes_on:
-        # Hydra keeps the exception to the sweep's end: a new one, whose traceback holds no network.
-        raise ended
-    sys.exit(status)  # not through Hydra, which would add lines of its own
-
-
-# In one of joblib's processes: its own for all its jobs, and why it begins no further one.
-_stop: StopRequest | None = None
-_ended_by: RunFailedError | UserError | None = None
-
-
-def _beside_others(config: DictConfig, path: Path, overrides: list[str]) -> dict[str, Any]:
-    """A job in one of joblib's processes. An exception that no job expects would have the jobs beside it killed."""
-    global _stop, _ended_by
-    if _stop is None:
-        _stop = StopRequest(with_parent=True)
-        _stop.listen()
-    if _ended_by:
-        raise _ended_by
-    acquire_gpu(path.parent, _stop)
-    if _stop.signum is not None:
-        raise StoppedError(_stop.signum)
-    try:
-        return execute_run(config, path, overrides, f"{path.name}  ", _stop)
-    except (UserError, RunFailedError) as failure:
-        if config.sweep.fail_fast:
-            _ended_by = failure
-            stop_other_workers()
-        raise
-
-
-def execute_run(
-    config: DictConfig, path: Path, overrides: list[str], label: str = "", stop: StopRequest | None = None
-) -> dict[str, Any]:
-    """Brings the run in folder ``path`` to its end, from wherever it is, and shows and returns its result.
+def open_hydra(config_dir: str | None = None, config_path: str | None = None) -> Iterator[Hydra]:
+    """Hydra as ``hydra.main`` sets it up, for runs and sweeps.
 
     Args:
-        label: stands before the lines that the run prints on its way, where others print beside it.
+        config_dir: a folder of the user's own configs, searched first (``--config-dir``).
+        config_path: replaces ``conf/`` (``--config-path``).
 
     Raises:
-        UserError: if the folder belongs to another experiment or another process is at work on it.
-        RunFailedError: if the work failed.
-        StoppedError: if it was stopped from outside.
+        UserError: if ``config_dir`` is not a folder.
     """
-    from nin.runs.results import show_result, shown
-
-    settings = validate(config)
-    folder = RunFolder(path, settings.checkpoint.keep)
-    _require_same_experiment(folder, settings)
-    if is_finished(folder, settings):
-        result = folder.read_result()
-        print(f"{shown(path)} is finished; to run it anew, give another name=… or remove the folder")
-    elif global_rank() == 0:
-        # The processes of a sweep that was killed end soon.
-        with folder.claimed(patience=20 if label else 0):
-            if is_finished(folder, settings):  # by another process, since we looked
-                return folder.read_result()
-            with logging_to(None):
-                from nin.training.trainer import build_trainer, threads_of
-
-                build_trainer(settings, folder.path, [])  # what Lightning refuses is refused before all else
-            settings = settings.model_copy(update={"threads": threads_of(settings, folder)})
-            before = {
-                file: file.read_text(encoding="utf-8")
-                for file in (folder.config, folder.overrides, folder.result)
-                if file.exists()
-            }
-            # As read: with absolute paths, so that the run goes on from wherever it is asked to.
-            folder.write_request(OmegaConf.create(settings.model_dump(mode="json")), overrides)
-            folder.result.unlink(missing_ok=True)
-            with logging_to(folder.log, label):
-                try:
-                    result = _train(settings, folder, overrides, label, stop)
-                except UserError:  # what is refused is not what the run was asked
-                    for file, text in before.items():
-                        write_atomically(file, text)
-                    raise
-    else:
-        with logging_to(None):
-            return _train(settings, folder, overrides, label, stop)
-    show_result(folder, result)
-    return result
-
-
-def is_finished(folder: RunFolder, settings: Settings) -> bool:
-    """Whether the run has ended, and is not asked for more epochs than it has."""
-    if folder.result_status() != "finished":
-        return False
-    asked, before = settings.trainer.max_epochs, folder.read_request()
-    if before is None or asked == before.trainer.max_epochs:
-        return True
-    return asked not in (-1, None) and asked <= folder.read_result()["epochs"]
-
-
-def _require_same_experiment(folder: RunFolder, now: Settings) -> None:
-    if not folder.has_progress() or (config := folder.read_request()) is None:
-        return
-    before = validate(config)
-    if now.resume == "never":
-        raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or leave resume=auto to go on")
-    if different := differences(before, now):
-        told = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
-        raise UserError("\n  ".join([told, *different]))
-
-
-def _train(
-    settings: Settings, folder: RunFolder, overrides: list[str], label: str, stop: StopRequest | None
-) -> dict[str, Any]:
-    from nin.training.experiment import train
-
-    log = logging.getLogger("nin")
+    if config_dir and not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such folder")
+    hydra.version.setbase("1.3")
+    GlobalHydra.instance().clear()
+    search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else project_conf()))
+    if config_dir:
+        path = f"file://{Path(config_dir).absolute()}"
+        search_path.prepend("command-line", path, SearchPathQuery(provider="schema", path=None))
     try:
-        result = train(settings, folder, overrides, label, stop)
-        if global_rank() == 0:
-            folder.write_result(result)
-        return result
+        yield Hydra.create_main_hydra2("nin", search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
+    """Composes the config, with Hydra's own section, for one run or for a sweep.
+
+    Raises:
+        UserError: lists every error in the overrides.
+    """
+    overrides = [*args.overrides, *receive_run_dir()]
+    try:
+        config = app.compose_config(args.config_name or "train", overrides, run_mode=mode)
+        config.hydra.mode = mode
+        return config
+    except (HydraException, OmegaConfBaseException) as error:
+        known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
+        raise collect_errors(error, known, args.config_dir) from None
+
+
+def run_once(app: Hydra, config: DictConfig) -> int:
+    """One run, as Hydra's job in the run's folder. Returns the exit status."""
+    request = _check(config)
+    existing = [folder for folder in request.folder.path.resolve().parents if folder.exists()]
+    callbacks = Callbacks(config)
+    callbacks.on_run_start(config=config, config_name="train")
+    context = HydraContext(config_loader=app.config_loader, callbacks=callbacks)
+    ended: list[Exception] = []
+
+    def task(_: DictConfig) -> None:
+        try:
+            execute_run(request)
+        except Exception as error:
+            ended.append(error)  # Hydra would print a line of its own before it raises it again
+            raise
+
+    try:
+        done = run_job(task, config, "hydra.run.dir", None, context)
+        callbacks.on_run_end(config=config, config_name="train", job_return=done)
+        for error in ended:
+            raise error
+        return 0
+    except UserError:
+        _remove_empty(request.folder.path.resolve(), existing[0])
+        raise
+    except RunFailedError:
+        return 1
     except StoppedError as stopped:
-        log.info("%s; goes on from last.ckpt", stopped)
-        if global_rank() == 0:
-            with contextlib.suppress(OSError):  # nobody listens any more
-                print(f"{stopped}; last.ckpt is saved, and the same command goes on from there", file=sys.stderr)
-        raise
-    except UserError as mistake:
-        log.info("refused: %s", mistake)
-        raise
-    except Exception as error:
-        log.exception("the run failed")
-        if global_rank() == 0:
-            with contextlib.suppress(OSError):  # a full disk, say
-                failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": overrides}
-                folder.write_result(failed)
-        raise RunFailedError from error
+        stopped.requeue()
+        return stopped.exit_status
+    except OSError as error:  # Hydra makes the run's folder
+        raise UserError(
+            f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
+        ) from error
+
+
+def _check(config: DictConfig) -> RunRequest:
+    settings = validate(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    require_single_process_start(settings.trainer)
+    if config.hydra.sweeper.get("params"):
+        raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
+    broadcast_run_dir(config.hydra.run.dir)
+    folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
+    return RunRequest(settings, folder, list(config.hydra.overrides.task))
+
+
+def _remove_empty(folder: Path, existing: Path) -> None:
+    """Removes the folders between ``existing`` and ``folder`` that a refused run has left empty."""
+    with contextlib.suppress(OSError):
+        while folder != existing:
+            folder.rmdir()
+            folder = folder.parent
+
+
+def start_sweep(app: Hydra, config: DictConfig) -> int:
+    """A sweep: its jobs, and at the end its report. Returns the exit status."""
+    from nin.commands.report import report
+    from nin.sweeps.launch import Sweep
+
+    sweep = Sweep(config)
+    try:
+        return sweep.run(app.config_loader)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.sweep.dir=…"
+        ) from error
+    finally:
+        if any(sweep.folder.glob("*/.hydra/overrides.yaml")):
+            report(sweep.folder)

@@ -149,12 +149,12 @@ class Checkpoint(Section):
 class Sweep(Section):
     # Whether a sweep stops at the first job that fails, instead of going on with the others.
     fail_fast: bool
-    # The keys that the sweep varies; it fills them in itself.
+    # Set by the sweep itself for its jobs: the keys that it varies, the number of jobs (None: not known beforehand),
+    # and whether a job waits while another process runs it.
     keys: list[str]
+    jobs: Positive | None
+    wait: bool
 
-
-# The variable by which a sweep tells joblib's processes how many threads a run alone would have.
-THREADS = "NIN_THREADS"
 
 # What a run may be told anew when it goes on; all else would make it another experiment.
 MAY_CHANGE = (

@@ -25,6 +25,17 @@ def validate(config: DictConfig) -> Settings:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    return validate_plain(plain)
+
+
+def validate_plain(plain: Any) -> Settings:
+    """`validate` for plain values, as checkpoints and run folders store them: no interpolation is resolved.
+
+    Args:
+        plain: a dictionary, or a config whose interpolations are left as they are.
+    """
+    if isinstance(plain, DictConfig):
+        plain = OmegaConf.to_container(plain, resolve=False)
     errors: dict[str, None] = {}
     settings = None
     try:

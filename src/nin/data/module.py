@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from nin.config.schema import Data
-from nin.data.sources import load, prepare
+from nin.data.sources import describe, load, prepare
 from nin.data.transforms import augment, resize
 
 
@@ -74,7 +74,7 @@ class Batches:
         self._place, self._loaded = dict(state), dict(state)
 
 
-class ImageData(LightningDataModule):
+class ImageDataModule(LightningDataModule):
     """Fashion-MNIST or the garments: training images, held-out images to choose by, test images.
 
     Args:
@@ -85,6 +85,7 @@ class ImageData(LightningDataModule):
     def __init__(self, data: Data, seed: int):
         super().__init__()
         self.data, self.seed = data, seed
+        self.info = describe(data)
 
     def prepare_data(self) -> None:
         prepare(self.data)

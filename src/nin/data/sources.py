@@ -7,6 +7,7 @@ import json
 import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,17 @@ FASHION_MNIST = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    class_names: tuple[str, ...]
+    channels: int
+    stored_size: int
+
+
+def describe(data: Data) -> DatasetInfo:
+    return DatasetInfo(CLASS_NAMES, 1, 28)
 
 
 def prepare(data: Data) -> None:

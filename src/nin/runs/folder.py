@@ -1,14 +1,13 @@
-"""A run is a folder: the names of its files, whose it is, and writes that are whole or not there at all."""
+"""A run is a folder: the names of its files, which process has claimed it, and atomic writes."""
 
 import contextlib
 import csv
 import json
-import logging
 import os
 import shutil
 import socket
-import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,151 +17,209 @@ from yaml import YAMLError
 
 from nin.config.schema import UserError
 
+STATUSES = ("finished", "failed", "pruned")
+
+
+class RunClaimedError(UserError):
+    """Another process has claimed the run's folder."""
+
 
 class RunFolder:
     """The files of one run; ``outputs/runs/<name>/`` or a sweep's ``outputs/sweeps/<name>/<overrides>/``.
 
     Args:
-        keep: how many checkpoints before ``last.ckpt`` stay to fall back on.
+        path: the folder; it need not exist.
+        keep: number of checkpoints before ``last.ckpt`` that are kept to fall back on.
     """
 
     def __init__(self, path: str | Path, keep: int = 2):
         self.path, self.keep = Path(path), keep
         self.config = self.path / ".hydra" / "config.yaml"
         self.overrides = self.path / ".hydra" / "overrides.yaml"
-        self.owner = self.path / ".hydra" / "process.json"
+        self.state = self.path / ".hydra" / "state.json"
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
-        self.fresh = self.checkpoints / ".fresh.ckpt"  # on its way to become last.ckpt
+        self.fresh = self.checkpoints / ".fresh.ckpt"  # just saved; `publish` renames it to last.ckpt
         self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "nin.log"
         self.result = self.path / "result.json"
 
     @contextlib.contextmanager
-    def claimed(self, patience: float = 0) -> Iterator[None]:
-        """This process owns the folder meanwhile; the claim of a process that was killed ends with it.
+    def claim(self, wait: Callable[[str], None] | None = None) -> Iterator[None]:
+        """Claims the folder for this process; the claim of a process that was killed ends with that process.
+
+        What the context creates in a new folder is removed if it ends with a UserError before a request is written.
 
         Args:
-            patience: seconds to wait for another process to be done with it.
+            wait: called about once a second, with a description of the process that has the claim, until the folder
+                is free; it may raise to stop waiting. None does not wait.
 
         Raises:
-            UserError: if another process has it, or it can't be written.
+            RunClaimedError: if another process has claimed the folder and ``wait`` is None.
+            UserError: if the folder can't be written, or holds symbolic links in the place of a run's files.
         """
+        created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        lock = FileLock(self.path / ".hydra" / "lock", timeout=1 if wait else 0)
         try:
             self.config.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".hydra" / "lock", timeout=patience)
-            lock.acquire()
-        except Timeout:
-            owner = self._read_owner()
-            raise UserError(
-                f"{self.path}: process {owner.get('pid')} on {owner.get('host')} is at work on this run; wait for it, "
-                "stop it, or give another name=…"
-            ) from None
+            self._require_no_links()
+            self._acquire(lock, wait)
         except OSError as error:
             raise UserError(
-                f"{self.path}: can't be written ({error.strerror}); make it so, or give another name"
+                f"{self.path}: can't be written ({error.strerror}); change its permissions, or give another name"
             ) from error
         try:
-            write_atomically(
-                self.owner, json.dumps(self._read_owner() | {"pid": os.getpid(), "host": socket.gethostname()})
-            )
-            for half_written in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp"), self.fresh):
-                half_written.unlink(missing_ok=True)
+            self.update_state(pid=os.getpid(), host=socket.gethostname())
+            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp"), self.fresh):
+                leftover.unlink(missing_ok=True)  # a process that was killed was writing it
             yield
         finally:
             with contextlib.suppress(OSError):
-                owner = {k: v for k, v in self._read_owner().items() if k not in ("pid", "host")}
-                write_atomically(self.owner, json.dumps(owner))
+                if self.config.exists():
+                    self.update_state(pid=None, host=None)
+                else:  # refused before anything was requested; removed while the lock is held, which waiters notice
+                    shutil.rmtree(self.config.parent)
+                    for folder in created:
+                        folder.rmdir()
             lock.release()
-            if not self.config.exists():  # refused before anything was asked of it
-                shutil.rmtree(self.config.parent, ignore_errors=True)
+
+    def _acquire(self, lock: FileLock, wait: Callable[[str], None] | None) -> None:
+        while True:
+            try:
+                lock.acquire()
+                return
+            except Timeout:
+                state = self.read_state()
+                owner = f"process {state.get('pid')} on {state.get('host')}"
+                if wait is None:
+                    raise RunClaimedError(
+                        f"{self.path}: {owner} is working on this run; wait for it, stop it, or give another name=…"
+                    ) from None
+                wait(f"{self.path}: waiting for {owner}, which is working on this run")
+
+    def _require_no_links(self) -> None:
+        """A folder from elsewhere must not direct writes to files outside it."""
+        inside = (self.log, self.metrics, self.result, self.checkpoints, self.tensorboard, *self.path.glob(".hydra/*"))
+        for path in (self.config.parent, *inside, *self.checkpoints.glob("*"), *self.tensorboard.glob("*")):
+            if path.is_symlink():
+                raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
 
     def is_claimed(self) -> bool:
-        """Whether the process that last had this folder lives, as far as this machine can tell."""
-        # Not by the lock: to try it is to have it for a moment, and a job that begins just then would be refused.
-        owner = self._read_owner()
-        if owner.get("host") != socket.gethostname():
+        """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
+        # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
+        state = self.read_state()
+        if state.get("host") != socket.gethostname() or not state.get("pid"):
             return False
         try:
-            os.kill(owner["pid"], 0)
+            os.kill(state["pid"], 0)
         except PermissionError:
             return True
         except OSError:
             return False
         return True
 
-    def latest_scores(self) -> dict[str, float]:
-        """The last epoch's scores of a run that has not ended, from metrics.csv."""
-        rows = self.read_epochs()
-        return {k: v for k, v in rows[-1].items() if k.startswith(("val/", "test/"))} if rows else {}
-
-    def read_epochs(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv, one an epoch; an epoch without scores has no such keys."""
-        with contextlib.suppress(OSError):
-            rows = csv.DictReader(self.metrics.read_text().splitlines())
-            return [{k: float(v) for k, v in row.items() if v} for row in rows]
-        return []
-
-    def _read_owner(self) -> dict[str, Any]:
+    def read_state(self) -> dict[str, Any]:
+        """The run's identity, the process that has claimed it, and each start: what no checkpoint can know."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self.owner.read_text())
+            state = json.loads(self.state.read_text())
+            if isinstance(state, dict):
+                return state
         return {}
 
-    def resumes(self, one_more: bool = False) -> int:
-        """How often training went on from a checkpoint; counted here, since a checkpoint can't know what came later."""
-        owner = self._read_owner()
-        if one_more:
-            owner["resumes"] = owner.get("resumes", 0) + 1
-            write_atomically(self.owner, json.dumps(owner))
-        return owner.get("resumes", 0)
+    def update_state(self, **values: Any) -> dict[str, Any]:
+        """Sets ``values`` in the state (None removes a key), writes it atomically and returns it."""
+        state = {"run_id": uuid.uuid4().hex} | self.read_state() | values
+        state = {key: value for key, value in state.items() if value is not None}
+        write_atomically(self.state, json.dumps(state))
+        return state
 
-    def write_request(self, config: DictConfig, overrides: list[str]) -> None:
-        """Writes down what was asked: the compose_config config, and the overrides that led to it."""
+    def write_request(self, config: dict[str, Any], overrides: list[str]) -> None:
+        """Writes the requested config and the overrides that led to it."""
         write_atomically(self.overrides, OmegaConf.to_yaml(OmegaConf.create(overrides)))
-        write_atomically(self.config, OmegaConf.to_yaml(config, resolve=True))
+        write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(config)))
 
     def read_request(self) -> DictConfig | None:
-        """The config of the run that this folder belongs to, or None if it is new.
+        """The config of the run in this folder, or None if the folder is new.
 
         Raises:
-            UserError: if the file is there and is no config.
+            UserError: if the file is there and is not a config.
         """
         if not self.config.exists():
             return None
         try:
             config = OmegaConf.load(self.config)
-        except (OSError, YAMLError) as error:
+        except (OSError, YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"{self.config}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(config, DictConfig) or not config:
             raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
         return config
 
+    def read_overrides(self) -> list[str]:
+        """The overrides of the run in this folder; none if the file is missing.
+
+        Raises:
+            UserError: if the file is not a list of overrides.
+        """
+        if not self.overrides.exists():
+            return []
+        try:
+            overrides = OmegaConf.to_container(OmegaConf.load(self.overrides))
+        except (OSError, YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.overrides}: can't be read ({str(error).splitlines()[0]})") from error
+        if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+            raise UserError(f"{self.overrides}: not a list of overrides (key=value); remove the file")
+        return overrides  # type: ignore[return-value]  # checked above
+
     def has_progress(self) -> bool:
-        """Whether there is anything of a run here that another experiment must not take for its own."""
+        """Whether the folder holds a result or checkpoints, which another experiment must not replace."""
         return self.result_status() == "finished" or any(self.checkpoints.glob("[!.]*"))
 
     def result_status(self) -> str | None:
+        """ "finished", "failed" or "pruned"; None if the run has not ended."""
         return (self.read_result() or {}).get("status")
 
     def read_result(self) -> dict[str, Any] | None:
-        """What the run ended with, finished or failed, or None if it has not ended."""
-        with contextlib.suppress(OSError, ValueError):  # none yet, or not by us: we write it whole
-            return json.loads(self.result.read_text())
-        return None
+        """The content of ``result.json``, or None if the run has not ended.
+
+        Raises:
+            UserError: if the file is not a result.
+        """
+        try:
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError):
+            result = None
+        if not isinstance(result, dict) or result.get("status") not in STATUSES:
+            raise UserError(f"{self.result}: not the result of a run; remove it and run the command again")
+        return result
 
     def write_result(self, result: dict[str, Any]) -> None:
+        """Writes ``result.json`` atomically."""
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")
 
+    def latest_scores(self) -> dict[str, float]:
+        """The scores of the last epoch in ``metrics.csv``, for a run that has not ended."""
+        rows = self.read_epochs()
+        return {k: v for k, v in rows[-1].items() if k.startswith(("val/", "test/"))} if rows else {}
+
+    def read_epochs(self) -> list[dict[str, float]]:
+        """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys."""
+        with contextlib.suppress(OSError, ValueError):
+            rows = csv.DictReader(self.metrics.read_text().splitlines())
+            return [{k: float(v) for k, v in row.items() if v} for row in rows]
+        return []
+
     def resume_candidates(self) -> list[Path]:
-        """Where a checkpoint to go on from may be, the newest first."""
+        """Paths of the checkpoints from which the run may resume, newest first; they need not exist."""
         older = (p for p in self.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
-        # A run that was killed while it saved for the first time has nothing but its best.
+        # A run that was killed during its first save has only best.ckpt.
         return [self.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), self.best]
 
     def publish(self, best: bool) -> None:
-        """``fresh`` becomes last.ckpt, and best.ckpt as well if it is; the last ones before it move down by one."""
+        """Renames the fresh checkpoint to last.ckpt, and copies it to best.ckpt if it is; older ones move by one."""
         if best:
             with self.fresh.open("rb") as content, open_atomically(self.best) as file:
                 shutil.copyfileobj(content, file)
@@ -172,83 +229,56 @@ class RunFolder:
                     older.replace(self.last.with_name(f"last-{i + 1}.ckpt"))
             self.last.replace(self.last.with_name("last-1.ckpt"))
         self.fresh.replace(self.last)
-        _flush_names(self.checkpoints)
+        sync_folder(self.checkpoints)
 
     def event_file_sizes(self) -> dict[str, int]:
-        """How many bytes of each TensorBoard event file there are."""
+        """The size of each TensorBoard event file, in bytes."""
         return {p.name: p.stat().st_size for p in self.tensorboard.glob("events.*")}
 
-    def truncate_event_files(self, sizes: dict[str, int]) -> None:
-        """Takes away what was written after ``sizes`` were noted: a process that died wrote it, and it comes again."""
+    def truncate_event_files(self, sizes: dict[str, int]) -> list[str]:
+        """Cuts event files to ``sizes``: a process that died wrote what follows, and it is written again.
+
+        Returns the names of the files that are missing or shorter than ``sizes`` says.
+        """
         for path in self.tensorboard.glob("events.*"):
             if path.name not in sizes:
                 path.unlink()
             elif path.stat().st_size > sizes[path.name]:
                 os.truncate(path, sizes[path.name])
+        there = self.event_file_sizes()
+        return [name for name, size in sizes.items() if there.get(name, 0) < size]
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path``, whole or not at all."""
+    """Writes ``text`` to ``path`` atomically."""
     with open_atomically(path) as file:
         file.write(text.encode())
 
 
 @contextlib.contextmanager
 def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the name ``path`` at the end: in the same folder, flushed to disk, renamed."""
+    """Opens a temporary file in the same folder; on exit it is flushed to disk and renamed to ``path``.
+
+    A symbolic link at ``path`` is replaced, not followed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # a process that was killed left it, or somebody placed a link here
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _flush_names(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _flush_names(folder: Path) -> None:
-    """A rename, too, is on disk only when its folder is."""
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk: until then a rename may be lost in a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Console(logging.StreamHandler):
-    """Prints to what is standard error at that moment: a bar on a terminal puts its own in the place of it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-@contextlib.contextmanager
-def logging_to(file: Path | None, label: str = "") -> Iterator[None]:
-    """Everything that is logged, warnings included, goes to ``file``; warnings and errors also to standard error.
-
-    Args:
-        label: stands before every line there, where other runs print beside this one.
-    """
-    console = _Console()
-    console.setLevel(logging.WARNING)
-    console.setFormatter(logging.Formatter(f"{label}%(levelname)s: %(message)s"))
-    handlers: list[logging.Handler] = [console]
-    if file:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
-        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger()
-    before = root.handlers, root.level
-    root.handlers = handlers
-    root.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    try:
-        yield
-    finally:
-        logging.captureWarnings(False)
-        root.handlers, root.level = before
-        for handler in handlers:
-            handler.close()

@@ -1,260 +1,195 @@
-"""The start of a sweep: its jobs are checked, and get folders, threads and GPUs."""
+"""The start of a sweep: Hydra's sweeper and launcher run its jobs, and signals are forwarded to joblib's workers."""
 
 import _thread
-import importlib.util
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-import time
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from filelock import FileLock, Timeout
+from hydra._internal.callbacks import Callbacks
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf
 
-from nin.config.composition import compose_settings
-from nin.config.schema import THREADS, Settings, Trainer, UserError, is_single_process
-from nin.data.sources import prepare
-from nin.runs.folder import logging_to
-from nin.sweeps.jobs import KEYS, expand_jobs, without_overridden
+from nin.config.schema import Settings, UserError
+from nin.runs.results import shown
+from nin.sweeps.checks import check_jobs, require_launcher
+from nin.sweeps.gpus import share_gpus
+from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
+from nin.sweeps.workers import JOB_FAILED_SIGNAL, SweepInterrupt, is_joblib, run_sweep_job, start_worker
+from nin.system.devices import default_threads
 from nin.system.distributed import multi_process_launcher, quoted
-from nin.system.signals import StopRequest
-
-_A_JOB_FAILED = signal.SIGUSR1
-_GPUS = "NIN_GPUS"  # what a sweep's first process tells those that it starts: the GPUs that they share out
+from nin.system.signals import StoppedError
+from nin.training.run import RunFailedError
 
 
-class Launch:
-    """A sweep as the process knows it that starts its jobs.
+class Sweep:
+    """A sweep, checked and ready to start.
 
     Args:
-        config: as Hydra compose_config it; completed in place with what all jobs are to have in common.
+        config: as Hydra composed it for a multirun; what all jobs have in common is added in place.
 
     Raises:
         UserError: with the errors of all jobs, or if the launcher is not installed.
     """
 
     def __init__(self, config: DictConfig):
+        OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)  # of conf/train.yaml
+        self.config = config
         self.folder = Path(config.hydra.sweep.dir)
-        self.stopped_by: int | None = None
-        self.ended_fast = self._gives_up = False
+        self.signals: SignalForwarder | None = None
         launcher = config.hydra.launcher
-        if by := multi_process_launcher():
-            raise UserError(f"{by}: each of its processes would begin the whole sweep; start it in one")
-        _require_installed(launcher._target_)
+        if starter := multi_process_launcher():
+            raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
+        require_launcher(launcher._target_)
         task = list(config.hydra.overrides.task)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
+        swept, fixed = self._parse(params, task)
+        jobs = self._check(params, task)
+        if is_joblib(launcher._target_):
+            self._configure_joblib(launcher, jobs)
+        self._complete_config(swept, fixed, len(jobs) or None)
+
+    def _parse(self, params: dict[str, Any], task: list[str]) -> tuple[list[str], list[str]]:
+        """The keys that the sweep varies, and those that all jobs share."""
         overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
         swept, fixed = (
             [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
         )
-        for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them a command")):
+        for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them per command")):
             if key in swept:
                 raise UserError(f"{key}: can't be varied; {remedy}")
-        if config.sweep.fail_fast and "submitit" in launcher._target_:
-            raise UserError("sweep.fail_fast=true: all jobs are sent before one can fail; leave it out")
-        jobs: list[Settings] = []
-        if config.hydra.sweeper._target_.endswith("BasicSweeper"):  # another one finds its values on the way
-            jobs = _checked(expand_jobs(params, task), here="submitit" not in launcher._target_)
-        common = {"name": f"'{config.name}'"}  # where it is the time of start, or another machine's variable
-        if is_joblib(launcher._target_):
-            # Threads that wait for work leave the cores to the other jobs.
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-            os.environ.setdefault(THREADS, str(_threads()))
-            _share_out_gpus(launcher, jobs)
-            if _at_once(launcher) > 1:
-                self._take_signals()
-        # Each job's config is compose_config anew, from these.
-        unnamed = [*fixed, *common, KEYS]
-        config.hydra.overrides.hydra += [
-            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(dict.fromkeys(unnamed))}]",
+        if both := sorted({key for key in swept if key in fixed or swept.count(key) > 1}):
+            raise UserError(f"{both[0]}: given more than once; give it once, with all its values")
+        return swept, fixed
+
+    def _check(self, params: dict[str, Any], task: list[str]) -> list[Settings]:
+        launcher, sweeper = self.config.hydra.launcher, self.config.hydra.sweeper
+        on_cluster = "submitit" in launcher._target_
+        if self.config.sweep.fail_fast and on_cluster:
+            raise UserError("sweep.fail_fast=true: all jobs are submitted before one can fail; leave it out")
+        if sweeper.get("max_batch_size") is not None and sweeper.max_batch_size < 1:
+            raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be 1 or more, or null")
+        if launcher.get("n_jobs") == 0:
+            raise UserError("hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of cores")
+        if not sweeper._target_.endswith("BasicSweeper"):
+            return []  # another sweeper chooses its values while it runs
+        return check_jobs(expand_jobs(params, task), on_this_machine=not on_cluster)
+
+    def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
+        # Threads that wait for work leave the cores to the other jobs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        default_threads()  # noted before the workers start: a job's result depends on it
+        share_gpus(launcher, jobs)
+        from joblib import effective_n_jobs
+
+        if effective_n_jobs(launcher.n_jobs) > 1:
+            self.signals = SignalForwarder()
+
+    def _complete_config(self, swept: list[str], fixed: list[str], jobs: int | None) -> None:
+        # The name may be the time of the start, or come from a variable that another machine lacks.
+        common = {"name": f"'{self.config.name}'", "sweep.jobs": jobs or "null"}
+        unnamed = dict.fromkeys([*fixed, *common, "sweep.wait", KEYS])
+        self.config.hydra.overrides.hydra += [
+            f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]",
             f"hydra.sweep.dir={quoted(str(self.folder))}",
             *(f"{key}={value}" for key, value in common.items()),
-            f"{KEYS}=[{','.join(swept)}]",  # the last: behind it stands what was asked for
+            f"{KEYS}=[{','.join(swept)}]",  # last: the job's own overrides follow it
         ]
 
-    def _take_signals(self) -> None:
-        """Joblib would kill the jobs of a process that is stopped: they are asked to stop instead, and waited for.
+    def run(self, loader: ConfigLoader) -> int:
+        """Runs all jobs and returns the exit status.
 
-        One of its processes that has no job yet would die of a signal, and joblib would kill the others for it: they
-        begin with signals held back, until `StopRequest` listens.
+        A job that another process is running is skipped first, and waited for when all others are done.
         """
-        taken = (signal.SIGINT, signal.SIGTERM, _A_JOB_FAILED)
-        for signum in taken:  # a library's thread may have begun before, and take them
+        callbacks = Callbacks(self.config)
+        callbacks.on_multirun_start(config=self.config, config_name="train")
+        try:
+            status = self._launch(loader, callbacks)
+            if status == 0 and (others := [job for job in read_jobs(self.folder) if job.status == "running"]):
+                print(f"{shown(self.folder)}: {len(others)} jobs are run by another process; waiting for them")
+                keys = self.config.hydra.overrides.hydra.pop()
+                self.config.hydra.overrides.hydra += ["sweep.wait=true", keys]
+                status = self._launch(loader, callbacks)
+        finally:
+            callbacks.on_multirun_end(config=self.config, config_name="train")
+        return status
+
+    def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
+        context = HydraContext(config_loader=loader, callbacks=callbacks)
+        sweeper: Any = Plugins.instance().instantiate_sweeper(
+            config=self.config, hydra_context=context, task_function=run_sweep_job
+        )
+        if self.signals:
+            sweeper.launcher.joblib["initializer"] = start_worker
+        try:
+            sweeper.sweep(arguments=OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False))
+        except SweepInterrupt as interrupt:
+            return interrupt.exit_status
+        except (UserError, RunFailedError):
+            return self._status_of_signals() or 1  # already reported; the other jobs have run
+        except StoppedError as stopped:
+            return self._status_of_signals() or stopped.exit_status
+        except KeyboardInterrupt:
+            return self._status_of_signals() or 130
+        except BrokenProcessPool:
+            if not (status := self._status_of_signals()):
+                print("nin train: a worker process was killed; run the same command again to resume", file=sys.stderr)
+            return status or 1
+        return self._status_of_signals()
+
+    def _status_of_signals(self) -> int:
+        if self.signals and self.signals.stopped_by:
+            return StoppedError(self.signals.stopped_by).exit_status
+        return 1 if self.signals and self.signals.job_failed else 0
+
+
+class SignalForwarder:
+    """Forwards Ctrl-C and SIGTERM to joblib's workers and lets them finish; joblib itself would kill them.
+
+    A worker without a job would die of a signal, and joblib would kill the others because of that: workers start with
+    these signals blocked, until `StopRequest` listens.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by: int | None = None
+        self.job_failed = self._gives_up = False
+        taken = (signal.SIGINT, signal.SIGTERM, JOB_FAILED_SIGNAL)
+        for signum in taken:  # a thread that a library started earlier may receive them
             signal.signal(signum, self._handle)
-        resource_tracker.ensure_running()  # at its start it lets signals through again
+        resource_tracker.ensure_running()  # it unblocks signals when it starts
         signal.pthread_sigmask(signal.SIG_BLOCK, taken)
 
         def wait() -> None:
             while True:
-                self._pass_on(signal.sigwait(taken))
+                self._forward(signal.sigwait(taken))
 
         threading.Thread(target=wait, daemon=True).start()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._gives_up:
             raise KeyboardInterrupt
-        self._pass_on(signum)
+        self._forward(signum)
 
-    def _pass_on(self, signum: int) -> None:
+    def _forward(self, signum: int) -> None:
         again = self.stopped_by == signal.SIGINT == signum
-        if signum == _A_JOB_FAILED:
-            self.ended_fast = True
+        if signum == JOB_FAILED_SIGNAL:
+            self.job_failed = True
         else:
             self.stopped_by = signum
         processes = multiprocessing.active_children()
-        if again or (not processes and signum != _A_JOB_FAILED):
+        if again or (not processes and signum != JOB_FAILED_SIGNAL):
             self._gives_up = True
             _thread.interrupt_main()
         for process in processes:
-            os.kill(process.pid, signal.SIGINT)
-
-
-def _require_installed(launcher: str) -> None:
-    for extra in ("joblib", "submitit"):
-        if f"hydra_{extra}_launcher" not in launcher:
-            continue
-        try:
-            found = importlib.util.find_spec(f"hydra_plugins.hydra_{extra}_launcher")
-        except ModuleNotFoundError:  # no plugin of Hydra's at all
-            found = None
-        if not found:
-            raise UserError(
-                f"hydra/launcher: its package is not installed; type: python3 -m uv sync --extra {extra} "
-                f"(or python3 -m pip install '.[{extra}]' in the checkout)"
-            )
-
-
-def _checked(jobs: list[list[str]], here: bool) -> list[Settings]:
-    """The settings of a sweep's jobs.
-
-    Args:
-        here: whether they run on this machine, which must have what they ask for.
-
-    Raises:
-        UserError: with the errors of all jobs.
-    """
-    errors: dict[str, None] = {}
-    checked: list[Settings] = []
-    for job in jobs:
-        try:
-            settings = compose_settings(job)
-            _require_one_process(settings.trainer)
-            prepare(settings.data)
-            checked.append(settings)
-        except UserError as error:
-            errors |= dict.fromkeys(error.errors)
-    tried: list[Any] = []
-    for settings in checked if here and not errors else []:
-        parts = (settings.trainer, settings.logger, settings.callbacks)
-        if parts in tried:
-            continue
-        tried.append(parts)
-        try:
-            require_accelerator(settings.trainer)
-            _require_accepted_by_lightning(settings)
-        except UserError as error:
-            errors |= dict.fromkeys(error.errors)
-    if errors:
-        raise UserError(*errors)
-    if not jobs:
-        raise UserError("a key of the sweep has no values, and so the sweep no jobs")
-    return checked
-
-
-def _require_one_process(trainer: Trainer) -> None:
-    if not is_single_process(trainer):
-        raise UserError(
-            f"trainer.strategy={trainer.strategy}, trainer.devices={trainer.devices}, trainer.num_nodes="
-            f"{trainer.num_nodes}: a sweep's job has one device, since each further process would begin the whole "
-            "sweep. Type trainer=gpu hydra/launcher=joblib for one job a GPU, several at once; or start single runs: "
-            "for seed in 0 1 2; do nin train trainer=ddp seed=$seed name=seed-$seed; done"
-        )
-
-
-def require_accelerator(trainer: Trainer) -> None:
-    """Raises UserError if the accelerator that was asked for by name is not there; only then is torch needed."""
-    if trainer.accelerator in ("auto", "cpu"):
-        return
-    import torch
-
-    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    if {"gpu": cuda or mps, "cuda": cuda, "mps": mps}.get(trainer.accelerator, True):
-        return
-    found = f"{cuda} CUDA GPU(s)" if cuda else "an Apple GPU" if mps else "no GPU that torch can use, only the CPU"
-    raise UserError(
-        f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}); "
-        f"type trainer={'gpu' if cuda else 'mps' if mps else 'cpu'}, or trainer=auto, which takes the best there is"
-    )
-
-
-def _require_accepted_by_lightning(settings: Settings) -> None:
-    from nin.training.trainer import build_trainer
-
-    with logging_to(None):
-        build_trainer(settings, None, [])
-
-
-def is_joblib(launcher: str) -> bool:
-    return launcher.endswith(".JoblibLauncher")
-
-
-def is_joblib_worker() -> bool:
-    """Whether this is one of joblib's processes; one job at a time needs none, and runs in the sweep's own."""
-    return multiprocessing.current_process().name != "MainProcess"
-
-
-def _threads() -> int:
-    """As many as a run alone would have: the order of additions, and so the result, hangs on it."""
-    import torch
-
-    return torch.get_num_threads()
-
-
-def _share_out_gpus(launcher: DictConfig, jobs: list[Settings]) -> None:
-    """One job a GPU, and no more jobs at once than there are GPUs. Another sweeper's jobs are not known beforehand."""
-    import torch
-
-    if not torch.cuda.is_available() or (jobs and all(job.trainer.accelerator == "cpu" for job in jobs)):
-        return
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    os.environ[_GPUS] = gpus
-    count = len(gpus.split(","))
-    launcher.n_jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
-
-
-def _at_once(launcher: DictConfig) -> int:
-    from joblib import effective_n_jobs
-
-    return effective_n_jobs(launcher.n_jobs)
-
-
-_held: list[FileLock] = []  # this process has its GPU to its end
-
-
-def acquire_gpu(folder: Path, stop: StopRequest) -> None:
-    """Makes one of the GPUs that are shared out the only one that this process sees, before torch looks for them.
-
-    Waits for one as long as others work on the same sweep with all of them.
-    """
-    while not _held and _GPUS in os.environ and stop.signum is None:
-        for gpu in os.environ[_GPUS].split(","):
-            lock = FileLock(folder / f".gpu-{gpu}.lock", timeout=0)
-            try:
-                lock.acquire()
-            except Timeout:
-                continue
-            _held.append(lock)
-            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-            return
-        time.sleep(1)
-
-
-def stop_other_workers() -> None:
-    """Called in one of joblib's processes: the one that started it asks all of them to stop."""
-    os.kill(os.getppid(), _A_JOB_FAILED)
+            if process.pid:
+                os.kill(process.pid, signal.SIGINT)

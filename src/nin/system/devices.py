@@ -1,31 +1,103 @@
-"""Has glibc keep freed memory for the next step instead of giving it back and having the kernel clear it anew.
-
-On 2 cores that was up to a quarter of a small network's training time. Does nothing where the C library is another one.
-"""
+"""What a run computes with: the accelerator, bfloat16, the number of CPU threads, the memory allocator."""
 
 import contextlib
 import ctypes
+import os
 import platform
 from collections.abc import Iterator
 
-# Of malloc.h.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_GLIBC = ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+from nin.config.schema import Settings, Trainer, UserError
+
+# A sweep's first process sets it for its workers: the number of threads of a run that has the machine to itself.
+THREADS_VARIABLE = "NIN_THREADS"
+
+
+def require_accelerator(trainer: Trainer) -> None:
+    """Checks that the accelerator requested by name exists. Imports torch only then.
+
+    Raises:
+        UserError: if this machine does not have it.
+    """
+    if trainer.accelerator in ("auto", "cpu"):
+        return
+    import torch
+
+    cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if {"gpu": bool(cuda or mps), "cuda": bool(cuda), "mps": mps}.get(trainer.accelerator, True):
+        return
+    found = f"{cuda} CUDA GPU(s)" if cuda else "an Apple GPU" if mps else "no GPU that torch can use, only the CPU"
+    raise UserError(
+        f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}); "
+        f"use trainer={'gpu' if cuda else 'mps' if mps else 'cpu'}, or trainer=auto for the best one available"
+    )
+
+
+def resolve_precision(trainer: Trainer) -> int | str | None:
+    """The ``precision`` argument of ``lightning.Trainer``.
+
+    ``null`` is bf16-mixed on a GPU with native bfloat16 and float32 elsewhere; ``auto`` also uses native bfloat16 of a
+    CPU. Weights, sums and the loss stay float32.
+    """
+    import torch
+
+    if trainer.precision not in (None, "auto"):
+        return trainer.precision
+    on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    on_cpu = not on_gpu and trainer.accelerator in ("auto", "cpu") and trainer.precision == "auto"
+    native = (on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)) or (on_cpu and cpu_has_bfloat16())
+    return "bf16-mixed" if native else None
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 natively; others emulate it slowly. Older versions of torch can't tell."""
+    import torch
+
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def default_threads() -> int:
+    """The number of CPU threads of a run that has the machine to itself."""
+    import torch
+
+    # Stored in the environment: `set_threads` changes what torch reports, and later jobs of this process need the
+    # original value.
+    return int(os.environ.setdefault(THREADS_VARIABLE, str(torch.get_num_threads())))
+
+
+def set_threads(settings: Settings) -> None:
+    """Sets the number of CPU threads to ``settings.threads``, or to the default."""
+    import torch
+
+    default = default_threads()
+    torch.set_num_threads(settings.threads or default)
+
+
+# Parameters of mallopt(3), from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def retain_freed_memory() -> None:
-    if _GLIBC:
-        _GLIBC.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        _GLIBC.mallopt(_MMAP_THRESHOLD, 2**25)  # the largest that is allowed
+    """Makes glibc keep freed memory for the next step instead of returning it to the kernel, which would clear it.
+
+    On two cores that took up to a quarter of a small network's training time. Does nothing with other C libraries.
+    """
+    if glibc := _glibc():
+        glibc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        glibc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest value that glibc accepts
 
 
 @contextlib.contextmanager
 def default_allocator() -> Iterator[None]:
-    """Meanwhile glibc does as it would have done by itself, to compare with."""
-    if _GLIBC:
-        _GLIBC.mallopt(_TRIM_THRESHOLD, 2**26)  # what its own adjustment comes to
-        _GLIBC.malloc_trim(0)
+    """Lets glibc behave as it does by default within the context, for comparison."""
+    if glibc := _glibc():
+        glibc.mallopt(_M_TRIM_THRESHOLD, 2**26)  # the value that its own adjustment reaches
+        glibc.malloc_trim(0)
     try:
         yield
     finally:
         retain_freed_memory()
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

@@ -26,11 +26,19 @@ class Classifier(LightningModule):
     ``hparams`` are the run's settings as plain values; with them a checkpoint rebuilds its own network.
     """
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, class_names=tuple("0123456789"), in_channels: int = 1):
         super().__init__()
+        self.class_names = class_names
         self.settings = settings
         # Plain values: a checkpoint holds no class. They reach the loggers at the end, with the real final metrics.
-        self.save_hyperparameters(settings.model_dump(mode="json"), logger=False)
+        self.save_hyperparameters(
+            {
+                "settings": settings.model_dump(mode="json"),
+                "class_names": list(class_names),
+                "in_channels": in_channels,
+            },
+            logger=False,
+        )
         self.network = networks.build(settings)
         self.micro_batch_size = self._make_fast(settings)
         # Accumulated on the device and read once a logging interval or once an epoch.

@@ -1,153 +1,272 @@
-"""One experiment from settings to result: build, fit, test the best checkpoint."""
+"""One experiment: build the module, the data and the Trainer, fit, test the best checkpoint, describe the result."""
 
 import contextlib
 import hashlib
-import importlib.metadata
 import logging
 import platform
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings, UserError, flat, is_single_process
-from nin.data.module import ImageData
-from nin.data.sources import CLASS_NAMES
+from nin.config.schema import Settings, UserError, is_single_process
+from nin.data.module import ImageDataModule
+from nin.data.sources import prepare
+from nin.runs.console import route_lightning_logs
 from nin.runs.folder import RunFolder
-from nin.system.distributed import global_rank
-from nin.system.signals import StopRequest
+from nin.runs.request import RunRequest
+from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_results
 from nin.training.classifier import Classifier, rounded
-from nin.training.trainer import build_trainer, set_threads
 
 log = logging.getLogger(__name__)
 
 
-def train(
-    settings: Settings,
-    folder: RunFolder,
-    overrides: list[str],
-    label: str = "",
-    stop: StopRequest | None = None,
-) -> dict[str, Any]:
-    """Trains, tests the best checkpoint once and returns the result; goes on from ``last.ckpt`` where there is one.
+class Experiment:
+    """The module, data and Trainer of one run, ready to train, or to resume from the folder's newest checkpoint.
 
     Args:
-        label: stands before the lines that are printed on the way, where other runs print beside this one.
+        request: what to run and where; the folder must be claimed.
+        rank: of this process.
 
     Raises:
-        UserError: if the machine lacks what the settings ask for.
-        StoppedError: if it was stopped from outside; ``last.ckpt`` is saved.
+        UserError: if the checkpoint is of another run, or the machine lacks what the settings need.
     """
-    going_on, checkpoint = checkpoint_files.load_newest_valid(folder) or (None, None)
-    if checkpoint:
-        _require_epochs_left(settings, checkpoint)
 
-    set_threads(settings)
-    lightning.seed_everything(settings.seed, verbose=False)
-    data = ImageData(settings.data, settings.seed)
-    module = Classifier(settings)
-    if checkpoint:
-        checkpoint_files.require_matching_weights(module, checkpoint)
-    watch = MetricsLogger(folder.metrics)
-    with stop or StopRequest() as stop, contextlib.ExitStack() as at_the_end:
-        kept = ResumableCheckpoint(folder, settings.checkpoint.every_n_steps, watch, stop)
-        # TensorBoard drops what it has already read of what was cut.
-        purge_step = checkpoint["global_step"] + 1 if checkpoint else None
-        trainer = build_trainer(settings, folder.path, [watch, TrainingProgressBar(watch, label), kept], purge_step)
-        resumes = folder.resumes()
-        if checkpoint:
-            _require_as_many_processes(trainer, checkpoint)
-            resumes = folder.resumes(one_more=global_rank() == 0)
-            place = f"epoch {checkpoint['epoch']}, step {checkpoint['global_step']} ({going_on.name})"
-            log.info("going on from %s, for the %d. time", place, resumes)
-            print(f"{label}going on from {place}", flush=True)
-        if global_rank() == 0:
-            written = checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"] if checkpoint else {}
-            folder.truncate_event_files(written)
-            if not checkpoint:
-                folder.metrics.unlink(missing_ok=True)
-        for logger in trainer.loggers:
-            if isinstance(logger, SingleFileTensorBoardLogger):
-                at_the_end.callback(logger.close)
+    def __init__(self, request: RunRequest, rank: int = 0):
+        self.request, self.folder, self.rank = request, request.folder, rank
+        self.resume_path, self.checkpoint = self._find_checkpoint()
+        self.settings = self._with_threads(request.settings)
+        retain_freed_memory()
+        set_threads(self.settings)
+        lightning.seed_everything(self.settings.seed, verbose=False)
+        self.data = ImageDataModule(self.settings.data, self.settings.seed)
+        self.module = Classifier(self.settings, self.data.info.class_names, self.data.info.channels)
+        self.metrics = MetricsLogger(self.folder.metrics)
+        self.checkpoints = ResumableCheckpoint(
+            self.folder, self.settings.checkpoint.every_n_steps, self.metrics, request.stop
+        )
+        bar = [TrainingProgressBar(self.metrics, request.label)] if self.settings.trainer.enable_progress_bar else []
+        resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
+        self.trainer = build_trainer(
+            self.settings, self.folder.path, [self.metrics, *bar, self.checkpoints], resume_step
+        )
+        self._require_resumable()
 
-        trainer.fit(module, data, ckpt_path=going_on, weights_only=True)
-        final_weights = weights_sha256(module.network)
-        # If it is gone or damaged that is told, and no other weights are tested in its place.
-        module.load_state_dict(checkpoint_files.read(folder.best)["state_dict"])
-        tested, _ = test(trainer, module, data)
-        result = {
+    def run(self, resumes: int = 0) -> dict[str, Any]:
+        """Trains, tests the best checkpoint once and returns the result.
+
+        Args:
+            resumes: how often the run has been resumed, for its log.
+
+        Raises:
+            StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
+        """
+        with self.request.stop, contextlib.ExitStack() as cleanup:
+            for logger in self.trainer.loggers:
+                if isinstance(logger, SingleFileTensorBoardLogger):
+                    cleanup.callback(logger.close)
+            self._prepare_folder(resumes)
+            self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
+            final_weights = weights_sha256(self.module.network)
+            self._load_best()
+            tested, _ = test(self.trainer, self.module, self.data)
+            result = self._describe(tested, final_weights)
+            if self.trainer.is_global_zero:
+                log_results(self.trainer, self.settings, result, self.metrics)
+            return result
+
+    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
+        found = checkpoint_files.load_newest_valid(self.folder, self.rank) if self.folder.checkpoints.exists() else None
+        if found is None:
+            return None, None
+        path, checkpoint = found
+        run_id = self.folder.read_state().get("run_id")
+        checkpoint_files.require_same_run(checkpoint, path, self.request.settings, run_id)
+        return path, checkpoint
+
+    def _with_threads(self, settings: Settings) -> Settings:
+        """A run keeps the number of CPU threads of its start: sums are rounded in an order that depends on it."""
+        if settings.threads or not is_single_process(settings.trainer):
+            return settings  # Lightning chooses for several processes
+        saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
+        return settings.model_copy(update={"threads": saved or default_threads()})
+
+    def _require_resumable(self) -> None:
+        if self.checkpoint is None:
+            return
+        checkpoint_files.require_matching_weights(self.module, self.checkpoint)
+        done = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        max_epochs = self.settings.trainer.max_epochs
+        if max_epochs not in (-1, None) and done > max_epochs:
+            raise UserError(
+                f"trainer.max_epochs={max_epochs}: the run has already trained for {done} epochs; give as many or "
+                "more, or another name"
+            )
+        saved = len(self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
+        if saved != self.trainer.world_size:
+            raise UserError(
+                f"trainer.devices: the run has {saved} process{'es' * (saved > 1)}, which share every batch, and now "
+                f"there would be {self.trainer.world_size}: other batches, so another experiment; start as many, or "
+                "give another name"
+            )
+
+    def _prepare_folder(self, resumes: int) -> None:
+        """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""
+        if self.rank != 0:
+            return
+        if self.checkpoint is None:
+            self.folder.truncate_event_files({})
+            self.folder.metrics.unlink(missing_ok=True)
+            return
+        place = f"epoch {self.checkpoint['epoch']}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
+        log.info("resume #%d from %s", resumes, place)
+        print(f"{self.request.label}resuming from {place}", flush=True)
+        sizes = self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"]
+        if incomplete := self.folder.truncate_event_files(sizes):
+            log.warning("curves have a gap before step %d: %s", self.checkpoint["global_step"], ", ".join(incomplete))
+
+    def _load_best(self) -> None:
+        """Loads the weights of ``best.ckpt``; if it is missing or damaged, no other weights are tested instead."""
+        best = checkpoint_files.read(self.folder.best)
+        checkpoint_files.require_matching_weights(self.module, best)
+        self.module.load_state_dict(best["state_dict"])
+
+    def _describe(self, tested: dict[str, Any], final_weights: str) -> dict[str, Any]:
+        best, metrics = self.checkpoints.best, self.metrics
+        return {
             "status": "finished",
-            "metrics": {"val/loss": kept.best.get("val/loss"), "val/acc": kept.best.get("val/acc"), **tested},
-            "epochs": trainer.current_epoch,
-            "steps": trainer.global_step,
-            "train_seconds": round(watch.train_seconds, 3),
-            "images_per_second": round(watch.images / watch.step_seconds, 1) if watch.step_seconds else None,
-            "parameters": sum(p.numel() for p in module.network.parameters()),
+            "metrics": {"val/loss": best.get("val/loss"), "val/acc": best.get("val/acc"), **tested},
+            "epochs": self.trainer.current_epoch,
+            "steps": self.trainer.global_step,
+            "train_seconds": round(metrics.train_seconds, 3),
+            "images_per_second": round(metrics.images / metrics.step_seconds, 1) if metrics.step_seconds else None,
+            "parameters": sum(p.numel() for p in self.module.network.parameters()),
             "weights_sha256": final_weights,
-            "seed": settings.seed,
-            "device": device_name(trainer.strategy.root_device),
-            "versions": versions(),
-            "git_commit": git_commit(),
-            "overrides": overrides,
-            "resumes": resumes,
+            "best_weights_sha256": weights_sha256(self.module.network),
+            "seed": self.settings.seed,
+            "device": device_name(self.trainer.strategy.root_device),
+            "overrides": self.request.overrides,
         }
-        if trainer.is_global_zero:
-            log_results(trainer, settings, result, watch)
-        return result
 
 
-def _require_epochs_left(settings: Settings, checkpoint: dict[str, Any]) -> None:
-    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-    most = settings.trainer.max_epochs
-    if most not in (-1, None) and epochs > most:
-        raise UserError(
-            f"trainer.max_epochs={most}: the run has {epochs} epochs behind it; give as many or more, or another name"
+def build_trainer(
+    settings: Settings,
+    folder: Path | None,
+    callbacks: Sequence[lightning.Callback] = (),
+    resume_step: int | None = None,
+) -> lightning.Trainer:
+    """Builds Lightning's Trainer.
+
+    Args:
+        folder: the run's folder, where loggers write; None for a Trainer without loggers' files.
+        callbacks: added before those of ``settings.callbacks``.
+        resume_step: the first optimizer step that is logged again after resuming.
+
+    Raises:
+        UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
+    """
+    route_lightning_logs()
+    arguments = settings.trainer.model_dump()
+    arguments["precision"] = resolve_precision(settings.trainer)
+    arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
+    loggers = _build_loggers(settings, folder, resume_step)
+    callbacks = [*callbacks, *_build_callbacks(settings)]
+    try:
+        return lightning.Trainer(
+            **arguments,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[checkpoint_files.AtomicCheckpointIO()],
+            default_root_dir=folder,
         )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
-def _require_as_many_processes(trainer: lightning.Trainer, checkpoint: dict[str, Any]) -> None:
-    before, now = len(checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"]), trainer.world_size
-    if before != now:
-        raise UserError(
-            f"trainer.devices: the run has {before} process{'es' * (before > 1)}, which share every batch, and now "
-            f"there would be {now}: other batches, so another experiment; start as many, or give another name"
-        )
+def _build_loggers(settings: Settings, folder: Path | None, resume_step: int | None) -> list[Logger]:
+    loggers = []
+    for name, config in settings.logger.items():
+        extra: dict[str, Any] = {"save_dir": str(folder)}
+        target = str(config.get("_target_", ""))
+        if resume_step and target.endswith("TensorBoardLogger"):
+            extra["purge_step"] = resume_step  # TensorBoard discards what it has read of the steps that are repeated
+        version = config.get("version")  # without one, CSVLogger itself uses the next number
+        if resume_step and version is not None and target.endswith("CSVLogger"):
+            extra["version"] = f"{version}-{resume_step}"  # CSVLogger would delete the existing file
+        loggers.append(_instantiate(f"logger.{name}", config, Logger, **extra))
+    return loggers
+
+
+def _build_callbacks(settings: Settings) -> list[lightning.Callback]:
+    return [
+        _instantiate(f"callbacks.{name}", config, lightning.Callback) for name, config in settings.callbacks.items()
+    ]
+
+
+def _instantiate(key: str, config: dict[str, Any], kind: type, **extra: Any) -> Any:
+    try:
+        instance = instantiate(config, **extra)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{key}: {error}") from error
+    if not isinstance(instance, kind):
+        raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
+    return instance
+
+
+def train(settings: Settings, folder: RunFolder, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Trains without the command line, in a folder that this process has to itself; returns the result.
+
+    Raises:
+        UserError: if the folder holds another experiment.
+    """
+    prepare(settings.data)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    return Experiment(RunRequest(settings, folder, overrides or [])).run()
 
 
 def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
+    """Tests a checkpoint's weights.
+
+    Returns:
+        The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
+
+    Raises:
+        UserError: if the weights are not those of the network, or not finite.
+    """
     set_threads(settings)
-    data = ImageData(settings.data, settings.seed)
-    module = Classifier(settings)
+    data = ImageDataModule(settings.data, settings.seed)
+    module = Classifier(settings, data.info.class_names, data.info.channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    # Nothing is written and no curve is drawn; and one process tells it, whatever several of them trained.
+    # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
     one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
-    trainer = settings.trainer.model_copy(update=one)
+    trainer = settings.trainer.model_copy(update={**one, "profiler": None})
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
-    return test(build_trainer(settings, None, [TrainingProgressBar(MetricsLogger(Path()))]), module, data)
+    bar = [TrainingProgressBar(MetricsLogger(Path()))] if trainer.enable_progress_bar else []
+    return test(build_trainer(settings, None, bar), module, data)
 
 
-def test(trainer: lightning.Trainer, module: Classifier, data: ImageData) -> tuple[dict[str, Any], Tensor]:
+def test(trainer: lightning.Trainer, module: Classifier, data: ImageDataModule) -> tuple[dict[str, Any], Tensor]:
     """Test loss, accuracy and accuracy by class of the module's weights, and the confusion matrix."""
     trainer.test(module, data, verbose=False)
-    scores = rounded(trainer.callback_metrics)
+    scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
     confusion = module.confusion.compute().cpu()
-    right, all_ = confusion.diag().tolist(), confusion.sum(1).tolist()
-    by_class = {name: r / n if n else None for name, r, n in zip(CLASS_NAMES, right, all_, strict=True)}
-    metrics = {"test/loss": scores["test/loss"], "test/acc": scores["test/acc"], "test/acc_by_class": by_class}
-    return metrics, confusion
+    right, total = confusion.diag().tolist(), confusion.sum(1).tolist()
+    by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, total, strict=True)}
+    return scores | {"test/acc_by_class": by_class}, confusion
 
 
 def weights_sha256(network: torch.nn.Module) -> str:
@@ -159,51 +278,7 @@ def weights_sha256(network: torch.nn.Module) -> str:
 
 
 def device_name(device: torch.device) -> str:
+    """The name of a GPU, or the processor and its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def versions() -> dict[str, str]:
-    packages = ("nin", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
-    return {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, "+" behind it if files differ; None outside a checkout."""
-    try:
-        here = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "check": True, "timeout": 10}
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], **here)  # fails for an installed package
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **here).stdout.strip()
-        return commit + ("+" if subprocess.run(["git", "status", "--porcelain", "-uno"], **here).stdout else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str, Any], watch: MetricsLogger) -> None:
-    """The final metrics, and the settings beside them for TensorBoard's HParams tab.
-
-    The metrics of the checkpoint that was tested are logged here and nowhere else, so that no tag has a step twice.
-    """
-    values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
-    values["trainer.max_epochs"] = settings.trainer.max_epochs
-    del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
-    if settings.sweep.keys:  # the same columns in all of a sweep's jobs, whichever networks they have
-        given = dict(word.lstrip("+~").partition("=")[::2] for word in result["overrides"])
-        # As Hydra reads them: 1e-05 is a number.
-        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
-    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
-    final = {
-        k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
-    }
-    # The notebooks' habit may have the test metrics in the curves already, at this very step.
-    logged = watch.scores if watch.scored_step == result["steps"] else {}
-    fresh = {k: v for k, v in final.items() if k not in logged}
-    for logger in trainer.loggers:
-        logger.log_metrics(fresh, step=result["steps"])
-        if isinstance(logger, TensorBoardLogger):
-            for summary in hparams(values, final):
-                logger.experiment._get_file_writer().add_summary(summary)
-        else:
-            logger.log_hyperparams(values)
-        logger.finalize("success")

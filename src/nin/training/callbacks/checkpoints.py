@@ -130,6 +130,7 @@ class ResumableCheckpoint(Checkpoint):
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
             "processes": processes,
+            "run_id": self.folder.read_state().get("run_id"),
             "batches": trainer.train_dataloader.state_dict(),
             "event_files": self.folder.event_file_sizes(),
         }

@@ -8,9 +8,13 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import OmegaConf
 from torch import Tensor
+from torch.utils.tensorboard.summary import hparams
 
+from nin.config.schema import Settings, flat
 from nin.data.sources import CLASS_NAMES
+from nin.training.callbacks.metrics import MetricsLogger
 
 
 class SingleFileTensorBoardLogger(TensorBoardLogger):
@@ -107,3 +111,32 @@ def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
     if not trainer.is_global_zero:
         return []
     return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], watch: MetricsLogger) -> None:
+    """The final metrics, and the settings beside them for TensorBoard's HParams tab.
+
+    The metrics of the checkpoint that was tested are logged here and nowhere else, so that no tag has a step twice.
+    """
+    values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
+    values["trainer.max_epochs"] = settings.trainer.max_epochs
+    del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
+    if settings.sweep.keys:  # the same columns in all of a sweep's jobs, whichever networks they have
+        given = dict(word.lstrip("+~").partition("=")[::2] for word in result["overrides"])
+        # As Hydra reads them: 1e-05 is a number.
+        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
+    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
+    final = {
+        k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
+    }
+    # The notebooks' habit may have the test metrics in the curves already, at this very step.
+    logged = watch.scores if watch.scored_step == result["steps"] else {}
+    fresh = {k: v for k, v in final.items() if k not in logged}
+    for logger in trainer.loggers:
+        logger.log_metrics(fresh, step=result["steps"])
+        if isinstance(logger, TensorBoardLogger):
+            for summary in hparams(values, final):
+                logger.experiment._get_file_writer().add_summary(summary)
+        else:
+            logger.log_hyperparams(values)
+        logger.finalize("success")

@@ -1,0 +1,84 @@
+"""Stored configs are data: what a run folder or a checkpoint from elsewhere must not make the program do."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nin.config.composition import compose_settings
+from nin.config.schema import Settings, UserError
+
+_TRUSTED = ("nin", "lightning", "torchmetrics")
+
+
+def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
+    """Checks the loggers and callbacks of a stored config before anything is imported for them.
+
+    Args:
+        allowed: names of further modules whose classes the config may name.
+
+    Raises:
+        UserError: names each ``_target_`` that is not a Logger or Callback of this project, Lightning or torchmetrics,
+            and each path that leads out of the run's folder.
+    """
+    errors = []
+    for group in ("logger", "callbacks"):
+        for name, config in getattr(stored, group).items():
+            for key, value in _leaves(config, f"{group}.{name}"):
+                if key.endswith("._target_"):
+                    if not _is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
+                        module = str(value).partition(".")[0]
+                        errors.append(
+                            f"{key}={value}: this run's config is not allowed to call it; if you trust it, add "
+                            f"--allow {module}"
+                        )
+                elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                    errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
+    if errors:
+        raise UserError(*errors)
+
+
+def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _leaves(value, f"{prefix}.{key}")
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from _leaves(value, f"{prefix}.{i}")
+    else:
+        yield prefix, config
+
+
+def _is_within(target: str, modules: list[str]) -> bool:
+    return any(target.startswith(f"{module}.") for module in modules)
+
+
+def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
+    """Whether ``target`` is a class of a trusted package, of the kind that the entry of ``group`` needs."""
+    if not isinstance(target, str) or not is_entry or not _is_within(target, list(_TRUSTED)):
+        return False
+    from hydra.errors import HydraException
+    from hydra.utils import get_class
+    from lightning import Callback
+    from lightning.pytorch.loggers import Logger
+
+    try:
+        found = get_class(target)
+    except (HydraException, ImportError, ValueError, AttributeError):
+        return False
+    return issubclass(found, Logger if group == "logger" else Callback) and _is_within(found.__module__, list(_TRUSTED))
+
+
+def ignore_stored_actions(stored: Settings) -> Settings:
+    """``stored`` without the addresses to download from and the profiler; both apply only if given again."""
+    defaults = compose_settings([f"data={stored.data.name}", "model=nin_small"])
+    data = stored.data.model_copy(update={"mirrors": defaults.data.mirrors})
+    trainer = stored.trainer.model_copy(update={"profiler": None})
+    return stored.model_copy(update={"data": data, "trainer": trainer})
+
+
+def ignore_stored_paths(stored: Settings) -> Settings:
+    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks."""
+    stored = ignore_stored_actions(stored)
+    defaults = compose_settings([f"data={stored.data.name}", "model=nin_small"])
+    data = stored.data.model_copy(update={"root": defaults.data.root})
+    return stored.model_copy(update={"data": data, "logger": {}, "callbacks": {}})

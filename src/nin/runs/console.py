@@ -1,0 +1,87 @@
+"""What a run prints and logs: to the terminal and to nin.log."""
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Warnings that Lightning raises in every run of this project, and that a user can do nothing about.
+_KNOWN_WARNINGS = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
+    r"The `srun` command is available on your system but is not used",  # on a login node, and in a job of one process
+    # `MetricsLogger` also logs at the end of every epoch, however short the epoch is.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+)
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes to the current standard error, which a progress bar replaces while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+@contextlib.contextmanager
+def log_to(file: Path | None, label: str = "") -> Iterator[None]:
+    """Sends all log records and warnings to ``file``, and warnings and errors also to standard error.
+
+    Args:
+        label: a prefix of every line on standard error, where several runs print at the same time.
+    """
+    console = _ConsoleHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter(f"{label}%(levelname)s: %(message)s"))
+    handlers: list[logging.Handler] = [console]
+    if file:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    previous = root.handlers, root.level
+    root.handlers = handlers
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.handlers, root.level = previous
+        for handler in handlers:
+            handler.close()
+
+
+def route_lightning_logs() -> None:
+    """Sends Lightning's log records to the root logger and silences its known warnings. Call after importing it."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
+class _TolerantFile(io.FileIO):
+    """A file that ignores a closed pipe and a full disk: a run continues although nobody reads its output."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def tolerate_output_errors() -> None:
+    """Makes standard output and standard error ignore write errors and characters that their encoding lacks.
+
+    A run continues to its result although nobody reads its output any more (``| head``) or the disk is full.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # replaced, closed, or without a file
+            file = io.BufferedWriter(_TolerantFile(stream.fileno(), "w", closefd=False))
+            tolerant = io.TextIOWrapper(file, stream.encoding, errors="replace", line_buffering=stream.isatty())
+            stream.flush()
+            setattr(sys, name, tolerant)

@@ -1,0 +1,28 @@
+"""The request for a run: one object that all its steps share."""
+
+from dataclasses import dataclass, field
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.system.signals import StopRequest
+
+
+@dataclass
+class RunRequest:
+    """What is to be run, where, and who may stop it.
+
+    Args:
+        settings: validated settings.
+        folder: the run's folder; it need not exist.
+        overrides: the overrides that led to ``settings``, for the result.
+        label: a prefix of the lines that the run prints, where several runs print at the same time.
+        stop: receives the signals that stop the run.
+        wait: whether to wait while another process works on this run, instead of raising RunClaimedError.
+    """
+
+    settings: Settings
+    folder: RunFolder
+    overrides: list[str] = field(default_factory=list)
+    label: str = ""
+    stop: StopRequest = field(default_factory=StopRequest)
+    wait: bool = False

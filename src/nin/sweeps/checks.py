@@ -1,0 +1,90 @@
+"""The jobs of a sweep are checked before the first one starts."""
+
+import importlib.util
+from typing import Any
+
+from nin.config.composition import compose_settings
+from nin.config.schema import Settings, Trainer, UserError, is_single_process
+from nin.data.sources import prepare
+from nin.runs.console import log_to
+from nin.system.devices import require_accelerator
+
+# The packages of each launcher.
+_PACKAGES = {
+    "hydra_joblib_launcher": "hydra-joblib-launcher joblib",
+    "hydra_submitit_launcher": "hydra-submitit-launcher submitit",
+}
+
+
+def require_launcher(target: str) -> None:
+    """Checks that the package of a Hydra launcher is installed.
+
+    Raises:
+        UserError: names the packages to install.
+    """
+    plugin = next((name for name in _PACKAGES if name in target), None)
+    if plugin is None:
+        return
+    try:
+        found = importlib.util.find_spec(f"hydra_plugins.{plugin}")
+    except ModuleNotFoundError:  # no plugin of Hydra is installed
+        found = None
+    if not found:
+        raise UserError(
+            f"hydra/launcher: its package is not installed; run: python3 -m pip install {_PACKAGES[plugin]}"
+        )
+
+
+def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
+    """Composes and validates all jobs, prepares their data, and has Lightning check their Trainer arguments.
+
+    Args:
+        jobs: the overrides of each job.
+        on_this_machine: whether the jobs run here, so that this machine needs the accelerators that they request.
+
+    Raises:
+        UserError: with the errors of all jobs.
+    """
+    errors: dict[str, None] = {}
+    checked: list[Settings] = []
+    for job in jobs:
+        try:
+            settings = compose_settings(job)
+            _require_one_process(settings.trainer)
+            prepare(settings.data)
+            checked.append(settings)
+        except UserError as error:
+            errors |= dict.fromkeys(error.errors)
+    tried: list[Any] = []
+    for settings in checked if on_this_machine and not errors else []:
+        parts = (settings.trainer, settings.logger, settings.callbacks)
+        if parts in tried:
+            continue
+        tried.append(parts)
+        try:
+            require_accelerator(settings.trainer)
+            _require_accepted_by_lightning(settings)
+        except UserError as error:
+            errors |= dict.fromkeys(error.errors)
+    if errors:
+        raise UserError(*errors)
+    if not jobs:
+        raise UserError("a key of the sweep has no values, so there are no jobs")
+    return checked
+
+
+def _require_one_process(trainer: Trainer) -> None:
+    if not is_single_process(trainer):
+        raise UserError(
+            f"trainer.strategy={trainer.strategy}, trainer.devices={trainer.devices}, trainer.num_nodes="
+            f"{trainer.num_nodes}: a job of a sweep has one device, because each further process would start the whole "
+            "sweep. Use trainer=gpu hydra/launcher=joblib for one job per GPU, several at once; or start single runs: "
+            "for seed in 0 1 2; do nin train trainer=ddp seed=$seed name=seed-$seed; done"
+        )
+
+
+def _require_accepted_by_lightning(settings: Settings) -> None:
+    from nin.training.experiment import build_trainer
+
+    with log_to(None):
+        build_trainer(settings, None)

@@ -1,0 +1,52 @@
+"""One job per GPU: the GPUs of this machine are shared out between the workers of a sweep."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nin.config.schema import Settings
+from nin.system.signals import StopRequest
+
+# A sweep's first process sets it for its workers: the GPUs that they share.
+_GPUS_VARIABLE = "NIN_GPUS"
+
+
+def share_gpus(launcher: Any, jobs: list[Settings]) -> None:
+    """Limits a joblib launcher to one job per GPU. Does nothing without a GPU, or if no job may use one.
+
+    Args:
+        launcher: the config of Hydra's joblib launcher; its ``n_jobs`` is reduced in place.
+        jobs: settings of all jobs; empty if another sweeper chooses them later.
+    """
+    import torch
+
+    if not torch.cuda.is_available() or (jobs and all(job.trainer.accelerator == "cpu" for job in jobs)):
+        return
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    os.environ[_GPUS_VARIABLE] = gpus
+    count = len(gpus.split(","))
+    launcher.n_jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
+
+
+def acquire_gpu(sweep: Path, stop: StopRequest) -> FileLock | None:
+    """Makes a free one of the shared GPUs the only one that this process sees, before torch looks for them.
+
+    Waits while other processes of the same sweep use all of them.
+
+    Returns:
+        The lock, to be held as long as the process lives; None if no GPUs are shared, or a stop was requested.
+    """
+    while _GPUS_VARIABLE in os.environ and stop.signum is None:
+        for gpu in os.environ[_GPUS_VARIABLE].split(","):
+            lock = FileLock(sweep / f".gpu-{gpu}.lock", timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:
+                continue
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+            return lock
+        time.sleep(1)
+    return None

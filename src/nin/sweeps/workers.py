@@ -1,0 +1,167 @@
+"""The jobs of a sweep: in the sweep's own process one after another, in joblib's workers, or on a cluster."""
+
+import contextlib
+import functools
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from filelock import FileLock
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from nin.config.schema import Settings, UserError
+from nin.config.validation import validate
+from nin.runs.folder import RunClaimedError, RunFolder
+from nin.runs.request import RunRequest
+from nin.sweeps.gpus import acquire_gpu
+from nin.sweeps.jobs import own_overrides
+from nin.system.signals import StoppedError, StopRequest, is_requeued
+from nin.training.run import RunFailedError, execute_run
+
+# A worker sends it to the sweep's first process if `sweep.fail_fast` ends the sweep.
+JOB_FAILED_SIGNAL = signal.SIGUSR1
+
+
+class SweepInterrupt(BaseException):
+    """Ends a sweep whose jobs run one after another; not an Exception, because Hydra goes on after those."""
+
+    def __init__(self, exit_status: int):
+        super().__init__(exit_status)
+        self.exit_status = exit_status
+
+
+def run_sweep_job(config: DictConfig) -> float | None:
+    """Hydra's task function: runs one job of a sweep and returns its val/acc.
+
+    Raises:
+        UserError, RunFailedError, StoppedError: what ended the job, where the sweep continues with other jobs.
+        SweepInterrupt: if the sweep ends with this job.
+    """
+    # The objects of Lightning refer to each other: without this the previous job would still hold its memory.
+    gc.collect()
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    in_worker = is_joblib(hydra.launcher._target_) and is_joblib_worker()
+    in_turn = not in_worker and "submitit" not in hydra.launcher._target_
+    settings = validate(config)
+    request = RunRequest(
+        settings,
+        RunFolder(folder, settings.checkpoint.keep),
+        own_overrides(hydra.overrides.task),
+        label="" if in_turn else f"{folder.name}  ",
+        wait=settings.sweep.wait,
+    )
+    if in_turn or in_worker:
+        print(f"{request.label}{_progress(folder, hydra.job.num, settings)}", flush=True)
+    try:
+        result = this_worker().run(request) if in_worker else execute_run(request)
+        if in_turn and request.stop.signum is not None:  # too late for this job, in time for the next one
+            raise StoppedError(request.stop.signum)
+        return result["metrics"]["val/acc"]
+    except RunClaimedError as error:  # the sweep comes back to it when its other jobs are done
+        print(f"{request.label}{error}", flush=True)
+        return None
+    except UserError as error:
+        print(f"nin train: {error}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # if Hydra has just made it and nothing was written
+        status, ended = 2, UserError(*error.errors)
+    except RunFailedError:
+        status, ended = 1, RunFailedError()
+    except StoppedError as stopped:
+        stopped.requeue()
+        status, ended = stopped.exit_status, StoppedError(stopped.signum)
+    if in_turn and (status > 128 or settings.sweep.fail_fast):
+        raise SweepInterrupt(status)
+    if status > 128 and is_requeued():
+        sys.exit(status)  # SLURM runs this job again: the waiting sweep must not take it for ended
+    # Hydra keeps the exception until the end of the sweep: a new one, whose traceback holds no network.
+    raise ended
+
+
+def _progress(folder: Path, number: int, settings: Settings) -> str:
+    """ "job 2 of 6: optimizer.lr=0.1,seed=0 (about 3 min left)"; the time is that of the sweep's finished jobs."""
+    if settings.sweep.jobs is None:
+        return f"job {number + 1}: {folder.name}"
+    seconds = []
+    for path in folder.parent.glob("*/result.json"):
+        with contextlib.suppress(UserError):
+            result = RunFolder(path.parent).read_result() or {}
+            seconds += [result["train_seconds"]] if "train_seconds" in result else []
+    left = ""
+    if seconds:
+        minutes = sum(seconds) / len(seconds) * max(0, settings.sweep.jobs - len(seconds)) / 60
+        left = f" (about {minutes:.0f} min of training left)" if minutes >= 1 else " (under a minute of training left)"
+    return f"job {number + 1} of {settings.sweep.jobs}: {folder.name}{left}"
+
+
+def is_joblib(launcher: str) -> bool:
+    """Whether ``launcher`` is the class path of Hydra's joblib launcher."""
+    return launcher.endswith(".JoblibLauncher")
+
+
+def is_joblib_worker() -> bool:
+    """Whether this is one of joblib's processes; one job at a time runs in the sweep's own process."""
+    return multiprocessing.current_process().name != "MainProcess"
+
+
+class Worker:
+    """One of joblib's processes: what lasts over its jobs.
+
+    If the sweep's first process dies, a running job saves and stops, and the process ends.
+    """
+
+    def __init__(self) -> None:
+        self.stop = StopRequest(stop_with_parent=True)
+        self.stop.listen()
+        self.failure: UserError | RunFailedError | None = None
+        self.gpu: FileLock | None = None
+        self.is_busy = False
+        threading.Thread(target=self._watch_parent, daemon=True).start()
+
+    def run(self, request: RunRequest) -> dict:
+        """Runs a job, unless an earlier one ended the sweep. An unexpected exception would make joblib kill the others.
+
+        Raises:
+            UserError, RunFailedError, StoppedError: what ended the job, or an earlier one with ``sweep.fail_fast``.
+        """
+        if self.failure:
+            raise self.failure
+        self.is_busy = True
+        try:
+            self.gpu = self.gpu or acquire_gpu(request.folder.path.parent, self.stop)
+            if self.stop.signum is not None:
+                raise StoppedError(self.stop.signum)
+            request.stop = self.stop
+            return execute_run(request)
+        except RunClaimedError:
+            raise
+        except (UserError, RunFailedError) as failure:
+            if request.settings.sweep.fail_fast:
+                self.failure = failure
+                os.kill(os.getppid(), JOB_FAILED_SIGNAL)
+            raise
+        finally:
+            self.is_busy = False
+
+    def _watch_parent(self) -> None:
+        while not self.stop.is_orphan() or self.is_busy:
+            time.sleep(0.5)
+        os._exit(143)  # joblib's own threads wait for the parent, and would never end
+
+
+@functools.cache
+def this_worker() -> Worker:
+    """The `Worker` of this process; the first call installs its signal handlers."""
+    return Worker()
+
+
+def start_worker() -> None:
+    """joblib's initializer: runs in each worker before its first job."""
+    this_worker()

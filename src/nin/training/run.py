@@ -1,0 +1,189 @@
+"""One run from request to result: claim its folder, train or resume, write the result."""
+
+import contextlib
+import importlib.metadata
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nin.config.schema import Settings, UserError
+from nin.config.validation import differences, validate_plain
+from nin.data.sources import prepare
+from nin.runs.console import log_to
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+from nin.runs.results import show_result, shown
+from nin.system.devices import require_accelerator
+from nin.system.distributed import global_rank
+from nin.system.signals import StoppedError
+
+log = logging.getLogger(__name__)
+
+# The packages that compute; the result has their versions.
+_PACKAGES = ("nin", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
+
+
+class RunFailedError(Exception):
+    """The run failed; the traceback is already in its log and on standard error."""
+
+
+def execute_run(request: RunRequest) -> dict[str, Any]:
+    """Brings a run to its end from wherever it is: trains it, resumes it, or reads the result of a finished one.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        UserError: if the folder belongs to another experiment, another process works on it, or the machine lacks what
+            the settings need.
+        RunFailedError: if the work failed.
+        StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
+    """
+    folder, settings = request.folder, request.settings
+    require_same_experiment(folder, settings)
+    if result := read_finished_result(folder, settings):
+        print(f"{shown(folder.path)} is finished; to run it again, give another name=… or remove the folder")
+        show_result(folder, result)
+        return result
+    prepare(settings.data)
+    require_accelerator(settings.trainer)
+    if rank := global_rank(settings.trainer):  # rank 0 has claimed the folder and writes the result
+        with log_to(None):
+            return _train(request, rank)
+    with folder.claim(_waiting(request) if request.wait else None):
+        # Another process may have finished it in the meantime.
+        result = read_finished_result(folder, settings) or _train_and_record(request)
+    show_result(folder, result)
+    return result
+
+
+def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
+    """Checks that ``folder`` is new, or belongs to the experiment that ``settings`` describe.
+
+    Raises:
+        UserError: names the settings that differ, or if ``resume=never`` and there is something to resume.
+    """
+    if not folder.has_progress():
+        return
+    if settings.resume == "never":
+        raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or resume=auto to resume it")
+    if (config := folder.read_request()) is not None:
+        previous = validate_plain(config)
+    else:  # copied without its hidden files; the checkpoints know their settings as well
+        from nin.checkpoints.files import load_newest_valid, settings_of
+
+        found = load_newest_valid(folder)
+        if found is None:
+            raise UserError(f"{folder.path}: has a result and neither {folder.config} nor a checkpoint; remove it")
+        previous = settings_of(found[1], found[0])
+    if different := differences(previous, settings):
+        header = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
+        raise UserError("\n  ".join([header, *different]))
+
+
+def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
+    """The result of a run that has ended, and that ``settings`` do not extend by more epochs; None otherwise."""
+    result = folder.read_result()
+    if result is None or result["status"] == "failed":
+        return None
+    requested, config = settings.trainer.max_epochs, folder.read_request()
+    if config is None or requested == config.trainer.max_epochs:
+        return result
+    return None if requested in (-1, None) or requested > result["epochs"] else result
+
+
+def _waiting(request: RunRequest) -> Callable[[str], None]:
+    printed = False
+
+    def wait(reason: str) -> None:
+        nonlocal printed
+        if not printed:
+            print(f"{request.label}{reason}", flush=True)
+            printed = True
+        if request.stop.signum is not None:
+            raise StoppedError(request.stop.signum)
+
+    return wait
+
+
+def _train_and_record(request: RunRequest) -> dict[str, Any]:
+    folder = request.folder
+    new_log = not folder.log.exists()
+    with log_to(folder.log, request.label):
+        try:
+            result = _train(request)
+            folder.write_result(result)
+            return result
+        except StoppedError as stopped:
+            log.info("%s; the run resumes from last.ckpt", stopped)
+            print(f"{stopped}; last.ckpt is saved, run the same command again to resume", file=sys.stderr)
+            raise
+        except UserError as error:
+            log.info("refused: %s", error)
+            if new_log and not folder.config.exists():
+                folder.log.unlink(missing_ok=True)
+            raise
+        except Exception as error:
+            log.exception("the run failed")
+            failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": request.overrides}
+            with contextlib.suppress(OSError):  # the failure may be a full disk
+                folder.write_result(failed)
+            raise RunFailedError from error
+
+
+def _train(request: RunRequest, rank: int = 0) -> dict[str, Any]:
+    from nin.training.experiment import Experiment
+
+    experiment = Experiment(request, rank)
+    if rank != 0:
+        return experiment.run()
+    _record_request(request.folder, experiment.settings, request.overrides)
+    code = record_start(request.folder, resumed=experiment.checkpoint is not None)
+    return experiment.run(code["resumes"]) | code
+
+
+def _record_request(folder: RunFolder, settings: Settings, overrides: list[str]) -> None:
+    """Writes the request down after everything that could refuse it."""
+    # The result first: after a crash in between, an extended run must not look finished.
+    folder.result.unlink(missing_ok=True)
+    # With absolute paths, so that the run can be resumed from any working directory.
+    folder.write_request(settings.model_dump(mode="json"), overrides)
+
+
+def record_start(folder: RunFolder, resumed: bool) -> dict[str, Any]:
+    """Notes a start of the run with the code that runs, before anything is trained.
+
+    Returns:
+        The part of the result that tells which code the run used: ``versions`` and ``git_commit`` of the first start,
+        ``resumes``, and ``resumed_with`` for resumes with other code.
+    """
+    code = {"versions": versions(), "git_commit": git_commit()}
+    state = folder.read_state()
+    starts = [*state.get("starts", []), code] if resumed else [code]
+    resumes = state.get("resumes", 0) + 1 if resumed else 0
+    folder.update_state(starts=starts, resumes=resumes)
+    others = [start for start in starts[1:] if start != starts[0]]
+    return starts[0] | {"resumes": resumes} | ({"resumed_with": others} if others else {})
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that compute."""
+    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {"python": platform.python_version()} | packages
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, followed by "+" if files differ; None outside a checkout."""
+    try:
+        here: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
+        # Fails for an installed package, which may lie within another project's checkout.
+        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], check=True, **here)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **here).stdout.strip()
+        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], check=True, **here).stdout
+        return commit + ("+" if changes else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
