@@ -44,7 +44,8 @@ def project(settings: Settings) -> Iterator[tuple[Classifier, ImageData, Callabl
             return trainer
 
         try:
-            yield Classifier(settings), ImageData(settings.data, settings.seed), build
+            data = ImageData(settings.data, settings.seed)
+            yield Classifier(settings, data.class_names, data.in_channels), data, build
         finally:
             for logger in opened:
                 if isinstance(logger, SingleFileTensorBoardLogger):

@@ -116,8 +116,8 @@ def settings_of(checkpoint: dict[str, Any], path: Path) -> Settings:
         UserError: if they are not what this version of the project knows.
     """
     try:
-        return validate(OmegaConf.create(checkpoint["hyper_parameters"]))
-    except UserError as error:
+        return validate(OmegaConf.create(checkpoint["hyper_parameters"]["settings"]))
+    except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: written by another version of nin?\n{error}") from error
 
 

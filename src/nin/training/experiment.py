@@ -11,22 +11,18 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from omegaconf import OmegaConf
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings, UserError, flat, is_single_process
+from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.module import ImageData
-from nin.data.sources import CLASS_NAMES
 from nin.runs.folder import RunFolder
 from nin.system.distributed import global_rank
 from nin.system.signals import StopRequest
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier, rounded
 from nin.training.trainer import build_trainer, set_threads
 
@@ -56,7 +52,7 @@ def train(
     set_threads(settings)
     lightning.seed_everything(settings.seed, verbose=False)
     data = ImageData(settings.data, settings.seed)
-    module = Classifier(settings)
+    module = Classifier(settings, data.class_names, data.in_channels)
     if checkpoint:
         checkpoint_files.require_matching_weights(module, checkpoint)
     watch = MetricsLogger(folder.metrics)
@@ -77,6 +73,7 @@ def train(
             folder.truncate_event_files(written)
             if not checkpoint:
                 folder.metrics.unlink(missing_ok=True)
+                log_request(trainer, settings, overrides)
         for logger in trainer.loggers:
             if isinstance(logger, SingleFileTensorBoardLogger):
                 at_the_end.callback(logger.close)
@@ -129,7 +126,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     """Test metrics of a checkpoint's weights, and the confusion matrix: rows are true classes, columns predicted."""
     set_threads(settings)
     data = ImageData(settings.data, settings.seed)
-    module = Classifier(settings)
+    module = Classifier(settings, data.class_names, data.in_channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     # Nothing is written and no curve is drawn; and one process tells it, whatever several of them trained.
@@ -142,12 +139,11 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
 def test(trainer: lightning.Trainer, module: Classifier, data: ImageData) -> tuple[dict[str, Any], Tensor]:
     """Test loss, accuracy and accuracy by class of the module's weights, and the confusion matrix."""
     trainer.test(module, data, verbose=False)
-    scores = rounded(trainer.callback_metrics)
+    scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
     confusion = module.confusion.compute().cpu()
     right, all_ = confusion.diag().tolist(), confusion.sum(1).tolist()
-    by_class = {name: r / n if n else None for name, r, n in zip(CLASS_NAMES, right, all_, strict=True)}
-    metrics = {"test/loss": scores["test/loss"], "test/acc": scores["test/acc"], "test/acc_by_class": by_class}
-    return metrics, confusion
+    by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, all_, strict=True)}
+    return scores | {"test/acc_by_class": by_class}, confusion
 
 
 def weights_sha256(network: torch.nn.Module) -> str:
@@ -178,32 +174,3 @@ def git_commit() -> str | None:
         return commit + ("+" if subprocess.run(["git", "status", "--porcelain", "-uno"], **here).stdout else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def log_results(trainer: lightning.Trainer, settings: Settings, result: dict[str, Any], watch: MetricsLogger) -> None:
-    """The final metrics, and the settings beside them for TensorBoard's HParams tab.
-
-    The metrics of the checkpoint that was tested are logged here and nowhere else, so that no tag has a step twice.
-    """
-    values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
-    values["trainer.max_epochs"] = settings.trainer.max_epochs
-    del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
-    if settings.sweep.keys:  # the same columns in all of a sweep's jobs, whichever networks they have
-        given = dict(word.lstrip("+~").partition("=")[::2] for word in result["overrides"])
-        # As Hydra reads them: 1e-05 is a number.
-        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
-    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
-    final = {
-        k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
-    }
-    # The notebooks' habit may have the test metrics in the curves already, at this very step.
-    logged = watch.scores if watch.scored_step == result["steps"] else {}
-    fresh = {k: v for k, v in final.items() if k not in logged}
-    for logger in trainer.loggers:
-        logger.log_metrics(fresh, step=result["steps"])
-        if isinstance(logger, TensorBoardLogger):
-            for summary in hparams(values, final):
-                logger.experiment._get_file_writer().add_summary(summary)
-        else:
-            logger.log_hyperparams(values)
-        logger.finalize("success")
