@@ -73,7 +73,7 @@ class Classifier(LightningModule):
         return MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro", validate_args=False)
 
     def _optimize_network(self) -> int | None:
-        """Applies the ``speed`` settings in place; returns the micro-batch size on a CPU, None for undivided batches."""
+        """Applies the ``speed`` settings in place; returns the micro-batch size on a CPU, None for full batches."""
         options = self.settings.speed
         rows = layers(self.network, self.in_channels, self.settings.data.image_size)
         micro_batch = speed.micro_batch_size(self.network, rows)
