@@ -57,7 +57,7 @@ def test_a_save_that_fails_leaves_the_file_before_it(tmp_path: Path) -> None:
 
 
 def test_a_compiled_networks_checkpoint_loads_into_an_eager_one_and_back(settings: Callable[..., Settings]) -> None:
-    compiled, eager = Classifier(settings()), Classifier(settings("seed=1"))
+    compiled, eager = Classifier(settings(), "abcdefghij"), Classifier(settings("seed=1"), "abcdefghij")
     compiled.network.compile(backend="eager")
     eager.load_state_dict(compiled.state_dict())
     images = torch.rand(2, 1, 28, 28)

@@ -101,7 +101,9 @@ def test_dropout_draws_the_mask_of_the_whole_batch() -> None:
 
 @pytest.mark.parametrize("name", ["nin", "alexnet"])
 def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: str, data_root: Path) -> None:
-    module = Classifier(validate(compose_config([f"model={name}", "data=garments", "data.image_size=67"])))
+    module = Classifier(
+        validate(compose_config([f"model={name}", "data=garments", "data.image_size=67"])), "abcdefghij"
+    )
     graphs, images, logits = [], torch.rand(4, 1, 67, 67), []
 
     def counted(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -1,19 +1,28 @@
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from lightning import Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
-from nin.training.classifier import Classifier, schedule
+from nin.training.classifier import Classifier
+from nin.training.schedules import build_schedule
+
+CLASSES = tuple("abcdefghij")
+QUIET = {
+    "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+    "enable_model_summary": False,
+}  # fmt: skip
 
 
 def learning_rates(steps: int, *overrides: str) -> list[float]:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-    chosen = validate(compose_config(list(overrides))).schedule
-    scheduler, rates = schedule(optimizer, chosen, steps), []
+    scheduler, rates = build_schedule(optimizer, validate(compose_config(list(overrides))).schedule, steps), []
     for _ in range(steps):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
@@ -27,29 +36,37 @@ def test_cosine_by_hand() -> None:
     )
 
 
-def test_warmup_climbs_in_equal_steps() -> None:
+def test_warmup_rises_in_equal_steps() -> None:
     assert learning_rates(8, "schedule.warmup=0.5") == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 1, 1])
     rates = learning_rates(8, "schedule=cosine", "schedule.warmup=0.25")
     assert rates[:3] == pytest.approx([0.5, 1, 1])
     assert rates[5] == pytest.approx(0.5)
 
 
-def test_one_cycle_by_hand() -> None:
-    rates = learning_rates(10, "schedule=one_cycle")
-    assert (rates[0], max(rates), rates[2]) == pytest.approx((1 / 25, 1, 1))
-    assert rates[-1] == pytest.approx(1 / 250_000)
+@pytest.mark.parametrize("warmup", [0.3, 0.5])
+def test_one_cycle_has_the_exact_learning_rate_of_every_step(warmup: float) -> None:
+    def cosine(start: float, end: float, share: float) -> float:
+        return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+    top = warmup * 10 - 1  # the step with the highest learning rate
+    rising = [cosine(1 / 25, 1, step / top) for step in range(int(top) + 1)]
+    falling = [cosine(1, 1 / 250_000, (step - top) / (9 - top)) for step in range(int(top) + 1, 10)]
+    assert learning_rates(10, "schedule=one_cycle", f"schedule.warmup={warmup}") == pytest.approx(rising + falling)
+
+
+def test_one_cycle_of_very_few_steps() -> None:
     assert learning_rates(2, "schedule=one_cycle") == pytest.approx([1 / 25, 1])
 
 
 @pytest.mark.parametrize(("momentum", "ends"), [(0.9, (0.95, 0.85)), (0.98, (0.99, 0.97)), (0.0, (0.0, 0.0))])
-def test_one_cycle_moves_momentum_around_what_was_asked_for(momentum: float, ends: tuple[float, float]) -> None:
+def test_one_cycle_moves_momentum_around_the_given_value(momentum: float, ends: tuple[float, float]) -> None:
     weights = [torch.nn.Parameter(torch.zeros(1))]
     chosen = validate(compose_config(["schedule=one_cycle"])).schedule
     for optimizer, value in (
         (torch.optim.SGD(weights, lr=1.0, momentum=momentum), lambda group: group["momentum"]),
         (torch.optim.AdamW(weights, lr=1.0, betas=(momentum, 0.999)), lambda group: group["betas"][0]),
     ):
-        scheduler, values = schedule(optimizer, chosen, 10), []
+        scheduler, values = build_schedule(optimizer, chosen, 10), []
         for _ in range(10):
             values.append(value(optimizer.param_groups[0]))
             optimizer.step()
@@ -71,7 +88,7 @@ def test_one_cycle_moves_momentum_around_what_was_asked_for(momentum: float, end
 def test_the_optimizer_is_the_configs(
     settings: Callable[..., Settings], overrides: list[str], kind: type, values: dict
 ) -> None:
-    module = Classifier(settings("schedule=constant", *overrides))
+    module = Classifier(settings("schedule=constant", *overrides), CLASSES)
     optimizer = module.configure_optimizers()
     assert type(optimizer) is kind
     group = optimizer.param_groups[0]
@@ -79,9 +96,87 @@ def test_the_optimizer_is_the_configs(
     assert len(group["params"]) == len(list(module.network.parameters()))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "fused"),
+    [([], True), (["trainer.gradient_clip_val=1"], False), (["speed.fused_optimizer=false"], False)],
+)
+def test_no_fused_optimizer_where_gradients_are_clipped(
+    settings: Callable[..., Settings], overrides: list[str], fused: bool
+) -> None:
+    optimizer = Classifier(settings("schedule=constant", *overrides), CLASSES).configure_optimizers()
+    assert optimizer.param_groups[0]["fused"] is fused
+
+
 def test_hyperparameters_are_plain_and_rebuild_the_network(settings: Callable[..., Settings]) -> None:
-    module = Classifier(settings())
-    again = Classifier(Settings.model_validate(dict(module.hparams)))
+    module = Classifier(settings(), ["T-shirt", "bag", "shoe"], in_channels=3)
+    assert set(module.hparams) == {"settings", "class_names", "in_channels"}
+    again = Classifier(**module.hparams)
     again.load_state_dict(module.state_dict())
-    images = torch.rand(2, 1, 28, 28)
-    assert torch.equal(module.eval()(images), again.eval()(images))
+    images = torch.rand(2, 3, 28, 28)
+    assert again.class_names == ("T-shirt", "bag", "shoe")
+    assert module.eval()(images).shape == (2, 3)
+    assert torch.equal(module(images), again.eval()(images))
+
+
+def test_load_from_checkpoint_needs_nothing_but_the_file(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    module = Classifier(settings(), ["bag", "shoe"], in_channels=3)
+    trainer = Trainer(max_steps=0, **QUIET)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt")
+    again = Classifier.load_from_checkpoint(path, weights_only=True)
+    assert (again.settings, again.class_names, again.in_channels) == (module.settings, ("bag", "shoe"), 3)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("flip", ["false", "true"])
+def test_predict_returns_class_probabilities_and_test_returns_metrics(
+    settings: Callable[..., Settings], flip: str
+) -> None:
+    module = Classifier(settings(f"data.test_time_flip={flip}", "speed.micro_batch=4"), CLASSES)
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    trainer = Trainer(**QUIET)
+    with pytest.warns(UserWarning, match="does not have many workers"):
+        (probabilities,) = trainer.predict(module, DataLoader(TensorDataset(images, labels), batch_size=10))
+        (metrics,) = trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
+    with torch.no_grad():
+        expected = module(images).softmax(1)
+        if flip == "true":
+            expected = (expected + module(images.flip(-1)).softmax(1)) / 2
+    torch.testing.assert_close(probabilities, expected)
+    assert metrics == pytest.approx(
+        {
+            "test/loss": float(-expected[labels, labels].log().mean()),
+            "test/acc": float((expected.argmax(1) == labels).float().mean()),
+        },
+        abs=1e-6,
+    )
+
+
+def test_top5_accuracy_with_more_than_30_classes(settings: Callable[..., Settings]) -> None:
+    module = Classifier(settings(), [f"c{i}" for i in range(31)])
+    images, labels = torch.rand(62, 1, 28, 28), torch.arange(62) % 31
+    with pytest.warns(UserWarning, match="does not have many workers"):
+        (metrics,) = Trainer(**QUIET).test(
+            module, DataLoader(TensorDataset(images, labels), batch_size=31), verbose=False
+        )
+    with torch.no_grad():
+        top5 = module(images).topk(5).indices
+    assert metrics["test/top5_acc"] == pytest.approx(float((top5 == labels[:, None]).any(1).float().mean()))
+
+
+def test_shares_of_an_uneven_last_batch_give_the_gradient_of_the_undivided_batch(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Classifier(settings("model.norm=none", "model.dropout=0"), CLASSES)
+    images, labels = torch.rand(3, 1, 28, 28), torch.tensor([1, 2, 3])
+
+    class Strategy:
+        def reduce(self, value: torch.Tensor, reduce_op: str) -> torch.Tensor:
+            assert reduce_op == "mean"
+            return torch.tensor(1.5)  # two images in one process, one in the other
+
+    trainer = type("TwoProcesses", (), {"world_size": 2, "is_last_batch": True, "strategy": Strategy()})()
+    monkeypatch.setattr(Classifier, "trainer", trainer)
+    losses = [module.training_step((images[part], labels[part]), 0) for part in (slice(2), slice(2, 3))]
+    expected = torch.nn.functional.cross_entropy(module(images), labels)
+    torch.testing.assert_close((losses[0] + losses[1]) / 2, expected)  # ddp averages the gradients

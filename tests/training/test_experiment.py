@@ -28,6 +28,8 @@ from nin.runs.folder import RunFolder
 from nin.training import experiment
 from nin.training.classifier import Classifier, NonFiniteLossError
 
+CLASSES = tuple("abcdefghij")
+
 
 @pytest.fixture(scope="module")
 def run(
@@ -63,7 +65,7 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
 def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, result = run
     last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
-    module = Classifier(checkpoint_files.settings_of(last, folder.last))
+    module = Classifier(checkpoint_files.settings_of(last, folder.last), CLASSES)
     module.load_state_dict(last["state_dict"])
     assert experiment.weights_sha256(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
@@ -89,7 +91,7 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     folder = RunFolder(tmp_path)
     told = experiment.train(asked, folder, [])["metrics"] | folder.read_epochs()[0]
 
-    module = Classifier(asked).eval()
+    module = Classifier(asked, CLASSES).eval()
     module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
     images, labels = load(asked.data, "train")
     held_out, kept = split(len(labels), 9901, asked.seed)
@@ -116,14 +118,14 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
     events = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0}).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     windows = [4, 6, 8, 12]
-    expected = dict.fromkeys(("train/loss", "train/acc", "lr", "images_per_second"), windows)
+    expected = dict.fromkeys(("train/loss", "train/acc", "train/grad_norm", "lr", "images_per_second"), windows)
     expected |= {tag: [6, 12] for tag in ("val/loss", "val/acc")}
-    expected |= {tag: [12] for tag in ("test/loss", "test/acc", "best/val/loss", "best/val/acc")}
+    expected |= {tag: [12] for tag in ("test/loss", "test/acc")}
     counts = ["dead_classes", *(f"dead_channels/block{i}" for i in (1, 2, 3))]
     expected |= {f"units/{count}": [0, 2, 3, 5, 6, 8, 9, 11, 12] for count in counts}
     assert steps == expected
     assert events.Scalars("test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
-    assert set(events.Tags()["images"]) == {"test/confusion", "test/wrong"}
+    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong"}
     assert events.Tags()["graph"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
@@ -228,7 +230,7 @@ def test_no_test_image_has_a_say_in_training_or_choosing(
 
 
 def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callable[..., Settings]) -> None:
-    plain, both = (Classifier(settings(f"data.test_time_flip={on}")).eval() for on in ("false", "true"))
+    plain, both = (Classifier(settings(f"data.test_time_flip={on}"), CLASSES).eval() for on in ("false", "true"))
     both.load_state_dict(plain.state_dict())
     images = torch.rand(5, 1, 28, 28)
     with torch.no_grad():

@@ -44,7 +44,8 @@ def project(settings: Settings) -> Iterator[tuple[Classifier, ImageDataModule, C
             return trainer
 
         try:
-            yield Classifier(settings), ImageDataModule(settings.data, settings.seed), build
+            data = ImageDataModule(settings.data, settings.seed)
+            yield Classifier(settings, data.info.class_names, data.info.channels), data, build
         finally:
             for logger in opened:
                 if isinstance(logger, SingleFileTensorBoardLogger):

@@ -1,4 +1,4 @@
-"""The state of every random generator that training draws from."""
+"""The state of every random number generator that training uses."""
 
 import random
 from typing import Any
@@ -8,9 +8,13 @@ import torch
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of every generator that training on ``device`` draws from, as tensors and plain values."""
+    """The states of the generators that training on ``device`` uses, as tensors and plain values."""
     name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
@@ -19,7 +23,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Puts every generator back; that of ``device`` is left as it is where training was on another kind."""
+    """Restores the generators from `random_state`; that of ``device`` only if ``state`` is of the same device type."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

@@ -95,7 +95,7 @@ class ImageDataModule(LightningDataModule):
             images, labels = self._on_device(*load(self.data, "train"))
             held_out, kept = split(len(labels), self.data.val_size, self.seed)
             self.train, self.val = (images[kept], labels[kept]), (images[held_out], labels[held_out])
-        if not hasattr(self, "test") and (stage == "test" or self.data.score_each_epoch == "test"):
+        if not hasattr(self, "test") and (stage in ("test", "predict") or self.data.score_each_epoch == "test"):
             self.test = self._on_device(*load(self.data, "t10k"))
 
     def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -111,6 +111,8 @@ class ImageDataModule(LightningDataModule):
 
     def test_dataloader(self) -> Batches:
         return self._batches(self.test)
+
+    predict_dataloader = test_dataloader
 
     def _batches(self, part: tuple[Tensor, Tensor], seed: int | None = None) -> Batches:
         trainer = self.trainer

@@ -12,9 +12,9 @@ NETWORKS: dict[str, type[nn.Sequential]] = {"nin": NiN, "lenet": LeNet, "alexnet
 IN_CHANNELS, NUM_CLASSES = 1, 10
 
 
-def build(settings: Settings) -> nn.Sequential:
+def build(settings: Settings, in_channels: int = IN_CHANNELS, num_classes: int = NUM_CLASSES) -> nn.Sequential:
     """The network that ``settings.model`` names, for images of ``settings.data.image_size``."""
     hyperparameters = settings.model.model_dump(exclude={"name", "input_size"})
     return NETWORKS[settings.model.name](
-        in_channels=IN_CHANNELS, num_classes=NUM_CLASSES, image_size=settings.data.image_size, **hyperparameters
+        in_channels=in_channels, num_classes=num_classes, image_size=settings.data.image_size, **hyperparameters
     )

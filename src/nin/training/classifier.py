@@ -1,6 +1,7 @@
-"""The LightningModule: loss, metrics, optimiser and schedule around any of the networks."""
+"""The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,74 +13,94 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from nin import networks
 from nin.config.schema import Settings
-from nin.networks import IN_CHANNELS, NUM_CLASSES, speed
+from nin.networks import speed
 from nin.networks.layers import layers
+from nin.training.schedules import build_schedule
+
+# With more classes than this, the test also reports whether the label is among the five most probable classes.
+TOP5_CLASSES = 30
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite: the message names the step, the learning rate and what to try."""
+    """The loss is NaN or infinite: the message names the step, the learning rate and what to try."""
 
 
 class Classifier(LightningModule):
-    """Cross-entropy on logits: softmax is in the loss, not in the network.
+    """Image classifier with cross-entropy loss on logits: the softmax is in the loss, not in the network.
 
-    ``hparams`` are the run's settings as plain values; with them a checkpoint rebuilds its own network.
+    ``hparams`` are plain values (``settings``, ``class_names``, ``in_channels``), so that
+    ``Classifier.load_from_checkpoint(path)`` rebuilds the network, also with ``weights_only=True``.
+
+    Args:
+        settings: the run's settings, or the same as a plain dict, which is validated.
+        class_names: one name per class, in the order of the labels.
+        in_channels: number of channels of the images.
     """
 
-    def __init__(self, settings: Settings, class_names=tuple("0123456789"), in_channels: int = 1):
+    def __init__(self, settings: Settings | dict[str, Any], class_names: Sequence[str], in_channels: int = 1):
         super().__init__()
-        self.class_names = class_names
-        self.settings = settings
-        # Plain values: a checkpoint holds no class. They reach the loggers at the end, with the real final metrics.
-        self.save_hyperparameters(
-            {
-                "settings": settings.model_dump(mode="json"),
-                "class_names": list(class_names),
-                "in_channels": in_channels,
-            },
-            logger=False,
-        )
-        self.network = networks.build(settings)
-        self.micro_batch_size = self._make_fast(settings)
-        # Accumulated on the device and read once a logging interval or once an epoch.
-        # A NaN ends the run; asking for it in every update would cost as much as the update. Without that question
-        # torchmetrics 1.9 takes no weights either: each image's loss is given, or each image the mean of all.
+        self.settings = settings if isinstance(settings, Settings) else Settings.model_validate(settings)
+        self.class_names, self.in_channels = tuple(class_names), in_channels
+        # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
+        plain = {
+            "settings": self.settings.model_dump(mode="json"),
+            "class_names": list(class_names),
+            "in_channels": in_channels,
+        }
+        self.save_hyperparameters(plain, logger=False)
+        self.network = networks.build(self.settings, in_channels, self.num_classes)
+        self.dropouts: list[speed.Dropout] = []
+        self.micro_batch_size = self._optimize_network()
+        # Accumulated on the device, and read once per logging interval or epoch. `require_finite` checks for NaN;
+        # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
+        # weights as well, therefore `update` is given one loss per image.
         self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self.train_acc, self.score_acc = accuracy(), accuracy()
-        # What the batches since the last logging gave is part of the state: checkpoints are saved in between, too.
+        self.train_acc, self.score_acc = (self._accuracy() for _ in range(2))
+        self.top5_acc = self._accuracy(top_k=5) if self.num_classes > TOP5_CLASSES else None
+        # Checkpoints are also saved between two loggings: what was accumulated since the last one is part of the state.
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
-        self.confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
+        self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
+        # Set by `MetricsLogger` where the loggers already have test metrics at this step; each tag has a step once.
+        self.test_metrics_logged = False
 
-    def _make_fast(self, settings: Settings) -> int | None:
-        """How many images are worked through at a time on a CPU; None keeps batches whole."""
-        chosen = settings.speed
-        rows = layers(self.network, IN_CHANNELS, settings.data.image_size)
-        piece = speed.micro_batch_size(self.network, rows)
-        if piece and chosen.micro_batch != "auto":
-            piece = chosen.micro_batch
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def _accuracy(self, top_k: int = 1) -> MulticlassAccuracy:
+        """The share of all images that are classified correctly."""
+        return MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro", validate_args=False)
+
+    def _optimize_network(self) -> int | None:
+        """Applies the ``speed`` settings in place; returns the micro-batch size on a CPU, None for full batches."""
+        options = self.settings.speed
+        rows = layers(self.network, self.in_channels, self.settings.data.image_size)
+        micro_batch = speed.micro_batch_size(self.network, rows)
+        if micro_batch and options.micro_batch != "auto":
+            micro_batch = options.micro_batch
         self.dropouts = speed.replace_dropout(self.network, rows)
-        if chosen.relu_after_pooling:
+        if options.relu_after_pooling:
             speed.move_relu_after_pooling(self.network)
-        if chosen.channels_last:
-            self.network.to(memory_format=torch.channels_last)
-        return piece
+        if options.channels_last:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        return micro_batch
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(batch, 1, image_size, image_size)``, 0 to 1, to logits ``(batch, 10)``."""
+        """Logits ``(batch, classes)`` of images ``(batch, channels, image_size, image_size)`` from 0 to 1."""
         return self.network(images)
 
     def on_fit_start(self) -> None:
-        # Where all of the module is bfloat16 or float16 (precision=bf16-true) sums of many images need more digits.
+        # With precision=bf16-true the module is bfloat16, in which a sum over many images loses digits.
         for metric in (self.train_loss, self.score_loss):
             metric.set_dtype(torch.float32)
 
     on_test_start = on_fit_start
 
     def on_train_start(self) -> None:
-        asked, on_gpu = self.settings.compile, self.device.type == "cuda"
-        if asked is True or (asked == "auto" and on_gpu):
-            # In place: the names of the weights stay as they are. On a GPU with CUDA graphs.
+        requested, on_gpu = self.settings.compile, self.device.type == "cuda"
+        if requested is True or (requested == "auto" and on_gpu):
+            # In place, so that the names of the weights stay the same. On a GPU with CUDA graphs.
             self.network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -87,51 +108,58 @@ class Classifier(LightningModule):
         for dropout in self.dropouts:
             dropout.begin(len(labels), labels.device)
         if (micro_batch := self.micro_batch(len(labels))) < len(labels):
-            loss, whole_loss, logits = self._loss_in_pieces(images, labels, micro_batch)
+            loss, batch_loss, logits = self._backward_micro_batches(images, labels, micro_batch)
         else:
-            # Only whole batches are of the size that a compiled network is compiled for.
-            whole = len(labels) == self.settings.data.batch_size
-            logits = self.network(images) if whole else self.network.forward(images)
+            # The compiled network has static shapes: those of a full batch.
+            full = len(labels) == self.settings.data.batch_size
+            logits = self.network(images) if full else self.network.forward(images)
             loss = functional.cross_entropy(logits, labels)
-            whole_loss, logits = loss.detach(), logits.detach()
+            batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
                 loss = loss * self._share(len(labels))
-        # A read-back would hold up a GPU at every step; there, `require_finite` is called when metrics are read.
-        if not whole_loss.is_cuda:
-            self.require_finite(whole_loss.item())
-        self.train_loss.update(whole_loss.expand(len(labels)))
+        # Reading the loss would synchronize a GPU in every step; there, it is checked when metrics are logged.
+        if not batch_loss.is_cuda:
+            self.require_finite(batch_loss.item())
+        self.train_loss.update(batch_loss.expand(len(labels)))
         self.train_acc.update(logits, labels)
         return loss
 
     def micro_batch(self, images: int) -> int:
-        """How many of a batch's images are worked through at a time."""
+        """The number of images per forward pass, for a batch of ``images``."""
         if self.micro_batch_size and self.device.type == "cpu" and self.trainer.world_size == 1:
             return min(self.micro_batch_size, images)
         return max(images, 1)
 
-    def _loss_in_pieces(self, images: Tensor, labels: Tensor, micro_batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds up the gradients of all micro_batch but the last, whose loss Lightning is left to work backward from.
+    def _backward_micro_batches(self, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Accumulates the gradients of all micro-batches but the last, for which Lightning calls backward.
 
-        Returns the last piece's share of the loss, the whole batch's loss, and its logits.
+        Returns:
+            The loss of the last micro-batch, weighted by its share of the batch; the mean loss of the batch; the
+            logits ``(batch, classes)``.
         """
-        shares, logits = [], []
-        for some_images, some_labels in zip(images.split(micro_batch), labels.split(micro_batch), strict=True):
-            if shares:
-                (shares[-1] / self.trainer.accumulate_grad_batches).backward()
-                shares[-1] = shares[-1].detach()
-            score = self.network(some_images)
-            # Each image weighs the same, in a last piece that is not full too.
-            shares.append(functional.cross_entropy(score, some_labels) * (len(some_labels) / len(labels)))
-            logits.append(score.detach())
-        return shares[-1], torch.stack([share.detach() for share in shares]).sum(), torch.cat(logits)
+        losses: list[Tensor] = []
+        logits = []
+        for micro_images, micro_labels in zip(images.split(size), labels.split(size), strict=True):
+            if losses:
+                (losses[-1] / self.trainer.accumulate_grad_batches).backward()
+                losses[-1] = losses[-1].detach()
+            output = self.network(micro_images)
+            # Every image has the same weight, also where the last micro-batch is smaller.
+            losses.append(functional.cross_entropy(output, micro_labels) * (len(micro_labels) / len(labels)))
+            logits.append(output.detach())
+        return losses[-1], torch.stack([loss.detach() for loss in losses]).sum(), torch.cat(logits)
 
     def _share(self, images: int) -> Tensor:
-        """What this process's mean loss must be weighted by, where the last batch could not be divided equally."""
+        """The weight of this process's mean loss where the images of a batch are not divided equally among processes.
+
+        DDP averages gradients over processes; weighted by ``images`` of this process divided by the mean number per
+        process, the average is the gradient of the mean loss over all images of the batch.
+        """
         mean = self.trainer.strategy.reduce(torch.tensor(float(images), device=self.device), reduce_op="mean")
         return images / mean
 
     def optimizer_zero_grad(self, *_: Any) -> None:
-        """Lightning would do it between a batch's first micro_batch and its last; see `optimizer_step`."""
+        """Does nothing: Lightning calls it after the first micro-batches of a batch. See `optimizer_step`."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
@@ -144,113 +172,98 @@ class Classifier(LightningModule):
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         raise NonFiniteLossError(
             f"the loss is {loss} at step {self.global_step} (epoch {self.current_epoch}), learning rate {lr:g}: "
-            "the weights ran away. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
+            "training diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
             "model.norm=batch"
         )
 
-    def metrics_so_far(self) -> dict[str, Tensor]:
-        """The part of the state that the batches since the last logging left in this process, on the CPU."""
+    def train_metrics_state(self) -> dict[str, Tensor]:
+        """The state of the training metrics of this process since the last logging, on the CPU."""
         state = self.state_dict()
         return {name: state[name].cpu() for name in state if name.startswith(("train_loss.", "train_acc."))}
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._score(batch)
+        self._update_scores(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_scores(self.settings.data.score_each_epoch)
+        # `MetricsLogger` logs them, at the number of optimizer steps.
+        self.log_dict(self._compute_scores(self.settings.data.score_each_epoch), logger=False, sync_dist=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Logits, for whoever draws them."""
-        logits = self._score(batch)
+        """Updates the test metrics and returns the logits ``(batch, classes)`` for callbacks."""
+        logits = self._update_scores(batch)
         self.confusion.update(logits, batch[1])
+        if self.top5_acc is not None and len(batch[1]):
+            self.top5_acc.update(logits, batch[1])
         return logits
 
     def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
-        self.confusion.compute()  # of all processes, as long as they can ask each other; it keeps what it found
+        scores = self._compute_scores("test")
+        if self.top5_acc is not None:
+            scores["test/top5_acc"] = self.top5_acc.compute()
+            self.top5_acc.reset()
+        self.log_dict(scores, logger=not self.test_metrics_logged, sync_dist=True)
+        self.confusion.compute()  # of all processes, while they are in step; torchmetrics keeps the result
 
-    def _score(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Class probabilities ``(batch, classes)``.
+
+        Args:
+            batch: images ``(batch, channels, image_size, image_size)``, or a tuple of images and labels.
+        """
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self._logits(images).float().softmax(1)
+
+    def _update_scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = torch.cat([self.score(piece) for piece in images.split(self.micro_batch(len(labels)))])
-        if not len(labels):  # the last batch, where there are fewer images than processes
+        logits = self._logits(images)
+        if not len(labels):  # in the last batch of several processes, if it has fewer images than processes
             return logits
         self.score_loss.update(functional.cross_entropy(logits, labels, reduction="none"))
         self.score_acc.update(logits, labels)
         return logits
 
+    def _logits(self, images: Tensor) -> Tensor:
+        return torch.cat([self.score(micro_images) for micro_images in images.split(self.micro_batch(len(images)))])
+
     def score(self, images: Tensor) -> Tensor:
-        """Logits ``(batch, 10)`` as they are score: with ``data.test_time_flip`` those of mirrored images count."""
+        """Logits ``(batch, classes)`` for validation, test and prediction.
+
+        With ``data.test_time_flip`` they are the logarithms of the mean of two probabilities: those of the images and
+        those of the mirrored images.
+        """
         logits = self.network.forward(images)
         if not self.settings.data.test_time_flip:
             return logits
         both = torch.stack([logits, self.network.forward(images.flip(-1))]).float()
-        return both.log_softmax(-1).logsumexp(0) - math.log(2)  # of the mean of both probabilities
+        return both.log_softmax(-1).logsumexp(0) - math.log(2)
 
-    def _log_scores(self, part: str) -> None:
-        scores = {f"{part}/loss": self.score_loss.compute(), f"{part}/acc": self.score_acc.compute()}
-        # For callbacks; `MetricsLogger` writes them to the loggers, at this very step. They are of all processes already.
-        self.log_dict(scores, logger=False, sync_dist=True)
+    def _compute_scores(self, split: str) -> dict[str, Tensor]:
+        """Loss and accuracy of all processes; resets the metrics."""
+        scores = {f"{split}/loss": self.score_loss.compute(), f"{split}/acc": self.score_acc.compute()}
         self.score_loss.reset()
         self.score_acc.reset()
+        return scores
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._optimizer()
-        chosen = self.settings.schedule
-        if chosen.name == "constant" and not chosen.warmup:
+        optimizer = self._build_optimizer()
+        schedule = self.settings.schedule
+        if schedule.name == "constant" and not schedule.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule(optimizer, chosen, steps), "interval": "step"},
+            "lr_scheduler": {"scheduler": build_schedule(optimizer, schedule, steps), "interval": "step"},
         }
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        chosen = self.settings.optimizer.model_dump(exclude={"name"})
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        arguments = self.settings.optimizer.model_dump(exclude={"name"})
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.optimizer.name]
-        # Lightning clips no gradients in mixed precision where the optimiser is fused.
+        # Lightning can't clip the gradients of a fused optimizer in mixed precision.
         clipped = self.settings.trainer.gradient_clip_val is not None
         fused = self.settings.speed.fused_optimizer and self.device.type in ("cpu", "cuda") and not clipped
-        return kind(self.network.parameters(), **chosen, fused=fused)
-
-
-def accuracy() -> MulticlassAccuracy:
-    """Share of all images that are classified rightly."""
-    return MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
+        return kind(self.network.parameters(), **arguments, fused=fused)
 
 
 def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Plain numbers, with the seven digits that a float32 has: 0.9127, not 0.9127000570297241."""
+    """Plain numbers with the seven digits of a float32: 0.9127, not 0.9127000570297241."""
     return {name: round(float(value), 7) for name, value in metrics.items()}
-
-
-def schedule(optimizer: torch.optim.Optimizer, chosen: Any, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over ``steps`` optimiser steps; ``chosen.warmup`` is the share in which it climbs."""
-    from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, OneCycleLR, SequentialLR
-
-    if chosen.name == "one_cycle":
-        group = optimizer.param_groups[0]
-        # Three: it divides by the steps of the climb, and by those of the descent, but one.
-        steps = max(3, steps)
-        return OneCycleLR(
-            optimizer,
-            max_lr=group["lr"],
-            total_steps=steps,
-            pct_start=max(chosen.warmup, 2 / steps),
-            **_momentum_cycle(group["momentum"] if "momentum" in group else group["betas"][0]),
-        )
-    warmup = round(chosen.warmup * steps)
-    rest = (
-        CosineAnnealingLR(optimizer, max(1, steps - warmup)) if chosen.name == "cosine" else ConstantLR(optimizer, 1.0)
-    )
-    if not warmup:
-        return rest
-    climb = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
-    return SequentialLR(optimizer, [climb, rest], milestones=[warmup])
-
-
-def _momentum_cycle(momentum: float) -> dict[str, Any]:
-    """Down from 0.05 above ``momentum`` to 0.05 below it and up again: around 0.9 it is torch's and Smith's own."""
-    if not momentum:
-        return {"cycle_momentum": False}
-    swing = min(0.05, momentum, round((1 - momentum) / 2, 6))
-    return {"max_momentum": round(momentum + swing, 6), "base_momentum": round(momentum - swing, 6)}

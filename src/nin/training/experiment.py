@@ -28,7 +28,7 @@ from nin.system.devices import default_threads, resolve_precision, retain_freed_
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
-from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_results
+from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier, rounded
 
 log = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ class Experiment:
         if self.checkpoint is None:
             self.folder.truncate_event_files({})
             self.folder.metrics.unlink(missing_ok=True)
+            log_request(self.trainer, self.settings, self.request.overrides)
             return
         place = f"epoch {self.checkpoint['epoch']}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)

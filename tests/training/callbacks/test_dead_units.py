@@ -18,7 +18,7 @@ from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
 from nin.training import experiment
-from nin.training.callbacks.dead_units import dead
+from nin.training.callbacks.dead_units import count_dead
 
 # The notebooks' network, narrower: nothing but its start decides which classes are dead in so few steps.
 LOTTERY = (
@@ -56,22 +56,22 @@ def test_dead_counts_are_what_every_relu_gives(norm: str) -> None:
     before = [t.clone() for t in network.state_dict().values()]
     network.train()
     random_state = torch.get_rng_state()
-    assert dead(network, iter(images.split(4))) == (channels, classes)
+    assert count_dead(network, iter(images.split(4))) == (channels, classes)
     assert network.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(torch.equal(a, b) for a, b in zip(before, network.state_dict().values(), strict=True))
     speed.move_relu_after_pooling(network)
-    assert dead(network, iter(images.split(4))) == (channels, classes)
+    assert count_dead(network, iter(images.split(4))) == (channels, classes)
     assert not any(module._forward_hooks for module in network.modules())
 
 
 def test_what_is_counted_in_other_networks() -> None:
     images = torch.rand(2, 1, 67, 67)
-    assert dead(NiN(image_size=67, final_relu=False), iter([images]))[1] == []
-    assert dead(NiN(image_size=67, head="fc"), iter([images]))[1] is None
-    counts, classes = dead(AlexNet(image_size=67), iter([images]))
+    assert count_dead(NiN(image_size=67, final_relu=False), iter([images]))[1] == []
+    assert count_dead(NiN(image_size=67, head="fc"), iter([images]))[1] is None
+    counts, classes = count_dead(AlexNet(image_size=67), iter([images]))
     assert (list(counts), classes) == ([1, 2, 3, 4, 5, 6, 7], None)
-    assert dead(LeNet(image_size=67), iter([images])) == ({}, None)
+    assert count_dead(LeNet(image_size=67), iter([images])) == ({}, None)
 
 
 def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
@@ -103,8 +103,8 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
         )
 
     (told,) = [record.getMessage() for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
-    assert "training sits at chance at step 3 (epoch 1): the loss is 2.3" in told
-    assert f"{silent} of 10 classes are dead (" in told
+    assert "training is at chance at step 3 (epoch 1): the loss is 2.3" in told
+    assert f"{silent} of 10 classes are dead on these 2 training images, in eval mode (" in told
     assert "Try experiment=robust" in told
 
 

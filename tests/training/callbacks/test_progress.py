@@ -36,6 +36,6 @@ def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
 
 def test_what_is_not_known_yet_is_not_shown() -> None:
     # Validation may come before the first logging.
-    assert progress._in_words({}) == ""
-    assert progress._in_words({"val/acc": 0.5}) == "val 0.5000"
-    assert progress._in_words({"val/acc": 0.5, "images_per_second": 1200.4}) == "val 0.5000  1,200 images/s"
+    assert progress._format({}) == ""
+    assert progress._format({"val/acc": 0.5}) == "val 0.5000"
+    assert progress._format({"val/acc": 0.5, "images_per_second": 1200.4}) == "val 0.5000  1,200 images/s"

@@ -1,4 +1,4 @@
-"""Dead classes and dead channels: counted while a network trains, and told with what to try."""
+"""Dead classes and dead channels: counted while a network trains, with a warning that names what to try."""
 
 import contextlib
 import logging
@@ -8,31 +8,31 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import Tensor, nn
 
-from nin.data.sources import CLASS_NAMES
 from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
-_CHANCE_LOSS = math.log(len(CLASS_NAMES))
-
 
 class DeadUnitMonitor(Callback):
-    """Counts what a ReLU has silenced, for the loggers: ``units/dead_classes``, ``units/dead_channels/block<n>``.
+    """Logs the numbers of dead classes and channels: ``units/dead_classes``, ``units/dead_channels/block<n>``.
 
-    A channel is dead if it is zero behind its ReLU at every place of every one of the first ``images`` training images
-    (those not held out, in the files' order), without dropout or augmentation; so is a class if its score map is. No
-    gradient passes it. Classes are counted in networks that end in one map a class.
+    A channel is dead if the output of its ReLU is zero at every position of every image of a sample: the first
+    ``images`` training images (not held out, in the order of the files), in eval mode (without dropout and
+    augmentation). A class is dead if its score map is. On such a sample no gradient reaches the layers below through
+    that channel. Other images, augmentation, dropout or changes of the layers below can make it active again: classes
+    that were dead at one check have been active at a later one. Classes are counted in networks whose last layers are
+    one score map per class.
 
-    Says once that a class is dead, and once that training sits at chance: when two looks in a row found it.
+    Warns once that classes are dead, and once that training is at the loss of guessing, if two checks in a row find it.
 
     Args:
-        images: how many are looked at.
-        times: how often in an epoch, at equal distances, last at its end, where ``last.ckpt`` is saved; a step in
-            between costs nothing.
-        patience: how many optimiser steps a run may take before anything is said.
+        images: size of the sample.
+        checks_per_epoch: number of checks per epoch, at equal distances, the last one at its end.
+        patience_steps: number of optimizer steps before the first warning.
     """
 
     def __init__(self, images: int = 512, checks_per_epoch: int = 4, patience_steps: int = 200):
@@ -42,33 +42,33 @@ class DeadUnitMonitor(Callback):
             ("patience_steps", patience_steps, 0),
         ):
             if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r}: must be a whole number, {least} or more")
+                raise ValueError(f"{name}={value!r}: must be an integer, {least} or more")
         self.images, self.checks_per_epoch, self.patience_steps = images, checks_per_epoch, patience_steps
-        self.looked_step = 0
+        self.checked_step = 0
         self.suspects: dict[str, Any] = {"dead": [], "chance": False}
-        self.told = {"dead": False, "chance": False}
+        self.warned = {"dead": False, "chance": False}
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         if not trainer.ckpt_path and trainer.is_global_zero:
-            self._look(trainer, module)  # many are dead from the start
+            self._check(trainer, pl_module)  # with many initializations classes are dead from the start
 
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+        self, trainer: Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        batches = trainer.num_training_batches
-        due = (index + 1) * self.checks_per_epoch // batches > index * self.checks_per_epoch // batches
-        ends = trainer.global_step == trainer.max_steps
-        # Several batches make one step where gradients are accumulated.
-        if not (due or ends) or trainer.global_step == self.looked_step or not trainer.is_global_zero:
+        batches = int(trainer.num_training_batches)
+        due = (batch_idx + 1) * self.checks_per_epoch // batches > batch_idx * self.checks_per_epoch // batches
+        is_last = trainer.global_step == trainer.max_steps
+        # With gradient accumulation several batches have the same step.
+        if not (due or is_last) or trainer.global_step == self.checked_step or not trainer.is_global_zero:
             return
-        self.looked_step = trainer.global_step
-        classes = self._look(trainer, module)
+        self.checked_step = trainer.global_step
+        classes = self._check(trainer, pl_module)
         if trainer.global_step >= self.patience_steps:
-            self._tell(trainer, classes)
+            self._warn(trainer, pl_module, classes)
 
-    def _look(self, trainer: Trainer, module: LightningModule) -> list[int]:
-        """Logs the counts; returns the dead classes."""
-        channels, classes = dead(module.network, self._sample(trainer, module))
+    def _check(self, trainer: Trainer, pl_module: Classifier) -> list[int]:
+        """Logs the counts; returns the labels of the dead classes."""
+        channels, classes = count_dead(pl_module.network, self._sample(trainer, pl_module))
         values: dict[str, float] = {f"units/dead_channels/block{i}": float(n) for i, n in channels.items()}
         if classes is not None:
             values["units/dead_classes"] = float(len(classes))
@@ -77,73 +77,85 @@ class DeadUnitMonitor(Callback):
         log.info("step %d: dead classes: %s; dead channels by block: %s", trainer.global_step, classes, channels)
         return classes or []
 
-    def _sample(self, trainer: Trainer, module: LightningModule) -> Iterator[Tensor]:
-        """The images as the network sees them, in batches that fit where the training's do."""
-        images = trainer.datamodule.train[0][: self.images]
-        for some in images.split(module.micro_batch(module.settings.data.batch_size)):
-            yield trainer.datamodule.prepare_images(some)
+    def _sample(self, trainer: Trainer, pl_module: Classifier) -> Iterator[Tensor]:
+        """The images of the sample as the network receives them, in batches no larger than those of training."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+        for images in data.train[0][: self.images].split(pl_module.micro_batch(pl_module.settings.data.batch_size)):
+            yield data.prepare_images(images)
 
-    def _tell(self, trainer: Trainer, classes: list[int]) -> None:
-        latest = next(callback for callback in trainer.callbacks if isinstance(callback, MetricsLogger)).latest
-        at_chance = latest.get("train/loss", 0) > 0.98 * _CHANCE_LOSS and latest["train/acc"] < 0.15
+    def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:
+        latest = next(c for c in trainer.callbacks if isinstance(c, MetricsLogger)).latest  # type: ignore[attr-defined]
+        chance = is_at_chance(latest, pl_module.num_classes)
         still_dead = [i for i in classes if i in self.suspects["dead"]]
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
-        if at_chance and self.suspects["chance"] and not self.told["chance"]:
-            self.told["chance"] = True
+        if chance and self.suspects["chance"] and not self.warned["chance"]:
+            self.warned["chance"] = True
             log.warning(
-                "training sits at chance at %s: the loss is %.4f, and guessing gives ln %d = %.4f.%s %s",
-                where, latest["train/loss"], len(CLASS_NAMES), _CHANCE_LOSS, _dead_in_words(classes), _REMEDY,
+                "training is at chance at %s: the loss is %.4f, and guessing has ln %d = %.4f.%s %s",
+                where, latest["train/loss"], pl_module.num_classes, math.log(pl_module.num_classes),
+                self._describe(classes, pl_module.class_names), _REMEDY,
             )  # fmt: skip
-            self.told["dead"] = self.told["dead"] or bool(classes)
-        elif still_dead and not self.told["dead"]:
-            self.told["dead"] = True
-            log.warning("at %s:%s %s", where, _dead_in_words(still_dead), _REMEDY)
-        self.suspects = {"dead": classes, "chance": at_chance}
+            self.warned["dead"] = self.warned["dead"] or bool(classes)
+        elif still_dead and not self.warned["dead"]:
+            self.warned["dead"] = True
+            log.warning("at %s:%s %s", where, self._describe(still_dead, pl_module.class_names), _REMEDY)
+        self.suspects = {"dead": classes, "chance": chance}
+
+    def _describe(self, classes: list[int], class_names: tuple[str, ...]) -> str:
+        if not classes:
+            return ""
+        names = ", ".join(class_names[i] for i in classes[:_NAMES])
+        more = f" and {len(classes) - _NAMES} more" if len(classes) > _NAMES else ""
+        verb = "is" if len(classes) == 1 else "are"
+        return (
+            f" {len(classes)} of {len(class_names)} classes {verb} dead on these {self.images} training images, in "
+            f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images give "
+            "it no gradient. A dead class can become active again when the layers below change."
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"looked_step": self.looked_step, "suspects": self.suspects, "told": self.told}
+        return {"checked_step": self.checked_step, "suspects": self.suspects, "warned": self.warned}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
 
 
+_NAMES = 10
 _REMEDY = (
-    "Try experiment=robust, which starts the same network so that it learns; or one of model.final_relu=false (no "
-    "class can die then), model.norm=batch, schedule.warmup=0.1, a smaller optimizer.lr, another seed."
+    "Try experiment=robust, which starts the same network so that it learns; or one of model.final_relu=false (then no "
+    "class can be dead), model.norm=batch, schedule.warmup=0.1, a smaller optimizer.lr, another seed."
 )
 
 
-def _dead_in_words(classes: list[int]) -> str:
-    if not classes:
-        return ""
-    names = ", ".join(CLASS_NAMES[i] for i in classes)
-    verb = "is" if len(classes) == 1 else "are"
-    return (
-        f" {len(classes)} of {len(CLASS_NAMES)} classes {verb} dead ({names}): the score map, which ends in a ReLU, is "
-        "zero everywhere, so that no gradient passes and it is not recognised until the layers below happen to wake it."
-    )
+def is_at_chance(latest: dict[str, float], num_classes: int) -> bool:
+    """Whether the training metrics are those of guessing: a loss above 0.98 ln n, an accuracy below 1.5/n."""
+    return latest.get("train/loss", 0) > 0.98 * math.log(num_classes) and latest["train/acc"] < 1.5 / num_classes
 
 
 @torch.no_grad()
-def dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[int, int], list[int] | None]:
-    """What ReLUs silence on all of ``batches`` of ``(batch, channels, height, width)`` images together.
+def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[int, int], list[int] | None]:
+    """Finds the channels whose ReLU is zero for all images of all ``batches``.
+
+    Each batch is ``(batch, channels, height, width)``.
+
+    Runs the network in eval mode, and restores its mode.
 
     Returns:
-        The number of dead channels in each layer of ``network`` that has ReLUs, by its place among them from 1 on,
-        all its ReLUs added up; and the dead classes, None if the network does not end in one map a class.
+        The number of dead channels in each child of ``network`` with ReLUs, numbered from 1, added up over its ReLUs;
+        and the labels of the dead classes, None if the network does not end in one score map per class.
     """
-    before = _in_front_of_relus(network)
+    before = _layers_before_relus(network)
     largest: dict[nn.Module, Tensor] = {}
 
-    def look(layer: nn.Module, _: Any, maps: Tensor) -> None:
-        now = maps.flatten(2).amax(2).amax(0) if maps.ndim == 4 else maps.amax(0)
-        largest[layer] = torch.maximum(largest[layer], now) if layer in largest else now
+    def update_largest(layer: nn.Module, _: Any, maps: Tensor) -> None:
+        batch = maps.flatten(2).amax(2).amax(0) if maps.ndim == 4 else maps.amax(0)  # (channels,)
+        largest[layer] = torch.maximum(largest[layer], batch) if layer in largest else batch
 
     was_training = network.training
     network.eval()
-    with contextlib.ExitStack() as at_the_end:
+    with contextlib.ExitStack() as cleanup:
         for layer in before:
-            at_the_end.callback(layer.register_forward_hook(look).remove)
+            cleanup.callback(layer.register_forward_hook(update_largest).remove)
         for images in batches:
             network.forward(images)
     network.train(was_training)
@@ -158,11 +170,11 @@ def dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[int, i
     return counts, silent
 
 
-def _in_front_of_relus(network: nn.Sequential) -> dict[nn.Module, int]:
-    """Each layer whose output a ReLU takes, and the number of the block that it is in."""
+def _layers_before_relus(network: nn.Sequential) -> dict[nn.Module, int]:
+    """Each layer whose output is the input of a ReLU, and the number of its block."""
     leaves = [(leaf, i) for i, child in enumerate(network) for leaf in _parts(child)]
-    # An Identity stands where `speed` has moved a ReLU behind the pooling.
-    found = {layer: i for (layer, i), (behind, _) in pairwise(leaves) if isinstance(behind, nn.ReLU | nn.Identity)}
+    # `speed.move_relu_after_pooling` leaves an Identity in the place of the ReLU.
+    found = {layer: i for (layer, i), (after, _) in pairwise(leaves) if isinstance(after, nn.ReLU | nn.Identity)}
     number = {i: n for n, i in enumerate(dict.fromkeys(found.values()), start=1)}
     return {layer: number[i] for layer, i in found.items()}
 

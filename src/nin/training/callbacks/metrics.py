@@ -1,4 +1,4 @@
-"""What is watched and drawn while training: metrics.csv, the loggers' curves and pictures."""
+"""Reads the metrics while training, and writes them to the loggers and to ``metrics.csv``."""
 
 import csv
 import io
@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning import Callback, Trainer
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from nin.runs.folder import write_atomically
-from nin.training.classifier import rounded
+from nin.training.classifier import Classifier, rounded
 
 COLUMNS = (
     "epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc",
@@ -20,9 +22,14 @@ COLUMNS = (
 
 
 class MetricsLogger(Callback):
-    """Reads the metrics every ``log_every_n_steps`` and every epoch, and passes them on: loggers, metrics.csv.
+    """Logs the training metrics every ``log_every_n_steps`` steps, the validation metrics after each validation.
 
-    Every value is logged at the number of optimiser steps taken so far, the same axis for all.
+    Everything is logged at the number of optimizer steps so far, so that all curves have the same x axis. The value of
+    ``lr`` and ``train/grad_norm`` at step k are those of the k-th optimizer step; the norm is that before clipping.
+    ``metrics.csv`` has one row per epoch.
+
+    Args:
+        metrics_csv: path of the CSV file.
     """
 
     def __init__(self, metrics_csv: Path):
@@ -32,90 +39,95 @@ class MetricsLogger(Callback):
         self.rows: list[dict[str, Any]] = []
         self.epoch: dict[str, float] = {}
         self.scores: dict[str, float] = {}
+        self.lr = 0.0
+        self.grad_norm: tuple[int, Tensor] | None = None
+        # The window is the time since the last logging.
         self.window_images, self.window_seconds = 0, 0.0
         self.images = self.train_seconds = self.step_seconds = 0.0
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.started = time.perf_counter() - self.train_seconds
         self._open_window(self.window_images, self.window_seconds)
-        if trainer.ckpt_path:
-            return  # what follows is in the event files already
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                both = {"loss": ["train/loss", "val/loss"], "accuracy": ["train/acc", "val/acc"]}
-                if module.settings.data.score_each_epoch == "test":
-                    both = {chart: [tag.replace("val", "test") for tag in tags] for chart, tags in both.items()}
-                logger.experiment.add_custom_scalars({"nin": {c: ["Multiline", tags] for c, tags in both.items()}})
 
-    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.epoch = {"images": 0, "seconds": 0.0, "loss": 0.0, "right": 0.0}
-        self.scores = {}  # an epoch without a validation has none, though Lightning still has the last ones
+        self.scores = {}  # Lightning's callback_metrics keep those of the last validation, also in epochs without one
         self._open_window()
 
     def _open_window(self, images: int = 0, seconds: float = 0.0) -> None:
         self.window_images, self.window_started = images, time.perf_counter() - seconds
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, optimizer: Optimizer) -> None:
+        # Here, because after the step the schedule has already set the learning rate of the next one.
+        self.lr = float(optimizer.param_groups[0]["lr"])
+        step = trainer.global_step + 1
+        if trainer.loggers and (_is_logging_step(trainer, step) or _is_last_step(trainer, step)):
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self.grad_norm = step, get_total_norm(gradients)  # a tensor: read only when the metrics are logged
+
     def on_train_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int
+        self, trainer: Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.window_images += len(batch[1])
         step = trainer.global_step
         if step == trainer.max_steps:
             trainer.should_stop = True  # Lightning then validates before it ends, also in the middle of an epoch
-        last = step == trainer.max_steps or trainer.is_last_batch or ends(trainer)
-        due = step % trainer.log_every_n_steps == 0 or last
-        # Several batches make one step where gradients are accumulated.
+        due = _is_logging_step(trainer, step) or _is_last_step(trainer, step) or is_stopping(trainer)
+        # With gradient accumulation several batches have the same step.
         if due and step != self.logged_step:
-            self._read_window(trainer, module)
+            self._close_window(trainer, pl_module)
 
-    def _read_window(self, trainer: Trainer, module: LightningModule) -> None:
-        values = self.window_so_far(trainer, module)
-        module.require_finite(values["train/loss"])
-        module.train_loss.reset()
-        module.train_acc.reset()
-        # The last batch of an epoch may not be divided equally.
-        own = torch.tensor(float(self.window_images), device=module.device)
+    def _close_window(self, trainer: Trainer, pl_module: Classifier) -> None:
+        values = self.read_window(trainer, pl_module)
+        pl_module.require_finite(values["train/loss"])
+        pl_module.train_loss.reset()
+        pl_module.train_acc.reset()
+        # Of all processes: they may not have equal numbers of images in the last batch of an epoch.
+        own = torch.tensor(float(self.window_images), device=pl_module.device)
         images = int(trainer.strategy.reduce(own, reduce_op="sum"))
         self.epoch["images"] += images
         self.epoch["seconds"] += time.perf_counter() - self.window_started
         self.epoch["loss"] += images * values["train/loss"]
         self.epoch["right"] += images * values["train/acc"]
         if trainer.global_step != self.logged_step:
-            self._log(trainer, values | {"lr": _lr(trainer)})
+            values["lr"] = self.lr
+            if self.grad_norm and self.grad_norm[0] == trainer.global_step:
+                values["train/grad_norm"] = float(self.grad_norm[1])
+            self._log(trainer, values)
         self.logged_step = trainer.global_step
         self._open_window()
 
-    def window_so_far(self, trainer: Trainer, module: LightningModule) -> dict[str, float]:
-        """The metrics of the batches since the last logging. On a GPU this waits for them."""
-        metrics = {"train/loss": module.train_loss.compute(), "train/acc": module.train_acc.compute()}
+    def read_window(self, trainer: Trainer, pl_module: Classifier) -> dict[str, float]:
+        """The training metrics since the last logging, of all processes. On a GPU this waits for its kernels."""
+        metrics = {"train/loss": pl_module.train_loss.compute(), "train/acc": pl_module.train_acc.compute()}
         seconds = time.perf_counter() - self.window_started
-        return {k: float(v) for k, v in metrics.items()} | {
+        return {name: float(value) for name, value in metrics.items()} | {
             "images_per_second": self.window_images * trainer.world_size / seconds
         }
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.validation_started = time.perf_counter()
 
-    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         if not trainer.sanity_checking:
-            # In the middle of an epoch, it is no part of the images' time.
+            # The time of a validation in the middle of an epoch does not count as training time.
             self._open_window(self.window_images, self.validation_started - self.window_started)
             self.scores = rounded(
-                {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "test/"))}
+                {name: v for name, v in trainer.callback_metrics.items() if name.startswith(("val/", "test/"))}
             )
             self.scored_step = trainer.global_step
             self._log(trainer, self.scores)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         if self.window_images:
-            self._read_window(trainer, module)  # trainer.max_time ended the epoch after our look at the batch
+            self._close_window(trainer, pl_module)  # trainer.max_time ended the epoch after `on_train_batch_end`
         epoch = self.epoch
         self.images += epoch["images"]
         self.step_seconds += epoch["seconds"]
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
-            "lr": _lr(trainer),
+            "lr": self.lr,
             "train/loss": round(epoch["loss"] / epoch["images"], 7),
             "train/acc": round(epoch["right"] / epoch["images"], 7),
             **self.scores,
@@ -127,9 +139,14 @@ class MetricsLogger(Callback):
         if trainer.is_global_zero:
             self._write_rows()
 
+    def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        # With data.score_each_epoch=test the curves already have test metrics at this step.
+        pl_module.test_metrics_logged = "test/acc" in self.scores and self.scored_step == trainer.global_step
+
     def _write_rows(self) -> None:
         text = io.StringIO()
-        writer = csv.DictWriter(text, [c for c in COLUMNS if any(c in row for row in self.rows)], lineterminator="\n")
+        columns = [column for column in COLUMNS if any(column in row for row in self.rows)]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.metrics_csv, text.getvalue())
@@ -141,23 +158,30 @@ class MetricsLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
-        return {name: getattr(self, name) for name in _KEPT} | {
+        return {name: getattr(self, name) for name in _STATE} | {
             "window_seconds": now - self.window_started,
             "train_seconds": now - self.started,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.__dict__.update(state_dict)
 
 
-# The clocks are kept apart: what they show is the time until now.
-_KEPT = ("latest", "logged_step", "scored_step", "rows", "epoch", "scores", "window_images", "images", "step_seconds")
+# Besides the durations, which `state_dict` computes.
+_STATE = (
+    "latest", "logged_step", "scored_step", "rows", "epoch", "scores", "lr", "window_images", "images", "step_seconds",
+)  # fmt: skip
 
 
-def ends(trainer: Trainer) -> bool:
-    """Whether training was asked to end, and may: early stopping and max_time wait for min_epochs and min_steps."""
-    return trainer.should_stop and trainer.fit_loop._can_stop_early
+def is_stopping(trainer: Trainer) -> bool:
+    """Whether Lightning ends training now: early stopping and max_time wait for min_epochs and min_steps."""
+    return trainer.should_stop and trainer.fit_loop._can_stop_early  # no public way to ask
 
 
-def _lr(trainer: Trainer) -> float:
-    return trainer.optimizers[0].param_groups[0]["lr"]
+def _is_logging_step(trainer: Trainer, step: int) -> bool:
+    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+
+
+def _is_last_step(trainer: Trainer, step: int) -> bool:
+    """Whether ``step`` is the last one of an epoch or of the run."""
+    return step == trainer.max_steps or trainer.is_last_batch

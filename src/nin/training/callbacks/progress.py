@@ -1,41 +1,44 @@
-"""What a person sees while it runs: on a terminal a bar, elsewhere one plain line an epoch."""
+"""The progress of a run on standard output: a bar on a terminal, elsewhere one line per epoch."""
 
 import math
-import os
-import sys
 import time
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from nin.training.callbacks.metrics import COLUMNS, MetricsLogger
+from nin.training.classifier import Classifier
 
 
 class TrainingProgressBar(Callback):
-    """One bar over the whole training, and a second one while images are score.
+    """One bar for the training of all epochs, and a second one during validation and test.
+
+    It writes to ``sys.stdout``, which `nin.runs.console` makes tolerant of closed pipes, full disks and encodings
+    without some character.
 
     Args:
-        watch: whose latest metrics are shown.
-        label: stands before every line where other runs print beside this one; there are no bars then.
+        metrics: the callback whose latest metrics are shown.
+        label: a prefix of every line, where several runs print at the same time; there are no bars then.
     """
 
-    def __init__(self, watch: MetricsLogger, label: str = ""):
-        self.watch, self.label = watch, label
+    def __init__(self, metrics: MetricsLogger, label: str = ""):
+        self.metrics, self.label = metrics, label
         self.console = Console()
         self.progress: Progress | None = None
         self.training: TaskID | None = None
         self.scoring: TaskID | None = None
-        self.told = 0.0
+        self.epochs = ""
+        self.updated_at = -math.inf
 
-    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
         if self.label or not (self.console.is_terminal and trainer.is_global_zero):
             return
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[told]}"),
+            TextColumn("{task.fields[metrics]}"),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=self.console,
             expand=True,
@@ -43,71 +46,72 @@ class TrainingProgressBar(Callback):
         )
         self.progress.start()
 
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         if self.progress:
-            batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
+            batches, epochs = int(trainer.num_training_batches), trainer.max_epochs or -1
             total = batches * epochs if epochs > 0 else math.inf
             if trainer.max_steps > 0:
                 total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
             done = trainer.fit_loop.epoch_loop.batch_progress.total.completed
             self.epochs = f"/{math.ceil(total / batches)}" if total < math.inf else ""
-            total = total if total < math.inf else None
-            self.training = self.progress.add_task("training", total=total, completed=done, told="")
+            self.training = self.progress.add_task(
+                "training", total=total if total < math.inf else None, completed=done, metrics="first batch"
+            )
+            # The start of the first batch is a sample for rich's estimate, which so exists after that batch.
+            self.progress.advance(self.training, 0)
 
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if self.progress:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
+        if self.progress and self.training is not None:
             epoch = f"epoch {trainer.current_epoch + 1}{self.epochs}"
             self.progress.update(self.training, advance=1, description=epoch)
-            # Once a second: reading the metrics makes a GPU wait.
-            if (now := time.monotonic()) > self.told + 1 and self.watch.window_images:
-                self.told = now
-                # Where there are several processes all would have to read them at once: it shows what was last logged.
-                so_far = self.watch.window_so_far(trainer, module) if trainer.world_size == 1 else {}
-                self.progress.update(self.training, told=_in_words(self.watch.latest | so_far))
+            # Once a second, because reading the metrics synchronizes a GPU.
+            if (now := time.monotonic()) > self.updated_at + 1 and self.metrics.window_images:
+                self.updated_at = now
+                # In several processes, all would have to read them at the same time: it shows what was logged last.
+                current = self.metrics.read_window(trainer, pl_module) if trainer.world_size == 1 else {}
+                self.progress.update(self.training, metrics=_format(self.metrics.latest | current))
 
-    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self._start_scoring("validating", trainer.num_val_batches)
 
-    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self._start_scoring("testing", trainer.num_test_batches)
 
     def _start_scoring(self, name: str, batches: list[int | float]) -> None:
         if self.progress:
-            self.scoring = self.progress.add_task(name, total=sum(batches), told="")
+            self.scoring = self.progress.add_task(name, total=sum(batches), metrics="")
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self.progress:
+        if self.progress and self.scoring is not None:
             self.progress.advance(self.scoring)
 
-    on_test_batch_end = on_validation_batch_end
+    def on_test_batch_end(self, *_: Any) -> None:
+        self.on_validation_batch_end()
 
     def on_validation_end(self, *_: Any) -> None:
-        if self.progress:
+        if self.progress and self.scoring is not None:
             self.progress.remove_task(self.scoring)
 
-    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        row = self.watch.rows[-1]
-        if self.progress:
-            self.progress.update(self.training, told=_in_words(self.watch.latest))
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
+        row = self.metrics.rows[-1]
+        if self.progress and self.training is not None:
+            self.progress.update(self.training, metrics=_format(self.metrics.latest))
         elif trainer.is_global_zero:
-            of = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+            total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
             scores = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
             rate = f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
-            try:
-                print(f"{self.label}epoch {row['epoch']}{of}  step {row['step']}{scores}  {rate}", flush=True)
-            except BrokenPipeError:  # `| head` has prepare_images enough, `| tee` had the Ctrl-C first; the run goes on
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"{self.label}epoch {row['epoch']}{total}  step {row['step']}{scores}  {rate}", flush=True)
 
-    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
         if self.progress:
             self.progress.stop()
             self.progress = None
 
-    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, module, "")
+    def on_exception(self, trainer: Trainer, pl_module: Classifier, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "")
 
 
-def _in_words(latest: dict[str, float]) -> str:
+def _format(latest: dict[str, float]) -> str:
     words = [f"{short} {latest[name]:.4f}" for short, name in _SHORT.items() if name in latest]
     if "images_per_second" in latest:
         words.append(f"{latest['images_per_second']:,.0f} images/s")

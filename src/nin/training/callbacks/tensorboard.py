@@ -1,28 +1,40 @@
-"""For TensorBoard: a logger with one event file, the graph, the confusion matrix, wrongly classified images."""
+"""What TensorBoard shows besides curves: images, the graph, the request and the result of a run, hyperparameters."""
 
 import math
+import shlex
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
+from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
-from torch.utils.tensorboard.summary import hparams
+from torchvision.utils import make_grid
 
+from nin.config.composition import compose_config
 from nin.config.schema import Settings, flat
-from nin.data.sources import CLASS_NAMES
 from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.classifier import Classifier
+
+# The confusion matrix of more classes shows the most confused ones only.
+_MATRIX_CLASSES = 30
 
 
 class SingleFileTensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger with one event file for the whole of a process's work on a run.
+    """Lightning's TensorBoardLogger with one event file per process, and without the curve ``epoch``.
 
-    Lightning closes the file after the training and another one would be begun for the test; TensorBoard reads files
-    in the order of their names, which is that of seconds and not finer.
+    Lightning closes the file after training, and the test would open another one; TensorBoard reads files in the order
+    of their names, which contain the time in seconds only.
     """
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Logs scalars at ``step``, except ``epoch``, which Lightning adds to test metrics."""
+        super().log_metrics({tag: value for tag, value in metrics.items() if tag != "epoch"}, step)
 
     def finalize(self, status: str) -> None:
         if self._experiment is not None:
@@ -34,109 +46,205 @@ class SingleFileTensorBoardLogger(TensorBoardLogger):
 
 
 class ImageLogger(Callback):
-    """For TensorBoard: the network's graph, the test's confusion matrix, a page of wrongly classified test images.
+    """Logs to TensorBoard: training images, the network's graph, the confusion matrix, wrongly classified images.
+
+    ``train/samples`` are the first images of the first batch as the network receives them: resized and augmented.
 
     Args:
-        wrong_images: how many of the wrong ones to draw; the first in the files' order.
+        wrong_images: number of wrongly classified test images, the first in the order of the files.
+        sample_images: number of training images.
     """
 
-    def __init__(self, wrong_images: int = 30):
-        if not isinstance(wrong_images, int) or wrong_images < 0:
-            raise ValueError(f"wrong_images={wrong_images!r}: must be a whole number, 0 or more")
-        self.wrong_images = wrong_images
-
-    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if trainer.ckpt_path:
-            return  # the graph is in the event files already
-        size = module.settings.data.image_size
-        for logger in _tensorboards(trainer):
-            weights = next(module.network.parameters())  # of half the precision, where that was asked for
-            example = torch.zeros(1, 1, size, size, device=weights.device, dtype=weights.dtype)
-            with warnings.catch_warnings():
-                # TensorBoard's graphs come from torch.jit.trace, which torch wants to replace one day.
-                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
-                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
-                logger.experiment.add_graph(module.network.eval(), example)
-            # Traces are kept for ever, weights included: a sweep's process would grow with every job.
-            torch._C._jit_clear_class_registry()
-            module.network.train()
-
-    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, wrong_images: int = 30, sample_images: int = 32):
+        for name, value in (("wrong_images", wrong_images), ("sample_images", sample_images)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name}={value!r}: must be an integer, 0 or more")
+        self.wrong_images, self.sample_images = wrong_images, sample_images
         self.wrong: list[tuple[np.ndarray, int, int]] = []
 
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        if trainer.ckpt_path:
+            return  # a resumed run has its graph already
+        size = pl_module.settings.data.image_size
+        for logger in _tensorboard_loggers(trainer):
+            weights = next(pl_module.network.parameters())  # with precision=bf16-true they are bfloat16
+            shape = (1, pl_module.in_channels, size, size)
+            example = torch.zeros(shape, device=weights.device, dtype=weights.dtype)
+            with warnings.catch_warnings():
+                # TensorBoard's graphs come from torch.jit.trace, which torch deprecates.
+                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
+                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
+                logger.experiment.add_graph(pl_module.network.eval(), example)
+            # torch keeps every trace with its weights: the memory of a sweep's process would grow with every job.
+            torch._C._jit_clear_class_registry()  # there is no public function
+            pl_module.network.train()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Classifier, batch: Any, batch_idx: int) -> None:
+        if batch_idx or trainer.global_step or not self.sample_images:
+            return
+        for logger in _tensorboard_loggers(trainer):
+            grid = make_grid(batch[0][: self.sample_images].float().cpu(), nrow=8, pad_value=0.5)
+            logger.experiment.add_image("train/samples", grid, 0)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        self.wrong = []
+
     def on_test_batch_end(
-        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: Classifier,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if len(self.wrong) >= self.wrong_images or not _tensorboards(trainer):
+        if len(self.wrong) >= self.wrong_images or not _tensorboard_loggers(trainer):
             return
         images, labels = batch
         predicted = outputs.argmax(1)
-        for i in (predicted != labels).nonzero().flatten().tolist():
-            self.wrong.append((images[i, 0].float().cpu().numpy(), int(labels[i]), int(predicted[i])))
-        del self.wrong[self.wrong_images :]
+        for i in (predicted != labels).nonzero().flatten().tolist()[: self.wrong_images - len(self.wrong)]:
+            self.wrong.append((images[i].float().cpu().numpy(), int(labels[i]), int(predicted[i])))
 
-    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
-        counts = module.confusion.compute()
-        for logger in _tensorboards(trainer):
+    def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:
+        counts = pl_module.confusion.compute().cpu()
+        for logger in _tensorboard_loggers(trainer):
             step = trainer.global_step
-            logger.experiment.add_figure("test/confusion", self._confusion(module, counts), step)
+            logger.experiment.add_figure("test/confusion", _draw_confusion(counts, pl_module.class_names), step)
             if self.wrong:
-                logger.experiment.add_figure("test/wrong", self._page(), step)
-
-    def _confusion(self, module: LightningModule, counts: Tensor) -> Any:
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(8, 7.5), layout="constrained")
-        axes = figure.subplots()
-        module.confusion.plot(counts, ax=axes, labels=list(CLASS_NAMES), cmap="Blues")
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
-        return figure
-
-    def _page(self) -> Any:
-        from matplotlib.figure import Figure
-
-        columns = 6
-        rows = math.ceil(len(self.wrong) / columns)
-        figure = Figure(figsize=(columns * 1.6, rows * 1.9), layout="constrained")
-        for axes in figure.subplots(rows, columns, squeeze=False).flat:
-            axes.axis("off")
-        for axes, (image, label, predicted) in zip(figure.axes, self.wrong, strict=False):
-            axes.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axes.set_title(f"{CLASS_NAMES[label]}\ntaken for {CLASS_NAMES[predicted]}", fontsize=8)
-        return figure
+                logger.experiment.add_figure("test/wrong", _draw_wrong(self.wrong, pl_module.class_names), step)
 
 
-def _tensorboards(trainer: Trainer) -> list[TensorBoardLogger]:
-    if not trainer.is_global_zero:
-        return []
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+def most_confused(counts: Tensor, limit: int) -> list[int]:
+    """The labels, ascending, of the ``limit`` classes with the most errors, as true and as predicted class.
 
-
-def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], watch: MetricsLogger) -> None:
-    """The final metrics, and the settings beside them for TensorBoard's HParams tab.
-
-    The metrics of the checkpoint that was tested are logged here and nowhere else, so that no tag has a step twice.
+    Args:
+        counts: confusion matrix ``(classes, classes)``; rows are true classes.
     """
-    values = flat(settings.model_dump(include={"seed", "model", "data", "optimizer", "schedule"}))
-    values["trainer.max_epochs"] = settings.trainer.max_epochs
-    del values["data.root"], values["data.mirrors"]  # where files lie changes nothing
-    if settings.sweep.keys:  # the same columns in all of a sweep's jobs, whichever networks they have
-        given = dict(word.lstrip("+~").partition("=")[::2] for word in result["overrides"])
-        # As Hydra reads them: 1e-05 is a number.
-        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
-    values = {k: v if isinstance(v, int | float | str) else str(v) for k, v in values.items()}
-    final = {
-        k if k.startswith("test/") else f"best/{k}": v for k, v in result["metrics"].items() if isinstance(v, float)
+    errors = counts - counts.diag().diag()
+    order = (errors.sum(0) + errors.sum(1)).argsort(descending=True, stable=True)
+    return sorted(order[:limit].tolist())
+
+
+def _draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
+    shown = list(range(len(class_names)))
+    title = "test images"
+    if len(class_names) > _MATRIX_CLASSES:
+        shown = most_confused(counts, _MATRIX_CLASSES)
+        title = f"test images: the {_MATRIX_CLASSES} most confused of {len(class_names)} classes"
+    side = max(7.5, 0.45 * len(shown))
+    figure = Figure(figsize=(side + 0.5, side), layout="constrained")
+    axes = figure.subplots()
+    part = counts[shown][:, shown].numpy()
+    axes.imshow(part, cmap="Blues")
+    names = [class_names[i] for i in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=90)
+    axes.set_yticks(range(len(shown)), names)
+    for (row, column), count in np.ndenumerate(part):
+        if count:
+            color = "white" if count > part.max() / 2 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    return figure
+
+
+def _draw_wrong(wrong: list[tuple[np.ndarray, int, int]], class_names: tuple[str, ...]) -> Figure:
+    columns = 6
+    rows = math.ceil(len(wrong) / columns)
+    figure = Figure(figsize=(columns * 1.6, rows * 1.9), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (image, label, predicted) in zip(figure.axes, wrong, strict=False):
+        axes.imshow(image.transpose(1, 2, 0).clip(0, 1), cmap="gray", vmin=0, vmax=1)
+        axes.set_title(f"{class_names[label]}\npredicted: {class_names[predicted]}", fontsize=8)
+    return figure
+
+
+def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
+    """Logs what a run is started with: the command and the config as text, and the layout of the custom charts."""
+    split = "test" if settings.data.score_each_epoch == "test" else "val"
+    layout = {
+        "train": {name: ["Multiline", [f"train/{tag}"]] for name, tag in _CHARTS.items()},
+        split: {name: ["Multiline", [f"{split}/{tag}"]] for name, tag in _CHARTS.items()},
+        f"train and {split}": {
+            name: ["Multiline", [f"train/{tag}", f"{split}/{tag}"]] for name, tag in _CHARTS.items()
+        },
     }
-    # The notebooks' habit may have the test metrics in the curves already, at this very step.
-    logged = watch.scores if watch.scored_step == result["steps"] else {}
-    fresh = {k: v for k, v in final.items() if k not in logged}
+    config = OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
+    for logger in _tensorboard_loggers(trainer):
+        logger.experiment.add_custom_scalars(layout)
+        logger.experiment.add_text("command", _code(shlex.join(["nin", "train", *overrides])), 0)
+        logger.experiment.add_text("config", _code(config), 0)
+
+
+_CHARTS = {"loss": "loss", "accuracy": "acc"}
+
+
+def _code(text: str) -> str:
+    """An indented Markdown code block."""
+    return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], metrics: MetricsLogger) -> None:
+    """Logs the result as text, and the hyperparameters with the final metrics for TensorBoard's HParams tab.
+
+    Test metrics are curves with one point, which Lightning has logged. The validation metrics of the best checkpoint
+    would be single points beside the curves ``val/``; they are columns of the HParams table only.
+    """
+    values = hyperparameters(settings, result["overrides"])
+    best = {f"best {name}": v for name, v in result["metrics"].items() if name.startswith("val/") and v is not None}
     for logger in trainer.loggers:
-        logger.log_metrics(fresh, step=result["steps"])
         if isinstance(logger, TensorBoardLogger):
-            for summary in hparams(values, final):
-                logger.experiment._get_file_writer().add_summary(summary)
+            if not trainer.is_global_zero:
+                continue
+            columns = values | best
+            shown = [hparams.HParam(name) for name in columns]
+            finals = [hparams.Metric(name) for name in ("test/acc", "test/loss")]
+            writer = logger.experiment._get_file_writer()  # torch's add_hparams adds a run to the list
+            writer.add_summary(hparams.hparams_config_pb(shown, finals))
+            writer.add_summary(hparams.hparams_pb(columns, trial_id=_run_name(settings, logger)))
+            logger.experiment.add_text("result", _table(result), result["steps"])
         else:
             logger.log_hyperparams(values)
         logger.finalize("success")
+
+
+def _run_name(settings: Settings, logger: TensorBoardLogger) -> str:
+    """The name of the run's folder; for a sweep's job, with that of the sweep."""
+    folder = Path(logger.save_dir or settings.name)
+    return f"{folder.parent.name}/{folder.name}" if settings.sweep.keys else folder.name
+
+
+def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool | int | float | str]:
+    """The columns of the HParams table: the keys that a sweep varies, else the keys that differ from the defaults."""
+    if settings.sweep.keys:  # the same columns in all jobs of a sweep
+        given = dict(word.lstrip("+~").partition("=")[::2] for word in overrides)
+        # Parsed as Hydra does: 1e-05 is a number.
+        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
+    else:
+        defaults = flat(OmegaConf.to_container(compose_config([])))  # type: ignore[arg-type]  # a config is a dict
+        chosen = flat(settings.model_dump(mode="json", include=_EXPERIMENT))
+        values = {k: v for k, v in chosen.items() if k not in _PLACES and v != defaults.get(k)}
+        values["seed"] = settings.seed
+    return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
+
+
+_EXPERIMENT = {"seed", "model", "data", "optimizer", "schedule", "trainer", "speed", "compile"}
+_PLACES = ("data.root", "data.mirrors")  # where files are does not change a result
+
+
+def _table(result: dict[str, Any]) -> str:
+    """``result`` as a Markdown table."""
+    rows = flat({name: value for name, value in result.items() if name != "overrides"})
+    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else str(value)
+    return text.replace("|", "\\|")
+
+
+def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
+    if not trainer.is_global_zero:
+        return []
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]

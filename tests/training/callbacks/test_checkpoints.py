@@ -1,0 +1,56 @@
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning import Callback
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.system.signals import StoppedError, StopRequest
+from nin.training import experiment
+from nin.training.callbacks.checkpoints import ResumableCheckpoint
+from nin.training.callbacks.metrics import MetricsLogger
+
+
+def test_among_equal_accuracies_the_lowest_loss_is_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricsLogger(tmp_path / "metrics.csv")
+    callback = ResumableCheckpoint(RunFolder(tmp_path), None, metrics, StopRequest())
+    saved: list[bool] = []
+    monkeypatch.setattr(callback, "_save", lambda trainer, save_point, best: saved.append(best))
+    epochs = [(0.90, 0.5), (0.90, 0.4), (0.90, 0.45), (0.90, 0.4), (0.89, 0.1), (0.91, 0.9)]
+    for metrics.scored_step, (acc, loss) in enumerate(epochs, start=1):
+        metrics.scores = {"val/acc": acc, "val/loss": loss}
+        callback.on_train_epoch_end(SimpleNamespace(global_step=metrics.scored_step), None)
+    assert saved == [True, True, False, False, False, True]
+    assert callback.best == {"val/acc": 0.91, "val/loss": 0.9}
+
+
+class StopAt(Callback):
+    def __init__(self, batch: int):
+        self.left = batch
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_stop_between_accumulated_batches_saves_after_the_step(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings("trainer.accumulate_grad_batches=3", "trainer.max_epochs=1", "~callbacks.images", "logger=none")
+    whole = experiment.train(chosen, RunFolder(tmp_path / "whole"), [])
+    for batch in (1, 2, 4):  # the gradients of batches 1 and 2, and of 4 and 5, wait for those of 3 and 6
+        folder = RunFolder(tmp_path / f"{batch}")
+        build = experiment.build_trainer
+        with monkeypatch.context() as patch:
+            stop = StopAt(batch)
+            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, stop=stop: build(s, f, [*c, stop], *r))  # noqa: B023
+            with pytest.raises(StoppedError):
+                experiment.train(chosen, folder, [])
+        result = experiment.train(chosen, folder, [])
+        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])

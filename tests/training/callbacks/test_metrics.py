@@ -1,0 +1,83 @@
+"""What is logged at which step, on runs of two epochs of six batches."""
+
+import csv
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+from nin.training.callbacks.dead_units import is_at_chance
+
+
+def add_callback(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [callback, *c], *rest))
+
+
+class Steps(Callback):
+    """Records the learning rate and the gradient of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: torch.optim.Optimizer) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        gradients = [p.grad.flatten() for p in pl_module.parameters()]
+        self.norms.append(float(torch.cat(gradients).double().norm()))
+
+
+def test_lr_and_gradient_norm_are_those_of_the_step(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_callback(monkeypatch, steps := Steps())
+    chosen = settings("schedule=one_cycle", "trainer.log_every_n_steps=1", "callbacks=none", "speed.micro_batch=12")
+    experiment.train(chosen, folder := RunFolder(tmp_path), [])
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    assert [e.step for e in events.Scalars("lr")] == list(range(1, 13))
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx(steps.rates)
+    assert [e.value for e in events.Scalars("train/grad_norm")] == pytest.approx(steps.norms, rel=1e-5)
+    assert len(set(steps.rates)) == 12
+    rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
+    assert [float(row["lr"]) for row in rows] == pytest.approx([steps.rates[5], steps.rates[11]])
+
+
+def test_images_per_second_are_images_by_seconds(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The clock advances by 100 s in every training batch, so that everything else is less than a thousandth of it.
+    passed, clock = itertools.count(step=100), time.perf_counter
+
+    class Slow(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            now = next(passed) + 100
+            monkeypatch.setattr(time, "perf_counter", lambda: clock() + now)
+
+    add_callback(monkeypatch, Slow())
+    experiment.train(settings("logger=none", "callbacks=none"), folder := RunFolder(tmp_path), [])
+    for row in folder.read_epochs():
+        assert row["images_per_second"] == pytest.approx(0.3, abs=0.051)  # 32 images in 100 s, with one decimal
+
+
+@pytest.mark.parametrize(
+    ("loss", "acc", "classes", "chance"),
+    [
+        (2.2566, 0.1, 10, True),  # 0.98 ln 10 = 2.25653
+        (2.2565, 0.1, 10, False),
+        (2.3, 0.151, 10, False),  # 1.5 / 10
+        (2.3, 0.01, 100, False),
+        (4.6, 0.014, 100, True),
+        (4.6, 0.016, 100, False),
+    ],
+)
+def test_chance_depends_on_the_number_of_classes(loss: float, acc: float, classes: int, chance: bool) -> None:
+    assert is_at_chance({"train/loss": loss, "train/acc": acc}, classes) is chance

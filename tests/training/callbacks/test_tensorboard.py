@@ -1,0 +1,57 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+from nin.training.callbacks.tensorboard import hyperparameters, most_confused
+
+
+def test_the_most_confused_classes_come_first() -> None:
+    counts = torch.tensor([[9, 0, 0, 0], [0, 5, 4, 0], [0, 1, 9, 0], [0, 0, 1, 8]])
+    assert most_confused(counts, 2) == [1, 2]
+    assert most_confused(counts, 3) == [1, 2, 3]
+
+
+def test_hyperparameters_are_those_of_the_sweep_or_those_that_differ_from_the_defaults(
+    settings: Callable[..., Settings],
+) -> None:
+    chosen = settings("optimizer.lr=1e-05", "seed=3")
+    single = hyperparameters(chosen, [])
+    assert single["optimizer.lr"] == 1e-5
+    assert single["seed"] == 3
+    assert single["model.name"] == "nin_small" or "model.name" not in single
+    assert "data.root" not in single
+    assert "optimizer.betas" in single  # of adamw, and the default is sgd
+    assert "trainer.precision" not in single  # as by default
+    sweep = chosen.model_copy(update={"sweep": chosen.sweep.model_copy(update={"keys": ["optimizer.lr"]})})
+    assert hyperparameters(sweep, ["optimizer.lr=1e-05", "seed=3"]) == {"optimizer.lr": 1e-5}
+
+
+def test_a_run_logs_its_request_its_result_and_augmented_samples(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "first")
+    chosen = settings("callbacks.images.sample_images=4", "trainer.max_epochs=1")
+    result = experiment.train(chosen, folder, ["experiment=quickstart", "name=my run"])
+    events = EventAccumulator(str(folder.tensorboard), size_guidance={"tensors": 0}).Reload()
+
+    def text(tag: str) -> str:
+        return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+
+    assert text("command") == "    nin train experiment=quickstart 'name=my run'\n"
+    assert "    optimizer:\n      name: adamw\n      lr: 0.005\n" in text("config")
+    assert f"| metrics.test/acc | {result['metrics']['test/acc']:.4f} |" in text("result")
+    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong"}
+    assert events.Images("train/samples")[0].width == 4 * (28 + 2) + 2
+    assert not [tag for tag in events.Tags()["scalars"] if "best" in tag or tag == "epoch"]
+    start = metadata.parse_session_start_info_plugin_data(
+        events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    )
+    assert start.group_name == "first"
+    assert start.hparams["best val/acc"].number_value == pytest.approx(result["metrics"]["val/acc"])
