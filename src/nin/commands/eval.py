@@ -7,7 +7,7 @@ from nin.config.composition import apply_overrides
 from nin.config.schema import UserError
 from nin.data.sources import prepare
 from nin.runs.folder import RunFolder, logging_to
-from nin.runs.results import show_test
+from nin.runs.results import print_test
 
 MAY_CHANGE = ("data.root", "data.batch_size", "trainer", "threads", "speed")
 
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"{path}: {settings.model.name}, {settings.data.name} at {settings.data.image_size}x{settings.data.image_size}"
     )
-    show_test(metrics, confusion)
+    print_test(metrics, confusion)
 
 
 def checkpoint_of(path: Path) -> Path:

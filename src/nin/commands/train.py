@@ -20,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.commands.report import report
 from nin.config.composition import collect_errors, first_job_overrides
 from nin.config.schema import Settings, UserError, project_conf
 from nin.config.validation import differences, validate
@@ -35,6 +34,7 @@ from nin.sweeps.launch import (
     require_accelerator,
     stop_other_workers,
 )
+from nin.sweeps.summary import report
 from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_single_process_start
 from nin.system.signals import StoppedError, StopRequest, back_in_queue
 
@@ -202,14 +202,14 @@ def execute_run(
         RunFailedError: if the work failed.
         StoppedError: if it was stopped from outside.
     """
-    from nin.runs.results import show_result, shown
+    from nin.runs.results import format_path, print_result
 
     settings = validate(config)
     folder = RunFolder(path, settings.checkpoint.keep)
     _require_same_experiment(folder, settings)
     if is_finished(folder, settings):
         result = folder.read_result()
-        print(f"{shown(path)} is finished; to run it anew, give another name=… or remove the folder")
+        print(f"{format_path(path)} is finished; to run it anew, give another name=… or remove the folder")
     elif global_rank() == 0:
         # The processes of a sweep that was killed end soon.
         with folder.claimed(patience=20 if label else 0):
@@ -238,7 +238,7 @@ def execute_run(
     else:
         with logging_to(None):
             return _train(settings, folder, overrides, label, stop)
-    show_result(folder, result)
+    print_result(folder, result)
     return result
 
 

@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 from nin import networks
 from nin.config.schema import Settings
-from nin.networks import IN_CHANNELS, NUM_CLASSES, speed
-from nin.networks.layers import layers
+from nin.data.sources import CLASS_NAMES
+from nin.networks import speed
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,7 +31,7 @@ class Classifier(LightningModule):
         self.settings = settings
         # Plain values: a checkpoint holds no class. They reach the loggers at the end, with the real final metrics.
         self.save_hyperparameters(settings.model_dump(mode="json"), logger=False)
-        self.network = networks.build(settings)
+        self.network = networks.build(settings, in_channels=1, num_classes=len(CLASS_NAMES))
         self.micro_batch_size = self._make_fast(settings)
         # Accumulated on the device and read once a logging interval or once an epoch.
         # A NaN ends the run; asking for it in every update would cost as much as the update. Without that question
@@ -41,16 +41,16 @@ class Classifier(LightningModule):
         # What the batches since the last logging gave is part of the state: checkpoints are saved in between, too.
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
-        self.confusion = MulticlassConfusionMatrix(NUM_CLASSES, validate_args=False)
+        self.confusion = MulticlassConfusionMatrix(len(CLASS_NAMES), validate_args=False)
 
     def _make_fast(self, settings: Settings) -> int | None:
         """How many images are worked through at a time on a CPU; None keeps batches whole."""
         chosen = settings.speed
-        rows = layers(self.network, IN_CHANNELS, settings.data.image_size)
-        piece = speed.micro_batch_size(self.network, rows)
+        shapes = speed.output_shapes(self.network, in_channels=1, image_size=settings.data.image_size)
+        piece = speed.micro_batch_size(self.network, shapes)
         if piece and chosen.micro_batch != "auto":
             piece = chosen.micro_batch
-        self.dropouts = speed.replace_dropout(self.network, rows)
+        self.dropouts = speed.replace_dropout(self.network, shapes)
         if chosen.relu_after_pooling:
             speed.move_relu_after_pooling(self.network)
         if chosen.channels_last:
@@ -207,7 +207,7 @@ class Classifier(LightningModule):
 
 def accuracy() -> MulticlassAccuracy:
     """Share of all images that are classified rightly."""
-    return MulticlassAccuracy(NUM_CLASSES, average="micro", validate_args=False)
+    return MulticlassAccuracy(len(CLASS_NAMES), average="micro", validate_args=False)
 
 
 def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:

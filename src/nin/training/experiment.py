@@ -85,10 +85,11 @@ def train(
         final_weights = weights_sha256(module.network)
         # If it is gone or damaged that is told, and no other weights are tested in its place.
         module.load_state_dict(checkpoint_files.read(folder.best)["state_dict"])
-        tested, _ = test(trainer, module, data)
+        tested, confusion = test(trainer, module, data)
         result = {
             "status": "finished",
             "metrics": {"val/loss": kept.best.get("val/loss"), "val/acc": kept.best.get("val/acc"), **tested},
+            "test_images": int(confusion.sum()),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "train_seconds": round(watch.train_seconds, 3),
