@@ -21,7 +21,8 @@ def test_results_are_printed_and_written(
     assert min(results["rates"].values()) > 0
     assert set(results["milliseconds_per_step"]) == {"plain loop", "bare Trainer", "nin train"}
     printed = capsys.readouterr()
-    rows = {line.split("│")[1].strip(): line for line in printed.out.splitlines() if line.startswith("│")}
+    rates_table, *_ = printed.out.split("└")
+    rows = {line.split("│")[1].strip(): line for line in rates_table.splitlines() if line.startswith("│")}
     assert f"{results['rates']['notebooks']:,.1f}" in rows["the notebooks' loop"]
     assert f"{results['rates']['training'] / results['rates']['notebooks']:.2f}" in rows["nin train"]
     share = results["rates"]["training"] * results["operations"]["training"] / results["rates"]["matrix product"]

@@ -1,7 +1,8 @@
 """``nin inspect [overrides]``: the chosen network's layers, and what NiN saves against LeNet, AlexNet and VGG."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +13,9 @@ from nin.data.sources import CLASS_NAMES
 
 if TYPE_CHECKING:
     from torch import nn
+
+# Narrow enough for a terminal of 80 columns.
+_STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 HELP = """Usage: nin inspect [group=option …] [key=value …]
 
@@ -30,7 +34,7 @@ def main(arguments: list[str]) -> None:
     settings = compose_settings(arguments)
     console = Console(highlight=False)
     console.print(_layers_table(settings))
-    console.print("receptive field: pixels per side of the input on which one output value can depend\n")
+    console.print("receptive field: pixels per side on which one output value can depend\n")
     console.print(_comparison_table())
 
 
@@ -48,7 +52,7 @@ def _layers_table(settings: Settings) -> Table:
 
     size = settings.data.image_size
     rows = layers(_build(settings), in_channels=1, image_size=size)
-    table = Table(title=f"{settings.model.name} at {size}x{size}", title_justify="left")
+    table = Table(title=f"{settings.model.name} at {size}x{size}", **_STYLE)
     for column in ("layer", "output shape", "parameters", "multiply-adds", "receptive field"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in rows:
@@ -64,7 +68,7 @@ def _layers_table(settings: Settings) -> Table:
 def _comparison_table() -> Table:
     from nin.networks.layers import first_fully_connected_weights, layers
 
-    table = Table(title="the first fully connected layer after the convolutions", title_justify="left")
+    table = Table(title="the first fully connected layer after the convolutions", **_STYLE)
     for column in ("network", "input", "weights", "total parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for name in ("lenet", "alexnet", "vgg", "nin"):
