@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -154,7 +156,7 @@ def test_conv1x1_relu_is_the_relu_after_each_1x1_convolution() -> None:
     def followed(network: NiN) -> list[tuple[int, bool]]:
         """The kernel size of each convolution and whether a ReLU follows it."""
         layers = [layer for block in network if isinstance(block, nn.Sequential) for layer in [*block, nn.Identity()]]
-        pairs = zip(layers, layers[1:], strict=False)
+        pairs = pairwise(layers)
         return [(a.kernel_size[0], isinstance(b, nn.ReLU)) for a, b in pairs if isinstance(a, nn.Conv2d)]
 
     with torch.device("meta"):

@@ -1,6 +1,5 @@
 """What computes faster computes the same."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from torch import nn
 
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
-from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.networks import speed
 from nin.networks.nin import NiN

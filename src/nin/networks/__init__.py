@@ -1,5 +1,7 @@
 """The networks, in plain torch, each built from its name and named hyperparameters."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from nin.config.schema import Settings
@@ -9,7 +11,13 @@ from nin.networks.mlp import MLP
 from nin.networks.nin import NiN
 from nin.networks.vgg import VGG
 
-NETWORKS: dict[str, type[nn.Sequential]] = {"nin": NiN, "lenet": LeNet, "alexnet": AlexNet, "vgg": VGG, "mlp": MLP}
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
+    "nin": NiN,
+    "lenet": LeNet,
+    "alexnet": AlexNet,
+    "vgg": VGG,
+    "mlp": MLP,
+}
 
 
 def build(settings: Settings, in_channels: int, num_classes: int) -> nn.Sequential:

@@ -12,7 +12,7 @@ _CACHED = 18 * 2**20
 
 
 class MaxPoolReLU(nn.MaxPool2d):
-    """Max pooling followed by ReLU instead of preceded by it: the same values and gradients, on a quarter of the maps."""
+    """Max pooling, then ReLU, which has the values and gradients of ReLU before it, on a quarter of the maps."""
 
     def forward(self, maps: Tensor) -> Tensor:
         # Not super().forward, which torch.jit.script does not support.
@@ -52,7 +52,8 @@ def move_relu_after_pooling(network: nn.Sequential) -> None:
     for i, layer in enumerate(network):
         if not isinstance(layer, nn.MaxPool2d) or i == 0:
             continue
-        before, last = (network[i - 1], -1) if isinstance(network[i - 1], nn.Sequential) else (network, i - 1)
+        previous = network[i - 1]
+        before, last = (previous, -1) if isinstance(previous, nn.Sequential) else (network, i - 1)
         if isinstance(before[last], nn.ReLU):
             before[last] = nn.Identity()
             network[i] = MaxPoolReLU(layer.kernel_size, layer.stride, layer.padding)
@@ -93,6 +94,7 @@ def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> list[Dr
         shapes: of the network's layers, from ``output_shapes``.
     """
     for i, shape in enumerate(shapes):
-        if type(network[i]) is nn.Dropout:
-            network[i] = Dropout(network[i].p, shape)
+        layer = network[i]
+        if type(layer) is nn.Dropout:
+            network[i] = Dropout(layer.p, shape)
     return [layer for layer in network if isinstance(layer, Dropout)]

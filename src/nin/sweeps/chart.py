@@ -1,5 +1,6 @@
 """The chart of a sweep: the final values on the left, the curves over training on the right."""
 
+import statistics
 import textwrap
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,8 @@ from nin.sweeps.jobs import Row, read_epochs
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    Color = tuple[float, float, float, float]
 
 X_AXES = {"epochs": "epoch", "seconds": "seconds"}  # and their columns in metrics.csv
 _MAX_ROWS = 20
@@ -35,8 +38,8 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
     left, right = figure.subplots(1, 2)
     more = f" (the best {_MAX_ROWS} of {len(finished)} rows)" if len(finished) > _MAX_ROWS else ""
     figure.suptitle(textwrap.fill(f"{title}{more}", 120))
-    palette = colormaps["tab10" if len(rows) <= 10 else "tab20"].colors
-    colors = [palette[i % len(palette)] for i in range(len(rows))]
+    palette = colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    colors = [palette(i) for i in range(len(rows))]
     over_number = _draw_over_number(left, rows, metric, colors)
     if not rows:
         left.text(0.5, 0.5, "no run has finished yet", ha="center", transform=left.transAxes)
@@ -51,8 +54,10 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
 
 
 def _draw_curves(
-    axes: "Axes", rows: list[Row], metric: str, x_axis: str, labels: list[str], colors: list[tuple[float, ...]]
+    axes: "Axes", rows: list[Row], metric: str, x_axis: str, labels: list[str], colors: "list[Color]"
 ) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     for row, label, color in zip(rows, labels, colors, strict=True):
         for i, job in enumerate(row.jobs):
             epochs = read_epochs(RunFolder(job.folder)) if job.status != "not started" else []
@@ -61,7 +66,7 @@ def _draw_curves(
             axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None)
     axes.set_xlabel("epoch" if x_axis == "epochs" else "seconds of training")
     if x_axis == "epochs":
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     if metric.endswith("acc"):
@@ -69,14 +74,14 @@ def _draw_curves(
         axes.set_ylim(max(0, bottom), min(1, top))
 
 
-def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: list[tuple[float, ...]]) -> bool:
+def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[Color]") -> bool:
     """Draws ``metric`` over the varied key if there is only one and its values are numbers; returns whether it did."""
     numbers = [_number(value) for row in rows for value in row.keys.values()]
     if len(rows) < 2 or len(numbers) != len(rows) or None in numbers:
         return False
     points = sorted(zip([n for n in numbers if n is not None], range(len(rows)), strict=True))
     x = [number for number, _ in points]
-    axes.plot(x, [rows[i].summarize(metric)["mean"] for _, i in points], color="0.6", zorder=1)
+    axes.plot(x, [statistics.fmean(rows[i].values(metric)) for _, i in points], color="0.6", zorder=1)
     for number, i in points:
         _draw_seeds(axes, rows[i], metric, colors[i], x=number)
     axes.margins(x=0.1)  # for the number beside the last point
@@ -94,9 +99,7 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: list[t
     return True
 
 
-def _draw_by_row(
-    axes: "Axes", rows: list[Row], metric: str, labels: list[str], colors: list[tuple[float, ...]]
-) -> None:
+def _draw_by_row(axes: "Axes", rows: list[Row], metric: str, labels: list[str], colors: "list[Color]") -> None:
     """Draws ``metric`` along the x axis, one row below the other, the best first."""
     for i, row in enumerate(rows):
         _draw_seeds(axes, row, metric, colors[i], y=i)
@@ -114,27 +117,25 @@ def _draw_seeds(
     axes: "Axes",
     row: Row,
     metric: str,
-    color: tuple[float, ...],
+    color: "Color",
     x: float | None = None,
     y: float | None = None,
 ) -> None:
     """Draws mean, sample standard deviation and single seeds at ``x``, or at ``y`` with the metric on the x axis."""
-    values, summary = row.values(metric), row.summarize(metric)
-    mean, std = summary["mean"], summary["std"]
-    seeds = {"color": color, "marker": ".", "linestyle": "none", "alpha": 0.5, "clip_on": False}
-    point = {"color": color, "marker": "o", "clip_on": False}
-    if y is None:
-        axes.plot([x] * len(values), values, **seeds)
-        axes.plot([x], [mean], **point)
-        axes.errorbar(x, mean, yerr=std, color=color, capsize=4)
-        offset, at, align = (6, 6), (x, mean), {"ha": "left"}
+    values, std = row.values(metric), row.summarize(metric)["std"]
+    mean = statistics.fmean(values)
+    if x is not None:
+        seeds, point, offset, align, text = ([x] * len(values), values), (x, mean), (6, 6), "left", f"{mean:.4f}"
+        axes.errorbar(*point, yerr=std, color=color, capsize=4)
     else:
-        axes.plot(values, [y] * len(values), **seeds)
-        axes.plot([mean], [y], **point)
-        axes.errorbar(mean, y, xerr=std, color=color, capsize=4)
-        offset, at, align = (0, 6), (mean, y), {"ha": "center"}
-    text = f"{mean:.4f}" + (f" ± {std:.4f}" if std is not None and y is not None else "")
-    axes.annotate(text, at, offset, textcoords="offset points", fontsize="small", **align)
+        y = y or 0
+        seeds, point, offset, align, text = (values, [y] * len(values)), (mean, y), (0, 6), "center", f"{mean:.4f}"
+        text += f" ± {std:.4f}" if std is not None else ""
+        axes.errorbar(*point, xerr=std, color=color, capsize=4)
+    # Not clipped, so that an accuracy of exactly 1 is a full point; the bars of the standard deviation are clipped.
+    axes.plot(*seeds, color=color, marker=".", linestyle="none", alpha=0.5, clip_on=False)
+    axes.plot([point[0]], [point[1]], color=color, marker="o", clip_on=False)
+    axes.annotate(text, point, offset, textcoords="offset points", fontsize="small", ha=align)
 
 
 def _number(text: str) -> float | None:

@@ -77,9 +77,7 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
     try:
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
-        raise UserError(
-            f"{' '.join(task)}: its values can't be enumerated ({str(error).splitlines()[0]})"
-        ) from error
+        raise UserError(f"{' '.join(task)}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
 
 
 def _count_values(override: Override) -> int:
@@ -120,7 +118,7 @@ class Row:
         return [value for value in finished if value is not None and math.isfinite(value)]
 
     def summarize(self, metric: str) -> dict[str, float | None]:
-        """"mean", sample standard deviation "std" and "worst" over the seeds; None where there are too few values."""
+        """ "mean", sample standard deviation "std" and "worst" over the seeds; None where there are too few values."""
         values = self.values(metric)
         worst = max if metric.endswith("loss") else min
         return {
@@ -213,7 +211,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
     overrides = _select_experiment(_by_key(words), swept, path.name)
-    result = folder.read_result()
+    result: Any = folder.read_result()
     match result:
         case {"status": "failed"}:
             return Job(path, overrides, "failed", error=str(result.get("error", "unknown error")))
