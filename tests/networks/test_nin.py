@@ -1,9 +1,11 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 
+from nin.networks.alexnet import AlexNet
 from nin.networks.init import initialize
-from nin.networks.layers import layers
 from nin.networks.nin import NiN, NiNBlock
 
 
@@ -37,19 +39,6 @@ def test_the_notebooks_weights_give_the_notebooks_logits(first_padding: int, tra
         torch.manual_seed(0)
         assert (ours(images) - expected).abs().max() < 1e-5
     assert expected.abs().max() > 0
-
-
-def test_shapes_parameters_and_counts_at_the_defaults() -> None:
-    with torch.device("meta"):
-        rows = layers(NiN(), in_channels=1, image_size=224)
-    assert [row.output_shape for row in rows] == [
-        (96, 54, 54), (96, 26, 26), (256, 26, 26), (256, 12, 12), (384, 12, 12), (384, 5, 5), (384, 5, 5),
-        (10, 5, 5), (10, 1, 1), (10,),
-    ]  # fmt: skip
-    assert sum(row.parameters for row in rows) == 1_992_166
-    first = 54 * 54 * 96 * (11 * 11 + 96 + 96)
-    assert rows[0].multiply_adds == first
-    assert [row.receptive_field for row in rows] == [11, 19, 51, 67, 99, 131, 131, 195, 224, 224]
 
 
 def test_a_block_by_hand() -> None:
@@ -113,22 +102,83 @@ def test_starting_weights_have_their_spread(init: str, deviation: float) -> None
     assert bool((layer.bias == 0).all()) == (init == "kaiming_normal")
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_every_class_starts_alive_and_learns_under_kaiming_dirac(seed: int) -> None:
+@pytest.mark.parametrize("head", ["gap", "fc"])
+@pytest.mark.parametrize("seed", range(5))
+def test_every_class_map_starts_positive_and_has_gradients_with_kaiming_dirac(seed: int, head: str) -> None:
     torch.manual_seed(seed)
-    network, images = NiN(image_size=67, init="kaiming_dirac"), torch.rand(8, 1, 67, 67)
+    network, images = NiN(image_size=67, init="kaiming_dirac", head=head), torch.rand(8, 1, 67, 67)
     identities = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
     assert len(identities) == 8
     for layer in identities:
         assert torch.equal(layer.weight.detach()[:, :, 0, 0], torch.eye(layer.out_channels))
         assert not layer.bias.any()
-    first = network[0][0].weight
+    first, drawn = network[0][0].weight, network[7][0]
     assert float(first.detach().std()) == pytest.approx((2 / 121) ** 0.5, rel=0.02)
-    scores = network.eval()(images)
-    assert bool((scores > 0).all())
-    for score in scores.mean(0):
-        (gradient,) = torch.autograd.grad(score, first, retain_graph=True)
+    assert float(drawn.weight.detach().std()) == pytest.approx(0.3 * (2 / (9 * 384)) ** 0.5, rel=0.02)
+    assert drawn.bias.tolist() == [1.0] * 10
+    maps = network.eval()[:8](images)
+    assert bool((maps > 0).all())
+    for gradient in (torch.autograd.grad(maps[:, i].sum(), first, retain_graph=True)[0] for i in range(10)):
         assert gradient.any()
+    if head == "fc":  # initialized as any other layer that is followed by a ReLU
+        assert float(network[-1].weight.detach().std()) == pytest.approx((2 / 10) ** 0.5, rel=0.25)
+        assert not network[-1].bias.any()
+
+
+def test_kaiming_dirac_is_kaiming_normal_in_a_network_without_class_maps() -> None:
+    states = []
+    for init in ("kaiming_dirac", "kaiming_normal"):
+        torch.manual_seed(0)
+        states.append(NiN(widths=[4, 8], kernel_sizes=[3, 3, 3], image_size=28, head="mlp", head_width=8,
+                          conv1x1_layers=0, init=init).state_dict())  # fmt: skip
+    assert all(torch.equal(one, other) for one, other in zip(*(s.values() for s in states), strict=True))
+
+
+def test_the_fully_connected_head_takes_the_features_of_the_last_pooling() -> None:
+    with torch.device("meta"):
+        network = NiN(head="mlp")
+        assert network(torch.zeros(2, 1, 224, 224)).shape == (2, 10)
+        between = NiN(head="mlp", dropout_between=True)
+    assert [type(layer).__name__ for layer in network] == [
+        "NiNBlock", "MaxPool2d", "NiNBlock", "MaxPool2d", "NiNBlock", "MaxPool2d",
+        "Flatten", "Linear", "ReLU", "Dropout", "Linear", "ReLU", "Dropout", "Linear",
+    ]  # fmt: skip
+    linear = [layer for layer in network if isinstance(layer, nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in linear] == [
+        (384 * 5 * 5, 4096), (4096, 4096), (4096, 10),
+    ]  # fmt: skip
+    assert [type(layer).__name__ for layer in between][:6] == ["NiNBlock", "MaxPool2d", "Dropout"] * 2
+    assert [layer.out_features for layer in NiN(head="mlp", head_width=8, image_size=67) if isinstance(layer, nn.Linear)
+            ] == [8, 8, 10]  # fmt: skip
+
+
+def test_conv1x1_relu_is_the_relu_after_each_1x1_convolution() -> None:
+    def followed(network: NiN) -> list[tuple[int, bool]]:
+        """The kernel size of each convolution and whether a ReLU follows it."""
+        layers = [layer for block in network if isinstance(block, nn.Sequential) for layer in [*block, nn.Identity()]]
+        pairs = pairwise(layers)
+        return [(a.kernel_size[0], isinstance(b, nn.ReLU)) for a, b in pairs if isinstance(a, nn.Conv2d)]
+
+    with torch.device("meta"):
+        assert followed(NiN(conv1x1_relu=False)) == [
+            (kernel, kernel != 1) for kernel in (11, 1, 1, 5, 1, 1, 3, 1, 1, 3, 1, 1)
+        ]
+        assert all(relu for _, relu in followed(NiN()))
+        # Without 1x1 convolutions the class maps are those of the last block's convolution.
+        assert followed(NiN(conv1x1_relu=False, conv1x1_layers=0))[-1] == (3, True)
+        assert followed(NiN(final_relu=False))[-2:] == [(1, True), (1, False)]
+
+
+def test_slices_are_plain_sequential_modules_that_share_the_layers() -> None:
+    network, images = NiN(image_size=67).eval(), torch.rand(2, 1, 67, 67)
+    features, head = network[:8], network[8:]
+    assert type(features) is nn.Sequential
+    assert list(dict(head.named_children())) == ["8", "9"]
+    assert features[0] is network[0]
+    assert torch.equal(head(features(images)), network(images))
+    assert type(network[0][:2]) is nn.Sequential
+    with torch.device("meta"):
+        assert [type(layer).__name__ for layer in AlexNet()[-3:]] == ["ReLU", "Dropout", "Linear"]
 
 
 def test_an_unknown_init_is_refused() -> None:

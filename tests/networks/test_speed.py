@@ -1,6 +1,5 @@
 """What computes faster computes the same."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import nn
 
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
-from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.networks import speed
-from nin.networks.layers import layers
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
 from nin.training import experiment
@@ -38,7 +35,7 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     "overrides",
     [
-        # Batches of 30 images: micro_batch of 7, 7, 7, 7 and 2.
+        # Batches of 30 images: micro-batches of 7, 7, 7, 7 and 2.
         ("model=nin", "data.image_size=67", "speed.micro_batch=7"),
         (
             "model=nin",
@@ -54,7 +51,7 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
 def test_steps_with_every_switch_on_are_steps_with_all_off(
     tmp_path: Path, data_root: Path, overrides: tuple[str, ...]
 ) -> None:
-    asked = [
+    common = [
         "data=garments", f"data.root={data_root}", "trainer=cpu", "callbacks=none", "logger=none",
         "trainer.max_epochs=1", "trainer.limit_train_batches=20", "trainer.limit_val_batches=2",
         "trainer.limit_test_batches=2", "data.batch_size=30", "optimizer.lr=0.01", "speed.micro_batch=16", *overrides,
@@ -62,7 +59,7 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     weights, scores = [], []
     for name, switches in (("on", ()), ("off", OFF)):
         folder = RunFolder(tmp_path / name)
-        scores.append(experiment.train(validate(compose_config([*asked, *switches])), folder, [])["metrics"])
+        scores.append(experiment.train(validate(compose_config([*common, *switches])), folder, [])["metrics"])
         state = checkpoint_files.read(folder.last)["state_dict"]
         weights.append({name: value for name, value in state.items() if name.startswith("network.")})
     assert far(*weights) < 1e-5
@@ -70,7 +67,7 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     assert scores[0]["test/acc"] == scores[1]["test/acc"]
 
 
-def test_relu_behind_the_pooling_gives_the_same_values_and_gradients_to_the_bit() -> None:
+def test_relu_after_the_pooling_gives_the_same_values_and_gradients_to_the_bit() -> None:
     torch.manual_seed(0)
     before = NiN(image_size=67, dropout=0.0)
     after = NiN(image_size=67, dropout=0.0)
@@ -86,16 +83,16 @@ def test_relu_behind_the_pooling_gives_the_same_values_and_gradients_to_the_bit(
     assert all(torch.equal(*both) for both in zip(*gradients, strict=True))
 
 
-def test_dropout_draws_the_mask_of_the_whole_batch() -> None:
+def test_dropout_draws_the_mask_of_the_full_batch() -> None:
     maps = torch.rand(10, 4, 3, 3)
     torch.manual_seed(0)
-    whole = nn.functional.dropout(maps, 0.3)
+    full_batch = nn.functional.dropout(maps, 0.3)
     for layout in (torch.contiguous_format, torch.channels_last):
         dropout = speed.Dropout(0.3, (4, 3, 3))
         torch.manual_seed(0)
         dropout.begin(10, maps.device)
-        micro_batch = [dropout(piece) for piece in maps.contiguous(memory_format=layout).split(4)]
-        assert torch.equal(torch.cat(micro_batch), whole)
+        micro_batches = [dropout(micro_batch) for micro_batch in maps.contiguous(memory_format=layout).split(4)]
+        assert torch.equal(torch.cat(micro_batches), full_batch)
     assert dropout.eval()(maps) is maps
 
 
@@ -124,18 +121,44 @@ def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: 
     assert not torch.equal(logits[0], logits[2])
 
 
-def test_batch_norm_keeps_batches_whole_and_large_maps_make_small_pieces(settings: Callable[..., Settings]) -> None:
-    def micro_batch_size(network: NiN, image_size: int) -> int | None:
-        return speed.micro_batch_size(network, layers(network, 1, image_size))
+def test_batch_norm_prevents_micro_batches_and_large_maps_make_small_ones() -> None:
+    def micro_batch_size(network: nn.Sequential, image_size: int) -> int | None:
+        return speed.micro_batch_size(network, speed.output_shapes(network, 1, image_size))
 
     assert micro_batch_size(NiN(norm="batch"), 224) is None
-    assert micro_batch_size(NiN(), 224) == 16
-    assert micro_batch_size(NiN(image_size=67), 67) > 128
+    assert micro_batch_size(NiN(), 224) == 16  # 18 MiB / (4 bytes * 96 * 54 * 54)
+    assert micro_batch_size(NiN(image_size=67), 67) == 255  # 18 MiB / (4 bytes * 96 * 15 * 15), less the rest
+
+
+def test_output_shapes_leave_the_network_as_it_is() -> None:
+    network = NiN(norm="batch", widths=[4, 8, 16], image_size=67)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    state = torch.get_rng_state()
+    shapes = speed.output_shapes(network, in_channels=1, image_size=67)
+    assert shapes == [
+        (4, 15, 15), (4, 7, 7), (8, 7, 7), (8, 3, 3), (16, 3, 3), (16, 1, 1), (16, 1, 1), (10, 1, 1), (10, 1, 1), (10,),
+    ]  # fmt: skip
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert network.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_dropout_is_replaced_with_masks_of_its_own_shape() -> None:
+    network = NiN(head="mlp", head_width=8, dropout_between=True, widths=[4, 8, 16], image_size=67)
+    replaced = speed.replace_dropout(network, speed.output_shapes(network, in_channels=1, image_size=67))
+    assert [dropout.shape for dropout in replaced] == [(4, 7, 7), (8, 3, 3), (8,), (8,)]
+    assert not any(type(layer) is nn.Dropout for layer in network)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")  # in torch 2.15; it still works
+def test_max_pooling_with_relu_can_be_scripted() -> None:
+    layer, maps = speed.MaxPoolReLU(3, 2), torch.randn(2, 4, 7, 7)
+    assert torch.equal(torch.jit.script(layer)(maps), nn.functional.relu(nn.functional.max_pool2d(maps, 3, 2)))
 
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_does_not_creep_from_step_to_step(
+def test_memory_does_not_grow_from_step_to_step(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken = []
@@ -147,8 +170,8 @@ def test_memory_does_not_creep_from_step_to_step(
 
     build = experiment.build_trainer
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Memory()], *rest))
-    asked = ["data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_steps=12", "callbacks=none"]
+    common = ["data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_steps=12", "callbacks=none"]
     small = ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
-    experiment.train(validate(compose_config([*asked, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
+    experiment.train(validate(compose_config([*common, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
     assert len(taken) == 12
     assert max(taken[4:]) - max(taken[:4]) < 20, taken  # MiB; a batch's maps are 900

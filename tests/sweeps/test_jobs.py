@@ -1,6 +1,4 @@
-import csv
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,6 @@ import pytest
 import yaml
 
 from helpers import SMALL, nin
-from nin.commands.report import report
 from nin.config.composition import compose_config
 from nin.config.schema import UserError, project_conf
 from nin.config.validation import validate
@@ -42,61 +39,30 @@ def test_a_folder_is_named_by_its_overrides_where_they_can_name_one() -> None:
     assert {len(name) for name in long} == {100}
 
 
-def test_seeds_are_folded_and_the_best_comes_first(tmp_path: Path) -> None:
-    for lr, accs in (("0.1", (0.8, 0.9)), ("0.05", (0.91, 0.93))):
-        for seed, acc in enumerate(accs):
-            put_job(tmp_path / f"lr={lr},seed={seed}", ["experiment=cpu", f"optimizer.lr={lr}", f"seed={seed}"], acc)
-    put_job(tmp_path / "failed", ["experiment=cpu", "optimizer.lr=9", "seed=0"], error="NonFiniteLossError: nan")
-    put_job(tmp_path / "begun", ["experiment=cpu", "optimizer.lr=0.1", "seed=2"])
-    jobs = sweep.read_jobs(tmp_path)
-    rows = sweep.group_by_seed(jobs, "val/acc")
-    assert summary.table(rows, "val/acc") == [
-        ["optimizer.lr", "val/acc", "worst", "test/acc", "worst", "seconds", "runs"],
-        ["0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "0.9100", "2", "2"],
-        ["0.1", "0.8500 ± 0.0707", "0.8000", "0.8500 ± 0.0707", "0.8000", "2", "3 (1 unfinished)"],
-        ["9", "", "", "", "", "", "1 (1 failed)"],
-    ]
-    assert summary.failures(jobs) == ["failed: NonFiniteLossError: nan"]
-    report(tmp_path)
-    lines = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
-    assert [float(line["val/acc mean"]) for line in lines[:2]] == pytest.approx([0.92, 0.85])
-    assert "| 0.05 | 0.9200 ± 0.0141 |" in (tmp_path / "summary.md").read_text()
-    assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_half_written_jobs_do_not_break_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put_job(tmp_path / "a", ["seed=0"], 0.5)
-    (tmp_path / "empty").mkdir()
-    (put_job(tmp_path / "cut", ["seed=1"], 0.5) / "result.json").write_text('{"status": "fin')
-    (put_job(tmp_path / "odd", ["seed=2"]) / ".hydra" / "overrides.yaml").write_text("- [")
-    report(tmp_path)
-    assert {job.folder.name: job.status for job in sweep.read_jobs(tmp_path)} == {"a": "finished", "cut": "unfinished"}
-
-
-def test_jobs_that_have_not_begun_are_told(tmp_path: Path) -> None:
-    asked = ["experiment=cpu", "optimizer.lr=0.1,0.05", "seed=0,1"]
-    hydra = {"sweeper": {"params": {"model.norm": "none,batch"}}, "overrides": {"task": asked}}
+def test_jobs_that_have_not_started_are_listed(tmp_path: Path) -> None:
+    task = ["experiment=cpu", "optimizer.lr=0.1,0.05", "seed=0,1"]
+    hydra = {"sweeper": {"params": {"model.norm": "none,batch"}}, "overrides": {"task": task}}
     (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
     for norm, lr in (("none", "0.1"), ("batch", "0.05")):
         varied = [f"model.norm={norm}", f"optimizer.lr={lr}", "seed=0"]
         put_job(tmp_path / ",".join(varied), ["experiment=cpu", *varied], 0.5)
-    rows = summary.table(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
+    rows = summary.tabulate(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
     assert sorted([row[0], row[1], row[-1]] for row in rows[1:]) == [
-        ["batch", "0.05", "2 (1 not begun)"],
-        ["batch", "0.1", "2 (2 not begun)"],
-        ["none", "0.05", "2 (2 not begun)"],
-        ["none", "0.1", "2 (1 not begun)"],
+        ["batch", "0.05", "2 (1 not started)"],
+        ["batch", "0.1", "2 (2 not started)"],
+        ["none", "0.05", "2 (2 not started)"],
+        ["none", "0.1", "2 (1 not started)"],
     ]
 
 
-def own_overrides(sweep: Path, *task: str) -> None:
-    """As Hydra's sweeper writes down what it was asked for."""
+def write_request(sweep: Path, *task: str) -> None:
+    """Writes multirun.yaml as Hydra's sweeper does."""
     (sweep / "multirun.yaml").write_text(json.dumps({"hydra": {"sweeper": {}, "overrides": {"task": list(task)}}}))
 
 
-def test_a_job_that_was_run_under_two_names_counts_once(tmp_path: Path) -> None:
+def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
     for name, overrides, acc in (
-        ("job", ["optimizer.lr=0.1"], None),  # it was not finished, and was so under another name
+        ("job", ["optimizer.lr=0.1"], None),  # unfinished here, finished in another folder
         ("seed=0", ["optimizer.lr=0.1", "seed=0"], 0.9),
         ("optimizer.lr=0.1,seed=0", ["optimizer.lr=0.1", "seed=0"], 0.9),
         ("seed=1", ["name=renamed", "optimizer.lr=0.1", "seed=1"], 0.9),
@@ -106,7 +72,7 @@ def test_a_job_that_was_run_under_two_names_counts_once(tmp_path: Path) -> None:
         job = put_job(tmp_path / name, overrides, acc)
         seed = 1 if "seed=1" in overrides else 0
         (job / ".hydra" / "config.yaml").write_text(f"seed: {seed}\nmodel: {{dropout: 0.5}}\noptimizer: {{lr: 0.1}}\n")
-    own_overrides(tmp_path, "optimizer.lr=0.1", "seed=0,1")
+    write_request(tmp_path, "optimizer.lr=0.1", "seed=0,1")
     rows = sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert [(row.keys, [job.status for job in row.jobs]) for row in rows] == [
         ({"model.dropout": "0.5"}, ["finished", "finished"]),
@@ -114,50 +80,30 @@ def test_a_job_that_was_run_under_two_names_counts_once(tmp_path: Path) -> None:
     ]
 
 
-def test_what_makes_no_other_experiment_makes_no_other_row(tmp_path: Path) -> None:
+def test_overrides_that_do_not_change_the_experiment_make_no_other_row(tmp_path: Path) -> None:
     for lr, more in (("0.1", []), ("0.05", ["threads=1", "callbacks=none", "trainer=cpu"])):
         for seed in (0, 1):
             varied = [f"optimizer.lr={lr}", f"seed={seed}"]
             put_job(tmp_path / ",".join(varied), [*varied, *more], 0.5)
-    own_overrides(tmp_path, "optimizer.lr=0.1,0.05", "seed=0,1", "threads=1")
+    write_request(tmp_path, "optimizer.lr=0.1,0.05", "seed=0,1", "threads=1")
     rows = sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert [(row.keys, len(row.jobs)) for row in rows] == [({"optimizer.lr": lr}, 2) for lr in ("0.05", "0.1")]
-    # Unless the sweep asks just for that, be it an earlier one.
+    # Unless that is what the sweep varies, even if it is an earlier one.
     for threads in (1, 2):
         put_job(tmp_path / f"optimizer.lr=0.1,threads={threads}", ["optimizer.lr=0.1", f"threads={threads}"], 0.5)
     assert len(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")) == 4
 
 
-def test_a_loss_that_ran_away_in_the_last_step_does_not_break_the_report(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        job = put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.5)
-        result = json.loads((job / "result.json").read_text())
-        result["metrics"]["test/loss"] = math.nan if seed else 2.0
-        (job / "result.json").write_text(json.dumps(result))
-    report(tmp_path)
-    (line,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
-    assert (line["test/loss mean"], line["test/loss std"], line["val/acc mean"]) == ("2.0", "", "0.5")
-
-
-def test_a_sweep_that_can_only_be_read_is_reported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
-    (tmp_path / "summary.csv").mkdir()
-    report(tmp_path)
-    told = capsys.readouterr()
-    assert "0.5000" in told.out
-    assert told.err.startswith("no summary: ")
-
-
-def test_a_job_has_begun_though_the_sweep_was_asked_for_otherwise_since(tmp_path: Path) -> None:
+def test_a_job_counts_as_started_though_the_sweep_was_started_again_with_other_overrides(tmp_path: Path) -> None:
     for lr in ("0.1", "0.05"):
         put_job(tmp_path / f"optimizer.lr={lr}", ["name=lr-11-22", f"optimizer.lr={lr}"], 0.5)
-    own_overrides(tmp_path, "name=lr-${now:%m-%d}", "optimizer.lr=0.1,0.05", "threads=1", "callbacks=none")
+    write_request(tmp_path, "name=lr-${now:%m-%d}", "optimizer.lr=0.1,0.05", "threads=1", "callbacks=none")
     assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "finished"]
-    own_overrides(tmp_path, "optimizer.lr=0.1,0.01", "threads=1")
-    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "finished", "not begun"]
+    write_request(tmp_path, "optimizer.lr=0.1,0.01", "threads=1")
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "finished", "not started"]
 
 
-def test_a_run_that_was_stopped_is_not_at_work(tmp_path: Path) -> None:
+def test_a_stopped_run_is_unfinished(tmp_path: Path) -> None:
     folder = RunFolder(put_job(tmp_path / "seed=0", ["seed=0"]))
     folder.config.write_text("seed: 0")
     with folder.claimed():
@@ -165,23 +111,113 @@ def test_a_run_that_was_stopped_is_not_at_work(tmp_path: Path) -> None:
     assert [job.status for job in sweep.read_jobs(tmp_path)] == ["unfinished"]
 
 
-def test_values_that_can_not_be_tried_one_by_one_are_refused() -> None:
+def test_values_that_can_not_be_enumerated_are_refused() -> None:
     for values in ("interval(0,1)", "range(0,3,0)"):
-        with pytest.raises(UserError, match="not to be tried one by one"):
+        with pytest.raises(UserError, match="its values can't be enumerated"):
             sweep.expand_jobs({}, [f"seed={values}"])
 
 
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [
+        (["seed=range(1000000000)"], "1,000,000,000"),
+        (["seed=shuffle(range(1000000000))"], "1,000,000,000"),
+        (["seed=range(200)", "optimizer.lr=range(0.1,1.1,0.01)"], "20,000"),
+        (["seed=range(10001,0,-1)"], "10,001"),
+        (["seed=range(5000)", "model.head=gap,fc,mlp"], "15,000"),
+    ],
+)
+def test_too_many_jobs_are_refused_before_they_are_listed(task: list[str], count: str) -> None:
+    with pytest.raises(UserError, match=f": {count} jobs; a sweep has at most 10,000"):
+        sweep.expand_jobs({}, task)
+
+
+def test_a_range_may_be_as_long_as_the_limit() -> None:
+    assert len(sweep.expand_jobs({}, ["seed=range(100)", "model.norm=none,batch"])) == 200
+
+
+def test_the_name_can_not_be_varied(tmp_path: Path) -> None:
+    run = nin("train", "-m", "experiment=quickstart", "name=a,b", cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("nin train: name: can't be varied")
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", "null", '"finished"', '{"status": "finished"}',
+                                     '{"status": "finished", "metrics": 5}', '{"status": 5}', '{"sta'])  # fmt: skip
+def test_a_result_with_other_content_is_none(tmp_path: Path, content: str) -> None:
+    job = put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
+    (job / "result.json").write_text(content)
+    (job / "metrics.csv").write_text("epoch,val/acc\n1,0.25\n")
+    (found,) = sweep.read_jobs(tmp_path)
+    assert (found.status, found.metrics) == ("unfinished", {"val/acc": 0.25})
+
+
+@pytest.mark.parametrize("content", ["{}", "5", "- 5", "- [", "- a: 1", "text", "\x00"])
+def test_a_folder_whose_overrides_are_something_else_is_no_job(tmp_path: Path, content: str) -> None:
+    put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
+    (put_job(tmp_path / "other", ["seed=1"], 0.5) / ".hydra" / "overrides.yaml").write_text(content)
+    assert [job.folder.name for job in sweep.read_jobs(tmp_path)] == ["seed=0"]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("multirun.yaml", "5"),
+        ("multirun.yaml", "hydra: {sweeper: [], overrides: {task: 5}}"),
+        ("multirun.yaml", "hydra: {sweeper: {params: 5}, overrides: {task: [5]}}"),
+        ("multirun.yaml", "hydra: {sweeper: {}, overrides: {task: ['seed=range(1000000000)']}}"),
+        ("seed=0/.hydra/config.yaml", "5"),
+        ("seed=0/.hydra/config.yaml", "sweep: 5"),
+        ("seed=0/metrics.csv", "epoch,val/acc\n1,high\n"),
+        ("seed=0/metrics.csv", "epoch\n1,2,3\n"),
+    ],
+)
+def test_other_files_with_other_content_are_ignored(tmp_path: Path, file: str, content: str) -> None:
+    for seed in (0, 1):
+        put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.5 if seed else None)
+    (tmp_path / file).write_text(content)
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["unfinished", "finished"]
+
+
+def test_the_order_and_the_worst_seed_follow_the_metric(tmp_path: Path) -> None:
+    for lr, losses in (("0.1", (0.2, 0.9)), ("0.05", (0.4, 0.5))):
+        for seed, loss in enumerate(losses):
+            job = put_job(tmp_path / f"lr={lr},seed={seed}", [f"optimizer.lr={lr}", f"seed={seed}"], 1 - loss)
+            result = json.loads((job / "result.json").read_text())
+            result["metrics"]["val/loss"] = loss
+            (job / "result.json").write_text(json.dumps(result))
+    for metric, worst in (("val/loss", [0.5, 0.9]), ("val/acc", [0.5, 0.1])):
+        rows = sweep.group_by_seed(sweep.read_jobs(tmp_path), metric)
+        assert [row.keys["optimizer.lr"] for row in rows] == ["0.05", "0.1"]
+        assert [row.summarize(metric)["worst"] for row in rows] == pytest.approx(worst)
+    # The standard deviation is that of a sample: 0.4 and 0.5 are each 0.05 from their mean, and one is subtracted.
+    assert rows[0].summarize("val/loss")["std"] == pytest.approx((2 * 0.05**2 / (2 - 1)) ** 0.5)
+
+
+def test_the_sampling_error_is_that_of_the_number_of_test_images(tmp_path: Path) -> None:
+    for lr, images in (("0.1", 10_000), ("0.2", None)):
+        job = put_job(tmp_path / f"lr={lr}", [f"optimizer.lr={lr}"], 0.915)
+        result = json.loads((job / "result.json").read_text()) | {"test_images": images}
+        (job / "result.json").write_text(json.dumps(result))
+    errors = {
+        row.keys["optimizer.lr"]: row.sampling_error()
+        for row in sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
+    }
+    assert errors == {"0.1": pytest.approx((0.915 * 0.085 / 10_000) ** 0.5), "0.2": None}
+
+
 def test_what_is_no_sweep_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such sweep"):
+    with pytest.raises(UserError, match="no such folder"):
         sweep.read_jobs(tmp_path / "none")
-    with pytest.raises(UserError, match="no job has begun here"):
+    with pytest.raises(UserError, match="no job was started here"):
         sweep.read_jobs(tmp_path)
 
 
-def test_a_sweep_goes_on_past_a_failure_and_is_not_run_twice(tmp_path: Path, data_root: Path) -> None:
+def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
-    asked = ["train", "-m", *SMALL, "callbacks=none", "name=lr", "schedule=constant", "model.norm=none"]
-    first = nin(*asked, "optimizer.lr=1e30,0.001", "seed=0,1", **there)
+    command = ["train", "-m", *SMALL, "callbacks=none", "name=lr", "schedule=constant", "model.norm=none"]
+    first = nin(*command, "optimizer.lr=1e30,0.001", "seed=0,1", **there)
     assert first.returncode == 1, first.stderr
     folder = tmp_path / "outputs" / "sweeps" / "lr"
     results = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/result.json")}
@@ -198,25 +234,25 @@ def test_a_sweep_goes_on_past_a_failure_and_is_not_run_twice(tmp_path: Path, dat
     assert "failed: optimizer.lr=1e+30,seed=0: NonFiniteLossError" in first.stdout
 
     # The same job alone, in a process that did other things, is the same job.
-    small = [*SMALL, "callbacks=none", *asked[-2:], "optimizer.lr=0.001", "seed=1", f"data.root={data_root}"]
+    small = [*SMALL, "callbacks=none", *command[-2:], "optimizer.lr=0.001", "seed=1", f"data.root={data_root}"]
     alone = experiment.train(validate(compose_config(small)), RunFolder(tmp_path / "alone"), [])
     assert results["optimizer.lr=0.001,seed=1"]["weights_sha256"] == alone["weights_sha256"]
 
-    # Said again, what is finished is left alone, and a value more is a job more.
+    # The same command again leaves finished jobs as they are; one more value is one more job.
     done = [p for seed in (0, 1) for p in (folder / f"optimizer.lr=0.001,seed={seed}").rglob("*")]
     times = {p: p.stat().st_mtime_ns for p in done}
     time.sleep(0.01)
-    wider = nin(*asked, "optimizer.lr=0.001,0.002", "seed=0,1", **there)
+    wider = nin(*command, "optimizer.lr=0.001,0.002", "seed=0,1", **there)
     assert wider.returncode == 0, wider.stderr
     assert {p: p.stat().st_mtime_ns for p in done} == times
     assert (folder / "optimizer.lr=0.002,seed=1" / "result.json").exists()
 
     # A mistake in any job is found before the first begins; another fixed setting is refused by name.
-    mistaken = nin(*asked, "optimizer.lr=0.003,-1", "data.image_size=28,3", **there)
+    mistaken = nin(*command, "optimizer.lr=0.003,-1", "data.image_size=28,3", **there)
     assert mistaken.returncode == 2
     assert mistaken.stderr.startswith("nin train: 2 errors\n  data.image_size=3: nin needs at least")
     assert not list(folder.glob("optimizer.lr=0.003*"))
-    other = nin(*asked, "optimizer.lr=0.001,0.002", "seed=0,1", "model.dropout=0.3", **there)
+    other = nin(*command, "optimizer.lr=0.001,0.002", "seed=0,1", "model.dropout=0.3", **there)
     assert other.returncode == 1
     assert "optimizer.lr=0.001,seed=0 belongs to another experiment" in other.stderr.replace("\n", "")
 
@@ -231,7 +267,7 @@ def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((project_conf() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_ready_sweep_is_sound_in_its_first_and_last_job(path: Path) -> None:
+def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> None:
     params = yaml.safe_load(path.read_text().partition("\n\n")[0])["hydra"]["sweeper"]["params"]
     on_a_cpu = ["experiment=cpu", *(["data.image_size=67"] if path.stem == "networks" else [])]
     for task in ([], on_a_cpu):
@@ -242,7 +278,7 @@ def test_every_ready_sweep_is_sound_in_its_first_and_last_job(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", sorted((project_conf() / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_is_sound_and_says_what_to_expect(path: Path) -> None:
+def test_every_experiment_is_valid_and_states_its_result(path: Path) -> None:
     settings = validate(compose_config([f"experiment={path.stem}"]))
     header = path.read_text().partition("\ndefaults:")[0].partition("\ndata:")[0]
     assert f"experiment={path.stem}" in header

@@ -1,1 +1,1 @@
-"""How fast: the real training in turns with the notebooks' loop; what a step costs besides; where memory goes."""
+"""Training speed beside the notebooks' loop, the overhead of a training step, and its memory."""

@@ -1,4 +1,4 @@
-"""Why a training step's memory grows as it does."""
+"""The memory of a training step, and which part of it grows with the batch size."""
 
 import contextlib
 import resource
@@ -9,79 +9,92 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nin.bench.project import Told, project
+from nin.bench.project import Progress, prepare_training
 from nin.config.schema import Settings
 
 
-def memory(settings: Settings, batch_size: int, told: Told) -> dict[str, int]:
-    """Bytes in a training step: what stays, what is kept for the backward pass, and the whole process's peak."""
-    told(f"memory at batch {batch_size}")
+def measure_memory(settings: Settings, batch_size: int, progress: Progress) -> dict[str, int]:
+    """Bytes of a training step.
+
+    Returns:
+        "weights", "gradients" and "optimizer" (its state); "activations", the largest number of bytes kept for the
+        backward pass, and "activations_full_batch", the same without micro-batches; "peak", of the GPU's memory, or
+        of the process on a CPU.
+    """
+    progress(f"memory at batch size {batch_size}")
     data = settings.data.model_copy(update={"batch_size": batch_size})
     one_step = settings.trainer.model_copy(update={"max_steps": 1})
     settings = settings.model_copy(update={"data": data, "trainer": one_step, "callbacks": {}, "compile": False})
-    found = _one_step(settings)
-    whole = _one_step(settings.model_copy(update={"speed": settings.speed.model_copy(update={"micro_batch": None})}))
-    peak = found.pop("peak")
-    return found | {"activations_uncut": whole["activations"], "peak": peak}
+    measured = _measure_step(settings)
+    full_batch = settings.speed.model_copy(update={"micro_batch": None})
+    activations = _measure_step(settings.model_copy(update={"speed": full_batch}))["activations"]
+    peak = measured.pop("peak")
+    return measured | {"activations_full_batch": activations, "peak": peak}
 
 
-def _one_step(settings: Settings) -> dict[str, int]:
-    with project(settings) as (module, images, build):
+def _measure_step(settings: Settings) -> dict[str, int]:
+    with prepare_training(settings) as (module, data, build):
         trainer = build([])
         device = trainer.strategy.root_device
-        kept = Kept(module)
+        saved_tensors = SavedTensors(module)
         _reset_peak(device)
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda saved: saved.tensor):
-            trainer.fit(module, images)
+        with torch.autograd.graph.saved_tensors_hooks(saved_tensors.pack, lambda saved: saved.tensor):
+            trainer.fit(module, data)
         parameters = sum(p.nbytes for p in module.network.parameters())
         state = (value for values in trainer.optimizers[0].state.values() for value in values.values())
         return {
             "weights": parameters + sum(b.nbytes for b in module.network.buffers()),
             "gradients": parameters,
-            "optimiser": sum(value.nbytes for value in state if isinstance(value, Tensor)),
-            "activations": kept.most,
+            "optimizer": sum(value.nbytes for value in state if isinstance(value, Tensor)),
+            "activations": saved_tensors.peak,
             "peak": _peak(device),
         }
 
 
-class Kept:
-    """Counts the bytes that autograd keeps for the backward pass, each piece of memory once, and no weights."""
+class SavedTensors:
+    """Counts the bytes that autograd saves for the backward pass: each storage once, and no parameters.
+
+    Args:
+        module: whose parameters are not counted.
+    """
 
     def __init__(self, module: nn.Module):
         self.module = module
-        self.users: dict[int, int] = defaultdict(int)
-        self.now = self.most = 0
+        self.references: dict[int, int] = defaultdict(int)
+        self.current = self.peak = 0
 
-    def pack(self, tensor: Tensor) -> "Saved":
-        return Saved(self, tensor)
+    def pack(self, tensor: Tensor) -> "SavedTensor":
+        return SavedTensor(self, tensor)
 
 
-class Saved:
-    def __init__(self, kept: Kept, tensor: Tensor):
-        self.kept, self.tensor = kept, tensor
-        self.place, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        # A linear layer keeps a transposed view of its weights.
-        self.counted = all(self.place != p.untyped_storage().data_ptr() for p in kept.module.parameters())
+class SavedTensor:
+    """A tensor that is counted from its construction until it is freed."""
+
+    def __init__(self, counter: SavedTensors, tensor: Tensor):
+        self.counter, self.tensor = counter, tensor
+        self.address, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
+        # By storage, since a linear layer saves a transposed view of its weights.
+        self.counted = all(self.address != p.untyped_storage().data_ptr() for p in counter.module.parameters())
         if self.counted:
-            kept.users[self.place] += 1
-            kept.now += self.size if kept.users[self.place] == 1 else 0
-            kept.most = max(kept.most, kept.now)
+            counter.references[self.address] += 1
+            counter.current += self.size if counter.references[self.address] == 1 else 0
+            counter.peak = max(counter.peak, counter.current)
 
     def __del__(self) -> None:
         if self.counted:
-            self.kept.users[self.place] -= 1
-            self.kept.now -= 0 if self.kept.users[self.place] else self.size
+            self.counter.references[self.address] -= 1
+            self.counter.current -= 0 if self.counter.references[self.address] else self.size
 
 
 def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError):  # Linux's
+    with contextlib.suppress(OSError):  # exists on Linux only
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak(device: torch.device) -> int:
-    """The most memory that was taken since `_reset_peak`: the GPU's where it trains there, or else this process's."""
+    """The largest number of bytes in use since `_reset_peak`: of the GPU if it is used, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a step costs besides the network: a plain loop, Lightning's bare Trainer, and this project's training."""
+"""The cost of a training step besides the network: a plain loop, Lightning's bare Trainer, and ``nin train``."""
 
 import time
 from collections import defaultdict
@@ -10,36 +10,36 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from nin.bench.project import Told, project
+from nin.bench.project import Progress, prepare_training
 from nin.config.schema import Settings
-from nin.networks import NUM_CLASSES
 
 _STEPS, _WARM_UP = 300, 30
+_BATCH_SIZE, _CLASSES = 32, 10
 
 
 @dataclass
-class Clock(Callback):
-    """Seconds of ``_STEPS`` steps behind the first ``_WARM_UP``."""
+class StepTimer(Callback):
+    """Measures the seconds of ``_STEPS`` steps after the first ``_WARM_UP``, then stops training."""
 
     done: int = 0
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.done += 1
         if self.done == _WARM_UP:
-            self.begun = time.perf_counter()
+            self.started = time.perf_counter()
         elif self.done == _WARM_UP + _STEPS:
-            self.seconds = time.perf_counter() - self.begun
+            self.seconds = time.perf_counter() - self.started
             trainer.should_stop = True
 
 
-class Bare(LightningModule):
-    """The smallest LightningModule that trains."""
+class LinearModule(LightningModule):
+    """A linear classifier of 28x28 images, with nothing but what training needs."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = _smallest()
+        self.network = _linear_network()
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -48,52 +48,63 @@ class Bare(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def _smallest() -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, NUM_CLASSES))
+def _linear_network() -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, _CLASSES))
 
 
-def overhead(settings: Settings, rounds: int, told: Told) -> dict[str, float]:
-    """Milliseconds a step on a linear network: a plain loop, Lightning's bare Trainer, and this project's training."""
-    batches = [(torch.rand(32, 1, 28, 28), torch.randint(0, NUM_CLASSES, (32,))) for _ in range(_WARM_UP + _STEPS)]
+def measure_overhead(settings: Settings, rounds: int, progress: Progress) -> dict[str, float]:
+    """Milliseconds per step on a linear network, by name: "plain loop", "bare Trainer" and "nin train"."""
+    count = _WARM_UP + _STEPS
+    batches = [(torch.rand(_BATCH_SIZE, 1, 28, 28), torch.randint(0, _CLASSES, (_BATCH_SIZE,))) for _ in range(count)]
     milliseconds = defaultdict(list)
     for i in range(rounds):
-        told(f"overhead {i + 1} of {rounds}")
-        for name, seconds in {
-            "plain loop": lambda: _plain_loop(batches),
-            "bare Trainer": lambda: _bare_trainer(batches),
-            "nin train": lambda: _whole_project(settings),
+        progress(f"overhead, round {i + 1} of {rounds}")
+        for name, time_steps in {
+            "plain loop": lambda: _time_plain_loop(batches),
+            "bare Trainer": lambda: _time_bare_trainer(batches),
+            "nin train": lambda: _time_project(settings),
         }.items():
-            milliseconds[name].append(1000 * seconds() / _STEPS)
+            milliseconds[name].append(1000 * time_steps() / _STEPS)
     return {name: float(np.median(values)) for name, values in milliseconds.items()}
 
 
-def _plain_loop(batches: list[tuple[Tensor, Tensor]]) -> float:
-    network = _smallest()
+def _time_plain_loop(batches: list[tuple[Tensor, Tensor]]) -> float:
+    network = _linear_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    started = 0.0
     for i, (images, labels) in enumerate(batches):
         if i == _WARM_UP:
-            begun = time.perf_counter()
+            started = time.perf_counter()
         optimizer.zero_grad()
         functional.cross_entropy(network(images), labels).backward()
         optimizer.step()
-    return time.perf_counter() - begun
+    return time.perf_counter() - started
 
 
-def _bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
-    clock = Clock()
-    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    loader = DataLoader(batches, batch_size=None)
-    Trainer(max_epochs=1, accelerator="cpu", callbacks=[clock], **off).fit(Bare(), loader)
-    return clock.seconds
+def _time_bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
+    timer = StepTimer()
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[timer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    dataset = TensorDataset(images.unflatten(0, (-1, _BATCH_SIZE)), labels.unflatten(0, (-1, _BATCH_SIZE)))
+    trainer.fit(LinearModule(), DataLoader(dataset, batch_size=None))  # its items are batches
+    return timer.seconds
 
 
-def _whole_project(settings: Settings) -> float:
-    clock = Clock()
+def _time_project(settings: Settings) -> float:
+    timer = StepTimer()
     on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu", "devices": 1, "precision": None})
     settings = settings.model_copy(update={"trainer": on_cpu, "compile": False})
-    with project(settings) as (module, data, build):
-        data.data = settings.data.model_copy(update={"image_size": 28, "batch_size": 32})
+    with prepare_training(settings) as (module, data, build):
+        data.data = settings.data.model_copy(update={"image_size": 28, "batch_size": _BATCH_SIZE})
         module.settings = settings.model_copy(update={"data": data.data})
-        module.network, module.dropouts, module.micro_batch_size = _smallest(), [], None
-        build([clock]).fit(module, data)
-    return clock.seconds
+        module.network, module.dropouts, module.micro_batch_size = _linear_network(), [], None
+        build([timer]).fit(module, data)
+    return timer.seconds

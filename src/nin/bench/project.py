@@ -1,4 +1,4 @@
-"""The training that is measured, and what all measurements share."""
+"""The training that is measured: the same objects that ``nin train`` uses, in a temporary run folder."""
 
 import contextlib
 import os
@@ -22,36 +22,43 @@ from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.classifier import Classifier
 from nin.training.experiment import build_trainer
 
-Told = Callable[[str], None]  # takes a line that says what is measured now
+Progress = Callable[[str], None]  # prints a line that says what is being measured
 
 
 @contextlib.contextmanager
-def project(settings: Settings) -> Iterator[tuple[Classifier, ImageDataModule, Callable[..., Trainer]]]:
-    """What `nin train` trains with: its bar (drawn nowhere), loggers and checkpoints, in a folder that goes away."""
-    with tempfile.TemporaryDirectory() as path, Path(os.devnull).open("w") as nowhere, StopRequest() as stop:
+def prepare_training(
+    settings: Settings,
+) -> Iterator[tuple[Classifier, ImageDataModule, Callable[[list[Callback]], Trainer]]]:
+    """Yields the module, the data module and a function that builds a Trainer with the given additional callbacks.
+
+    The Trainer has the progress bar (which is drawn, and not printed), loggers and checkpoints of ``nin train``. The
+    run folder is removed at the end.
+    """
+    with tempfile.TemporaryDirectory() as path, Path(os.devnull).open("w") as null, StopRequest() as stop:
         folder = RunFolder(path)
         folder.checkpoints.mkdir()
         lightning.seed_everything(settings.seed, verbose=False)
-        opened = []
+        loggers = []
 
-        def build(more: list[Callback]) -> Trainer:
-            watch = MetricsLogger(folder.metrics)
-            bar = TrainingProgressBar(watch)
-            bar.console = Console(file=nowhere, force_terminal=True, width=120)
-            kept = ResumableCheckpoint(folder, settings.checkpoint.every_n_steps, watch, stop)
-            trainer = build_trainer(settings, folder.path, [watch, bar, kept, *more])
-            opened.extend(trainer.loggers)
+        def build(callbacks: list[Callback]) -> Trainer:
+            metrics = MetricsLogger(folder.metrics)
+            bar = TrainingProgressBar(metrics)
+            bar.console = Console(file=null, force_terminal=True, width=120)
+            checkpoint = ResumableCheckpoint(folder, settings.checkpoint.every_n_steps, metrics, stop)
+            trainer = build_trainer(settings, folder.path, [metrics, bar, checkpoint, *callbacks])
+            loggers.extend(trainer.loggers)
             return trainer
 
         try:
             data = ImageDataModule(settings.data, settings.seed)
             yield Classifier(settings, data.info.class_names, data.info.channels), data, build
         finally:
-            for logger in opened:
+            for logger in loggers:
                 if isinstance(logger, SingleFileTensorBoardLogger):
                     logger.close()
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the GPU has finished its work, so that a clock read afterwards includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

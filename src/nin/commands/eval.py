@@ -9,7 +9,7 @@ from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
 from nin.runs.console import log_to, tolerate_output_errors
 from nin.runs.folder import RunFolder
-from nin.runs.results import show_test
+from nin.runs.results import print_test
 
 MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> None:
         metrics, confusion = evaluate(settings, checkpoint)
     size = settings.data.image_size
     print(f"{path}: {settings.model.name}, {settings.data.name} at {size}x{size}")
-    show_test(metrics, confusion)
+    print_test(metrics, confusion)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:

@@ -1,19 +1,30 @@
 """``nin inspect [overrides]``: the chosen network's layers, and what NiN saves against LeNet, AlexNet and VGG."""
 
+from typing import TYPE_CHECKING, Any
+
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from nin.config.composition import compose_config, compose_settings
+from nin.config.schema import Settings
 from nin.config.validation import validate
+from nin.data.sources import CLASS_NAMES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Narrow enough for a terminal of 80 columns.
+_STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 HELP = """Usage: nin inspect [group=option …] [key=value …]
 
-The network without training it: each layer's output shape, parameters, multiply-adds and receptive field, and what
-NiN saves against the networks with fully connected layers. Keys and groups are those of nin train.
+Print a network without training it: each layer's output shape, parameters, multiply-adds and receptive field, and
+what NiN saves against the networks with fully connected layers. Keys and groups are those of nin train.
 
   nin inspect                         the notebooks' network at 224x224
-  nin inspect model=nin_small         the one for 28x28
-  nin inspect model.conv1x1_layers=0  without its 1x1 convolutions"""
+  nin inspect model=nin_small         the network for 28x28
+  nin inspect model.conv1x1_layers=0  without 1x1 convolutions"""
 
 
 def main(arguments: list[str]) -> None:
@@ -21,40 +32,52 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     settings = compose_settings(arguments)
+    console = Console(highlight=False)
+    console.print(_layers_table(settings))
+    console.print("receptive field: pixels per side on which one output value can depend\n")
+    console.print(_comparison_table())
+
+
+def _build(settings: Settings) -> "nn.Sequential":
     import torch
 
     from nin import networks
-    from nin.networks.layers import first_fully_connected_weights, layers
 
-    console = Console()
-    size = settings.data.image_size
     with torch.device("meta"):
-        chosen = networks.build(settings)
-    rows = layers(chosen, in_channels=1, image_size=size)
-    table = Table(title=f"{settings.model.name} at {size}x{size}", title_justify="left")
-    for column in ("layer", "output shape", "parameters", "multiply-adds", "sees"):
+        return networks.build(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+
+
+def _layers_table(settings: Settings) -> Table:
+    from nin.networks.layers import layers
+
+    size = settings.data.image_size
+    rows = layers(_build(settings), in_channels=1, image_size=size)
+    table = Table(title=f"{settings.model.name} at {size}x{size}", **_STYLE)
+    for column in ("layer", "output shape", "parameters", "multiply-adds", "receptive field"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in rows:
         shape = " x ".join(map(str, row.output_shape))
         counts = (f"{n:,}" if n else "" for n in (row.parameters, row.multiply_adds))
-        table.add_row(row.name, shape, *counts, f"{row.receptive_field} px")
+        table.add_row(row.name, shape, *counts, str(row.receptive_field))
     table.add_section()
     total = (sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows))
-    table.add_row("all", "", *(f"{n:,}" for n in total), "")
-    console.print(table)
+    table.add_row("total", "", *(f"{n:,}" for n in total), "")
+    return table
 
-    table = Table(title="the first fully connected layer behind the convolutions", title_justify="left")
-    for column in ("network", "input", "its weights", "all parameters", "multiply-adds"):
+
+def _comparison_table() -> Table:
+    from nin.networks.layers import first_fully_connected_weights, layers
+
+    table = Table(title="the first fully connected layer after the convolutions", **_STYLE)
+    for column in ("network", "input", "weights", "total parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for name in ("lenet", "alexnet", "vgg", "nin"):
-        other = validate(compose_config([f"model={name}"]))
-        size = other.data.image_size
-        with torch.device("meta"):
-            built = networks.build(other)
+        settings = validate(compose_config([f"model={name}"]))
+        network, size = _build(settings), settings.data.image_size
         counts = (
-            first_fully_connected_weights(built),
-            sum(p.numel() for p in built.parameters()),
-            sum(row.multiply_adds for row in layers(built, 1, size)),
+            first_fully_connected_weights(network),
+            sum(p.numel() for p in network.parameters()),
+            sum(row.multiply_adds for row in layers(network, in_channels=1, image_size=size)),
         )
         table.add_row(name, f"{size}x{size}", *(f"{n:,}" if n else "none" for n in counts))
-    console.print(table)
+    return table

@@ -1,50 +1,24 @@
-"""``nin report SWEEP``: the table and the chart of a sweep, also of one that is half done."""
+"""``nin report SWEEP``: table and chart of a sweep, also of an unfinished one, or of a folder of single runs."""
 
 import argparse
-import sys
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from nin.runs.results import shown
-from nin.sweeps import jobs as sweep
-from nin.sweeps import summary
+from nin.sweeps import chart, jobs, summary
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="nin report",
-        description="What a sweep has found: runs that differ only in seed are folded into mean, standard deviation and "
-        "worst; the best first. Writes summary.csv, summary.md and summary.png into its folder.",
-        epilog="example: nin report outputs/sweeps/lr",
+        description="Print the results of a sweep, best first, and write summary.csv, summary.md and summary.png into "
+        "its folder. Runs that differ only in seed are summarized by mean, sample standard deviation and worst. In a "
+        "folder of single runs each run is listed by its name.",
+        epilog="examples: nin report outputs/sweeps/lr; nin report outputs/runs --metric test/acc",
+        allow_abbrev=False,
     )
-    parser.add_argument("sweep", type=Path, help="a sweep's folder, as in outputs/sweeps/lr")
+    parser.add_argument("folder", type=Path, help="a sweep's folder, as in outputs/sweeps/lr, or outputs/runs")
     parser.add_argument(
-        "--metric", default="val/acc", choices=summary.METRICS, help="what to sort by and draw; default: val/acc"
+        "--metric", default="val/acc", choices=jobs.METRICS, help="to sort by and to draw; default: val/acc"
     )
-    asked = parser.parse_args(arguments)
-    report(asked.sweep, asked.metric)
-
-
-def report(folder: Path, metric: str = "val/acc") -> None:
-    """Prints the table of the sweep in ``folder``, and writes its summary if that can be."""
-    jobs = sweep.read_jobs(folder)
-    if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
-        metric = "test/acc"  # the notebooks' habit: nothing is held out
-    rows = sweep.group_by_seed(jobs, metric)
-    header, *lines = summary.table(rows, metric)
-    table = Table(title=f"{folder.name}: the best by {metric} first", title_justify="left")
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    Console(highlight=False).print(table)
-    for failure in summary.failures(jobs):
-        print(f"failed: {failure}")
-    try:
-        summary.write_summary(folder, jobs, rows, metric)
-        print(f"summary:    {shown(folder)}/summary.csv, summary.md, summary.png")
-    except OSError as error:  # somebody else's sweep, a full disk
-        print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
-    print(f"dashboards: tensorboard --logdir {shown(folder)}")
+    parser.add_argument("--x", default="epochs", choices=chart.X_AXES, help="x axis of the curves; default: epochs")
+    args = parser.parse_args(arguments)
+    summary.report(args.folder, args.metric, args.x)

@@ -174,8 +174,8 @@ def _remove_empty(folder: Path, existing: Path) -> None:
 
 def start_sweep(app: Hydra, config: DictConfig) -> int:
     """A sweep: its jobs, and at the end its report. Returns the exit status."""
-    from nin.commands.report import report
     from nin.sweeps.launch import Sweep
+    from nin.sweeps.summary import report
 
     sweep = Sweep(config)
     try:

@@ -28,7 +28,9 @@ class NiN(Section):
     first_stride: Positive
     first_padding: Annotated[int, Field(ge=0)]
     conv1x1_layers: Annotated[int, Field(ge=0)]
-    head: Literal["gap", "fc"]
+    conv1x1_relu: bool
+    head: Literal["gap", "fc", "mlp"]
+    head_width: Positive
     dropout: Share
     dropout_between: bool
     norm: Literal["none", "batch"]
@@ -101,7 +103,20 @@ class VGG(Section):
         return [(2, 2, 0)] * 5
 
 
-def smallest_image_size(model: NiN | LeNet | AlexNet | VGG) -> int:
+class MLP(Section):
+    """A multilayer perceptron with one wide hidden layer."""
+
+    name: Literal["mlp"]
+    input_size: Positive
+    hidden_width: Positive
+    dropout: Share
+    init: Init
+
+    def windows(self) -> list[tuple[int, int, int]]:
+        return []
+
+
+def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
     """The smallest square image, in pixels a side, from which every layer of ``model`` has something to compute."""
 
     def fits(size: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from nin.config.networks import VGG, AlexNet, LeNet, NiN, Positive, Section, Share
+from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, Positive, Section, Share
 
 
 class UserError(Exception):
@@ -190,7 +190,7 @@ class Settings(Section):
     resume: Literal["auto", "never"]
     # Of the CPU. None: as many as torch takes, or as the run began with.
     threads: Positive | None
-    model: Annotated[NiN | LeNet | AlexNet | VGG, Field(discriminator="name")]
+    model: Annotated[NiN | LeNet | AlexNet | VGG | MLP, Field(discriminator="name")]
     data: Data
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
     schedule: Schedule

@@ -3,9 +3,10 @@
 from torch import nn
 
 from nin.networks.init import initialize
+from nin.networks.sequential import Network
 
 
-class AlexNet(nn.Sequential):
+class AlexNet(Network):
     """Five convolutions, three fully connected layers.
 
     Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.

@@ -1,44 +1,59 @@
-"""Starting weights, by name."""
+"""Weight initialization, by name."""
+
+from collections.abc import Iterable
+from typing import TypeGuard
 
 from torch import nn
 
 
-def initialize(network: nn.Module, init: str) -> None:
-    """Draws the weights of every convolution and fully connected layer anew, in place.
+def initialize(network: nn.Module, init: str, score_maps: nn.Module | None = None) -> None:
+    """Initializes the weights of every convolution and fully connected layer, in place.
 
-    "xavier_uniform" (Glorot & Bengio 2010) is the notebooks': weights only, biases as torch draws them.
-    "kaiming_normal" (He et al. 2015) fits ReLU; its biases start at zero. "kaiming_dirac" is the same, with two
-    changes that let deep NiN learn on every seed: 1x1 convolutions that keep the number of channels start as the
-    identity, and the last layer that is drawn starts small around 1, so that the ReLU on the classes' maps lets every
-    class through for every image. "torch" leaves torch's own.
+    * "xavier_uniform" (Glorot & Bengio 2010), used by the notebooks: weights only, biases as torch initializes them.
+    * "kaiming_normal" (He et al. 2015), for layers followed by ReLU: biases are zero.
+    * "kaiming_dirac": as "kaiming_normal", with two changes with which a deep NiN trains for every seed. 1x1
+      convolutions with as many outputs as inputs start as the identity. The last convolution of ``score_maps`` that
+      is drawn at random gets 0.3 times the weights and biases of one, so that the ReLU on the classes' score maps is
+      positive for every class and image.
+    * "torch": as torch initializes them.
+
+    Args:
+        score_maps: the part of the network that ends in one map per class; None if it has no such part.
 
     Raises:
-        ValueError: on another name.
+        ValueError: if ``init`` is none of these.
     """
+    if init not in ("xavier_uniform", "kaiming_normal", "kaiming_dirac", "torch"):
+        raise ValueError(f"init={init!r}: must be xavier_uniform, kaiming_normal, kaiming_dirac or torch")
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     if init == "xavier_uniform":
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight)
-    elif init in ("kaiming_normal", "kaiming_dirac"):
+    elif init != "torch":
         for layer in layers:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-        if init == "kaiming_dirac":
-            _start_as_identity(layers)
-    elif init != "torch":
-        raise ValueError(f"init={init!r}: must be xavier_uniform, kaiming_normal, kaiming_dirac or torch")
+    if init == "kaiming_dirac":
+        _start_as_identity(network.modules())
+        if score_maps is not None:
+            _start_near_one(score_maps)
 
 
-def _start_as_identity(layers: list[nn.Conv2d | nn.Linear]) -> None:
-    keeping = [
-        layer
-        for layer in layers
-        if isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.in_channels == layer.out_channels
-    ]
-    for layer in keeping:
-        nn.init.dirac_(layer.weight)
-    last = [layer for layer in layers if layer not in keeping][-1]
-    last.weight.data *= 0.3
-    if last.bias is not None:
-        nn.init.ones_(last.bias)
+def _start_as_identity(modules: Iterable[nn.Module]) -> None:
+    for layer in modules:
+        if _keeps_channels(layer):
+            nn.init.dirac_(layer.weight)
+
+
+def _start_near_one(score_maps: nn.Module) -> None:
+    drawn = [layer for layer in score_maps.modules() if isinstance(layer, nn.Conv2d) and not _keeps_channels(layer)]
+    for layer in drawn[-1:]:  # there is none if all of them start as the identity
+        layer.weight.data *= 0.3
+        if layer.bias is not None:
+            nn.init.ones_(layer.bias)
+
+
+def _keeps_channels(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Whether ``layer`` is a 1x1 convolution with as many outputs as inputs, which can be the identity."""
+    return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.in_channels == layer.out_channels

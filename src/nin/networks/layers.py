@@ -1,4 +1,4 @@
-"""What a network is made of: shapes, parameters, multiply-adds and receptive fields, counted from its modules."""
+"""The table of a network's layers: shapes, parameters, multiply-adds and receptive fields, counted from its modules."""
 
 from dataclasses import dataclass
 
@@ -9,40 +9,63 @@ from torch import nn
 @dataclass(frozen=True)
 class Layer:
     name: str
-    output_shape: tuple[int, ...]  # without the batch
+    output_shape: tuple[int, ...]  # without the batch dimension
     parameters: int
-    multiply_adds: int  # an image
-    receptive_field: int  # pixels a side of the input that one output value sees, the image's own at most
+    multiply_adds: int  # per image
+    # Pixels per side of the smallest square of the input that contains every pixel on which one output value can
+    # depend; of the output value for which it is largest. Padding is not counted, nor are pixels at the right and
+    # bottom border that no window of a strided layer reaches.
+    receptive_field: int
 
 
 def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[Layer]:
-    """One row for each of the network's own layers, in order. Nothing is trained; a network on "meta" will do."""
+    """Returns one row for each layer of ``network``, in order. The network may be on the "meta" device."""
     device = next(network.parameters()).device
     x = torch.empty(1, in_channels, image_size, image_size, device=device)
-    rows, field, jump = [], 1, 1
+    rows, extents = [], [(i, i) for i in range(image_size)]
     was_training = network.training
     network.eval()
     with torch.no_grad():
         for layer in network:
             multiply_adds = 0
-            parts = list(layer) if isinstance(layer, nn.Sequential) else [layer]
-            for part in parts:
+            for part in list(layer) if isinstance(layer, nn.Sequential) else [layer]:
                 x = part(x)
                 if isinstance(part, nn.Conv2d | nn.Linear):
                     # Every output value is one product with a filter or a row of weights; the bias is not counted.
                     multiply_adds += x.numel() * part.weight[0].numel()
-                if isinstance(part, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-                    kernel, stride = (v if isinstance(v, int) else v[0] for v in (part.kernel_size, part.stride))
-                    field, jump = field + (kernel - 1) * jump, jump * stride
-                elif isinstance(part, nn.AdaptiveAvgPool2d | nn.Linear):
-                    field = image_size
+                extents = _extents_after(part, extents)
             parameters = sum(p.numel() for p in layer.parameters())
-            prepare_images = min(field, image_size)
-            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, prepare_images))
+            field = max(last - first + 1 for first, last in extents)
+            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, max(field, 0)))
     network.train(was_training)
     return rows
 
 
+def _extents_after(layer: nn.Module, extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The first and the last input pixel on which each output position of ``layer`` can depend, along one dimension.
+
+    Args:
+        extents: the same for the positions of the layer's input.
+    """
+    if isinstance(layer, nn.AdaptiveAvgPool2d | nn.Linear):  # each output value depends on all positions
+        return [_union(extents)]
+    if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return extents
+    # All windows of these networks are square.
+    kernel, stride, padding = (
+        v if isinstance(v, int) else int(v[0]) for v in (layer.kernel_size, layer.stride, layer.padding)
+    )
+    positions = range((len(extents) + 2 * padding - kernel) // stride + 1)
+    starts = [i * stride - padding for i in positions]
+    return [_union(extents[max(start, 0) : max(start + kernel, 0)]) for start in starts]
+
+
+def _union(extents: list[tuple[int, int]]) -> tuple[int, int]:
+    if not extents:  # a window in the padding
+        return (0, -1)
+    return min(first for first, _ in extents), max(last for _, last in extents)
+
+
 def first_fully_connected_weights(network: nn.Module) -> int:
-    """Weights, without biases, of the first fully connected layer behind the convolutions; 0 if there is none."""
+    """The number of weights, without biases, of the first fully connected layer; 0 if there is none."""
     return next((m.weight.numel() for m in network.modules() if isinstance(m, nn.Linear)), 0)

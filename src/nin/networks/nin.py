@@ -5,14 +5,19 @@ from collections.abc import Sequence
 from torch import nn
 
 from nin.networks.init import initialize
+from nin.networks.sequential import Network
 
 
-class NiNBlock(nn.Sequential):
+class NiNBlock(Network):
     """A convolution followed by 1x1 convolutions: a small network slid over the image (Lin et al. 2013, section 3.1).
 
-    ``widths`` are the channels behind each of them: one is a plain convolution, three are the paper's block.
-    ``(batch, in_channels, height, width)`` becomes ``(batch, widths[-1], height', width')``; only the first
+    Input: ``(batch, in_channels, height, width)``; output: ``(batch, widths[-1], height', width')``. Only the first
     convolution changes height and width.
+
+    Args:
+        widths: output channels of each convolution. One width is a plain convolution, three are the paper's block.
+        final_relu: whether the output passes a ReLU.
+        conv1x1_relu: whether a ReLU follows each 1x1 convolution.
     """
 
     def __init__(
@@ -24,6 +29,7 @@ class NiNBlock(nn.Sequential):
         padding: int,
         norm: str = "none",
         final_relu: bool = True,
+        conv1x1_relu: bool = True,
     ):
         layers: list[nn.Module] = []
         for i, width in enumerate(widths):
@@ -32,30 +38,33 @@ class NiNBlock(nn.Sequential):
             layers.append(nn.Conv2d(in_channels, width, *window, bias=norm == "none"))
             if norm == "batch":
                 layers.append(nn.BatchNorm2d(width))
-            if final_relu or i < len(widths) - 1:
+            if (i == 0 or conv1x1_relu) and (i < len(widths) - 1 or final_relu):
                 layers.append(nn.ReLU(inplace=True))
             in_channels = width
         super().__init__(*layers)
 
 
-class NiN(nn.Sequential):
-    """Blocks with 3x3 max pooling between them; the last block has one map a class, and its mean is the logit.
+class NiN(Network):
+    """Blocks with 3x3 max pooling between them; the last block has one map per class, and its mean is the logit.
 
-    At its defaults it is the notebooks' network, parameter by parameter, in the order of their ``nn.Sequential``.
-    Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``. Softmax is in
-    the loss.
+    With the default arguments it is the notebooks' network: the same layers and parameters in the same order as in
+    their ``nn.Sequential``. Input: ``(batch, in_channels, image_size, image_size)``; output: logits
+    ``(batch, num_classes)``. Softmax is part of the loss.
 
     Args:
-        widths: channels of every block but the last; a block may list those of each of its layers.
-        last_width: channels of the last block's layers in front of the classes' maps; None is ``num_classes``.
-        kernel_sizes: of each block's first convolution, the last block's too; all but the first are odd.
-        first_padding: of the first convolution, 0 or 1 in the notebooks; the others keep their input's size.
-        conv1x1_layers: 1x1 convolutions in each block behind the first one.
-        head: "gap", the mean of each class's map (section 3.2), or "fc", a fully connected layer on the maps.
-        dropout: share of values that are dropped before the last block.
-        dropout_between: whether they are dropped before every block but the first, as in the paper (section 4).
-        final_relu: whether the classes' maps end in a ReLU, as in the notebooks.
-        image_size: pixels a side; only ``head="fc"`` needs it.
+        image_size: height and width of the input; used by ``head="fc"`` and ``head="mlp"`` only.
+        widths: output channels of every block but the last; an entry may be a list with the width of each convolution.
+        last_width: width of the last block's convolutions before the class maps; None is ``num_classes``.
+        kernel_sizes: of each block's first convolution, including the last block's; all but the first are odd.
+        first_padding: of the first convolution, 0 or 1 in the notebooks; the others preserve height and width.
+        conv1x1_layers: number of 1x1 convolutions that follow each block's first convolution.
+        conv1x1_relu: whether a ReLU follows each 1x1 convolution.
+        head: "gap", the mean of each class map (section 3.2); "fc", a fully connected layer on the class maps; or
+            "mlp", three fully connected layers as in AlexNet on the features before the last block, which it replaces.
+        head_width: of the two hidden layers of ``head="mlp"``.
+        dropout: probability of zeroing a value before the last block; with ``head="mlp"`` after each hidden layer.
+        dropout_between: whether dropout is applied before every block but the first, as in the paper (section 4).
+        final_relu: whether the class maps pass a ReLU, as in the notebooks.
     """
 
     def __init__(
@@ -69,7 +78,9 @@ class NiN(nn.Sequential):
         first_stride: int = 4,
         first_padding: int = 0,
         conv1x1_layers: int = 2,
+        conv1x1_relu: bool = True,
         head: str = "gap",
+        head_width: int = 4096,
         dropout: float = 0.5,
         dropout_between: bool = False,
         norm: str = "none",
@@ -81,19 +92,41 @@ class NiN(nn.Sequential):
         for i, (width, kernel) in enumerate(zip(widths, kernel_sizes[:-1], strict=True)):  # at 224x224:
             each = [width] * (1 + conv1x1_layers) if isinstance(width, int) else list(width)
             stride, padding = (first_stride, first_padding) if i == 0 else (1, kernel // 2)
-            layers.append(NiNBlock(in_channels, each, kernel, stride, padding, norm))
+            if dropout_between and i > 0:
+                layers.append(nn.Dropout(dropout))
+            layers.append(NiNBlock(in_channels, each, kernel, stride, padding, norm, conv1x1_relu=conv1x1_relu))
             size = (size + 2 * padding - kernel) // stride + 1  # (batch, 96, 54, 54), (batch, 256, 26, 26), ...
             layers.append(nn.MaxPool2d(3, stride=2))
             size = (size - 3) // 2 + 1  # (batch, 96, 26, 26), (batch, 256, 12, 12), (batch, 384, 5, 5)
-            if dropout_between or i == len(widths) - 1:
-                layers.append(nn.Dropout(dropout))
             in_channels = each[-1]
-        last = kernel_sizes[-1]
-        each = [last_width or num_classes] * conv1x1_layers + [num_classes]
-        layers.append(NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu))  # (batch, 10, 5, 5)
-        if head == "gap":
-            layers += [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()]  # (batch, 10, 1, 1), (batch, 10)
+        score_maps = None
+        if head == "mlp":
+            layers += _fully_connected_head(in_channels * size * size, head_width, num_classes, dropout)
         else:
-            layers += [nn.Flatten(), nn.Linear(num_classes * size * size, num_classes)]
+            last = kernel_sizes[-1]
+            each = [last_width or num_classes] * conv1x1_layers + [num_classes]
+            score_maps = NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu, conv1x1_relu)
+            layers += [nn.Dropout(dropout), score_maps, *_head(head, num_classes, size)]  # (batch, 10, 5, 5) maps
         super().__init__(*layers)
-        initialize(self, init)
+        initialize(self, init, score_maps)
+
+
+def _head(head: str, num_classes: int, size: int) -> list[nn.Module]:
+    """From class maps ``(batch, num_classes, size, size)`` to logits."""
+    if head == "gap":
+        return [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()]  # (batch, 10, 1, 1), (batch, 10)
+    return [nn.Flatten(), nn.Linear(num_classes * size * size, num_classes)]
+
+
+def _fully_connected_head(features: int, width: int, num_classes: int, dropout: float) -> list[nn.Module]:
+    """From feature maps with ``features`` values to logits, as in AlexNet (Krizhevsky et al. 2012, section 3.5)."""
+    return [
+        nn.Flatten(),
+        nn.Linear(features, width),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(width, width),
+        nn.ReLU(inplace=True),
+        nn.Dropout(dropout),
+        nn.Linear(width, num_classes),
+    ]

@@ -4,28 +4,29 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
-from nin.networks.layers import Layer
-
-# The largest maps of a piece of a batch stay below this, so that the next layer finds them in a CPU's cache. In bytes.
+# A micro-batch's largest feature maps are at most this many bytes, so that the next layer finds them in a CPU's cache.
 _CACHED = 18 * 2**20
 
 
 class MaxPoolReLU(nn.MaxPool2d):
-    """ReLU behind a max pooling instead of before it: the same values and gradients, on a quarter of the maps."""
+    """Max pooling, then ReLU, which has the values and gradients of ReLU before it, on a quarter of the maps."""
 
     def forward(self, maps: Tensor) -> Tensor:
-        return functional.relu_(super().forward(maps))
+        # Not super().forward, which torch.jit.script does not support.
+        return torch.relu_(functional.max_pool2d(maps, self.kernel_size, self.stride, self.padding))
 
 
 class Dropout(nn.Dropout):
-    """The mask that the whole batch would have had in torch's own layout, for a batch in micro_batch and in any layout.
+    """Dropout with one mask for a full batch, whether it is processed in micro-batches or not, in any memory format.
 
-    It is drawn before the network is called, so that a compiled network is one graph with the same mask.
+    The mask is drawn in torch's default memory format, before the network is called: a compiled network is then one
+    graph with the same masks.
 
     Args:
-        shape: of one image's maps.
+        shape: of one image's feature maps, ``(channels, height, width)`` or ``(features,)``.
     """
 
     def __init__(self, p: float, shape: Sequence[int]):
@@ -35,42 +36,65 @@ class Dropout(nn.Dropout):
         self.done = 0
 
     def begin(self, batch_size: int, device: torch.device) -> None:
-        """Of the next ``batch_size`` images; without it each call draws for itself, as torch's dropout does."""
+        """Draws the mask of the next ``batch_size`` images. Without it every call draws its own, as ``nn.Dropout``."""
         self.mask = functional.dropout(torch.ones(batch_size, *self.shape, device=device), self.p)
         self.done = 0
 
-    def forward(self, piece: Tensor) -> Tensor:
+    def forward(self, micro_batch: Tensor) -> Tensor:
         if not self.training or self.mask is None:
-            return super().forward(piece)
-        begun, self.done = self.done, self.done + len(piece)
-        return piece * self.mask[begun : self.done].to(piece.dtype)
+            return super().forward(micro_batch)
+        start, self.done = self.done, self.done + len(micro_batch)
+        return micro_batch * self.mask[start : self.done].to(micro_batch.dtype)
 
 
 def move_relu_after_pooling(network: nn.Sequential) -> None:
-    """In place; names and order of the weights stay as they are."""
+    """Replaces each ReLU followed by max pooling with ``MaxPoolReLU``, in place. Parameter names do not change."""
     for i, layer in enumerate(network):
         if not isinstance(layer, nn.MaxPool2d) or i == 0:
             continue
-        before, last = (network[i - 1], -1) if isinstance(network[i - 1], nn.Sequential) else (network, i - 1)
+        previous = network[i - 1]
+        before, last = (previous, -1) if isinstance(previous, nn.Sequential) else (network, i - 1)
         if isinstance(before[last], nn.ReLU):
             before[last] = nn.Identity()
             network[i] = MaxPoolReLU(layer.kernel_size, layer.stride, layer.padding)
 
 
-def micro_batch_size(network: nn.Sequential, rows: list[Layer]) -> int | None:
-    """How many images are best worked through at a time on a CPU, or None if the batch must be kept whole.
+def output_shapes(network: nn.Sequential, in_channels: int, image_size: int) -> list[torch.Size]:
+    """The shape of each layer's output without the batch dimension, found by a forward pass on the "meta" device."""
+    x, shapes = torch.empty(1, in_channels, image_size, image_size, device="meta"), []
+    was_training = network.training
+    network.eval()  # batch norm does not take a batch of one 1x1 map in training mode
+    with torch.no_grad():
+        for layer in network:
+            state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+            x = functional_call(layer, {name: tensor.to("meta") for name, tensor in state.items()}, (x,))
+            shapes.append(x.shape[1:])
+    network.train(was_training)
+    return shapes
 
-    Batch norm needs it whole. ``rows`` are the network's layers at the size of its images.
+
+def micro_batch_size(network: nn.Sequential, shapes: list[torch.Size]) -> int | None:
+    """The number of images per micro-batch that is fastest on a CPU, or None if batches must not be split.
+
+    Batch norm takes its statistics from the full batch.
+
+    Args:
+        shapes: of the network's layers, from ``output_shapes``.
     """
-    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return None
-    largest = max(4 * torch.Size(layer.output_shape).numel() for layer in rows)
+    largest = max(4 * shape.numel() for shape in shapes)
     return max(1, _CACHED // largest)
 
 
-def replace_dropout(network: nn.Sequential, rows: list[Layer]) -> list[Dropout]:
-    """Puts dropout that hangs neither on micro_batch nor on the layout in the place of the network's own; returns it."""
-    for i, row in enumerate(rows):
-        if type(network[i]) is nn.Dropout:
-            network[i] = Dropout(network[i].p, row.output_shape)
+def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> list[Dropout]:
+    """Replaces each ``nn.Dropout`` of ``network`` with ``Dropout``, in place, and returns the new layers.
+
+    Args:
+        shapes: of the network's layers, from ``output_shapes``.
+    """
+    for i, shape in enumerate(shapes):
+        layer = network[i]
+        if type(layer) is nn.Dropout:
+            network[i] = Dropout(layer.p, shape)
     return [layer for layer in network if isinstance(layer, Dropout)]

@@ -3,9 +3,10 @@
 from torch import nn
 
 from nin.networks.init import initialize
+from nin.networks.sequential import Network
 
 
-class VGG(nn.Sequential):
+class VGG(Network):
     """Five blocks of 3x3 convolutions that each end in 2x2 max pooling, three fully connected layers.
 
     Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.

@@ -1,4 +1,4 @@
-"""Results in words, for a terminal."""
+"""Prints results to the terminal."""
 
 from pathlib import Path
 from typing import Any
@@ -10,26 +10,32 @@ from rich.table import Table
 from nin.runs.folder import RunFolder
 
 
-def show_result(folder: RunFolder, result: dict[str, Any]) -> None:
-    """The table at a run's end, where its files are, and the line that opens TensorBoard on it."""
+def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
+    """Prints the result of a finished run, its folder and the command that opens TensorBoard on it."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     for name in ("test/acc", "test/loss", "val/acc", "val/loss"):
         if result["metrics"][name] is not None:
             table.add_row(name, f"{result['metrics'][name]:.4f}")
+    if tested := result.get("best_weights_sha256"):
+        table.add_row("tested weights", tested[:16])
     table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
     table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
     table.add_row("parameters", f"{result['parameters']:,}")
     table.add_row("weights", result["weights_sha256"][:16])
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
-    print(f"run folder: {shown(folder.path)}")
+    print(f"run folder: {format_path(folder.path)}")
     if folder.tensorboard.exists():
-        print(f"curves:     tensorboard --logdir {shown(folder.path)}")
+        print(f"curves:     tensorboard --logdir {format_path(folder.path)}")
 
 
-def show_test(metrics: dict[str, Any], confusion: Any) -> None:
-    """Test loss and accuracy, and under them the confusion matrix with each class's accuracy."""
+def print_test(metrics: dict[str, Any], confusion: Any) -> None:
+    """Prints test accuracy and loss, and the confusion matrix with the accuracy per class.
+
+    Args:
+        confusion: an integer matrix, ``(classes, classes)``: rows are true classes, columns predicted classes.
+    """
     print(f"test/acc  {metrics['test/acc']}\ntest/loss {metrics['test/loss']}")
     table = Table(title="true class (rows), predicted class (columns)", title_justify="left", box=box.SIMPLE)
     table.add_column("")
@@ -42,7 +48,7 @@ def show_test(metrics: dict[str, Any], confusion: Any) -> None:
     Console(width=max(console.width, 120), highlight=False).print(table)
 
 
-def shown(path: Path) -> str:
-    """A path relative to where the user is, if it lies below."""
-    path, here = path.resolve(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+def format_path(path: Path) -> str:
+    """``path`` relative to the working directory if it lies in it, otherwise absolute."""
+    path, working_directory = path.resolve(), Path.cwd()
+    return str(path.relative_to(working_directory)) if path.is_relative_to(working_directory) else str(path)

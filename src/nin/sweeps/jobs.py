@@ -1,6 +1,7 @@
-"""A sweep's jobs: which folder each has, what varies, what came out, and which of them are one but for the seed."""
+"""A sweep's jobs: their overrides and folders, what they have in common, and their results, summarized over seeds."""
 
 import contextlib
+import csv
 import hashlib
 import json
 import math
@@ -15,93 +16,109 @@ from typing import Any
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from nin.config.schema import MAY_CHANGE, UserError, is_within
 from nin.runs.folder import RunFolder
 
-_LONGEST = 100  # characters of a folder's name; file systems take 255 bytes
+METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
+KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
+_MAX_NAME_LENGTH = 100  # characters of a folder's name; file systems allow 255 bytes
+_MAX_JOBS = 10_000
 
 
 def job_folder(overrides: str) -> str:
-    """The folder of a job, from its overrides: themselves where they can name one, shortened and numbered otherwise.
+    """The name of a job's folder, from the overrides that the sweep varies, as in ``optimizer.lr=0.1,seed=0``.
 
-    ``optimizer.lr=0.1,seed=0`` stays as it is. Two jobs never share a folder: what is shortened or has characters
-    that a folder's name should not have ends with a part of its checksum.
+    A name that is too long or has characters that a folder's name should not have is shortened and ends with a part
+    of its checksum: two jobs never share a folder.
     """
     if not overrides:
         return "job"  # of a sweep that varies nothing
     plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
-    if plain == overrides and len(plain) <= _LONGEST:
+    if plain == overrides and len(plain) <= _MAX_NAME_LENGTH:
         return plain
-    return f"{plain[: _LONGEST - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
-
-
-# The key that tells a sweep's jobs what it varies.
-KEYS = "sweep.keys"
+    return f"{plain[: _MAX_NAME_LENGTH - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def own_overrides(words: Sequence[str]) -> list[str]:
-    """A job's overrides without those that the sweep gives to all its jobs, which end with KEYS."""
+    """A job's overrides without those that the sweep adds to all its jobs, the last of which sets KEYS."""
     own = max((i + 1 for i, word in enumerate(words) if word.startswith(f"{KEYS}=")), default=0)
     return list(words[own:])
 
 
 def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, Any]:
-    """What is left of ``hydra.sweeper.params`` beside a command line. Hydra's sweeper would take both, and run jobs
-    several times."""
+    """``hydra.sweeper.params`` without the keys that the command line sets.
+
+    Hydra's sweeper would use both, and run some jobs several times.
+    """
     given = _by_key(task)
     return {key: value for key, value in params.items() if key not in given}
 
 
 def _by_key(words: Iterable[str]) -> dict[str, str]:
-    return dict(word.lstrip("+~").partition("=")[::2] for word in words)
+    return {key: value for key, _, value in (word.lstrip("+~").partition("=") for word in words)}
 
 
 def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str]]:
-    """Each job's own overrides, from ``hydra.sweeper.params`` and those of the command line, in the jobs' order."""
+    """Each job's own overrides, from ``hydra.sweeper.params`` and the command line's overrides, in the jobs' order.
+
+    Raises:
+        UserError: if an override's values can't be enumerated, or there are more than 10,000 jobs.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    overrides = _parsed(params, task)
+    task = list(task)
+    overrides = _parse(params, task)
+    count = math.prod(_count_values(override) for override in overrides)
+    if count > _MAX_JOBS:
+        raise UserError(f"{' '.join(task)}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
     try:
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
-        raise UserError(f"{' '.join(task)}: not to be tried one by one ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{' '.join(task)}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
 
 
-def _parsed(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:
+def _count_values(override: Override) -> int:
+    value = override.value()
+    if isinstance(value, RangeSweep) and value.start is not None and value.stop is not None and value.step:
+        return max(0, math.ceil((value.stop - value.start) / value.step))
+    return len(value.list) if isinstance(value, ChoiceSweep) else 1
+
+
+def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:
     words = [*(f"{key}={value}" for key, value in without_overridden(params, task).items()), *task]
     hydra = GlobalHydra.instance().hydra
-    # glob(*) asks the search path, which there is in a Hydra command alone.
+    # glob(*) needs the search path, which exists in a Hydra command only.
     return OverridesParser.create(hydra.config_loader if hydra else None).parse_overrides(words)
 
 
 @dataclass
 class Job:
-    """One job as its files tell of it."""
+    """One job of a sweep or one single run, as read from its folder."""
 
     folder: Path
     overrides: dict[str, str]
-    status: str  # finished, failed, running, unfinished or not begun
+    status: str  # finished, failed, running, unfinished or not started
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
 
 @dataclass
 class Row:
-    """Jobs that differ in nothing but their seed."""
+    """Jobs that differ only in their seed."""
 
     keys: dict[str, str]
     jobs: list[Job]
 
     def values(self, metric: str) -> list[float]:
-        """Those of finished jobs; an unfinished one has only the scores of an epoch on the way."""
-        done = [job.metrics.get(metric) for job in self.jobs if job.status == "finished"]
-        return [value for value in done if value is not None and math.isfinite(value)]
+        """The finite values of ``metric`` in finished jobs; unfinished jobs only have those of an earlier epoch."""
+        finished = [job.metrics.get(metric) for job in self.jobs if job.status == "finished"]
+        return [value for value in finished if value is not None and math.isfinite(value)]
 
-    def statistics(self, metric: str) -> dict[str, float | None]:
-        """Mean, standard deviation and worst over the seeds; None where there is nothing to tell it from."""
+    def summarize(self, metric: str) -> dict[str, float | None]:
+        """ "mean", sample standard deviation "std" and "worst" over the seeds; None where there are too few values."""
         values = self.values(metric)
         worst = max if metric.endswith("loss") else min
         return {
@@ -110,108 +127,144 @@ class Row:
             "worst": worst(values) if values else None,
         }
 
+    def sampling_error(self) -> float | None:
+        """Standard error of test/acc due to the number n of test images, sqrt(p (1 - p) / n); None if unknown."""
+        p, images = self.summarize("test/acc")["mean"], self.values("test_images")
+        return math.sqrt(p * (1 - p) / min(images)) if p is not None and images and 0 <= p <= 1 else None
+
     @property
     def label(self) -> str:
+        if "run" in self.keys:
+            return self.keys["run"]
         return " ".join(f"{key.split('.')[-1]}={value}" for key, value in self.keys.items() if value) or "all"
 
 
-def read_jobs(sweep: Path) -> list[Job]:
-    """Every job of a sweep: those that have begun, in the order of their folders' names, then the others.
+def read_jobs(folder: Path) -> list[Job]:
+    """Every job of a sweep: those that were started, in the order of their folders' names, then the others.
+
+    In a folder of single runs (``outputs/runs``) every run, identified by "run", its name, and its "overrides".
 
     Raises:
-        UserError: if ``sweep`` is no sweep's folder.
+        UserError: if ``folder`` is not the folder of a sweep or of runs.
     """
-    if not sweep.is_dir():
-        raise UserError(f"{sweep}: no such sweep; sweeps are folders in outputs/sweeps")
-    asked, swept = _asked(sweep)
-    jobs = [job for folder in sorted(sweep.iterdir()) if (job := _read_job(folder, swept))]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; sweeps are folders in outputs/sweeps, single runs in outputs/runs")
+    requested, swept = _read_requested_jobs(folder)
+    jobs = [job for path in sorted(folder.iterdir()) if (job := _read_job(path, swept))]
     if not jobs:
-        raise UserError(f"{sweep}: no job has begun here; is it a sweep's folder, as in outputs/sweeps/lr?")
-    begun = {job.folder.name for job in jobs}
+        raise UserError(f"{folder}: no job was started here; is it a sweep's folder, as in outputs/sweeps/lr?")
+    if not requested and _are_single_runs(jobs):
+        for job in jobs:
+            overrides = " ".join(f"{key}={value}" for key, value in job.overrides.items())
+            job.overrides = {"run": job.folder.name, "overrides": overrides}
+        return jobs
+    started = {job.folder.name for job in jobs}
     # A key that was varied only later has given the same job another folder.
     keys = dict.fromkeys(["seed", *swept, *varying_keys(jobs)])
     for job in jobs:
         _fill_in(job, keys)
-    once: dict[frozenset, Job] = {}
+    unique: dict[frozenset[tuple[str, str]], Job] = {}
     for job in sorted(jobs, key=lambda job: job.status != "finished"):
-        once.setdefault(frozenset(job.overrides.items()), job)
-    jobs = sorted(once.values(), key=lambda job: job.folder)
-    return jobs + [Job(sweep, job, "not begun") for folder, job in asked if folder not in begun]
+        unique.setdefault(frozenset(job.overrides.items()), job)
+    jobs = sorted(unique.values(), key=lambda job: job.folder)
+    return jobs + [Job(folder, job, "not started") for name, job in requested if name not in started]
 
 
-def _asked(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """The jobs that the sweep was last asked for, each with its folder's name, and the keys that it varies.
+def _are_single_runs(jobs: list[Job]) -> bool:
+    """Whether the runs say themselves that no sweep started them: their configs list no keys that a sweep varies."""
+    configs = [_read_yaml(RunFolder(job.folder).config) for job in jobs]
+    sweeps = [config.get("sweep") for config in configs if isinstance(config, dict)]
+    return any(isinstance(sweep, dict) and sweep.get("keys") == [] for sweep in sweeps)
 
-    Both are read from the file that Hydra writes.
+
+def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+    """The jobs of the command that last started the sweep, each with its folder's name, and the keys that it varies.
+
+    Both are read from Hydra's multirun.yaml; they are empty if it does not exist or has other content.
     """
     try:
-        hydra = yaml.load((sweep / "multirun.yaml").read_text(encoding="utf-8"), Loader=_Loader)["hydra"]
+        hydra = _read_yaml(sweep / "multirun.yaml")["hydra"]
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
-        swept = [override.key_or_group for override in _parsed(params, task) if override.is_sweep_override()]
+        swept = [override.key_or_group for override in _parse(params, task) if override.is_sweep_override()]
         jobs = expand_jobs(params, task)
-    except (OSError, yaml.YAMLError, LookupError, TypeError, HydraException, UserError):
+    except (LookupError, TypeError, AttributeError, HydraException, UserError):
         return [], []
     # As Hydra names them.
     names = [job_folder(",".join(sorted(word for word in job if _by_key([word]).keys() & swept))) for job in jobs]
-    return [(name, _telling(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
+    return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
 
 
-def _telling(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
-    """Without what makes no other experiment (``threads=1``, ``callbacks=none``) and is not what the sweep varies."""
+def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
+    """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
     return {
         key: value
         for key, value in overrides.items()
-        # The sweep that varied it may not be the last one that was asked for here.
+        # An earlier sweep in this folder may have varied other keys than the last one.
         if key in swept or f"{key}=" in folder or not (key == "trainer" or is_within(key, MAY_CHANGE))
     }
 
 
 def _read_job(path: Path, swept: list[str]) -> Job | None:
+    """The job in folder ``path``; None if there is none, or if its overrides.yaml is not a list of overrides."""
     folder = RunFolder(path)
-    try:
-        # A line an override: Hydra's own file, read without the time that a whole config takes.
-        words = yaml.load(folder.overrides.read_text(encoding="utf-8"), Loader=_Loader)
-    except (OSError, yaml.YAMLError):
+    words = _read_yaml(folder.overrides)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
-    overrides = _telling(_by_key(words or []), swept, path.name)
-    result = folder.read_result()
-    if result is None:
-        return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", folder.latest_scores())
-    if result["status"] == "failed":
-        return Job(path, overrides, "failed", error=result["error"])
-    metrics = {k: v for k, v in result["metrics"].items() if isinstance(v, float)}
-    if "seed" in result:
-        overrides.setdefault("seed", str(result["seed"]))
-    return Job(path, overrides, "finished", metrics | {"train_seconds": result["train_seconds"]})
+    overrides = _select_experiment(_by_key(words), swept, path.name)
+    result: Any = folder.read_result()
+    match result:
+        case {"status": "failed"}:
+            return Job(path, overrides, "failed", error=str(result.get("error", "unknown error")))
+        case {"status": "finished" | "pruned", "metrics": dict() as metrics}:
+            values = {**metrics, **{key: result.get(key) for key in ("train_seconds", "test_images")}}
+            if "seed" in result:
+                overrides.setdefault("seed", str(result["seed"]))
+            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+            return Job(path, overrides, result["status"], numbers)
+    # No result yet, or a file with other content: it will be written anew when the run ends.
+    epochs = read_epochs(folder)
+    scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
+    return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", scores)
+
+
+def read_epochs(folder: RunFolder) -> list[dict[str, float]]:
+    """The rows of a run's metrics.csv; none if the file has other content."""
+    with contextlib.suppress(ValueError, TypeError, csv.Error):
+        return folder.read_epochs()
+    return []
 
 
 def _fill_in(job: Job, keys: Iterable[str]) -> None:
-    """Gives a job the values that it has for ``keys`` without having been asked for them."""
+    """Adds the values of ``keys`` that a job has without overriding them."""
     missing = [key for key in keys if key not in job.overrides]
-    if not missing:
-        return
-    with contextlib.suppress(OSError, yaml.YAMLError):
-        config = yaml.load(RunFolder(job.folder).config.read_text(encoding="utf-8"), Loader=_Loader)
-        for key in missing:
-            value: Any = config
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if isinstance(value, str | int | float):
-                job.overrides[key] = value if isinstance(value, str) else json.dumps(value)  # true, not True
+    config = _read_yaml(RunFolder(job.folder).config) if missing else None
+    for key in missing:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str | int | float):
+            job.overrides[key] = value if isinstance(value, str) else json.dumps(value)  # true, not True
+
+
+def _read_yaml(path: Path) -> Any:
+    """The content of a YAML file, None if it can't be read."""
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    return None
 
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def group_by_seed(jobs: list[Job], metric: str) -> list[Row]:
-    """Jobs that differ only in seed put together, the best by ``metric`` first, those without it last."""
+    """Rows of the jobs that differ only in seed, the best by ``metric`` first, those without it last."""
     varying = varying_keys(jobs)
     groups: dict[tuple[str, ...], list[Job]] = defaultdict(list)
     for job in jobs:
         groups[tuple(job.overrides.get(key, "") for key in varying)].append(job)
     rows = [Row(dict(zip(varying, values, strict=True)), group) for values, group in groups.items()]
     sign = 1 if metric.endswith("loss") else -1
-    return sorted(rows, key=lambda row: (not row.values(metric), sign * (row.statistics(metric)["mean"] or 0)))
+    return sorted(rows, key=lambda row: (not row.values(metric), sign * (row.summarize(metric)["mean"] or 0)))
 
 
 def varying_keys(jobs: list[Job]) -> list[str]:

@@ -20,7 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nin.config.schema import Settings, UserError
-from nin.runs.results import shown
+from nin.runs.results import format_path
 from nin.sweeps.checks import check_jobs, require_launcher
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
@@ -116,7 +116,7 @@ class Sweep:
         try:
             status = self._launch(loader, callbacks)
             if status == 0 and (others := [job for job in read_jobs(self.folder) if job.status == "running"]):
-                print(f"{shown(self.folder)}: {len(others)} jobs are run by another process; waiting for them")
+                print(f"{format_path(self.folder)}: {len(others)} jobs are run by another process; waiting for them")
                 keys = self.config.hydra.overrides.hydra.pop()
                 self.config.hydra.overrides.hydra += ["sweep.wait=true", keys]
                 status = self._launch(loader, callbacks)

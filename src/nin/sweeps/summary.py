@@ -1,135 +1,162 @@
-"""One answer for all of a sweep's jobs: the table, summary.csv, summary.md, and the picture in summary.png."""
+"""The results of a sweep's jobs: the table in the terminal, summary.csv, summary.md and summary.png."""
 
 import csv
 import io
-import textwrap
+import sys
 from pathlib import Path
-from typing import Any
 
-from nin.runs.folder import RunFolder, write_atomically
-from nin.sweeps.jobs import Job, Row
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
+from nin.runs.folder import write_atomically
+from nin.runs.results import format_path
+from nin.sweeps.chart import draw
+from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
 
 
-def write_summary(sweep: Path, jobs: list[Job], rows: list[Row], metric: str) -> None:
-    """summary.csv, summary.md and summary.png in the sweep's folder."""
-    write_atomically(sweep / "summary.csv", _as_csv(rows))
-    write_atomically(sweep / "summary.md", _as_markdown(sweep, jobs, rows, metric))
-    picture = sweep / ".summary.png.tmp"
-    _draw(rows, metric).savefig(picture, format="png", dpi=120)
-    picture.replace(sweep / "summary.png")
+def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> None:
+    """Prints the table of the sweep in ``folder`` and writes its summary, if the folder can be written.
+
+    Args:
+        metric: to sort by and to draw, one of ``METRICS``.
+        x_axis: of the curves, "epochs" or "seconds".
+
+    Raises:
+        UserError: if ``folder`` is not the folder of a sweep or of runs.
+    """
+    jobs = read_jobs(folder)
+    if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
+        metric = "test/acc"  # data.score_each_epoch=test: there are no held-out images
+    rows = group_by_seed(jobs, metric)
+    name, seeds = folder.resolve().name, _describe_seeds(rows)
+    title = f"{name}: best {metric} first{seeds}"
+    console = Console(highlight=False)
+    console.print(title, style="italic", soft_wrap=True)
+    console.print(_fit_table(rows, metric, console))
+    for note in describe_errors(rows):
+        print(note)
+    for failure in describe_failures(jobs):
+        print(f"failed: {failure}")
+    try:
+        write_atomically(folder / "summary.csv", _as_csv(rows))
+        write_atomically(folder / "summary.md", _as_markdown(title, jobs, rows, metric))
+        temporary = folder / ".summary.png.tmp"
+        draw(f"{name}: {metric}{seeds}", rows, metric, x_axis).savefig(temporary, format="png", dpi=120)
+        temporary.replace(folder / "summary.png")
+        print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
+    except OSError as error:  # another user's sweep, a full disk
+        print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
+    print(f"dashboards: tensorboard --logdir {format_path(folder)}")
+
+
+def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: bool = True) -> list[list[str]]:
+    """The table as text, header first: varied keys, metrics over the seeds, seconds of training, number of runs.
+
+    Args:
+        merge_keys: whether one column has all varied keys.
+        all_worst: whether there is a column with the worst seed of every metric, or of ``metric`` only.
+    """
+    metrics = list(dict.fromkeys([metric, "val/acc", "test/acc"]))
+    has_seeds = any(len(row.values(name)) > 1 for row in rows for name in metrics)
+    with_worst = [name for name in metrics if has_seeds and (name == metric or all_worst)]
+    header = list(rows[0].keys)
+    if merge_keys:
+        header = ["run" if "run" in header else "settings"]
+    for name in metrics:
+        header += [name, "worst"] if name in with_worst else [name]
+    lines = []
+    for row in rows:
+        line = [row.label] if merge_keys else list(row.keys.values())
+        for name in metrics:
+            mean, std, worst = ("" if value is None else f"{value:.4f}" for value in row.summarize(name).values())
+            line.append(f"{mean} ± {std}" if std else mean)
+            line += [worst] if name in with_worst else []
+        seconds = row.summarize("train_seconds")["mean"]
+        lines.append([*line, "" if seconds is None else f"{seconds:.0f}", _describe_runs(row)])
+    return [[*header, "seconds", "status" if "run" in rows[0].keys else "runs"], *lines]
+
+
+def _describe_runs(row: Row) -> str:
+    """As in "3 (1 failed)"; the status of a single run."""
+    states = [job.status for job in row.jobs]
+    if "run" in row.keys:
+        return states[0]
+    others = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != "finished")
+    return f"{len(states)} ({others})" if others else str(len(states))
+
+
+def _describe_seeds(rows: list[Row]) -> str:
+    """As in ", 3 seeds per row"; nothing for single runs."""
+    counts = sorted({len(row.values("train_seconds")) for row in rows} - {0})
+    if not counts or "run" in rows[0].keys:
+        return ""
+    numbers = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f", {numbers} seed{'s' * (counts[-1] > 1)} per row"
+
+
+def describe_errors(rows: list[Row]) -> list[str]:
+    """What ± means, and how much test/acc varies with the choice of test images."""
+    notes = []
+    if any(len(row.values(metric)) > 1 for row in rows for metric in METRICS):
+        notes.append("± is the sample standard deviation over seeds.")
+    errors = [error for row in rows if (error := row.sampling_error()) is not None]
+    if errors:
+        images = sorted({int(n) for row in rows for n in row.values("test_images")})
+        low, high = f"{min(errors):.4f}", f"{max(errors):.4f}"
+        notes.append(
+            f"Sampling error of test/acc ({' or '.join(f'{n:,}' for n in images)} images, sqrt(p(1-p)/n)): "
+            f"{low if low == high else f'{low} to {high}'}."
+        )
+    return notes
+
+
+def describe_failures(jobs: list[Job]) -> list[str]:
+    return [f"{job.folder.name}: {job.error}" for job in jobs if job.status == "failed"]
+
+
+def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
+    """A column for each varied key if the terminal is wide enough for it, otherwise one for all of them."""
+    separator = 2  # characters between columns
+    for merge_keys, all_worst in ((False, True), (False, False), (True, False)):
+        header, *lines = tabulate(rows, metric, merge_keys, all_worst)
+        columns = list(zip(header, *lines, strict=True))
+        # Numbers are not wrapped; settings and the states of runs may be, between words.
+        numbers = range(1 if merge_keys else len(rows[0].keys), len(header) - 1)
+        widths = [
+            max(len(part) for cell in column for part in ([cell] if i in numbers else cell.split() or [""]))
+            for i, column in enumerate(columns)
+        ]
+        if sum(widths) + separator * (len(widths) - 1) <= console.width:
+            break
+    # Rows that take several lines each are separated by an empty one.
+    wraps = sum(max(map(len, column)) + separator for column in columns) > console.width
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, separator - 1, 0, 0), leading=int(wraps))
+    for i, name in enumerate(header):
+        table.add_column(name, overflow="fold", no_wrap=i in numbers)
+    for line in lines:
+        table.add_row(*line)
+    return table
 
 
 def _as_csv(rows: list[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{metric} {what}" for metric in METRICS for what in ("mean", "std", "worst")]
-    writer.writerow([*rows[0].keys, "runs", "finished", *names, "train_seconds mean"])
+    writer.writerow([*rows[0].keys, "runs", "finished", *names, "test/acc sampling_error", "train_seconds mean"])
     for row in rows:
-        values = [value for metric in METRICS for value in row.statistics(metric).values()]
+        values = [value for metric in METRICS for value in row.summarize(metric).values()]
         finished = sum(job.status == "finished" for job in row.jobs)
-        writer.writerow([*row.keys.values(), len(row.jobs), finished, *values, row.statistics("train_seconds")["mean"]])
+        more = [row.sampling_error(), row.summarize("train_seconds")["mean"]]
+        writer.writerow([*row.keys.values(), len(row.jobs), finished, *values, *more])
     return text.getvalue()
 
 
-def table(rows: list[Row], metric: str) -> list[list[str]]:
-    """The answer as words, the header first: what varies, the metrics over the seeds, seconds of training, runs."""
-    shown = list(dict.fromkeys([metric, "val/acc", "test/acc"]))
-    header = [*rows[0].keys, *(column for name in shown for column in (name, "worst")), "seconds", "runs"]
-    return [header, *(_words(row, shown) for row in rows)]
-
-
-def _words(row: Row, shown: list[str]) -> list[str]:
-    words = list(row.keys.values())
-    for name in shown:
-        found = row.statistics(name)
-        mean, deviation, worst = ("" if value is None else f"{value:.4f}" for value in found.values())
-        words += [f"{mean} ± {deviation}" if deviation else mean, worst]
-    seconds = row.statistics("train_seconds")["mean"]
-    words.append("" if seconds is None else f"{seconds:.0f}")
-    states = [job.status for job in row.jobs]
-    others = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states) if s != "finished")
-    return [*words, f"{len(states)} ({others})" if others else str(len(states))]
-
-
-def failures(jobs: list[Job]) -> list[str]:
-    return [f"{job.folder.name}: {job.error}" for job in jobs if job.status == "failed"]
-
-
-def _as_markdown(sweep: Path, jobs: list[Job], rows: list[Row], metric: str) -> str:
-    header, *lines = table(rows, metric)
-    text = [f"# {sweep.name}", "", f"{len(jobs)} runs, the best by {metric} first; ± is the standard deviation.", ""]
+def _as_markdown(title: str, jobs: list[Job], rows: list[Row], metric: str) -> str:
+    header, *lines = tabulate(rows, metric)
+    text = [f"# {title}", ""]
     text += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
-    if failed := failures(jobs):
+    text += [line for note in describe_errors(rows) for line in ("", note)]
+    if failed := describe_failures(jobs):
         text += ["", "Failed:", "", *(f"* {line}" for line in failed)]
     return "\n".join([*text, "", "![](summary.png)", ""])
-
-
-def _draw(rows: list[Row], metric: str) -> Any:
-    """What came out in the end, and beside it each run's way there over its seconds of training."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    end, way = figure.subplots(1, 2)
-    rows = [row for row in rows if row.values(metric)]
-    colours = [f"C{i % 10}" for i in range(len(rows))]
-    if not rows:
-        end.text(0.5, 0.5, "no run has finished yet", ha="center", transform=end.transAxes)
-    elif not _draw_line(end, rows, metric):
-        _draw_bars(end, rows, metric, colours)
-    for row, colour in zip(rows, colours, strict=True):
-        for i, job in enumerate(row.jobs):
-            epochs = [epoch for epoch in RunFolder(job.folder).read_epochs() if metric in epoch]
-            seconds, values = [epoch["seconds"] for epoch in epochs], [epoch[metric] for epoch in epochs]
-            label = _wrapped(row) if i == 0 else None
-            way.plot(seconds, values, color=colour, marker=".", linewidth=1, label=label)
-    way.set_xlabel("seconds of training")
-    way.set_ylabel(metric)
-    if 1 < len(rows) <= 10:
-        way.legend()
-    return figure
-
-
-def _draw_line(axes: Any, rows: list[Row], metric: str) -> bool:
-    """Over a key that is a number, with a band over the seeds; False if there is none."""
-    keys = list(rows[0].keys)
-    numbers = {row.label: _number(row.keys[keys[0]]) for row in rows} if len(keys) == 1 else {}
-    if len(rows) == 1 or not numbers or None in numbers.values():
-        return False
-    rows = sorted(rows, key=lambda row: numbers[row.label])
-    at = [numbers[row.label] for row in rows]
-    axes.plot(at, [row.statistics(metric)["mean"] for row in rows], marker="o")
-    axes.fill_between(
-        at, [min(row.values(metric)) for row in rows], [max(row.values(metric)) for row in rows], alpha=0.2
-    )
-    axes.set_xlabel(keys[0])
-    axes.set_ylabel(metric)
-    if min(at) > 0 and max(at) / min(at) >= 20:
-        axes.set_xscale("log")
-    elif len(at) <= 10:
-        axes.set_xticks(at)
-    return True
-
-
-def _draw_bars(axes: Any, rows: list[Row], metric: str, colours: list[str]) -> None:
-    means = [row.statistics(metric)["mean"] for row in rows]
-    spread = [row.statistics(metric)["std"] or 0 for row in rows]
-    axes.barh([_wrapped(row) for row in rows], means, xerr=spread, capsize=3, color=colours)
-    axes.invert_yaxis()
-    axes.set_xlabel(metric)
-    # A bar from zero hides the difference between 0.91 and 0.92.
-    every = [v for row in rows for v in row.values(metric)]
-    margin = max(max(every) - min(every), 0.01)
-    axes.set_xlim(max(0, min(every) - margin), max(every) + margin / 2)
-
-
-def _wrapped(row: Row) -> str:
-    return textwrap.fill(row.label, width=32, break_long_words=False)
-
-
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
-        return None

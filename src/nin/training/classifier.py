@@ -14,7 +14,6 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from nin import networks
 from nin.config.schema import Settings
 from nin.networks import speed
-from nin.networks.layers import layers
 from nin.training.schedules import build_schedule
 
 # With more classes than this, the test also reports whether the label is among the five most probable classes.
@@ -75,11 +74,11 @@ class Classifier(LightningModule):
     def _optimize_network(self) -> int | None:
         """Applies the ``speed`` settings in place; returns the micro-batch size on a CPU, None for full batches."""
         options = self.settings.speed
-        rows = layers(self.network, self.in_channels, self.settings.data.image_size)
-        micro_batch = speed.micro_batch_size(self.network, rows)
+        shapes = speed.output_shapes(self.network, self.in_channels, self.settings.data.image_size)
+        micro_batch = speed.micro_batch_size(self.network, shapes)
         if micro_batch and options.micro_batch != "auto":
             micro_batch = options.micro_batch
-        self.dropouts = speed.replace_dropout(self.network, rows)
+        self.dropouts = speed.replace_dropout(self.network, shapes)
         if options.relu_after_pooling:
             speed.move_relu_after_pooling(self.network)
         if options.channels_last:

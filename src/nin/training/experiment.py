@@ -82,8 +82,8 @@ class Experiment:
             self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
             final_weights = weights_sha256(self.module.network)
             self._load_best()
-            tested, _ = test(self.trainer, self.module, self.data)
-            result = self._describe(tested, final_weights)
+            tested, confusion = test(self.trainer, self.module, self.data)
+            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result

@@ -16,7 +16,7 @@ from nin.data.sources import prepare
 from nin.runs.console import log_to
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.runs.results import show_result, shown
+from nin.runs.results import format_path, print_result
 from nin.system.devices import require_accelerator
 from nin.system.distributed import global_rank
 from nin.system.signals import StoppedError
@@ -46,8 +46,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     folder, settings = request.folder, request.settings
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
-        print(f"{shown(folder.path)} is finished; to run it again, give another name=… or remove the folder")
-        show_result(folder, result)
+        print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
+        print_result(folder, result)
         return result
     prepare(settings.data)
     require_accelerator(settings.trainer)
@@ -57,7 +57,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     with folder.claim(_waiting(request) if request.wait else None):
         # Another process may have finished it in the meantime.
         result = read_finished_result(folder, settings) or _train_and_record(request)
-    show_result(folder, result)
+    print_result(folder, result)
     return result
 
 

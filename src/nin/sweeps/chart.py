@@ -1,0 +1,145 @@
+"""The chart of a sweep: the final values on the left, the curves over training on the right."""
+
+import statistics
+import textwrap
+from typing import TYPE_CHECKING
+
+from nin.runs.folder import RunFolder
+from nin.sweeps.jobs import Row, read_epochs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    Color = tuple[float, float, float, float]
+
+X_AXES = {"epochs": "epoch", "seconds": "seconds"}  # and their columns in metrics.csv
+_MAX_ROWS = 20
+_LABEL_WIDTH = 36  # characters per line
+
+
+def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
+    """Draws ``metric`` of the finished jobs of ``rows``, of at most 20 rows.
+
+    On the left each row's mean, sample standard deviation and single seeds; on the right each run's curve in the color
+    of its row.
+
+    Args:
+        x_axis: of the curves, a key of ``X_AXES``.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    finished = [row for row in rows if row.values(metric)]
+    rows = finished[:_MAX_ROWS]
+    labels = [textwrap.fill(row.label, _LABEL_WIDTH) for row in rows]
+    lines = sum(label.count("\n") + 1 for label in labels) + len(labels)
+    figure = Figure(figsize=(13, max(4.5, 1.5 + 0.16 * lines)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    more = f" (the best {_MAX_ROWS} of {len(finished)} rows)" if len(finished) > _MAX_ROWS else ""
+    figure.suptitle(textwrap.fill(f"{title}{more}", 120))
+    palette = colormaps["tab10" if len(rows) <= 10 else "tab20"]
+    colors = [palette(i) for i in range(len(rows))]
+    over_number = _draw_over_number(left, rows, metric, colors)
+    if not rows:
+        left.text(0.5, 0.5, "no run has finished yet", ha="center", transform=left.transAxes)
+    elif not over_number:
+        _draw_by_row(left, rows, metric, labels, colors)
+    _draw_curves(right, rows, metric, x_axis, labels, colors)
+    if over_number:
+        right.legend(fontsize="small", ncols=1 + (len(rows) > 8))
+    elif rows:
+        right.set_title("colors as on the left", fontsize="small")
+    return figure
+
+
+def _draw_curves(
+    axes: "Axes", rows: list[Row], metric: str, x_axis: str, labels: list[str], colors: "list[Color]"
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    for row, label, color in zip(rows, labels, colors, strict=True):
+        for i, job in enumerate(row.jobs):
+            epochs = read_epochs(RunFolder(job.folder)) if job.status != "not started" else []
+            points = [(e[X_AXES[x_axis]], e[metric]) for e in epochs if metric in e and X_AXES[x_axis] in e]
+            x, y = zip(*points, strict=True) if points else ((), ())
+            axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None)
+    axes.set_xlabel("epoch" if x_axis == "epochs" else "seconds of training")
+    if x_axis == "epochs":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    if metric.endswith("acc"):
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(0, bottom), min(1, top))
+
+
+def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[Color]") -> bool:
+    """Draws ``metric`` over the varied key if there is only one and its values are numbers; returns whether it did."""
+    numbers = [_number(value) for row in rows for value in row.keys.values()]
+    if len(rows) < 2 or len(numbers) != len(rows) or None in numbers:
+        return False
+    points = sorted(zip([n for n in numbers if n is not None], range(len(rows)), strict=True))
+    x = [number for number, _ in points]
+    axes.plot(x, [statistics.fmean(rows[i].values(metric)) for _, i in points], color="0.6", zorder=1)
+    for number, i in points:
+        _draw_seeds(axes, rows[i], metric, colors[i], x=number)
+    axes.margins(x=0.1)  # for the number beside the last point
+    axes.set_xlabel(next(iter(rows[0].keys)))
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+    if x[0] > 0 and x[-1] / x[0] >= 20:
+        axes.set_xscale("log")
+    if len(x) <= 6:
+        axes.set_xticks(x, [f"{number:g}" for number in x])
+        axes.set_xticks([], minor=True)
+    if metric.endswith("acc"):
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(0, bottom), min(1, top))
+    return True
+
+
+def _draw_by_row(axes: "Axes", rows: list[Row], metric: str, labels: list[str], colors: "list[Color]") -> None:
+    """Draws ``metric`` along the x axis, one row below the other, the best first."""
+    for i, row in enumerate(rows):
+        _draw_seeds(axes, row, metric, colors[i], y=i)
+    axes.set_yticks(range(len(rows)), labels, fontsize="small")
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(metric)
+    axes.grid(axis="x", alpha=0.3)
+    axes.locator_params(axis="x", nbins=6)
+    if metric.endswith("acc"):
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(0, left), min(1, right))
+
+
+def _draw_seeds(
+    axes: "Axes",
+    row: Row,
+    metric: str,
+    color: "Color",
+    x: float | None = None,
+    y: float | None = None,
+) -> None:
+    """Draws mean, sample standard deviation and single seeds at ``x``, or at ``y`` with the metric on the x axis."""
+    values, std = row.values(metric), row.summarize(metric)["std"]
+    mean = statistics.fmean(values)
+    if x is not None:
+        seeds, point, offset, align, text = ([x] * len(values), values), (x, mean), (6, 6), "left", f"{mean:.4f}"
+        axes.errorbar(*point, yerr=std, color=color, capsize=4)
+    else:
+        y = y or 0
+        seeds, point, offset, align, text = (values, [y] * len(values)), (mean, y), (0, 6), "center", f"{mean:.4f}"
+        text += f" ± {std:.4f}" if std is not None else ""
+        axes.errorbar(*point, xerr=std, color=color, capsize=4)
+    # Not clipped, so that an accuracy of exactly 1 is a full point; the bars of the standard deviation are clipped.
+    axes.plot(*seeds, color=color, marker=".", linestyle="none", alpha=0.5, clip_on=False)
+    axes.plot([point[0]], [point[1]], color=color, marker="o", clip_on=False)
+    axes.annotate(text, point, offset, textcoords="offset points", fontsize="small", ha=align)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

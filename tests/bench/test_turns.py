@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from nin import networks
+from nin.bench.turns import count_operations
+from nin.config.composition import compose_settings
+from nin.networks.layers import layers
+
+
+@pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])
+def test_operations_are_two_per_multiply_add(overrides: list[str]) -> None:
+    settings = compose_settings(overrides)
+    with torch.device("meta"):
+        network = networks.build(settings, in_channels=1, num_classes=10)
+    rows = layers(network, in_channels=1, image_size=settings.data.image_size)
+    forward = 2 * sum(row.multiply_adds for row in rows)
+    # The backward pass computes the gradients of weights and of inputs, but not of the images.
+    first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))
+    height, width = rows[0].output_shape[1:]
+    images = 2 * height * width * first.weight.numel()
+    assert count_operations(settings) == {"scoring": forward, "training": 3 * forward - images}
+
+
+def test_operations_of_the_notebooks_network() -> None:
+    counted = count_operations(compose_settings([]))
+    assert counted == {"scoring": 1_524_594_704, "training": 4_506_039_600}
+    flipped = count_operations(compose_settings(["data.test_time_flip=true"]))
+    assert flipped == {"scoring": 2 * counted["scoring"], "training": counted["training"]}

@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from nin import cli
+
+
+def test_results_are_printed_and_written(
+    tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    out = tmp_path / "bench.json"
+    overrides = [
+        "model=nin_small", "model.widths=[4,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}",
+        "data.val_size=9900", "trainer.log_every_n_steps=2", "threads=1",
+    ]  # fmt: skip
+    assert cli.run("bench", [*overrides, "--seconds", "0.2", "--rounds", "1", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert set(results["rates"]) == {"training", "notebooks", "data", "scoring", "matrix product"}
+    assert min(results["rates"].values()) > 0
+    assert set(results["milliseconds_per_step"]) == {"plain loop", "bare Trainer", "nin train"}
+    printed = capsys.readouterr()
+    rates_table, *_ = printed.out.split("└")
+    rows = {line.split("│")[1].strip(): line for line in rates_table.splitlines() if line.startswith("│")}
+    assert f"{results['rates']['notebooks']:,.1f}" in rows["the notebooks' loop"]
+    assert f"{results['rates']['training'] / results['rates']['notebooks']:.2f}" in rows["nin train"]
+    share = results["rates"]["training"] * results["operations"]["training"] / results["rates"]["matrix product"]
+    assert f"{share:.2f}" in rows["nin train"]
+    assert f"written: {out}" in printed.out
+    assert "round 1 of 1" in printed.err
+    # Only the activations depend on the batch size.
+    small, _, large = results["memory"].values()
+    assert list(results["memory"]) == ["16", "32", "64"]
+    for part in ("weights", "gradients", "optimizer"):
+        assert small[part] == large[part]
+    assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.05)
+    assert small["gradients"] == 4 * (4 * 9 + 2 * 4 * 4 + 3 * 2 * 4 + 8 * 4 * 9 + 2 * 8 * 8 + 3 * 2 * 8
+                                      + 128 * 8 * 9 + 128 * 128 + 2 * 2 * 128 + 10 * 128 + 2 * 10)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds=0: must be 1 or more"),
+        (["--seconds", "nan"], "--seconds=nan: must be a number above 0"),
+        (["trainer=cpu", "trainer.devices=2"], "trainer: nin bench runs in one process"),
+        (["model=nim"], "model=nim: no such model"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run("bench", arguments) == 2
+    assert capsys.readouterr().err.startswith(f"nin bench: {message}")

@@ -1,0 +1,41 @@
+import re
+
+import pytest
+
+from nin import cli
+
+
+def cells(output: str) -> dict[str, list[str]]:
+    """The tables' rows by their first cell; of several with the same name the last."""
+    rows = (re.split(r"\s{2,}", line.strip()) for line in output.splitlines() if line.strip())
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_layers_and_comparison_fit_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.run("inspect", []) == 0
+    output = capsys.readouterr().out
+    rows = cells(output)
+    assert output.strip().startswith("nin at 224x224")
+    assert rows["NiNBlock"] == ["10 x 5 x 5", "34,790", "869,000", "195"]
+    assert rows["AdaptiveAvgPool2d"] == ["10 x 1 x 1", "219"]
+    assert rows["total"] == ["1,992,166", "762,297,352"]
+    assert rows["vgg"] == ["224x224", "102,760,448", "128,806,154", "7,547,232,256"]
+    assert rows["nin"] == ["224x224", "none", "1,992,166", "762,297,352"]
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_overrides_choose_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("inspect", ["model=mlp"]) == 0
+    output = capsys.readouterr().out
+    assert output.strip().startswith("mlp at 28x28")
+    assert "3,256,330" in output
+    assert cli.run("inspect", ["model.widths=[96]"]) == 2
+    assert "kernel_sizes has 4 entries" in capsys.readouterr().err
+
+
+def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("inspect", ["--help"]) == 0
+    assert capsys.readouterr().out.startswith("Usage: nin inspect")

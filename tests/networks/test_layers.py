@@ -1,0 +1,101 @@
+"""The table of layers is compared with counts by hand, and its receptive fields with gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from nin import networks
+from nin.config.composition import compose_config
+from nin.config.validation import validate
+from nin.networks.layers import first_fully_connected_weights, layers
+from nin.networks.nin import NiN
+
+
+@pytest.mark.parametrize(
+    ("model", "fully_connected", "parameters"),
+    # Dive into Deep Learning's networks, with one input channel and ten classes.
+    [
+        ("lenet", 48_000, 61_706),
+        ("alexnet", 26_214_400, 46_764_746),
+        ("vgg", 102_760_448, 128_806_154),
+        ("nin", 0, 1_992_166),
+        ("mlp", 784 * 4096, 784 * 4096 + 4096 + 4096 * 10 + 10),
+    ],
+)
+def test_the_networks_that_the_notebooks_compare(model: str, fully_connected: int, parameters: int) -> None:
+    settings = validate(compose_config([f"model={model}"]))
+    with torch.device("meta"):
+        network = networks.build(settings, in_channels=1, num_classes=10)
+        assert network(torch.zeros(2, 1, settings.data.image_size, settings.data.image_size)).shape == (2, 10)
+    assert first_fully_connected_weights(network) == fully_connected
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize("model", sorted(networks.NETWORKS))
+def test_channels_and_classes_are_arguments(model: str) -> None:
+    settings = validate(compose_config([f"model={model}"]))
+    with torch.device("meta"):
+        network = networks.build(settings, in_channels=3, num_classes=7)
+        images = torch.zeros(2, 3, settings.data.image_size, settings.data.image_size)
+        assert network(images).shape == (2, 7)
+
+
+def test_lenets_multiply_adds_by_hand() -> None:
+    settings = validate(compose_config(["model=lenet"]))
+    with torch.device("meta"):
+        rows = layers(networks.build(settings, in_channels=1, num_classes=10), in_channels=1, image_size=28)
+    convolutions = [28 * 28 * 6 * 25, 10 * 10 * 16 * 6 * 25]
+    connected = [400 * 120, 120 * 84, 84 * 10]
+    assert [row.multiply_adds for row in rows if row.multiply_adds] == convolutions + connected
+    assert rows[-1].receptive_field == 28
+
+
+def test_shapes_parameters_and_counts_of_the_notebooks_network() -> None:
+    with torch.device("meta"):
+        rows = layers(NiN(), in_channels=1, image_size=224)
+    assert [row.output_shape for row in rows] == [
+        (96, 54, 54), (96, 26, 26), (256, 26, 26), (256, 12, 12), (384, 12, 12), (384, 5, 5), (384, 5, 5),
+        (10, 5, 5), (10, 1, 1), (10,),
+    ]  # fmt: skip
+    assert sum(row.parameters for row in rows) == 1_992_166
+    assert rows[0].multiply_adds == 54 * 54 * 96 * (11 * 11 + 96 + 96)
+    assert [row.receptive_field for row in rows] == [11, 19, 51, 67, 99, 131, 131, 195, 219, 219]
+
+
+@pytest.mark.parametrize(
+    ("network", "image_size", "expected"),
+    [
+        (NiN(widths=[1, 1, 1], num_classes=1), 224, 219),
+        (NiN(widths=[1, 1, 1], num_classes=1, first_padding=1), 224, 218),
+        (NiN(widths=[1, 1, 1], num_classes=1), 67, 67),
+        # The last pixel is in no window, and two of five are between the windows.
+        (nn.Sequential(nn.Conv2d(1, 1, 3, stride=5)), 14, 3),
+        (nn.Sequential(nn.Conv2d(1, 1, 3, stride=5), nn.AvgPool2d(2)), 14, 8),
+        # Padding is not counted: of 7 pixels at most 3 are in a window at the border of a 3x3 image.
+        (nn.Sequential(nn.Conv2d(1, 1, 7, padding=3)), 3, 3),
+    ],
+    ids=["nin", "first_padding", "67", "stride", "gaps", "padding"],
+)
+def test_receptive_fields_are_those_of_the_gradient(network: nn.Sequential, image_size: int, expected: int) -> None:
+    network.double().eval()
+    for module in network.modules():  # every weight 1: no path to the input cancels another or is inactive
+        if isinstance(module, nn.Conv2d):
+            nn.init.ones_(module.weight)
+    for i, layer in enumerate(network):
+        if isinstance(layer, nn.MaxPool2d):  # its gradient reaches only the largest value of a window
+            network[i] = nn.AvgPool2d(layer.kernel_size, layer.stride)
+    rows = layers(network.float(), in_channels=1, image_size=image_size)
+    assert rows[-1].receptive_field == expected
+    network.double()
+    image = torch.ones(1, 1, image_size, image_size, dtype=torch.float64, requires_grad=True)
+    x = image
+    for layer, row in zip(network, rows, strict=True):
+        x = layer(x)
+        # The rows of pixels with a gradient, for each output position along the diagonal.
+        outputs = [x[0, 0, i, i] for i in range(x.shape[-1])] if x.ndim == 4 else [x[0, 0]]
+        extents = []
+        for output in outputs:
+            (gradient,) = torch.autograd.grad(output, image, retain_graph=True)
+            (reached,) = gradient[0, 0].any(1).nonzero(as_tuple=True)
+            extents.append(int(reached[-1] - reached[0]) + 1)
+        assert row.receptive_field == max(extents)

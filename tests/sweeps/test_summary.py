@@ -1,0 +1,192 @@
+import csv
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+
+from nin.sweeps import chart, summary
+from nin.sweeps.jobs import group_by_seed, read_jobs
+
+
+def put_job(folder: Path, overrides: list[str], acc: float | None = None, **more: Any) -> Path:
+    """Writes a job's files as a run does: finished with ``acc`` or without a result. ``more`` is for result.json."""
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    if acc is not None or more:
+        metrics = {"val/acc": acc, "val/loss": 1.0, "test/acc": acc, "test/loss": 1.0, "test/acc_by_class": {}}
+        result = {"status": "finished", "metrics": metrics, "train_seconds": 2.0, "test_images": 10_000}
+        (folder / "result.json").write_text(json.dumps(result | more))
+        rows = [f"{epoch},{epoch * 8.0},{(acc or 0) * epoch / 2},1.0" for epoch in (1, 2)]
+        (folder / "metrics.csv").write_text("\n".join(["epoch,seconds,val/acc,val/loss", *rows, ""]))
+    return folder
+
+
+@pytest.fixture
+def lr_sweep(tmp_path: Path) -> Path:
+    sweep = tmp_path / "lr"
+    for lr, accs in (("0.1", (0.8, 0.9)), ("0.05", (0.91, 0.93))):
+        for seed, acc in enumerate(accs):
+            put_job(sweep / f"lr={lr},seed={seed}", ["experiment=cpu", f"optimizer.lr={lr}", f"seed={seed}"], acc)
+    failed = {"status": "failed", "error": "NonFiniteLossError: nan"}
+    put_job(sweep / "failed", ["experiment=cpu", "optimizer.lr=9", "seed=0"], **failed)
+    put_job(sweep / "begun", ["experiment=cpu", "optimizer.lr=0.1", "seed=2"])
+    return sweep
+
+
+def test_seeds_are_summarized_and_the_best_row_comes_first(lr_sweep: Path) -> None:
+    jobs = read_jobs(lr_sweep)
+    rows = group_by_seed(jobs, "val/acc")
+    assert summary.tabulate(rows, "val/acc") == [
+        ["optimizer.lr", "val/acc", "worst", "test/acc", "worst", "seconds", "runs"],
+        ["0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "0.9100", "2", "2"],
+        ["0.1", "0.8500 ± 0.0707", "0.8000", "0.8500 ± 0.0707", "0.8000", "2", "3 (1 unfinished)"],
+        ["9", "", "", "", "", "", "1 (1 failed)"],
+    ]
+    assert summary.tabulate(rows, "val/acc", merge_keys=True, all_worst=False)[:2] == [
+        ["settings", "val/acc", "worst", "test/acc", "seconds", "runs"],
+        ["lr=0.05", "0.9200 ± 0.0141", "0.9100", "0.9200 ± 0.0141", "2", "2"],
+    ]
+    assert summary.describe_failures(jobs) == ["failed: NonFiniteLossError: nan"]
+
+
+def test_the_summary_says_what_plus_minus_is_and_how_far_test_images_decide(lr_sweep: Path) -> None:
+    summary.report(lr_sweep)
+    text = (lr_sweep / "summary.md").read_text()
+    assert text.startswith("# lr: best val/acc first, 2 seeds per row\n")
+    assert "| 0.05 | 0.9200 ± 0.0141 |" in text
+    assert "± is the sample standard deviation over seeds." in text
+    # sqrt(0.92 * 0.08 / 10000) and sqrt(0.85 * 0.15 / 10000)
+    assert "Sampling error of test/acc (10,000 images, sqrt(p(1-p)/n)): 0.0027 to 0.0036." in text
+    lines = list(csv.DictReader((lr_sweep / "summary.csv").read_text().splitlines()))
+    assert [float(line["val/acc mean"]) for line in lines[:2]] == pytest.approx([0.92, 0.85])
+    assert float(lines[0]["test/acc sampling_error"]) == pytest.approx(math.sqrt(0.92 * 0.08 / 10_000))
+    assert [line["finished"] for line in lines] == ["2", "2", "0"]
+    assert (lr_sweep / "summary.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_many_varied_keys_are_readable(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    keys = ["model.norm", "model.conv1x1_layers", "optimizer.weight_decay", "data.augment", "model.dropout"]
+    for i in range(4):
+        values = [["none", "batch"][i % 2], str(i), f"0.000{i}", ["flip", "none"][i // 2], f"0.{i}"]
+        overrides = [f"{key}={value}" for key, value in zip(keys, values, strict=True)]
+        for seed in (0, 1):
+            put_job(tmp_path / f"{i},{seed}", [*overrides, f"seed={seed}"], 0.9 + i / 100 + seed / 1000)
+    summary.report(tmp_path)
+    output = capsys.readouterr().out
+    table = output.partition("±  is")[0].splitlines()
+    assert max(map(len, table[:-3])) <= width
+    words = output.split()
+    if width == 80:
+        assert {"settings", "norm=batch", "conv1x1_layers=3", "weight_decay=0.0003", "augment=none"} <= set(words)
+    else:
+        assert {*keys, "batch", "0.0003"} <= set(words)
+    assert "0.9305 ± 0.0007" in output
+
+
+def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, overrides, acc in (("first", ["experiment=cpu"], 0.9), ("second", ["model=lenet", "seed=0"], 0.8)):
+        job = put_job(tmp_path / name, overrides, acc)
+        (job / ".hydra" / "config.yaml").write_text("seed: 0\nsweep: {keys: [], fail_fast: false}\n")
+    put_job(tmp_path / "third", [])
+    summary.report(tmp_path)
+    rows = group_by_seed(read_jobs(tmp_path), "val/acc")
+    assert summary.tabulate(rows, "val/acc") == [
+        ["run", "overrides", "val/acc", "test/acc", "seconds", "status"],
+        ["first", "experiment=cpu", "0.9000", "0.9000", "2", "finished"],
+        ["second", "model=lenet seed=0", "0.8000", "0.8000", "2", "finished"],
+        ["third", "", "", "", "", "unfinished"],
+    ]
+    output = capsys.readouterr().out
+    assert "standard deviation" not in output
+    assert "seeds" not in output
+
+
+def draw(sweep: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Figure:
+    """Draws the chart and lays it out as for saving."""
+    figure = chart.draw("title", group_by_seed(read_jobs(sweep), metric), metric, x_axis)
+    figure.draw_without_rendering()
+    return figure
+
+
+def test_an_accuracy_axis_ends_at_one(tmp_path: Path) -> None:
+    for head in ("gap", "fc"):
+        for seed, acc in enumerate((1.0, 0.9)):
+            put_job(tmp_path / f"h/{head},{seed}", [f"model.head={head}", f"seed={seed}"], acc)
+            lr = {"gap": 1, "fc": 2}[head]
+            put_job(tmp_path / f"l/{lr},{seed}", [f"optimizer.lr={lr}", f"seed={seed}"], acc)
+    for sweep in ("h", "l"):
+        left, right = draw(tmp_path / sweep).axes
+        for low, high in (left.get_xlim() if sweep == "h" else left.get_ylim(), right.get_ylim()):
+            assert 0 <= low < high <= 1
+    left, _ = draw(tmp_path / "h").axes
+    assert [text.get_text() for text in left.texts] == ["0.9500 ± 0.0707"] * 2
+
+
+def test_the_curves_are_over_epochs_or_seconds(lr_sweep: Path) -> None:
+    for x_axis, label, values in (("epochs", "epoch", [1, 2]), ("seconds", "seconds of training", [8, 16])):
+        _, right = draw(lr_sweep, x_axis=x_axis).axes
+        assert right.get_xlabel() == label
+        assert [list(line.get_xdata()) for line in right.lines if len(line.get_xdata())] == [values] * 4
+
+
+def test_labels_and_legends_stay_on_the_page(tmp_path: Path) -> None:
+    for i in range(30):
+        overrides = [
+            f"model.head={'gap' if i % 2 else 'fc'}",
+            f"optimizer.lr=0.{i + 1}",
+            f"data.augment=flip_shift_{i}",
+        ]
+        put_job(tmp_path / "many" / str(i), overrides, 0.9)
+        put_job(tmp_path / "one" / str(i), [f"optimizer.lr=0.{i + 1}"], 0.9)
+    for sweep in ("many", "one"):
+        figure = draw(tmp_path / sweep)
+        left, right = figure.axes
+        page = figure.bbox
+        if sweep == "many":
+            boxes = [label.get_window_extent() for label in left.get_yticklabels()]
+        else:
+            boxes = [right.get_legend().get_window_extent()]
+        assert all(page.x0 <= b.x0 and b.x1 <= page.x1 and page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes)
+    left, _ = draw(tmp_path / "many").axes
+    assert len(left.get_yticklabels()) == 20
+    tops = sorted((label.get_window_extent().y0, label.get_window_extent().y1) for label in left.get_yticklabels())
+    assert all(below[1] <= above[0] for below, above in pairwise(tops))  # none overlaps another
+
+
+def test_a_loss_that_is_nan_is_left_out(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        job = put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.5)
+        result = json.loads((job / "result.json").read_text())
+        result["metrics"]["test/loss"] = math.nan if seed else 2.0
+        (job / "result.json").write_text(json.dumps(result))
+    summary.report(tmp_path)
+    (line,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
+    assert (line["test/loss mean"], line["test/loss std"], line["val/acc mean"]) == ("2.0", "", "0.5")
+
+
+def test_a_sweep_that_can_only_be_read_is_reported_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
+    (tmp_path / "summary.csv").mkdir()
+    summary.report(tmp_path)
+    output = capsys.readouterr()
+    assert "0.5000" in output.out
+    assert output.err.startswith("no summary: ")
+
+
+def test_without_held_out_images_the_test_accuracy_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
+    result = json.loads((job / "result.json").read_text())
+    result["metrics"] |= {"val/acc": None, "val/loss": None}
+    (job / "result.json").write_text(json.dumps(result))
+    summary.report(tmp_path)
+    assert "best test/acc first" in capsys.readouterr().out
