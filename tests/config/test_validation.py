@@ -79,15 +79,27 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("model.widths=[]", "model.widths=[]: must have at least 1 item"),
         ("data.root=", 'data.root="": must have at least 1 character'),
         ("data.batch_size=1000000000000", "data.batch_size=1000000000000: there are 55000 training images after 5000"),
-        ("trainer.limit_train_batches=0.001", "trainer.limit_train_batches=0.001: leaves none of 430 batches; choose 0.0024"),
+        (
+            "trainer.limit_train_batches=0.001",
+            "trainer.limit_train_batches=0.001: leaves none of 430 batches; choose 0.0024",
+        ),
         ("trainer.limit_val_batches=0.001", "trainer.limit_val_batches=0.001: leaves none of 40 batches; choose 0.025"),
-        ("trainer.limit_test_batches=0.001", "trainer.limit_test_batches=0.001: leaves none of 79 batches; choose 0.0127"),
+        (
+            "trainer.limit_test_batches=0.001",
+            "trainer.limit_test_batches=0.001: leaves none of 79 batches; choose 0.0127",
+        ),
         ("trainer.overfit_batches=0.001", "trainer.overfit_batches=0.001: leaves none of 430 batches"),
-        ("trainer.limit_train_batches=-1", "trainer.limit_train_batches=-1: must be a number of batches (0, 1, 2, …) or"),
+        (
+            "trainer.limit_train_batches=-1",
+            "trainer.limit_train_batches=-1: must be a number of batches (0, 1, 2, …) or",
+        ),
         ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5: must be a number of batches (0, 1, 2, …) or"),
         ("trainer.val_check_interval=0", "trainer.val_check_interval=0: must be a number of batches (1, 2, …)"),
         ("trainer.val_check_interval=0.0", "trainer.val_check_interval=0: must be a number of batches (1, 2, …)"),
-        ("trainer.val_check_interval=431", "trainer.val_check_interval=431: an epoch has 430 batches; choose at most that"),
+        (
+            "trainer.val_check_interval=431",
+            "trainer.val_check_interval=431: an epoch has 430 batches; choose at most that",
+        ),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: must be greater than or equal to 0"),
         ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize"),
         ("trainer.devices=1.5", "trainer.devices=1.5: must be a valid integer or a valid string or a valid list"),
@@ -115,7 +127,7 @@ def test_errors_of_early_stopping_are_reported_together() -> None:
         "+callbacks.early_stopping.delta=1",
     ) == (
         'callbacks.early_stopping.patience="abc": must be a valid integer',
-        'callbacks.early_stopping.mode="most": must be \'min\' or \'max\'',
+        "callbacks.early_stopping.mode=\"most\": must be 'min' or 'max'",
         "callbacks.early_stopping.delta: no such key; did you mean min_delta? There are: monitor, min_delta, patience, "
         "verbose, mode, strict, check_finite, stopping_threshold, divergence_threshold, check_on_train_epoch_end, "
         "log_rank_zero_only",

@@ -98,7 +98,8 @@ def collect_errors(first: Exception, overrides: list[str], config_dir: str | Non
 
     Also finds the errors of the config that the valid overrides give.
     """
-    errors, valid = [], []
+    errors: list[str] = []
+    valid: list[str] = []
     try:
         compose_config([], config_dir)
     except COMPOSITION_ERRORS as error:
@@ -120,7 +121,8 @@ def collect_errors(first: Exception, overrides: list[str], config_dir: str | Non
 
 def find_override_errors(overrides: list[str]) -> list[str]:
     """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
-    errors, values = [], {}
+    errors: list[str] = []
+    values: dict[str, object] = {}
     for override in OverridesParser.create().parse_overrides(overrides):
         key, value = override.get_key_element(), override.value()
         if key in values and values[key] != value:
@@ -157,7 +159,7 @@ def count_sweep_values(override: Override) -> int:
         return sum(1 for _ in override.sweep_iterator())
     if not value.step:
         raise UserError(f"{override.input_line}: the step must not be 0")
-    return max(0, math.ceil((value.stop - value.start) / value.step))
+    return max(0, math.ceil(((value.stop or 0) - (value.start or 0)) / value.step))
 
 
 def format_error(override: str, error: Exception, config: DictConfig) -> str:
@@ -199,7 +201,8 @@ def _suggest_key(key: str, config: DictConfig) -> str:
         return "; to continue a run, type nin resume with the run's folder, as in nin resume outputs/runs/first"
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
-    keys = list(flat(OmegaConf.to_container(config, resolve=False)))
+    nested = OmegaConf.to_container(config, resolve=False)
+    keys = list(flat(nested)) if isinstance(nested, dict) else []
     if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):

@@ -1,7 +1,7 @@
 """Rules on several config keys at once. Imports no torch.
 
 A rule is a function that yields a message for each error that it finds. `reads` registers it with the keys that it
-reads: `find_errors` skips a rule if one of these keys has no valid value, and then the user is told of that value alone.
+reads. `find_errors` skips a rule if one of these keys has an invalid value: then that value is the error to report.
 """
 
 import math
@@ -24,7 +24,7 @@ RULES: list[Rule] = []
 
 
 def reads(*keys: str) -> Callable[[Callable[[Settings], Iterator[str]]], Callable[[Settings], Iterator[str]]]:
-    """Registers a rule that reads ``keys``: keys or whole sections."""
+    """Registers a rule that reads ``keys``: keys, or sections with all their keys."""
 
     def register(rule: Callable[[Settings], Iterator[str]]) -> Callable[[Settings], Iterator[str]]:
         RULES.append(Rule(keys, rule))
@@ -78,7 +78,7 @@ def require_one_full_batch(settings: Settings) -> Iterator[str]:
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
     if not settings.data.val_size and settings.data.score_each_epoch == "val":
         yield (
-            "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000, "
+            "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
             "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
         )
 

@@ -214,9 +214,7 @@ class Settings(Section):
     # NumPy's generators take 32 bits.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     # The name of the run's folder.
-    name: Annotated[
-        str, BeforeValidator(_number_to_str), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", max_length=200)
-    ]
+    name: Annotated[str, BeforeValidator(_number_to_str), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", max_length=200)]
     resume: Literal["auto", "never"]
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
     # and crashes with a segmentation fault when the system refuses that many threads.

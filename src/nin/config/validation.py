@@ -37,6 +37,8 @@ def validate_plain(plain: Any) -> Settings:
     """
     if isinstance(plain, DictConfig):
         plain = OmegaConf.to_container(plain, resolve=False)
+    if not isinstance(plain, dict):
+        raise UserError(f"the config must be a dictionary, not {shorten(json.dumps(plain, default=str))}")
     errors: dict[str, str] = {}  # the message for each key
     settings = None
     try:
@@ -51,7 +53,7 @@ def validate_plain(plain: Any) -> Settings:
     return settings
 
 
-def _construct_unchecked(plain: dict[str, Any]) -> Settings:
+def _construct_unchecked(plain: dict) -> Settings:
     """Settings whose valid keys can be read by the same names as those of checked settings."""
     sections = {}
     for key, field in Settings.model_fields.items():
@@ -62,7 +64,7 @@ def _construct_unchecked(plain: dict[str, Any]) -> Settings:
     return Settings.model_construct(**{**plain, **sections})
 
 
-def _early_stopping_errors(plain: dict[str, Any]) -> dict[str, str]:
+def _early_stopping_errors(plain: dict) -> dict[str, str]:
     errors: dict[str, str] = {}
     callbacks = plain.get("callbacks")
     for name, entry in (callbacks if isinstance(callbacks, dict) else {}).items():
@@ -154,7 +156,7 @@ def _names(section: type[Section]) -> tuple[str, ...]:
 
 
 def did_you_mean(word: str, known: list[str]) -> str:
-    """The end of a message about an unknown ``word``: the most similar of the ``known`` words, if any, and all of them."""
+    """The end of a message about an unknown ``word``: the most similar ``known`` word, if any, and all of them."""
     close = difflib.get_close_matches(word, known, n=1)
     there_are = f"here are: {', '.join(known)}"
     return f"did you mean {close[0]}? T{there_are}" if close else f"t{there_are}"

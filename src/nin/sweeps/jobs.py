@@ -18,9 +18,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from nin.config.composition import count_sweep_values
 from nin.config.schema import MAY_CHANGE, UserError, is_within
 from nin.runs.folder import RunFolder
 
+_MOST_JOBS = 10_000  # of a sweep; each is a folder
 _LONGEST = 100  # characters of a folder's name; file systems take 255 bytes
 
 
@@ -65,6 +67,8 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
 
     overrides = _parsed(params, task)
     try:
+        if (count := math.prod(map(count_sweep_values, overrides))) > _MOST_JOBS:
+            raise UserError(f"{' '.join(task)}: {count:,} jobs; a sweep has at most {_MOST_JOBS:,}")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
         raise UserError(f"{' '.join(task)}: not to be tried one by one ({str(error).splitlines()[0]})") from error
