@@ -1,9 +1,12 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nin import networks
-from nin.config.composition import apply_overrides, collect_errors, compose_config, compose_settings
+from nin.config.composition import apply_overrides, compose_config, compose_settings, count_sweep_values
 from nin.config.schema import UserError, project_conf
 from nin.config.validation import validate
 
@@ -16,16 +19,92 @@ def test_every_config_file_composes_and_builds_its_network(option: Path) -> None
     assert sum(p.numel() for p in network.parameters()) > 0
 
 
-def test_hydras_mistakes_and_ours_are_told_together() -> None:
-    told = collect_errors(Exception(), ["optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2"])
-    assert [mistake.split(";")[0] for mistake in told.errors] == [
+def errors_of(*overrides: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        compose_settings(list(overrides))
+    return caught.value.errors
+
+
+def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
+    errors = errors_of("optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2")
+    assert [error.split(";")[0] for error in errors] == [
         "model=nin_smal: no such model",
         "a=[: not of the form key=value (no viable alternative at input '[')",
         "optimizer.lrr=1: no such key",
         "seed=-1: must be greater than or equal to 0",
         "model.dropout=2: must be less than 1",
     ]
-    assert "did you mean nin_small? There are: alexnet, lenet, nin, nin_small, vgg" in str(told)
+    assert "did you mean nin_small? There are: alexnet, lenet, nin, nin_small, vgg" in errors[0]
+
+
+def test_what_was_meant_is_suggested() -> None:
+    keys = "seed, name, resume, threads, speed, compile, checkpoint, sweep, model, data, optimizer, schedule, trainer"
+    assert errors_of("lr=0.1", "dropout=1", "experimnt=cpu", "optimzer.lr=1", "ckpt_path=a.ckpt", "seed =1") == (
+        "lr=0.1: no such key; did you mean optimizer.lr?",
+        "dropout=1: no such key; did you mean model.dropout?",
+        f"experimnt=cpu: no such key; did you mean experiment? There are: {keys}, logger, callbacks, experiment",
+        "ckpt_path=a.ckpt: no such key; to continue a run, type nin resume with the run's folder, as in nin resume "
+        "outputs/runs/first",
+        "seed =1: remove the space before =",
+        "optimzer.lr=1: no such key; did you mean optimizer.lr?",
+    )
+
+
+def test_values_that_hydra_ends_with_a_traceback() -> None:
+    digits = "1" * 5000
+    assert errors_of("model=null", "experiment=null", f"seed={digits}", "hydra.sweeper.params={seed:1}") == (
+        "model=null: model is a config group, and its value an option; there are: alexnet, lenet, nin, nin_small, vgg",
+        "experiment=null: experiment is a config group, and its value an option; there are: best, cpu, cpu_best, "
+        "notebook, paper, quickstart, robust; or leave it out",
+        f"seed={digits[:74]}…: a number of too many digits",
+        "hydra.sweeper.params={seed:1}: hydra.sweeper.params can't have this value; the values of a sweep are given as "
+        "key=value1,value2, with -m",
+    )
+
+
+def test_several_values_need_a_sweep() -> None:
+    assert errors_of("seed=1,2", "threads=range(1000000000)") == (
+        "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2",
+        "threads=range(1000000000): has several values; add -m for a sweep, as in nin train -m "
+        "'threads=range(1000000000)'",
+    )
+
+
+def test_a_key_has_one_value_and_an_option_is_in_its_group() -> None:
+    assert errors_of("optimizer.lr=0.1", "optimizer.lr=0.2", "model=../model/nin", "seed=1", "seed=1") == (
+        "optimizer.lr: has two values, 0.1 and 0.2; give it once",
+        "model=../model/nin: no such model; did you mean nin? There are: alexnet, lenet, nin, nin_small, vgg",
+    )
+    earlier = validate(compose_config([]))
+    with pytest.raises(UserError, match="threads: has two values, 1 and 2; give it once"):
+        apply_overrides(earlier, ["threads=1", "threads=2"], ("threads",))
+
+
+@pytest.mark.parametrize(
+    ("word", "count"),
+    [
+        ("seed=1", 1),
+        ("seed=1,2,3", 3),
+        ("seed=range(1000000000)", 1_000_000_000),
+        ("seed=range(1,10,4)", 3),
+        ("a=range(0,1,0.25)", 4),
+        ("seed=choice(1,2)", 2),
+        ("seed=range(5,1)", 0),
+    ],
+)
+def test_values_of_a_sweep_are_counted_without_listing_them(word: str, count: int) -> None:
+    assert count_sweep_values(OverridesParser.create().parse_override(word)) == count
+
+
+def test_a_range_without_a_step() -> None:
+    with pytest.raises(UserError, match=r"^seed=range\(0,3,0\): the step must not be 0$"):
+        count_sweep_values(OverridesParser.create().parse_override("seed=range(0,3,0)"))
+
+
+def test_importing_changes_no_warning_filter() -> None:
+    program = "import warnings; before = list(warnings.filters); import nin.config.composition as c; "
+    program += "assert warnings.filters == before; c.silence_known_warnings(); assert warnings.filters != before"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_key_that_only_another_model_has() -> None:
@@ -39,7 +118,7 @@ def test_the_users_own_config_dir(tmp_path: Path) -> None:
     assert compose_settings(["--config-dir", str(tmp_path), "experiment=mine"]).optimizer.lr == 0.7
 
 
-def test_an_earlier_runs_settings_change_only_where_they_may() -> None:
+def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:
     earlier = validate(compose_config(["model=nin_small", "trainer=cpu", "optimizer.lr=0.3"]))
     changed = apply_overrides(
         earlier, ["trainer=auto", "trainer.max_epochs=3", "data.root=/x"], ("trainer", "data.root")

@@ -1,22 +1,27 @@
-"""Every way in which a data set can be broken or missing, each on files of the test's own."""
+"""Missing, damaged and altered files of data sets, and their download, on small files that the tests write."""
 
 import gzip
 import hashlib
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
+from torchvision import datasets
 
 from nin.config.composition import compose_config
 from nin.config.schema import Data, UserError
 from nin.config.validation import validate
-from nin.data import idx
+from nin.data import garments
 from nin.data import sources as files
 
-NAMES = list(files.FASHION_MNIST)
+NAMES = list(files.FILES)
 
 
 def small_set() -> dict[str, bytes]:
@@ -31,15 +36,26 @@ def small_set() -> dict[str, bytes]:
 
 @pytest.fixture
 def published(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
-    """A small set stands in for the published one, sums and all."""
+    """The contents of a small data set that takes the place of the published ones, with its checksums."""
     contents = small_set()
     for name, content in contents.items():
-        monkeypatch.setitem(files.FASHION_MNIST, name, hashlib.sha256(content).hexdigest())
+        for data_set in files.PUBLISHED.values():
+            monkeypatch.setitem(data_set, name, hashlib.sha256(content).hexdigest())
+        packed = hashlib.sha256(gzip.compress(content, mtime=0)).hexdigest()
+        monkeypatch.setitem(files.PUBLISHED_PACKED["kmnist"], name, packed)
     return contents
 
 
-def data(root: Path, *mirrors: str) -> Data:
-    return validate(compose_config([f"data.root={root}", f"data.mirrors=[{','.join(mirrors)}]"])).data
+@pytest.fixture(scope="session")
+def config() -> Data:
+    return validate(compose_config([])).data
+
+
+@pytest.fixture
+def data(config: Data) -> Callable[..., Data]:
+    return lambda root, *mirrors, name="fashion_mnist": config.model_copy(
+        update={"root": str(root), "mirrors": list(mirrors), "name": name}
+    )
 
 
 def put(root: Path, contents: dict[str, bytes]) -> Path:
@@ -50,59 +66,69 @@ def put(root: Path, contents: dict[str, bytes]) -> Path:
     return raw
 
 
-def test_whole_files_are_read_and_verified_once(tmp_path: Path, published: dict[str, bytes]) -> None:
-    raw = put(tmp_path, published)
+def test_intact_files_are_read(tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]) -> None:
+    put(tmp_path, published)
     files.prepare(data(tmp_path))
     images, labels = files.load(data(tmp_path), "train")
-    assert (images.shape, labels.tolist()) == ((6, 28, 28), [0, 1, 2, 3, 4, 5])
-    assert images.tobytes() == published["train-images-idx3-ubyte"][16:]
-    seal = (raw / "verified.json").stat().st_mtime_ns
+    assert (images.shape, images.dtype) == ((6, 28, 28), torch.uint8)
+    assert (labels.tolist(), labels.dtype) == ([0, 1, 2, 3, 4, 5], torch.int64)
+    assert images.numpy().tobytes() == published["train-images-idx3-ubyte"][16:]
+
+
+def test_a_read_only_folder_is_enough(tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]) -> None:
+    raw = put(tmp_path, published)
     files.prepare(data(tmp_path))
-    assert (raw / "verified.json").stat().st_mtime_ns == seal
+    assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("verified_before", [False, True])
-def test_one_flipped_byte_is_noticed(tmp_path: Path, published: dict[str, bytes], verified_before: bool) -> None:
+def test_one_altered_bit_is_noticed(
+    tmp_path: Path, published: dict[str, bytes], verified_before: bool, data: Callable[..., Data]
+) -> None:
     raw = put(tmp_path, published)
+    state = (raw / NAMES[0]).stat()
     if verified_before:
         files.prepare(data(tmp_path))
     content = bytearray(published[NAMES[0]])
     content[1000] ^= 1
     (raw / NAMES[0]).write_bytes(content)
-    with pytest.raises(UserError, match=f"{NAMES[0]}: not the published file .* remove it and say the command again"):
+    os.utime(raw / NAMES[0], ns=(state.st_atime_ns, state.st_mtime_ns))  # size and time are as they were
+    with pytest.raises(UserError, match=f"{NAMES[0]}: not the published file .* remove it and run the command again"):
         files.prepare(data(tmp_path))
 
 
-def test_a_cut_off_file_is_noticed(tmp_path: Path, published: dict[str, bytes]) -> None:
+def test_a_cut_off_file_is_noticed(tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]) -> None:
     raw = put(tmp_path, published)
     (raw / NAMES[2]).write_bytes(published[NAMES[2]][:-1])
     with pytest.raises(UserError, match=f"{NAMES[2]}: not the published file"):
         files.prepare(data(tmp_path))
 
 
-def test_a_missing_file_is_named_with_the_ways_to_bring_it(tmp_path: Path, published: dict[str, bytes]) -> None:
+def test_a_missing_file_is_named_with_the_ways_to_bring_it(
+    tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]
+) -> None:
     raw = put(tmp_path, published)
     (raw / NAMES[3]).unlink()
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as caught:
         files.prepare(data(tmp_path, "http://127.0.0.1:1/"))
-    assert str(told.value).startswith(f"{NAMES[3]} of Fashion-MNIST is not in {raw}")
+    assert str(caught.value).startswith(f"{NAMES[3]} of fashion_mnist is not in {raw}")
     for remedy in ("Connection refused", "copy the four unpacked files", "NIN_DATA", "data=garments"):
-        assert remedy in str(told.value)
+        assert remedy in str(caught.value)
 
 
-def test_what_could_not_be_fetched_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_what_could_not_be_fetched_leaves_nothing_behind(tmp_path: Path, data: Callable[..., Data]) -> None:
     with pytest.raises(UserError, match="could not be downloaded"):
         files.prepare(data(tmp_path / "new" / "root", "http://127.0.0.1:1/"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_written(tmp_path: Path, data: Callable[..., Data]) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"can't be written \(Not a directory\).*NIN_DATA"):
         files.prepare(data(tmp_path / "file"))
 
 
-def test_as_many_labels_as_images(tmp_path: Path) -> None:
+def test_as_many_labels_as_images(tmp_path: Path, data: Callable[..., Data]) -> None:
     contents = small_set()
     put(tmp_path, contents | {NAMES[1]: contents["t10k-labels-idx1-ubyte"]})
     with pytest.raises(UserError, match="train has 6 images and 4 labels"):
@@ -110,33 +136,46 @@ def test_as_many_labels_as_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    "content",
     [
-        (b"", "not an IDX file of images"),
-        (b"\x1f\x8b gzip, still packed", "not an IDX file of images"),
-        (small_set()[NAMES[0]][:-1], r"cut off: its header promises 4704 bytes of \(6, 28, 28\), it holds 4703"),
-        (small_set()[NAMES[0]] + b"x", "too long"),
+        b"",
+        b"\x1f\x8b gzip, still packed",
+        small_set()[NAMES[0]][:-1],
+        small_set()[NAMES[0]] + b"x",
+        small_set()["train-labels-idx1-ubyte"],
+        b"\0\0\x0d" + small_set()[NAMES[0]][3:],  # floats
     ],
 )
-def test_a_malformed_idx_file_is_named(tmp_path: Path, content: bytes, told: str) -> None:
-    path = tmp_path / "images"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=f"{path}: {told}"):
-        idx.read_images(path)
+def test_a_malformed_file_is_named(tmp_path: Path, content: bytes, data: Callable[..., Data]) -> None:
+    raw = put(tmp_path, small_set() | {NAMES[0]: content})
+    with pytest.raises(UserError, match=f"^{raw / NAMES[0]}: not an IDX file, cut off or too long"):
+        files.load(data(tmp_path), "train")
+
+
+def test_reading_before_the_files_are_there(tmp_path: Path, data: Callable[..., Data]) -> None:
+    with pytest.raises(UserError, match=r"can't be read \(No such file or directory\); prepare_data\(\) restores it"):
+        files.load(data(tmp_path), "train")
+
+
+def test_a_label_without_a_class(tmp_path: Path, data: Callable[..., Data]) -> None:
+    contents = small_set()
+    put(tmp_path, contents | {NAMES[1]: contents[NAMES[1]][:-1] + bytes([10])})
+    with pytest.raises(UserError, match="train has the label 10, and there are 10 classes; remove the folder"):
+        files.load(data(tmp_path), "train")
 
 
 class Mirror(ThreadingHTTPServer):
-    """Serves gzipped files on loopback and counts what is asked for."""
+    """Serves gzipped files on loopback and records the requests."""
 
     def __init__(self, contents: dict[str, bytes], changed: Callable[[bytes], bytes] = lambda packed: packed):
-        asked = self.asked = []
+        requests = self.requests = []
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                asked.append(self.path)
+                requests.append(self.path)
                 content = contents.get(self.path.rsplit("/", 1)[-1].removesuffix(".gz"))
                 self.send_response(404 if content is None else 200)
-                packed = changed(gzip.compress(content or b""))
+                packed = changed(gzip.compress(content or b"", mtime=0))
                 self.send_header("Content-Length", str(len(packed)))
                 self.end_headers()
                 self.wfile.write(packed)
@@ -160,56 +199,58 @@ def mirrors(published: dict[str, bytes]) -> Iterator[list[Mirror]]:
 
 
 def test_mirrors_are_tried_until_one_has_the_published_file(
-    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror]
+    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror], data: Callable[..., Data]
 ) -> None:
-    asked = data(tmp_path, *(m.url for m in mirrors))
-    files.prepare(asked)
-    raw = files.raw_folder(asked)
+    requested = data(tmp_path, *(m.url for m in mirrors))
+    files.prepare(requested)
+    raw = files.raw_folder(requested)
     assert {name: (raw / name).read_bytes() for name in NAMES} == published
-    assert [sorted({path.split("/")[-1].removesuffix(".gz") for path in m.asked}) for m in mirrors] == [
+    assert [sorted({path.split("/")[-1].removesuffix(".gz") for path in m.requests}) for m in mirrors] == [
         sorted(NAMES)
     ] * 3
-    assert sorted(p.name for p in raw.iterdir()) == sorted([*NAMES, ".lock", "verified.json"])
+    assert sorted(p.name for p in raw.iterdir()) == sorted([*NAMES, ".lock"])
 
 
-def test_a_mirror_that_breaks_off_or_is_none_does_not_stand_in_the_way_of_the_next(
-    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror]
+def test_after_a_mirror_that_breaks_off_or_is_none_the_next_is_tried(
+    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror], data: Callable[..., Data]
 ) -> None:
     cut, page = (
         Mirror(published, lambda packed: packed[:-20]),
         Mirror(published, lambda packed: b"<html>Sign in</html>"),
     )
-    asked = data(tmp_path, "no-address/files", cut.url, page.url, mirrors[2].url)
-    files.prepare(asked)
-    assert {name: (files.raw_folder(asked) / name).read_bytes() for name in NAMES} == published
-    assert len(cut.asked) >= 4
-    assert len(page.asked) >= 4
+    requested = data(tmp_path, "no-address/files", cut.url, page.url, mirrors[2].url)
+    files.prepare(requested)
+    assert {name: (files.raw_folder(requested) / name).read_bytes() for name in NAMES} == published
+    assert len(cut.requests) >= 4
+    assert len(page.requests) >= 4
     for server in (cut, page):
         server.shutdown()
         server.server_close()
 
 
-def test_a_root_that_cannot_even_be_looked_at_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_read(tmp_path: Path, data: Callable[..., Data]) -> None:
     with pytest.raises(UserError, match=r"can't be read \(File name too long\)"):
         files.prepare(data(tmp_path / ("x" * 300)))
 
 
-def test_only_bad_mirrors_leave_no_bad_file(tmp_path: Path, mirrors: list[Mirror]) -> None:
+def test_only_bad_mirrors_leave_no_bad_file(tmp_path: Path, mirrors: list[Mirror], data: Callable[..., Data]) -> None:
     with pytest.raises(UserError, match=r"HTTP Error 404.*\n.*is not the published one"):
         files.prepare(data(tmp_path, *(m.url for m in mirrors[:2])))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_downloads_while_others_wait(tmp_path: Path, mirrors: list[Mirror]) -> None:
+def test_one_process_downloads_while_others_wait(
+    tmp_path: Path, mirrors: list[Mirror], data: Callable[..., Data]
+) -> None:
     failures = []
 
     files.prepare(data(tmp_path / "alone", mirrors[2].url))
-    requests_of_one = len(mirrors[2].asked)
-    asked = data(tmp_path / "shared", mirrors[2].url)
+    requests_of_one = len(mirrors[2].requests)
+    requested = data(tmp_path / "shared", mirrors[2].url)
 
     def prepare() -> None:
         try:
-            files.prepare(asked)
+            files.prepare(requested)
         except BaseException as error:
             failures.append(error)
 
@@ -219,20 +260,80 @@ def test_one_downloads_while_others_wait(tmp_path: Path, mirrors: list[Mirror]) 
     for thread in threads:
         thread.join()
     assert failures == []
-    assert len(mirrors[2].asked) == 2 * requests_of_one
+    assert len(mirrors[2].requests) == 2 * requests_of_one
 
 
-def test_the_garments_are_the_same_everywhere(data_root: Path) -> None:
-    raw = data_root / "Garments" / "raw"
-    images, labels = idx.read_images(raw / NAMES[0]), idx.read_labels(raw / NAMES[1])
-    assert (images.shape, np.bincount(labels).tolist()) == ((10_000, 28, 28), [1000] * 10)
-    assert (idx.read_images(raw / NAMES[2]).shape, len(idx.read_labels(raw / NAMES[3]))) == ((2_000, 28, 28), 2_000)
-    assert not np.array_equal(images[:2000], idx.read_images(raw / NAMES[2]))
+def test_kmnist_is_verified_packed_when_downloaded_and_unpacked_later(
+    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror], data: Callable[..., Data]
+) -> None:
+    requested = data(tmp_path, *(m.url for m in mirrors), name="kmnist")
+    files.prepare(requested)
+    raw = tmp_path / "KMNIST" / "raw"
+    assert {name: (raw / name).read_bytes() for name in NAMES} == published
+    assert all(len(mirror.requests) >= 4 for mirror in mirrors)  # the second one's files are not the published ones
+    before = len(mirrors[2].requests)
+    files.prepare(requested)
+    assert len(mirrors[2].requests) == before
+    (raw / NAMES[3]).write_bytes(published[NAMES[3]][:-1] + b"\1")
+    with pytest.raises(UserError, match=f"{NAMES[3]}: not the recorded file"):
+        files.prepare(requested)
+    (raw / "SHA256SUMS").unlink()  # without it nothing is known about the files
+    files.prepare(requested)
+    assert (raw / NAMES[3]).read_bytes() == published[NAMES[3]]
 
 
-def test_the_real_files_are_the_published_ones(real_root: Path) -> None:
+def test_mnist_is_verified(
+    tmp_path: Path, published: dict[str, bytes], mirrors: list[Mirror], data: Callable[..., Data]
+) -> None:
+    files.prepare(data(tmp_path, mirrors[2].url, name="mnist"))
+    assert (tmp_path / "MNIST" / "raw" / NAMES[0]).read_bytes() == published[NAMES[0]]
+
+
+def test_the_files_have_the_names_that_torchvision_expects() -> None:
+    assert [name for name, _ in datasets.KMNIST.resources] == [
+        f"{name}.gz" for name in files.PUBLISHED_PACKED["kmnist"]
+    ]
+    assert list(files.PUBLISHED["mnist"]) == list(files.PUBLISHED["fashion_mnist"]) == NAMES
+
+
+def test_a_data_set_knows_its_classes(data: Callable[..., Data]) -> None:
+    info = {name: files.describe(data("/", name=name)) for name in get_args(Data.model_fields["name"].annotation)}
+    assert {(i.channels, i.stored_size) for i in info.values()} == {(1, 28)}
+    assert list(info["fashion_mnist"].class_names) == datasets.FashionMNIST.classes
+    assert info["garments"].class_names == info["fashion_mnist"].class_names
+    assert list(info["kmnist"].class_names) == datasets.KMNIST.classes
+    assert [f"{i} - " for i in info["mnist"].class_names] == [name[:4] for name in datasets.MNIST.classes]
+
+
+def test_the_garments_are_the_same_in_every_run(data_root: Path, data: Callable[..., Data]) -> None:
+    (images, labels), (test_images, test_labels) = (
+        files.load(data(data_root, name="garments"), part) for part in ("train", "t10k")
+    )
+    assert (images.shape, labels.bincount().tolist()) == ((10_000, 28, 28), [1000] * 10)
+    assert (test_images.shape, len(test_labels)) == ((2_000, 28, 28), 2_000)
+    assert not torch.equal(images[:2000], test_images)
+    random = np.random.default_rng(1)
+    random.permutation(10_000)
+    assert np.array_equal(garments.garment(int(labels[0]), random), images[0].numpy())
+
+
+@pytest.mark.parametrize(("file", "place"), [("train-images-idx3-ubyte", 5000), ("t10k-labels-idx1-ubyte", 20)])
+def test_altered_garments_are_noticed(
+    tmp_path: Path, data_root: Path, data: Callable[..., Data], file: str, place: int
+) -> None:
+    shutil.copytree(data_root / "Garments", tmp_path / "Garments")
+    files.prepare(data(tmp_path, name="garments"))
+    path = tmp_path / "Garments" / "raw" / file
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}: not the recorded file .* remove it and run the command again"):
+        files.prepare(data(tmp_path, name="garments"))
+
+
+def test_the_real_files_are_the_published_ones(real_root: Path, data: Callable[..., Data]) -> None:
     real = data(real_root)
     files.prepare(real)
     images, labels = files.load(real, "train")
-    assert (images.shape, np.bincount(labels).tolist()) == ((60_000, 28, 28), [6000] * 10)
+    assert (images.shape, labels.bincount().tolist()) == ((60_000, 28, 28), [6000] * 10)
     assert files.load(real, "t10k")[0].shape == (10_000, 28, 28)

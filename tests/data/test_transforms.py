@@ -9,7 +9,7 @@ from nin.data.transforms import augment, resize
 
 
 @pytest.mark.parametrize("size", [14, 28, 67, 224])
-def test_resizing_equals_pil_within_one_grey_level(size: int) -> None:
+def test_resizing_equals_pil_within_one_gray_level(size: int) -> None:
     random = np.random.default_rng(0)
     images = np.stack([garment(label, random) for label in range(10)] + [random.integers(0, 256, (28, 28), np.uint8)])
     pil = transforms.Compose([transforms.Resize(size), transforms.ToTensor()])
@@ -20,14 +20,14 @@ def test_resizing_equals_pil_within_one_grey_level(size: int) -> None:
     assert (ours - expected).abs().max() <= 1 / 255 + 1e-6
 
 
-def test_flip_turns_about_half_of_the_images_round() -> None:
+def test_flip_mirrors_about_half_of_the_images() -> None:
     torch.manual_seed(0)
     images = torch.arange(28, dtype=torch.uint8).expand(1000, 28, 28)
     flipped = (augment(images, "flip")[:, 0, 0] == 27).sum()
     assert 450 < flipped < 550
 
 
-def test_shifts_move_by_up_to_two_pixels_and_zeros_come_in() -> None:
+def test_shifts_are_up_to_two_pixels_and_padded_with_zeros() -> None:
     torch.manual_seed(0)
     image = torch.zeros(28, 28, dtype=torch.uint8)
     image[10, 10] = 9
@@ -40,6 +40,6 @@ def test_shifts_move_by_up_to_two_pixels_and_zeros_come_in() -> None:
     assert set(augment(corner, "flip_shift").unique().tolist()) == {0, 7}
 
 
-def test_none_changes_nothing() -> None:
+def test_no_augmentation_returns_the_images() -> None:
     images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
     assert augment(images, "none") is images

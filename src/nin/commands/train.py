@@ -20,7 +20,13 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.composition import collect_errors, first_job_overrides
+from nin.config.composition import (
+    COMPOSITION_ERRORS,
+    collect_errors,
+    find_override_errors,
+    first_job_overrides,
+    silence_known_warnings,
+)
 from nin.config.schema import UserError, project_conf
 from nin.config.validation import did_you_mean, validate
 from nin.runs.console import tolerate_output_errors
@@ -90,6 +96,7 @@ def open_hydra(config_dir: str | None = None, config_path: str | None = None) ->
     """
     if config_dir and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
+    silence_known_warnings()
     hydra.version.setbase("1.3")
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else project_conf()))
@@ -112,10 +119,12 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     try:
         config = app.compose_config(args.config_name or "train", overrides, run_mode=mode)
         config.hydra.mode = mode
-        return config
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
         raise collect_errors(error, known, args.config_dir) from None
+    if mode == RunMode.RUN and (errors := find_override_errors(args.overrides)):
+        raise UserError(*errors)
+    return config
 
 
 def run_once(app: Hydra, config: DictConfig) -> int:

@@ -1,105 +1,144 @@
-"""Composing ``conf/`` outside ``hydra.main``, and telling all errors in a command line at once."""
+"""Composes ``conf/`` outside ``hydra.main``, and reports all errors of a command line at once."""
 
 import contextlib
+import math
+import shlex
 import warnings
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.schema import Settings, UserError, is_within, project_conf
-from nin.config.validation import did_you_mean, validate
+from nin.config.schema import Settings, UserError, flat, is_within, project_conf
+from nin.config.validation import did_you_mean, shorten, validate
 
-# conf/hydra/launcher has the launchers' own names, and their own schemas fill in the keys that it leaves out.
-warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+# Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
+# integer of more digits than Python reads.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError)
 
 
 def compose_settings(arguments: list[str]) -> Settings:
-    """The settings that a command line asks for.
+    """Returns the settings that a command line requests.
 
     Raises:
-        UserError: lists every mistake in it.
+        UserError: lists every error in it.
     """
     known, unknown = get_args_parser().parse_known_args(arguments)
     if unknown:
         raise UserError(f"no such option: {' '.join(unknown)}; settings are given as key=value")
     try:
-        return validate(compose_config(known.overrides, known.config_dir))
-    except (HydraException, OmegaConfBaseException) as error:
+        settings = validate(compose_config(known.overrides, known.config_dir))
+    except COMPOSITION_ERRORS as error:
         raise collect_errors(error, known.overrides, known.config_dir) from None
-
-
-def apply_overrides(
-    settings: Settings, overrides: list[str], may_change: tuple[str, ...], first: list[str] | None = None
-) -> Settings:
-    """``settings`` of an earlier run with some keys set anew; ``trainer=cpu`` sets where it trains.
-
-    ``first`` are the overrides that the earlier run was started with: its groups may have keys that others lack.
-
-    Raises:
-        UserError: lists every mistake, and every key that is not among ``may_change`` (prefixes).
-    """
-    try:
-        asked = compose_config([*(first or []), *overrides])
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise collect_errors(error, overrides) from None
-    config = OmegaConf.create(settings.model_dump(mode="json"))
-    for override in parsed:
-        # A trainer is chosen for where it trains; how long the earlier run was to be is left alone.
-        device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
-        for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
-            if not is_within(key, may_change):
-                raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
-            if override.is_delete():
-                parent, _, last = key.rpartition(".")
-                there = OmegaConf.select(config, parent) if parent else config
-                if there:  # the earlier run may never have had it
-                    there.pop(last, None)
-            else:
-                OmegaConf.update(config, key, OmegaConf.select(asked, key), merge=False)
-    return validate(config)
+    if errors := find_override_errors(known.overrides):
+        raise UserError(*errors)
+    return settings
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
-    """The config that Hydra composes from ``conf/``, the user's own ``config_dir`` and the overrides."""
-    if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has them all
+    """Returns the config that Hydra composes from ``conf/``, the user's own ``config_dir`` and the overrides."""
+    silence_known_warnings()
+    if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has all directories
         return compose("train", overrides=overrides)
     extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(project_conf()), version_base="1.3"):
         return compose("train", overrides=extra + overrides)
 
 
+def silence_known_warnings() -> None:
+    """Silences Hydra's warning about ``conf/hydra/launcher``: the names are those of the launchers' own schemas, which
+    fill in the keys that our files leave out."""
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+
+
+def apply_overrides(
+    settings: Settings, overrides: list[str], may_change: tuple[str, ...], first: list[str] | None = None
+) -> Settings:
+    """Returns ``settings`` of an earlier run with some keys overridden.
+
+    ``trainer=cpu`` overrides where the run trains (accelerator, strategy, devices), and not for how long.
+
+    Args:
+        may_change: the keys, or prefixes of keys, that may be overridden.
+        first: the overrides with which the earlier run was started: its config groups may have keys that others lack.
+
+    Raises:
+        UserError: lists every error, or names a key that is not among ``may_change``.
+    """
+    try:
+        requested = compose_config([*(first or []), *overrides])
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except COMPOSITION_ERRORS as error:
+        raise collect_errors(error, overrides) from None
+    if errors := find_override_errors(overrides):
+        raise UserError(*errors)
+    config = OmegaConf.create(settings.model_dump(mode="json"))
+    for override in parsed:
+        device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
+        for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
+            if not is_within(key, may_change):
+                raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
+            if override.is_delete():
+                parent, _, last = key.rpartition(".")
+                section = OmegaConf.select(config, parent) if parent else config
+                if section:  # the earlier run may not have it
+                    section.pop(last, None)
+            else:
+                OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
+    return validate(config)
+
+
 def collect_errors(first: Exception, overrides: list[str], config_dir: str | None = None) -> UserError:
-    """Hydra stops at the ``first`` mistake in a command line; this lists the others too, and what the checks find."""
-    errors, good = [], []
+    """Returns all errors of a command line. Hydra stops at the ``first``; the others are found one override at a time.
+
+    Also finds the errors of the config that the valid overrides give.
+    """
+    errors: list[str] = []
+    valid: list[str] = []
     try:
         compose_config([], config_dir)
-    except (HydraException, OmegaConfBaseException) as error:
+    except COMPOSITION_ERRORS as error:
         return UserError(f"--config-dir {config_dir}: {_first_line(error)}")
-    # Groups first: whether a key exists hangs on the option that was chosen.
+    # Groups first: whether a key exists depends on the chosen options.
     for override in sorted(overrides, key=lambda o: "." in o.partition("=")[0]):
         try:
-            compose_config([*good, override], config_dir)
-            good.append(override)
-        except (HydraException, OmegaConfBaseException) as error:
-            errors.append(_told(override, error, compose_config(good, config_dir)))
+            compose_config([*valid, override], config_dir)
+            valid.append(override)
+        except COMPOSITION_ERRORS as error:
+            errors.append(format_error(override, error, compose_config(valid, config_dir)))
+    errors += find_override_errors(valid)
     try:
-        validate(compose_config(good, config_dir))
+        validate(compose_config(valid, config_dir))
     except UserError as more:
         errors += more.errors
     return UserError(*(errors or [_first_line(first)]))
 
 
+def find_override_errors(overrides: list[str]) -> list[str]:
+    """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
+    errors: list[str] = []
+    values: dict[str, object] = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, value = override.get_key_element(), override.value()
+        if key in values and values[key] != value:
+            errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
+        values[key] = value
+        if "." not in key and isinstance(value, str) and ".." in value.split("/") and (project_conf() / key).is_dir():
+            options = sorted(path.stem for path in (project_conf() / key).glob("*.yaml"))
+            errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")
+    return errors
+
+
 def first_job_overrides(overrides: list[str]) -> list[str]:
-    """A sweep's overrides with the first value of each that has several."""
+    """A sweep's overrides with only the first value of each swept key."""
     job = []
     for word in overrides:
-        with contextlib.suppress(HydraException):  # a word that is no override stays, to be told as a mistake
+        with contextlib.suppress(HydraException):  # what is no override stays as it is, to be reported as an error
             override = OverridesParser.create().parse_override(word)
             if override.is_discrete_sweep():
                 word = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
@@ -107,23 +146,71 @@ def first_job_overrides(overrides: list[str]) -> list[str]:
     return job
 
 
-def _told(override: str, error: Exception, config: DictConfig) -> str:
-    """One mistake that Hydra found, in this project's form: what was typed, the rule, the remedy."""
+def count_sweep_values(override: Override) -> int:
+    """The number of values that a swept key takes, without listing them; 1 for a key that is not swept.
+
+    Raises:
+        UserError: if a range has no step.
+    """
+    if not override.is_discrete_sweep():
+        return 1
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return sum(1 for _ in override.sweep_iterator())
+    if not value.step:
+        raise UserError(f"{override.input_line}: the step must not be 0")
+    return max(0, math.ceil(((value.stop or 0) - (value.start or 0)) / value.step))
+
+
+def format_error(override: str, error: Exception, config: DictConfig) -> str:
+    """An error that Hydra found in ``override``, in this project's form: what was given, the rule, the remedy."""
+    given = shorten(override)
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
     except HydraException:
-        return f"{override}: not of the form key=value ({_first_line(error)})"
+        if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
+            return f"{given}: remove the space before ="
+        return f"{given}: not of the form key=value ({_first_line(error)})"
+    except ValueError:
+        return f"{given}: a number of too many digits"
+    first = _first_line(error)
     if "Could not find" in str(error):
-        # The options stand in tabs; so do the search path's entries, provider=…, path=….
+        # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
-        return f"{override}: no such {key}; {did_you_mean(override.partition('=')[2], options)}"
-    if _first_line(error).startswith(("Could not override", "Key '")):
-        parent, _, last = key.rpartition(".")
-        node = OmegaConf.select(config, parent) if parent else config
-        known = [str(name) for name in node] if isinstance(node, DictConfig) else []
-        return f"{override}: no such key" + (f"; {did_you_mean(last, known)}" if known else "")
-    return f"{override}: {_first_line(error.__cause__ or error)}"
+        return f"{given}: no such {key}; {did_you_mean(override.partition('=')[2], options)}"
+    if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
+        return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
+    if isinstance(error, ValueError) and "Config group override" in first:
+        return f"{given}: {key} is a config group, and its value an option; {_list_options(key)}"
+    if first.startswith(("Could not override", "Key '")):
+        return f"{given}: no such key" + _suggest_key(key, config)
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
+        return f"{given}: {key} can't have this value{sweep}"
+    return f"{given}: {_first_line(error.__cause__ or error)}"
+
+
+def _list_options(group: str) -> str:
+    options = sorted(path.stem for path in (project_conf() / group).glob("*.yaml"))
+    return f"there are: {', '.join(options)}" + ("; or leave it out" if group in ("experiment", "sweep") else "")
+
+
+def _suggest_key(key: str, config: DictConfig) -> str:
+    """The end of a message about an unknown key: what the user probably meant."""
+    if key in ("ckpt_path", "resume_from_checkpoint", "checkpoint_path"):
+        return "; to continue a run, type nin resume with the run's folder, as in nin resume outputs/runs/first"
+    parent, _, last = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    nested = OmegaConf.to_container(config, resolve=False)
+    keys = list(flat(nested)) if isinstance(nested, dict) else []
+    if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
+        return f"; did you mean {' or '.join(longer)}?"
+    if isinstance(node, DictConfig):
+        known = [str(name) for name in node]
+        return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}"
+    close = did_you_mean(key, keys)
+    return f"; {close.partition('?')[0]}?" if close.startswith("did") else ""
 
 
 def _first_line(error: BaseException) -> str:
-    return next(line for line in str(error).splitlines() if line)
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)

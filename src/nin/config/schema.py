@@ -1,18 +1,19 @@
-"""The typed config. Imports no torch: a mistake is told before anything heavy is loaded.
+"""The typed config. Imports no torch, so that errors in a config are reported before heavy imports.
 
-``conf/`` holds every default; this file and ``models`` hold every type and range; ``checks`` reads one into the other.
+``conf/`` has every default value. This module and ``networks`` have the type and range of every key; ``validation``
+turns a composed config into `Settings`.
 """
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, Positive, Section, Share
+from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, Pixels, Positive, Section, Share
 
 
 class UserError(Exception):
-    """Mistakes of the user's, each told with its remedy, in one message: exit status 2, no traceback."""
+    """Errors of the user, each with its remedy, reported in one message: exit status 2, no traceback."""
 
     def __init__(self, *errors: str):
         super().__init__(*errors)
@@ -24,32 +25,34 @@ class UserError(Exception):
         return "\n  ".join([f"{len(self.errors)} errors", *self.errors])
 
 
-def _as_word(value: Any) -> Any:
+def _number_to_str(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# What val_size is taken from.
-TRAINING_IMAGES = {"fashion_mnist": 60_000, "garments": 10_000}
+# The sizes of the training set, before data.val_size images are held out, and of the test set.
+TRAINING_IMAGES = {"fashion_mnist": 60_000, "mnist": 60_000, "kmnist": 60_000, "garments": 10_000}
+TEST_IMAGES = {"fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000}
 
 
 class Data(Section):
-    name: Literal["fashion_mnist", "garments"]
+    name: Literal["fashion_mnist", "mnist", "kmnist", "garments"]
     root: Annotated[str, Field(min_length=1)]
-    image_size: Annotated[int, Field(ge=1, le=1024)]
+    image_size: Pixels
     batch_size: Positive
     val_size: Annotated[int, Field(ge=0)]
-    # What is score after every epoch. "test" is the notebooks' habit; nothing is then chosen by it.
+    # The images on which metrics are computed after every epoch. "test" is the notebooks' protocol; the best
+    # checkpoint is then not chosen by these metrics.
     score_each_epoch: Literal["val", "test"]
     augment: Literal["none", "flip", "flip_shift"]
-    # Whether each image is score as it is and mirrored, and the mean of both probabilities counts.
+    # Whether predictions are the mean of the probabilities for the image and for its mirror image.
     test_time_flip: bool
-    # Where missing files are fetched from, tried in turn; garments are drawn, not fetched.
+    # Base URLs for downloading missing files, tried in this order. garments are generated, not downloaded.
     mirrors: list[str]
 
     @field_validator("root")
     @classmethod
-    def seen_from_anywhere(cls, root: str) -> str:
-        """A checkpoint is evaluated from other folders than the one in which its run was started."""
+    def make_absolute(cls, root: str) -> str:
+        """A checkpoint can be evaluated from another working directory than that of its run."""
         return str(Path(root).expanduser().absolute())
 
 
@@ -61,7 +64,7 @@ class SGD(Section):
     weight_decay: Annotated[float, Field(ge=0)]
 
     @model_validator(mode="after")
-    def nesterov_has_momentum(self):
+    def validate_nesterov(self):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
         return self
@@ -76,12 +79,22 @@ class AdamW(Section):
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "one_cycle"]
-    # The share of all steps in which the learning rate climbs to optimizer.lr.
+    # The share of all steps in which the learning rate rises to optimizer.lr.
     warmup: Share
 
 
+def _validate_limit(value: int | float | None) -> int | float | None:
+    if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
+        raise ValueError("must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
+    return value
+
+
+# Lightning's convention: an int is a number of batches, a float is a share of all batches.
+Limit = Annotated[int | float | None, AfterValidator(_validate_limit)]
+
+
 class Trainer(Section):
-    """Every argument of ``lightning.Trainer`` but those that this project fills from other groups."""
+    """The arguments of ``lightning.Trainer``, except those that this project takes from other config groups."""
 
     accelerator: str
     strategy: str
@@ -90,23 +103,23 @@ class Trainer(Section):
     precision: int | str | None
     fast_dev_run: int | bool
     max_epochs: Annotated[int, Field(ge=-1)] | None
-    min_epochs: int | None
+    min_epochs: Annotated[int, Field(ge=0)] | None
     max_steps: Annotated[int, Field(ge=-1)]
-    min_steps: int | None
+    min_steps: Annotated[int, Field(ge=0)] | None
     max_time: str | dict[str, int] | None
-    limit_train_batches: int | float | None
-    limit_val_batches: int | float | None
-    limit_test_batches: int | float | None
-    limit_predict_batches: int | float | None
-    overfit_batches: int | float
-    val_check_interval: int | float | str | dict[str, int] | None
+    limit_train_batches: Limit
+    limit_val_batches: Limit
+    limit_test_batches: Limit
+    limit_predict_batches: Limit
+    overfit_batches: Limit
+    val_check_interval: Limit | str | dict[str, int]
     check_val_every_n_epoch: Positive | None
-    num_sanity_val_steps: int | None
+    num_sanity_val_steps: Annotated[int, Field(ge=-1)] | None
     log_every_n_steps: Positive
     enable_progress_bar: bool | None
     enable_model_summary: bool | None
     accumulate_grad_batches: Positive
-    gradient_clip_val: int | float | None
+    gradient_clip_val: Annotated[float, Field(ge=0)] | None
     gradient_clip_algorithm: Literal["norm", "value"] | None
     deterministic: bool | Literal["warn"] | None
     benchmark: bool | None
@@ -122,22 +135,23 @@ class Trainer(Section):
 
 
 def is_single_process(trainer: Trainer) -> bool:
-    """Whether ``trainer`` stays in the process that starts it; there is one for each device."""
+    """Whether ``trainer`` uses one device, and so one process: Lightning starts one process per device."""
     devices = trainer.devices
     one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
     return one and trainer.num_nodes == 1 and trainer.strategy in ("auto", "single_device")
 
 
 class Speed(Section):
-    """How the same numbers are computed faster. Each key changes a result by rounding at most."""
+    """Optimizations that compute the same function. Each key changes results by rounding only."""
 
-    # The layout of images and maps that convolutions are fastest in.
+    # The memory format of images and feature maps in which convolutions are fastest.
     channels_last: bool
-    # Of networks that pool the maximum; ReLU on a quarter of the maps.
+    # ReLU after max pooling instead of before it: on a quarter of the values.
     relu_after_pooling: bool
     # One kernel for all weights instead of several for each.
     fused_optimizer: bool
-    # How many images are worked through at a time, gradients added up; "auto": what a CPU's cache holds.
+    # The number of images per forward and backward pass, whose gradients are accumulated; "auto": as many as the
+    # cache of the CPU holds.
     micro_batch: Positive | Literal["auto"] | None
 
 
@@ -147,16 +161,32 @@ class Checkpoint(Section):
 
 
 class Sweep(Section):
-    # Whether a sweep stops at the first job that fails, instead of going on with the others.
+    # Whether a sweep stops at the first job that fails, instead of continuing with the others.
     fail_fast: bool
-    # Set by the sweep itself for its jobs: the keys that it varies, the number of jobs (None: not known beforehand),
+    # Set by the sweep for its jobs: the keys that it varies, the number of jobs (None: not known beforehand),
     # and whether a job waits while another process runs it.
     keys: list[str]
     jobs: Positive | None
     wait: bool
 
 
-# What a run may be told anew when it goes on; all else would make it another experiment.
+class EarlyStopping(Section):
+    """The arguments of ``lightning.pytorch.callbacks.EarlyStopping``, which does not check their types itself."""
+
+    monitor: str
+    min_delta: float = 0.0
+    patience: Annotated[int, Field(ge=0)] = 3
+    verbose: bool = False
+    mode: Literal["min", "max"] = "min"
+    strict: bool = True
+    check_finite: bool = True
+    stopping_threshold: float | None = None
+    divergence_threshold: float | None = None
+    check_on_train_epoch_end: bool | None = None
+    log_rank_zero_only: bool = False
+
+
+# The keys that may be overridden when a run is resumed. Any other change would make it another experiment.
 MAY_CHANGE = (
     "name",
     "resume",
@@ -181,15 +211,14 @@ MAY_CHANGE = (
 
 
 class Settings(Section):
-    # torch, NumPy and Python take 32 bits; 0 is a seed like any other.
+    # NumPy's generators take 32 bits.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    # It becomes a folder, so it is one plain word.
-    name: Annotated[
-        str, BeforeValidator(_as_word), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", min_length=1, max_length=200)
-    ]
+    # The name of the run's folder.
+    name: Annotated[str, BeforeValidator(_number_to_str), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", max_length=200)]
     resume: Literal["auto", "never"]
-    # Of the CPU. None: as many as torch takes, or as the run began with.
-    threads: Positive | None
+    # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
+    # and crashes with a segmentation fault when the system refuses that many threads.
+    threads: Annotated[int, Field(ge=1, le=1024)] | None
     model: Annotated[NiN | LeNet | AlexNet | VGG | MLP, Field(discriminator="name")]
     data: Data
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
@@ -200,13 +229,13 @@ class Settings(Section):
     compile: bool | Literal["auto"]
     checkpoint: Checkpoint
     sweep: Sweep
-    # Extension points: each entry is a `_target_` that Hydra instantiates.
+    # Extension points: each entry has a `_target_`, which Hydra instantiates.
     logger: dict[str, dict[str, Any]]
     callbacks: dict[str, dict[str, Any]]
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
+    """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -214,11 +243,11 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
-    """Whether ``key`` is one of ``prefixes`` or lies below one: ``speed.micro_batch`` is within ``speed``."""
+    """Whether ``key`` equals or starts with one of ``prefixes``: ``speed.micro_batch`` is within ``speed``."""
     return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
 
 
 def project_conf() -> Path:
-    """The folder of config groups: inside the installed package, or at the top of a checkout."""
+    """The directory of the config groups: inside the installed package, or at the top of a checkout."""
     package = Path(__file__).parents[1]
     return next(p for p in (package / "conf", package.parents[1] / "conf") if p.is_dir())

@@ -1,1 +1,1 @@
-"""Images: where the files come from, how a batch is taken, augment, resize and scaled."""
+"""Data sets, batches, resizing and augmentation."""

@@ -1,4 +1,4 @@
-"""Ten classes of clothing silhouettes with Fashion-MNIST's names, drawn by a seeded program: nothing to download."""
+"""Synthetic clothing silhouettes in Fashion-MNIST's ten classes, generated from fixed seeds: nothing to download."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,38 +6,39 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from nin.data import idx
-
 TRAIN, TEST = 10_000, 2_000
-_SCALE = 4  # drawn at 112x112 and reduced to 28x28, for soft edges
+_SCALE = 4  # generated at 112x112 and reduced to 28x28, for antialiased edges
 
 Point = tuple[float, float]
 
 
-def draw(folder: Path) -> None:
-    """Writes the four files under Fashion-MNIST's names; every machine draws the same images (2026-11 seeds)."""
+def write_files(folder: Path) -> None:
+    """Writes the four IDX files under Fashion-MNIST's file names. The images are the same on every machine."""
     for part, count, seed in (("train", TRAIN, 1), ("t10k", TEST, 2)):
         random = np.random.default_rng(seed)
         labels = random.permutation(np.arange(count) % 10).astype(np.uint8)
         images = np.stack([garment(int(label), random) for label in labels])
-        idx.write(folder / f"{part}-images-idx3-ubyte", images)
-        idx.write(folder / f"{part}-labels-idx1-ubyte", labels)
+        for values, kind in ((images, "images-idx3-ubyte"), (labels, "labels-idx1-ubyte")):
+            # IDX: two zero bytes, 8 for unsigned bytes, the number of dimensions, the sizes, then the values.
+            header = np.array([0x0800 + values.ndim, *values.shape], dtype=">u4")
+            (folder / f"{part}-{kind}").write_bytes(header.tobytes() + values.tobytes())
 
 
 def garment(label: int, random: np.random.Generator) -> np.ndarray:
-    """One image, ``(28, 28)`` uint8: the class's outline, its points shaken, then turned, shaded and made grainy."""
+    """Returns one image, ``(28, 28)`` uint8: the outline of class ``label`` with random shape, rotation, brightness,
+    and noise."""
     size = 28 * _SCALE
     canvas = Image.new("L", (size, size))
-    pencil = ImageDraw.Draw(canvas)
+    drawing = ImageDraw.Draw(canvas)
     shade = int(random.integers(80, 256))
     angle, scale = random.normal(0, 0.12), random.uniform(0.75, 1.08)
     shift = random.normal(0, 0.04, 2)
-    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    rotation = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     def fill(points: list[Point], tone: float) -> None:
-        shaken = np.array(points) + random.normal(0, 0.02, (len(points), 2))
-        placed = ((shaken - 0.5) @ turn.T + 0.5 + shift) * size
-        pencil.polygon([tuple(p) for p in placed], fill=int(np.clip(shade * tone, 0, 255)))
+        jittered = np.array(points) + random.normal(0, 0.02, (len(points), 2))
+        placed = ((jittered - 0.5) @ rotation.T + 0.5 + shift) * size
+        drawing.polygon([tuple(p) for p in placed], fill=int(np.clip(shade * tone, 0, 255)))
 
     _OUTLINES[label](fill, random)
     canvas = canvas.filter(ImageFilter.GaussianBlur(_SCALE / 3)).resize((28, 28), Image.Resampling.BOX)
@@ -50,12 +51,19 @@ Fill = Callable[[list[Point], float], None]
 
 
 def _mirrored(left: list[Point]) -> list[Point]:
-    """A symmetric outline from its left half, which runs from the top middle to the bottom middle."""
+    """Returns a symmetric outline from its left half, which runs from the top center to the bottom center."""
     return left + [(1 - x, y) for x, y in reversed(left)]
 
 
 def _top(sleeve: float, neck: float, hem: float, waist: float) -> list[Point]:
-    """A garment with sleeves: their length as a share, the neck's depth, where the hem is, the waist's x."""
+    """Returns the outline of a garment with sleeves.
+
+    Args:
+        sleeve: length of the sleeves, 0 for none, 1 for long ones.
+        neck: depth of the neckline, as a share of the image's height.
+        hem: vertical position of the hem.
+        waist: horizontal position of the waist.
+    """
     hand = (0.27 - 0.17 * sleeve, 0.30 + 0.45 * sleeve)
     cuff = (hand[0] + 0.11, hand[1] + 0.03)
     return _mirrored([(0.42, 0.14 + neck), (0.38, 0.14), (0.25, 0.2), hand, cuff, (0.32, 0.38), (waist, hem)])
@@ -72,7 +80,7 @@ def _trouser(fill: Fill, random: np.random.Generator) -> None:
 
 def _pullover(fill: Fill, random: np.random.Generator) -> None:
     fill(_top(random.uniform(0.85, 1.05), 0.02, 0.82, 0.31), 1)
-    fill([(0.31, 0.76), (0.69, 0.76), (0.69, 0.82), (0.31, 0.82)], random.uniform(0.6, 1))  # the ribbed hem
+    fill([(0.31, 0.76), (0.69, 0.76), (0.69, 0.82), (0.31, 0.82)], random.uniform(0.6, 1))  # the hem
 
 
 def _dress(fill: Fill, random: np.random.Generator) -> None:
@@ -109,7 +117,7 @@ def _sneaker(fill: Fill, random: np.random.Generator) -> None:
 def _bag(fill: Fill, random: np.random.Generator) -> None:
     rise = random.uniform(0.08, 0.2)
     fill([(0.3, 0.42), (0.36, 0.42 - rise), (0.64, 0.42 - rise), (0.7, 0.42)], 0.9)
-    fill([(0.35, 0.42), (0.39, 0.46 - rise), (0.61, 0.46 - rise), (0.65, 0.42)], 0)  # through the handle
+    fill([(0.35, 0.42), (0.39, 0.46 - rise), (0.61, 0.46 - rise), (0.65, 0.42)], 0)  # the opening of the handle
     fill([(0.16, 0.4), (0.84, 0.4), (0.88, 0.84), (0.12, 0.84)], 1)
 
 

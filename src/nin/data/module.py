@@ -1,4 +1,4 @@
-"""The LightningDataModule: both data sets in memory as uint8, the held-out split, batches."""
+"""The LightningDataModule: images in memory as uint8, held-out validation images, batches."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,22 +9,22 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from nin.config.schema import Data
-from nin.data.sources import describe, load, prepare
+from nin.data.sources import DatasetInfo, describe, load, prepare
 from nin.data.transforms import augment, resize
 
 
 class Batches:
-    """Batches of images that fit in memory, each taken by one indexing operation.
+    """An iterable of batches from tensors, each taken by one indexing operation.
 
-    Yields ``(batch, 28, 28)`` uint8 images and ``(batch,)`` int64 labels; the last batch may be smaller. A shuffled
-    order hangs on the seed and the epoch alone, and the place in it can be saved and loaded, so that a run that goes
-    on in the middle of an epoch sees the images that are left.
+    Yields ``(batch, height, width)`` uint8 images and ``(batch,)`` int64 labels; the last batch may be smaller. The
+    shuffled order depends only on the seed and the epoch. The position in it is the state that is saved and loaded, so
+    that a resumed run continues in the middle of an epoch.
 
     Args:
-        seed: of the order; None keeps the order of the files.
-        epoch: tells the current epoch.
-        reshuffled: whether each epoch has an order of its own.
-        rank: which of the ``world_size`` processes this is. Each takes its share of every batch's images.
+        seed: of the shuffled order; None keeps the order of the images.
+        epoch: returns the current epoch.
+        reshuffled: whether every epoch has its own order.
+        rank: of this process among ``world_size``; each takes its share of every batch.
     """
 
     def __init__(
@@ -40,68 +40,76 @@ class Batches:
     ):
         self.images, self.labels, self.batch_size = images, labels, batch_size
         self.seed, self.epoch, self.reshuffled, self.rank, self.world_size = seed, epoch, reshuffled, rank, world_size
-        self._place = {"epoch": 0, "batch": 0}
+        self._position = {"epoch": 0, "batch": 0}
         self._loaded: dict[str, int] | None = None
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.labels), self.batch_size * self.world_size)
-        # Shuffled batches are for training, and nothing can be learnt from an empty one: a rest of fewer images than
+        full, rest = divmod(len(self.labels), self.batch_size * self.world_size)
+        # Shuffled batches are for training, and training on an empty batch fails: a last batch of fewer images than
         # processes is left out.
-        return whole + (rest >= self.world_size if self.seed is not None else rest > 0)
+        return full + (rest >= self.world_size if self.seed is not None else rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, loaded = self.epoch(), self._loaded
         self._loaded = None
         order = self._order(epoch if self.reshuffled else 0)
         for batch in range(loaded["batch"] if loaded and loaded["epoch"] == epoch else 0, len(self)):
-            together = self.batch_size * self.world_size
-            taken = order[batch * together : (batch + 1) * together][self.rank :: self.world_size]
-            # Counted before the batch is used: a checkpoint after this batch goes on with the next.
-            self._place = {"epoch": epoch, "batch": batch + 1}
+            in_all = self.batch_size * self.world_size
+            taken = order[batch * in_all : (batch + 1) * in_all][self.rank :: self.world_size]
+            # Set before the batch is used: a checkpoint after this batch resumes with the next one.
+            self._position = {"epoch": epoch, "batch": batch + 1}
             yield self.images[taken], self.labels[taken]
 
     def _order(self, epoch: int) -> Tensor:
         if self.seed is None:
             return torch.arange(len(self.labels), device=self.labels.device)
-        # Each epoch of a seed has a generator of its own, so that its order is known without those before it.
+        # A generator per epoch: the order of an epoch does not depend on the epochs before it.
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
         return torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
 
     def state_dict(self) -> dict[str, int]:
-        return dict(self._place)
+        return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._place, self._loaded = dict(state), dict(state)
+        self._position, self._loaded = dict(state), dict(state)
 
 
 class ImageDataModule(LightningDataModule):
-    """Fashion-MNIST or the garments: training images, held-out images to choose by, test images.
+    """Training, validation and test images of one data set, in memory.
+
+    Also works without a Trainer: ``prepare_data()``, ``setup("fit")``, then iterate over ``train_dataloader()`` and
+    pass the images of each batch through `prepare_images`. All tensors are then on the CPU.
 
     Args:
-        data: which set, how large its images and batches.
-        seed: chooses the held-out images and each epoch's order.
+        data: the data set, the size of images and batches.
+        seed: chooses the held-out validation images and the order of every epoch.
     """
 
     def __init__(self, data: Data, seed: int):
         super().__init__()
         self.data, self.seed = data, seed
-        self.info = describe(data)
+
+    @property
+    def info(self) -> DatasetInfo:
+        """Class names, channels and stored size of the images."""
+        return describe(self.data)
 
     def prepare_data(self) -> None:
         prepare(self.data)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and not hasattr(self, "train"):
-            images, labels = self._on_device(*load(self.data, "train"))
+        if stage in ("fit", "validate") and not hasattr(self, "train"):
+            images, labels = self._load("train")
             held_out, kept = split(len(labels), self.data.val_size, self.seed)
             self.train, self.val = (images[kept], labels[kept]), (images[held_out], labels[held_out])
         if not hasattr(self, "test") and (stage in ("test", "predict") or self.data.score_each_epoch == "test"):
-            self.test = self._on_device(*load(self.data, "t10k"))
+            self.test = self._load("t10k")
 
-    def _on_device(self, images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The whole set lives on the accelerator: 47 MB, and no transfer in a step."""
-        device = self.trainer.strategy.root_device
-        return torch.tensor(images, device=device), torch.tensor(labels, device=device, dtype=torch.int64)
+    def _load(self, part: str) -> tuple[Tensor, Tensor]:
+        """All images are kept on the training device: 47 MB, and no transfer during a step."""
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        images, labels = load(self.data, part)
+        return images.to(device), labels.to(device)
 
     def train_dataloader(self) -> Batches:
         return self._batches(self.train, self.seed)
@@ -112,34 +120,41 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> Batches:
         return self._batches(self.test)
 
-    predict_dataloader = test_dataloader
+    def predict_dataloader(self) -> Batches:
+        """Batches of the test images."""
+        return self._batches(self.test)
 
     def _batches(self, part: tuple[Tensor, Tensor], seed: int | None = None) -> Batches:
         trainer = self.trainer
+        if trainer is None:
+            return Batches(*part, self.data.batch_size, seed)
         return Batches(
             *part,
             self.data.batch_size,
             seed,
             lambda: trainer.current_epoch,
-            not trainer.overfit_batches,  # overfitted are the same batches again and again
+            not trainer.overfit_batches,  # type: ignore[attr-defined]  # Lightning sets it. Overfitting needs the same batches in every epoch
             trainer.global_rank,
             trainer.world_size,
         )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """uint8 28x28 on the device becomes what the network sees; while training, augment."""
+        """Augments training images, and converts all images to the input of the network."""
         images, labels = batch
-        if self.trainer.training:
+        if self.trainer and self.trainer.training:
             images = augment(images, self.data.augment)
         return self.prepare_images(images), labels
 
     def prepare_images(self, images: Tensor) -> Tensor:
-        """``(batch, 28, 28)`` uint8 becomes ``(batch, 1, image_size, image_size)`` from 0 to 1."""
-        # In the precision of the network's weights, where that is not float32.
-        return self.trainer.precision_plugin.convert_input(resize(images, self.data.image_size))
+        """Converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)`` from 0 to 1.
+
+        The result has the precision of the weights, where the Trainer's is not float32.
+        """
+        images = resize(images, self.data.image_size)
+        return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
 
 def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the held-out images and of those to train on, in the files' order; they hang on ``seed`` alone."""
+    """Returns the sorted indices of ``val_size`` held-out images and of the others; they depend only on ``seed``."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:val_size].sort().values, order[val_size:].sort().values

@@ -1,12 +1,15 @@
-"""Where a data set's four IDX files come from, and that they are whole. Imports no torch unless files are fetched."""
+"""The data sets: their classes, where their files are downloaded from, and whether the files are intact.
+
+Imports no torch, except to download and to read images, so that a missing or altered file is reported within a second.
+"""
 
 import contextlib
+import functools
 import hashlib
 import http.client
-import json
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,37 +17,72 @@ from typing import TYPE_CHECKING
 from filelock import FileLock
 
 from nin.config.schema import Data, UserError
-from nin.runs.folder import write_atomically
 
 if TYPE_CHECKING:
-    import numpy as np
+    from torch import Tensor
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
-# SHA-256 of the four unpacked files of Fashion-MNIST as published by Zalando Research.
-FASHION_MNIST = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+# SHA-256 of the unpacked files of Fashion-MNIST (published by Zalando Research) and MNIST (by LeCun et al.).
+PUBLISHED = {
+    "fashion_mnist": {
+        "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    },
+    "mnist": {
+        "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+}
+# Of KMNIST only the sums of the packed files are published. Those of the unpacked ones, like those of the synthetic
+# garments, are written here when the files are.
+RECORDED = "SHA256SUMS"
+PUBLISHED_PACKED = {
+    "kmnist": {
+        "train-images-idx3-ubyte": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+        "train-labels-idx1-ubyte": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+        "t10k-images-idx3-ubyte": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+        "t10k-labels-idx1-ubyte": "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+    },
 }
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
+    """What the images of a data set are.
+
+    Attributes:
+        class_names: one per class; the label of an image is the index of its class.
+        channels: of an image.
+        stored_size: height and width of an image in memory, in pixels.
+    """
+
     class_names: tuple[str, ...]
     channels: int
     stored_size: int
 
 
 def describe(data: Data) -> DatasetInfo:
-    return DatasetInfo(CLASS_NAMES, 1, 28)
+    """The classes and images of the data set that ``data`` names. Reads no file."""
+    class_names = {
+        "fashion_mnist": CLASS_NAMES,
+        "garments": CLASS_NAMES,
+        "mnist": tuple("0123456789"),
+        "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+    }
+    return DatasetInfo(class_names[data.name], channels=1, stored_size=28)
 
 
 def prepare(data: Data) -> None:
-    """Sees to it that the files of ``data`` are there and whole: fetches or draws what is missing.
+    """Downloads or generates the missing files of ``data``, and verifies the SHA-256 of all.
 
     Raises:
         UserError: names the file that is missing, cut off or altered, or the folder that can't be written, and says
@@ -52,67 +90,96 @@ def prepare(data: Data) -> None:
     """
     folder = raw_folder(data)
     try:
-        if any(not (folder / name).exists() for name in FASHION_MNIST):
-            with _filled_by_one(folder) as fresh:
-                missing = [name for name in FASHION_MNIST if not (folder / name).exists()]
+        if _missing_files(folder, data):
+            with _write_atomically(folder) as new:
+                missing = _missing_files(folder, data)  # another process may have written them
                 if missing and data.name == "garments":
                     from nin.data import garments
 
-                    garments.draw(fresh)
+                    garments.write_files(new)
                 elif missing:
-                    _fetch(missing, fresh, data)
-        if data.name == "fashion_mnist":
-            _verify(folder)
-        else:
-            for part in ("train", "t10k"):
-                load(data, part)
+                    _download(missing, new, data)
+                if missing and data.name not in PUBLISHED:
+                    sums = "".join(f"{_sha256(new / name)}  {name}\n" for name in FILES)
+                    (new / RECORDED).write_text(sums)
+        _verify(folder, data)
     except OSError as error:
         raise UserError(f"{error.filename}: can't be read ({error.strerror})") from error
 
 
 def raw_folder(data: Data) -> Path:
-    """Where torchvision keeps them too: ``<root>/FashionMNIST/raw``."""
-    return Path(data.root) / {"fashion_mnist": "FashionMNIST", "garments": "Garments"}[data.name] / "raw"
+    """The folder of the files, which is also torchvision's: ``<root>/FashionMNIST/raw``."""
+    folders = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST", "kmnist": "KMNIST", "garments": "Garments"}
+    return Path(data.root) / folders[data.name] / "raw"
 
 
-def load(data: Data, part: str) -> "tuple[np.ndarray, np.ndarray]":
-    """Images ``(count, 28, 28)`` and labels ``(count,)``, uint8, of ``part`` "train" or "t10k" (the test images).
+def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
+    """Reads images ``(count, 28, 28)`` uint8 and labels ``(count,)`` int64.
+
+    torchvision's dataset classes are not used: they prefer a ``processed/training.pt`` beside the files, which no
+    checksum covers.
+
+    Args:
+        part: "train" or "t10k", the test images.
 
     Raises:
-        UserError: if a file is cut off, or there are not as many labels as images.
+        UserError: if a file is no IDX file or cut off, if there are not as many labels as images, or if a label names
+            no class.
     """
-    from nin.data import idx
+    from torchvision.datasets.mnist import read_image_file, read_label_file
+
+    def read(reader: Callable[[str], "Tensor"], file: Path) -> "Tensor":
+        try:
+            return reader(str(file))
+        except OSError as error:
+            raise UserError(f"{file}: can't be read ({error.strerror}); prepare_data() restores it") from error
+        # Of a header that is none, and of more or fewer values than the header declares.
+        except (AssertionError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{file}: not an IDX file, cut off or too long ({str(error) or type(error).__name__}); remove it and "
+                "run the command again, which restores it"
+            ) from error
 
     folder = raw_folder(data)
-    images = idx.read_images(folder / f"{part}-images-idx3-ubyte")
-    labels = idx.read_labels(folder / f"{part}-labels-idx1-ubyte")
+    images = read(read_image_file, folder / f"{part}-images-idx3-ubyte")
+    labels = read(read_label_file, folder / f"{part}-labels-idx1-ubyte")
+    remedy = "remove the folder and run the command again"
     if len(images) != len(labels):
-        raise UserError(
-            f"{folder}: {part} has {len(images)} images and {len(labels)} labels, and there must be as many of both; "
-            "remove the folder and say the command again"
-        )
+        raise UserError(f"{folder}: {part} has {len(images)} images and {len(labels)} labels; {remedy}")
+    classes = len(describe(data).class_names)
+    if len(labels) and int(labels.max()) >= classes:
+        raise UserError(f"{folder}: {part} has the label {labels.max()}, and there are {classes} classes; {remedy}")
     return images, labels
 
 
-@contextlib.contextmanager
-def _filled_by_one(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files go into ``folder`` at the end; one process fills it while others wait.
+def _missing_files(folder: Path, data: Data) -> list[str]:
+    """The names of the files to download or to generate."""
+    if data.name in PUBLISHED:
+        return [name for name in FILES if not (folder / name).exists()]
+    # Without their recorded sums files could not be verified.
+    return [] if all((folder / name).exists() for name in (*FILES, RECORDED)) else list(FILES)
 
-    What could not be filled is left as it was found: no empty folders stay behind.
+
+@contextlib.contextmanager
+def _write_atomically(folder: Path) -> Iterator[Path]:
+    """Yields a temporary folder whose files are moved into ``folder`` at the end. Other processes wait meanwhile.
+
+    If that fails no folders are left that were not there before.
     """
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     lock = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock), tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as fresh:
-            yield Path(fresh)
-            for file in Path(fresh).iterdir():
+        with FileLock(lock), tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+            yield Path(new)
+            # The recorded sums last: they declare all others complete.
+            for file in sorted(Path(new).iterdir(), key=lambda file: file.name == RECORDED):
                 file.replace(folder / file.name)
             made = []
     except OSError as error:
         raise UserError(
             f"data.root={folder.parents[1]}: {folder} can't be written ({error.strerror}), and the data set is not "
-            "all there; make room, or set data.root (for a new run the variable NIN_DATA too) to a folder that can be "
+            "complete; make room, or set data.root (for a new run the variable NIN_DATA too) to a folder that can be "
             "written or that has the files"
         ) from error
     finally:
@@ -123,51 +190,64 @@ def _filled_by_one(folder: Path) -> Iterator[Path]:
                 parent.rmdir()
 
 
-def _fetch(names: list[str], folder: Path, data: Data) -> None:
-    """Downloads and unpacks ``names`` into ``folder``, from the first mirror that has each whole."""
-    from torchvision.datasets.utils import download_and_extract_archive
+def _download(names: list[str], folder: Path, data: Data) -> None:
+    """Downloads and unpacks ``names`` into ``folder``, each from the first mirror that has the published file."""
+    from torchvision.datasets.utils import download_url, extract_archive
 
     for name in names:
+        file, packed = folder / name, folder / f"{name}.gz"
         failures = []
         for mirror in data.mirrors:
             try:
-                download_and_extract_archive(f"{mirror.rstrip('/')}/{name}.gz", str(folder), remove_finished=True)
-                if _sha256(folder / name) == FASHION_MNIST[name]:
-                    break
-                failures.append(f"{mirror}: sent a {name} that is not the published one")
+                download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
+                if data.name in PUBLISHED_PACKED and _sha256(packed) != PUBLISHED_PACKED[data.name][name]:
+                    raise ValueError(f"sent a {packed.name} that is not the published one")
+                extract_archive(str(packed), str(folder), remove_finished=True)
+                if data.name in PUBLISHED and _sha256(file) != PUBLISHED[data.name][name]:
+                    raise ValueError(f"sent a {name} that is not the published one")
+                break
             # No network, a refusal, no address, a transfer that was cut off, and what is no gzip file.
             except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
                 failures.append(f"{mirror}: {error}")
-            for left in (folder / name, folder / f"{name}.gz"):  # torchvision would take it for the next mirror's
-                left.unlink(missing_ok=True)
+            for rest in (file, packed):  # torchvision would take it for the next mirror's file
+                rest.unlink(missing_ok=True)
         else:
             tried = "\n  ".join(failures) or "data.mirrors is empty"
             raise UserError(
-                f"{name} of Fashion-MNIST is not in {raw_folder(data)} and could not be downloaded:\n  {tried}\n"
+                f"{name} of {data.name} is not in {raw_folder(data)} and could not be downloaded:\n  {tried}\n"
                 "Without network: copy the four unpacked files\n  "
-                + "\n  ".join(FASHION_MNIST)
-                + f"\ninto {raw_folder(data)}, or set NIN_DATA to the folder that holds FashionMNIST/raw; "
-                "or use data=garments, which needs no download."
+                + "\n  ".join([*FILES, *([] if data.name in PUBLISHED else [f"{RECORDED} (of sha256sum)"])])
+                + f"\ninto {raw_folder(data)}, or set NIN_DATA to the folder that holds "
+                f"{raw_folder(data).parent.name}/raw; or use data=garments, which needs no download."
             )
 
 
-def _verify(folder: Path) -> None:
-    """Compares the files with the published sums, once: the answer is kept beside them."""
-    seal = folder / "verified.json"
-    sizes = {name: [s.st_size, s.st_mtime_ns] for name in FASHION_MNIST if (s := (folder / name).stat())}
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(seal.read_text()) == sizes:
-            return
-    for name, published in FASHION_MNIST.items():
-        if _sha256(folder / name) != published:
+def _verify(folder: Path, data: Data) -> None:
+    """Compares the files with their published or recorded sums, at the start of every process: 0.1 s for 55 MB.
+
+    Nothing is kept on disk: a byte can be altered with size and modification time as they were.
+    """
+    known = PUBLISHED.get(data.name) or _read_recorded(folder / RECORDED)
+    kind = "published" if data.name in PUBLISHED else "recorded"
+    for name in FILES:
+        state = (folder / name).stat()
+        if _sha256_of(folder / name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) != known.get(name):
             raise UserError(
-                f"{folder / name}: not the published file ({sizes[name][0]:,} bytes, its SHA-256 is not "
-                f"{published[:12]}…): it was cut off or altered; remove it and say the command again, which downloads "
-                "it anew, or copy a good one there"
+                f"{folder / name}: not the {kind} file ({state.st_size:,} bytes, its SHA-256 is not "
+                f"{known.get(name, 'known')[:12]}…): it was cut off or altered; remove it and run the command again, "
+                "which restores it, or copy an intact one there"
             )
-    with contextlib.suppress(OSError):  # a folder that can only be read is looked through every time
-        if folder.stat().st_mode & 0o222:  # not os.access: root may write where nobody is did_you_mean to
-            write_atomically(seal, json.dumps(sizes))
+
+
+def _read_recorded(path: Path) -> dict[str, str]:
+    lines = path.read_text(errors="replace").splitlines()
+    return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of(path: Path, size: int, modified: int, changed: int) -> str:
+    """The sum of a file in this state, computed once per process: a sweep prepares the data of all its jobs."""
+    return _sha256(path)
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What happens to a batch of images on the training device: augment, resize and scaled, all at once."""
+"""Augmentation, resizing and scaling of batches of images on the training device."""
 
 import torch
 from torch import Tensor
@@ -6,12 +6,12 @@ from torch.nn import functional
 
 
 def augment(images: Tensor, augment: str) -> Tensor:
-    """Random changes that leave a garment what it is, drawn anew for each image from torch's global generator.
+    """Applies random changes to every image, with random numbers from torch's global generator.
 
     Args:
         images: ``(batch, height, width)``, any type.
-        augment: "none", "flip" (left-right, with probability one half) or "flip_shift" (and moved by up to 2 pixels a
-            way, zeros coming in).
+        augment: "none", "flip" (horizontally, with probability 0.5) or "flip_shift" (also shifts by up to 2 pixels in
+            each direction, padded with zeros).
     """
     if augment == "none":
         return images
@@ -29,10 +29,10 @@ def augment(images: Tensor, augment: str) -> Tensor:
 
 
 def resize(images: Tensor, image_size: int) -> Tensor:
-    """``(batch, height, width)`` uint8 becomes ``(batch, 1, image_size, image_size)`` float32 from 0 to 1.
+    """Converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)`` float32 from 0 to 1.
 
-    Bilinear, antialiased where it shrinks: torchvision's ``Resize`` of a PIL image followed by ``ToTensor``, within
-    one grey level (1/255), which PIL rounds to and this does not.
+    Bilinear, with antialiasing when the size is reduced. Equal to torchvision's ``Resize`` of a PIL image followed by
+    ``ToTensor`` within one gray level (1/255): PIL rounds to gray levels, this does not.
     """
     pixels = images.unsqueeze(1).to(torch.float32).div_(255)
     if pixels.shape[-2:] == (image_size, image_size):

@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from nin.config.composition import count_sweep_values
 from nin.config.schema import MAY_CHANGE, UserError, is_within
 from nin.runs.folder import RunFolder
 
@@ -71,20 +72,12 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
 
     task = list(task)
     overrides = _parse(params, task)
-    count = math.prod(_count_values(override) for override in overrides)
-    if count > _MAX_JOBS:
-        raise UserError(f"{' '.join(task)}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
     try:
+        if (count := math.prod(map(count_sweep_values, overrides))) > _MAX_JOBS:
+            raise UserError(f"{' '.join(task)}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
         raise UserError(f"{' '.join(task)}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
-
-
-def _count_values(override: Override) -> int:
-    value = override.value()
-    if isinstance(value, RangeSweep) and value.start is not None and value.stop is not None and value.step:
-        return max(0, math.ceil((value.stop - value.start) / value.step))
-    return len(value.list) if isinstance(value, ChoiceSweep) else 1
 
 
 def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:

@@ -90,7 +90,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     assert all([event.step for event in values] == steps for values in logged.values())
 
     images, labels = load(chosen.data, "train")
-    prepare_images = torch.tensor(images)[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
+    prepare_images = images[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
     network = NiN(image_size=67, widths=(8, 16, 16))
     weights = checkpoint_files.read(folder.last)["state_dict"]
     network.load_state_dict({name.removeprefix("network."): w for name, w in weights.items() if "network" in name})
