@@ -18,7 +18,8 @@ EXPERIMENT = {"image_size": 67, "batch_size": 32, "val_size": 9700}
 
 def _plain_loop() -> ModuleType:
     spec = importlib.util.spec_from_file_location("plain_loop", PLAIN_LOOP)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

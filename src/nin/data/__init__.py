@@ -1,1 +1,9 @@
-"""Images: where the files come from, how a batch is taken, augment, resize and scaled."""
+"""Images: the LightningDataModule, the data sets, resizing and augmentation.
+
+A module imports only from the modules below it:
+
+    module           the LightningDataModule: data in memory, held-out images, batches
+    sources          the files of a data set: download, checksums
+    garments         synthetic clothing silhouettes
+    transforms, idx  augmentation and resizing of a batch; the IDX file format
+"""

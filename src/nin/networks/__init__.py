@@ -1,4 +1,12 @@
-"""The networks, plain torch, each built from its name and named hyperparameters."""
+"""The networks in plain PyTorch, each built from its name and its hyperparameters.
+
+A module imports only from the modules below it:
+
+    speed                     the same functions, computed faster
+    nin, alexnet, lenet, vgg  the networks
+    layers, init              table of layers; initialization of the weights
+"""
+
 
 from torch import nn
 
