@@ -1,8 +1,15 @@
-"""A file imports only from rows below its own, and nothing heavy is imported before it is needed."""
+"""A module imports only from those listed below it, and nothing heavy is imported before it is needed.
+
+The docstring of every package's ``__init__.py`` lists its modules and subpackages from top to bottom, indented by four
+spaces: names, two or more spaces, a description. Names on one line don't import each other.
+"""
 
 import ast
+import importlib.util
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,36 +17,88 @@ import pytest
 import nin
 
 SOURCE = Path(nin.__file__).parent
-ROWS = [
-    line.split()[0].rstrip("/,")
-    for line in (nin.__doc__ or "").splitlines()
-    if line.startswith("    ") and line.strip()
-]
+FILES = sorted(path for path in SOURCE.rglob("*.py"))
+PACKAGES = sorted(path.parent for path in FILES if path.name == "__init__.py")
 
 
-def row_of(module: str) -> int:
-    first = module.removeprefix("nin").lstrip(".").split(".")[0] or "__init__"
-    return ROWS.index({"cli": "__main__", "__main__": "__main__"}.get(first, first))
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
-def test_imports_run_one_way(path: Path) -> None:
-    module = ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__")
-    if module == "nin":
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        if isinstance(node, ast.ImportFrom) and node.module == "nin":
-            names = [f"nin.{alias.name}" for alias in node.names]
-        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        for name in names:
-            if name.startswith("nin."):
-                assert row_of(name) >= row_of(module), f"{module} imports {name}, from a row above its own"
+def listed(package: Path) -> list[list[str]]:
+    """The names on each line of the package's list, from top to bottom."""
+    docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))) or ""
+    lines = re.findall(r"^    (\S.*?)(?:  .*)?$", docstring, re.MULTILINE)
+    return [[name.rstrip("/") for name in line.split(", ")] for line in lines]
 
 
-def test_the_row_list_names_every_room() -> None:
-    rooms = {p.stem for p in SOURCE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
-    assert rooms - {"__init__", "cli"} == set(ROWS)
+def rows(package: Path) -> dict[str, int]:
+    return {name: row for row, names in enumerate(listed(package)) for name in names}
+
+
+def is_module(name: str) -> bool:
+    path = SOURCE.parent.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """The modules of nin that a file imports, in functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "nin")
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: imports are absolute, so that they can be searched for"
+            for name in (f"{node.module}.{alias.name}" for alias in node.names):
+                if name.split(".")[0] == "nin":
+                    yield name if is_module(name) else name.rpartition(".")[0]
+
+
+def upward_import(importer: str, imported: str) -> str | None:
+    """What is wrong with an import, or None: the first package that both are in lists the importer above the other."""
+    ours, theirs = importer.split("."), imported.split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
+    if shared is None:  # a package's __init__ imports its own modules; a module does not import its own package
+        return None if len(ours) <= len(theirs) else f"{importer} imports its own package {imported}"
+    package = ".".join(ours[:shared])
+    order = rows(SOURCE.parent.joinpath(*ours[:shared]))
+    if order[ours[shared]] < order[theirs[shared]]:
+        return None
+    return (
+        f"{importer} imports {imported}, and {package}/__init__.py does not list {ours[shared]} above {theirs[shared]}"
+    )
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_run_downward_only(path: Path) -> None:
+    importer = module_name(path)
+    assert [error for imported in imports(path) if (error := upward_import(importer, imported))] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=module_name)
+def test_a_package_lists_all_of_its_modules(package: Path) -> None:
+    modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
+    modules |= {path.parent.name for path in package.glob("*/__init__.py")}
+    assert sorted(name for names in listed(package) for name in names) == sorted(modules)
+
+
+@pytest.mark.parametrize(
+    ("importer", "imported"),
+    [
+        ("nin.config.schema", "nin.commands.train"),
+        ("nin.commands.resume", "nin.commands.train"),
+        ("nin.data.idx", "nin.data.module"),
+        ("nin.networks.lenet", "nin.networks.vgg"),
+        ("nin.networks.nin", "nin.networks"),
+    ],
+)
+def test_an_import_that_does_not_run_downward_is_found(importer: str, imported: str) -> None:
+    assert importlib.util.find_spec(importer)
+    assert upward_import(importer, imported)
+    assert upward_import("nin.cli", importer) is None
+
+
+def test_at_most_fourteen_modules_and_packages_at_the_top() -> None:
+    assert len(rows(SOURCE)) <= 14
 
 
 def test_no_command_module_imports_torch() -> None:

@@ -2,7 +2,8 @@
 
 A package imports only from the packages below it:
 
-    __main__, cli   dispatch; nothing heavy is imported
+    __main__        python -m nin
+    cli             dispatch; nothing heavy is imported
     commands/       one file per command: arguments in, exit status out
     sweeps/         start a sweep, its workers, its jobs, their summary
     bench/          how fast training is, beside the notebooks' loop and the machine's limit

@@ -32,7 +32,7 @@ def main() -> None:
     if name == "--version":
         from importlib.metadata import version
 
-        print(f"nin {version('nin')}")
+        print(f"nin {version('network-in-network')}")
         sys.exit(0)
     if name not in COMMANDS:
         print(f"nin: no command '{name}'\n\n{usage()}", file=sys.stderr)

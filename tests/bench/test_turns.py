@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nin import networks
+from nin.networks.build import build_network
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
 from nin.networks.layers import layers
@@ -11,7 +11,7 @@ from nin.networks.layers import layers
 def test_operations_are_two_per_multiply_add(overrides: list[str]) -> None:
     settings = compose_settings(overrides)
     with torch.device("meta"):
-        network = networks.build(settings, in_channels=1, num_classes=10)
+        network = build_network(settings, in_channels=1, num_classes=10)
     rows = layers(network, in_channels=1, image_size=settings.data.image_size)
     forward = 2 * sum(row.multiply_adds for row in rows)
     # The backward pass computes the gradients of weights and of inputs, but not of the images.

@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nin import networks
+from nin.networks.build import build_network
 from nin.config.composition import apply_overrides, compose_config, compose_settings, count_sweep_values
-from nin.config.schema import UserError, project_conf
+from nin.config.schema import CONF, UserError
 from nin.config.validation import validate
 
-OPTIONS = sorted(p.relative_to(project_conf()).with_suffix("") for p in project_conf().glob("*/*.yaml"))
+OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
 def test_every_config_file_composes_and_builds_its_network(option: Path) -> None:
-    network = networks.build(validate(compose_config([f"{option.parent}={option.name}"])))
+    network = build_network(validate(compose_config([f"{option.parent}={option.name}"])))
     assert sum(p.numel() for p in network.parameters()) > 0
 
 

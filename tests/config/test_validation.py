@@ -5,8 +5,8 @@ import lightning
 import pytest
 import torch
 
-from nin import networks
-from nin.config import rules
+from nin.networks.build import build_network
+from nin.config import validation as rules
 from nin.config.composition import compose_config
 from nin.config.networks import Section, smallest_image_size
 from nin.config.schema import Settings, Trainer, UserError, is_within
@@ -226,7 +226,7 @@ def test_the_smallest_image_size_is_the_smallest_that_the_network_accepts(model:
     def logits(size: int) -> torch.Size:
         overrides = f"model={model} data.image_size={size}".split()
         with torch.device("meta"):
-            network = networks.build(settings_of(overrides))
+            network = build_network(settings_of(overrides))
             return network(torch.zeros(2, 1, size, size)).shape
 
     def settings_of(overrides: list[str]) -> Settings:

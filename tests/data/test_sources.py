@@ -251,7 +251,7 @@ def test_one_process_downloads_while_others_wait(
     def prepare() -> None:
         try:
             files.prepare(requested)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # reported by the assertion below
             failures.append(error)
 
     threads = [threading.Thread(target=prepare) for _ in range(4)]

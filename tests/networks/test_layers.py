@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from nin import networks
+from nin.networks.build import build_network
 from nin.config.composition import compose_config
 from nin.config.validation import validate
 from nin.networks.layers import first_fully_connected_weights, layers
@@ -25,7 +25,7 @@ from nin.networks.nin import NiN
 def test_the_networks_that_the_notebooks_compare(model: str, fully_connected: int, parameters: int) -> None:
     settings = validate(compose_config([f"model={model}"]))
     with torch.device("meta"):
-        network = networks.build(settings, in_channels=1, num_classes=10)
+        network = build_network(settings, in_channels=1, num_classes=10)
         assert network(torch.zeros(2, 1, settings.data.image_size, settings.data.image_size)).shape == (2, 10)
     assert first_fully_connected_weights(network) == fully_connected
     assert sum(p.numel() for p in network.parameters()) == parameters
@@ -35,7 +35,7 @@ def test_the_networks_that_the_notebooks_compare(model: str, fully_connected: in
 def test_channels_and_classes_are_arguments(model: str) -> None:
     settings = validate(compose_config([f"model={model}"]))
     with torch.device("meta"):
-        network = networks.build(settings, in_channels=3, num_classes=7)
+        network = build_network(settings, in_channels=3, num_classes=7)
         images = torch.zeros(2, 3, settings.data.image_size, settings.data.image_size)
         assert network(images).shape == (2, 7)
 
@@ -43,7 +43,7 @@ def test_channels_and_classes_are_arguments(model: str) -> None:
 def test_lenets_multiply_adds_by_hand() -> None:
     settings = validate(compose_config(["model=lenet"]))
     with torch.device("meta"):
-        rows = layers(networks.build(settings, in_channels=1, num_classes=10), in_channels=1, image_size=28)
+        rows = layers(build_network(settings, in_channels=1, num_classes=10), in_channels=1, image_size=28)
     convolutions = [28 * 28 * 6 * 25, 10 * 10 * 16 * 6 * 25]
     connected = [400 * 120, 120 * 84, 84 * 10]
     assert [row.multiply_adds for row in rows if row.multiply_adds] == convolutions + connected

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nin.networks.alexnet import AlexNet
-from nin.networks.init import initialize
+from nin.networks.build import initialize
 from nin.networks.nin import NiN, NiNBlock
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from helpers import SMALL, nin
 from nin.config.composition import compose_config
-from nin.config.schema import UserError, project_conf
+from nin.config.schema import CONF, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import jobs as sweep
@@ -266,7 +266,7 @@ def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:
     assert sweep.without_overridden(params, ["seed=7"]) == {"model.conv1x1_layers": "0,1"}
 
 
-@pytest.mark.parametrize("path", sorted((project_conf() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> None:
     params = yaml.safe_load(path.read_text().partition("\n\n")[0])["hydra"]["sweeper"]["params"]
     on_a_cpu = ["experiment=cpu", *(["data.image_size=67"] if path.stem == "networks" else [])]
@@ -277,7 +277,7 @@ def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> Non
             assert validate(compose_config(job)).seed == (0 if job is jobs[0] else 2)
 
 
-@pytest.mark.parametrize("path", sorted((project_conf() / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_experiment_is_valid_and_states_its_result(path: Path) -> None:
     settings = validate(compose_config([f"experiment={path.stem}"]))
     header = path.read_text().partition("\ndefaults:")[0].partition("\ndata:")[0]

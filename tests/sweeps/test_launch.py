@@ -24,7 +24,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from helpers import SMALL, nin, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
-from nin.config.schema import Settings, UserError, project_conf
+from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, gpus, launch
@@ -81,7 +81,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
 @pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # nin.config does it, and pytest undoes it
 def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> None:
     asked = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
-    with initialize_config_dir(str(project_conf()), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("train", overrides=asked, return_hydra_config=True)
     with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are submitted before one can fail"):
         launch.Sweep(config)

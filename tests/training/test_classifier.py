@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
-from nin.training.classifier import Classifier
-from nin.training.schedules import build_schedule
+from nin.training.classifier import build_schedule, Classifier
 
 CLASSES = tuple("abcdefghij")
 QUIET = {
@@ -135,7 +134,7 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
     module = Classifier(settings(f"data.test_time_flip={flip}", "speed.micro_batch=4"), CLASSES)
     images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
     trainer = Trainer(**QUIET)
-    with pytest.warns(UserWarning, match="does not have many workers"):
+    with pytest.warns(UserWarning, match="does not have many workers"):  # noqa: PT031  # both warn
         (probabilities,) = trainer.predict(module, DataLoader(TensorDataset(images, labels), batch_size=10))
         (metrics,) = trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
     with torch.no_grad():

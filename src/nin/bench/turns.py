@@ -14,7 +14,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from nin import networks
+from nin.networks.build import build_network
 from nin.bench.notebook import NotebookLoop
 from nin.bench.project import Progress, prepare_training, synchronize
 from nin.config.schema import Settings
@@ -31,7 +31,7 @@ def count_operations(settings: Settings) -> dict[str, int]:
         pass.
     """
     with torch.device("meta"):
-        network = networks.build(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+        network = build_network(settings, in_channels=1, num_classes=len(CLASS_NAMES))
         # Two, since batch norm needs more than one value per channel.
         images = torch.zeros(2, 1, settings.data.image_size, settings.data.image_size)
     with FlopCounterMode(display=False) as forward:
@@ -93,7 +93,7 @@ def measure_rates(settings: Settings, seconds: float, rounds: int, progress: Pro
         data.trainer = trainer = build([])
         data.setup("fit")
         device, dtype = trainer.strategy.root_device, _dtype(trainer)
-        network = networks.build(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+        network = build_network(settings, in_channels=1, num_classes=len(CLASS_NAMES))
         size, batch_size = settings.data.image_size, settings.data.batch_size
         others: dict[str, Callable[[], float]] = {
             "notebooks": NotebookLoop(network, data.train, size, batch_size, device, seconds),

@@ -14,8 +14,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
-from nin.config.schema import Settings, UserError
-from nin.config.validation import differences, validate_plain
+from nin.config.schema import Settings, UserError, differences
+from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder, open_atomically
 
 log = logging.getLogger(__name__)

@@ -1,1 +1,6 @@
-"""One file a command. Each has ``main(arguments)``, which returns the exit status or None for 0."""
+"""One module per command. Each has ``main(arguments)``, which returns the exit status, or None for 0.
+
+No command imports another:
+
+    bench, eval, inspect, report, resume, train  arguments in, exit status out
+"""

@@ -41,10 +41,10 @@ def main(arguments: list[str]) -> None:
 def _build(settings: Settings) -> "nn.Sequential":
     import torch
 
-    from nin import networks
+    from nin.networks.build import build_network
 
     with torch.device("meta"):
-        return networks.build(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+        return build_network(settings, in_channels=1, num_classes=len(CLASS_NAMES))
 
 
 def _layers_table(settings: Settings) -> Table:

@@ -27,8 +27,9 @@ from nin.config.composition import (
     first_job_overrides,
     silence_known_warnings,
 )
-from nin.config.schema import UserError, project_conf
-from nin.config.validation import did_you_mean, validate
+from nin.config.errors import did_you_mean
+from nin.config.schema import CONF, UserError
+from nin.config.validation import validate
 from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
@@ -58,7 +59,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]  # no public list
+        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
         option = unknown[0].partition("=")[0]
         word = option.lstrip("-")
         raise UserError(
@@ -75,7 +76,7 @@ def show(arguments: list[str], args: argparse.Namespace) -> int:
     sys.argv = [sys.argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     try:
-        hydra.main(version_base="1.3", config_path=str(project_conf()), config_name="train")(lambda config: None)()
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda config: None)()
     except (HydraException, OmegaConfBaseException) as error:
         raise collect_errors(error, args.overrides, args.config_dir) from None
     except ValueError as error:  # options that exclude each other
@@ -99,7 +100,7 @@ def open_hydra(config_dir: str | None = None, config_path: str | None = None) ->
     silence_known_warnings()
     hydra.version.setbase("1.3")
     GlobalHydra.instance().clear()
-    search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else project_conf()))
+    search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else CONF))
     if config_dir:
         path = f"file://{Path(config_dir).absolute()}"
         search_path.prepend("command-line", path, SearchPathQuery(provider="schema", path=None))

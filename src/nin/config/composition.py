@@ -14,8 +14,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.schema import Settings, UserError, flat, is_within, project_conf
-from nin.config.validation import did_you_mean, shorten, validate
+from nin.config.errors import did_you_mean, shorten
+from nin.config.schema import CONF, Settings, UserError, flat, is_within
+from nin.config.validation import validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
@@ -46,7 +47,7 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
     if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has all directories
         return compose("train", overrides=overrides)
     extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
-    with initialize_config_dir(str(project_conf()), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", overrides=extra + overrides)
 
 
@@ -128,8 +129,8 @@ def find_override_errors(overrides: list[str]) -> list[str]:
         if key in values and values[key] != value:
             errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
         values[key] = value
-        if "." not in key and isinstance(value, str) and ".." in value.split("/") and (project_conf() / key).is_dir():
-            options = sorted(path.stem for path in (project_conf() / key).glob("*.yaml"))
+        if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
+            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")
     return errors
 
@@ -191,7 +192,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
 
 
 def _list_options(group: str) -> str:
-    options = sorted(path.stem for path in (project_conf() / group).glob("*.yaml"))
+    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
     return f"there are: {', '.join(options)}" + ("; or leave it out" if group in ("experiment", "sweep") else "")
 
 

@@ -1,8 +1,8 @@
-"""The typed config of each network, and the smallest image size that it accepts. Imports no torch."""
+"""The typed config of each network. Imports no torch."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -16,6 +16,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 # Of a kernel, stride or image, in pixels. More than any image has would only take time and memory to refuse.
 Pixels = Annotated[int, Field(ge=1, le=1024)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
+# Kernel size, stride and padding of the layers that reduce height and width, in order.
+Windows = list[tuple[int, int, int]]
 Init = Literal["xavier_uniform", "kaiming_normal", "kaiming_dirac", "torch"]
 
 
@@ -40,41 +42,6 @@ class NiN(Section):
     init: Init
     final_relu: bool
 
-    @model_validator(mode="after")
-    def validate_kernel_sizes(self):
-        if len(self.kernel_sizes) != len(self.widths) + 1:
-            raise ValueError(
-                f"kernel_sizes has {len(self.kernel_sizes)} entries and widths {len(self.widths)}: "
-                "give one kernel size per block, that is one more than widths (the last block's width is the number of "
-                "classes)"
-            )
-        if even := [k for k in self.kernel_sizes[1:] if k % 2 == 0]:
-            raise ValueError(f"kernel_sizes={self.kernel_sizes}: {even[0]} is even; all but the first must be odd")
-        if self.first_padding >= self.kernel_sizes[0]:
-            raise ValueError(
-                f"first_padding={self.first_padding}: must be less than the first kernel size, {self.kernel_sizes[0]}, "
-                "or the convolution has windows that hold nothing but padding"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def validate_widths(self):
-        layers = 1 + self.conv1x1_layers
-        if other := [w for w in self.widths if isinstance(w, list) and len(w) != layers]:
-            raise ValueError(
-                f"widths has {other[0]} for a block of {layers} layers (the convolution and conv1x1_layers="
-                f"{self.conv1x1_layers}): give one width per layer, or one number for all"
-            )
-        return self
-
-    def windows(self) -> list[tuple[int, int, int]]:
-        """Kernel size, stride and padding of every layer that reduces height and width, in order."""
-        windows = []
-        for i, kernel in enumerate(self.kernel_sizes):
-            windows += [(3, 2, 0)] if i else []
-            windows += [(kernel, 1, kernel // 2) if i else (kernel, self.first_stride, self.first_padding)]
-        return windows
-
 
 class LeNet(Section):
     """LeNet-5 as the notebooks' book defines it (Dive into Deep Learning, section 7.6)."""
@@ -83,8 +50,7 @@ class LeNet(Section):
     input_size: Positive
     init: Init
 
-    def windows(self) -> list[tuple[int, int, int]]:
-        return [(5, 1, 2), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
+    windows: ClassVar[Windows] = [(5, 1, 2), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
 
 
 class AlexNet(Section):
@@ -95,8 +61,16 @@ class AlexNet(Section):
     dropout: Share
     init: Init
 
-    def windows(self) -> list[tuple[int, int, int]]:
-        return [(11, 4, 1), (3, 2, 0), (5, 1, 2), (3, 2, 0), (3, 1, 1), (3, 1, 1), (3, 1, 1), (3, 2, 0)]
+    windows: ClassVar[Windows] = [
+        (11, 4, 1),
+        (3, 2, 0),
+        (5, 1, 2),
+        (3, 2, 0),
+        (3, 1, 1),
+        (3, 1, 1),
+        (3, 1, 1),
+        (3, 2, 0),
+    ]
 
 
 class VGG(Section):
@@ -107,9 +81,8 @@ class VGG(Section):
     dropout: Share
     init: Init
 
-    def windows(self) -> list[tuple[int, int, int]]:
-        # The 3x3 convolutions keep the size; five 2x2 poolings halve it.
-        return [(2, 2, 0)] * 5
+    # The 3x3 convolutions keep the size; five 2x2 poolings halve it.
+    windows: ClassVar[Windows] = [(2, 2, 0)] * 5
 
 
 class MLP(Section):
@@ -121,14 +94,4 @@ class MLP(Section):
     dropout: Share
     init: Init
 
-    def windows(self) -> list[tuple[int, int, int]]:
-        return []
-
-
-def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
-    """The smallest height and width, in pixels, for which every layer of ``model`` has a non-empty output."""
-    size = 1
-    for kernel, stride, padding in reversed(model.windows()):
-        # The output size of a convolution or pooling, floor((n + 2p - k) / s) + 1, solved for n.
-        size = max(1, (size - 1) * stride + kernel - 2 * padding)
-    return size
+    windows: ClassVar[Windows] = []

@@ -4,12 +4,17 @@
 turns a composed config into `Settings`.
 """
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, Pixels, Positive, Section, Share
+
+_PACKAGE = Path(__file__).parents[1]
+# The directory of the config groups: inside the installed package, or at the top of a checkout.
+CONF = next(path for path in (_PACKAGE / "conf", _PACKAGE.parents[1] / "conf") if path.is_dir())
 
 
 class UserError(Exception):
@@ -25,10 +30,6 @@ class UserError(Exception):
         return "\n  ".join([f"{len(self.errors)} errors", *self.errors])
 
 
-def _number_to_str(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
 # The sizes of the training set, before data.val_size images are held out, and of the test set.
 TRAINING_IMAGES = {"fashion_mnist": 60_000, "mnist": 60_000, "kmnist": 60_000, "garments": 10_000}
 TEST_IMAGES = {"fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000}
@@ -36,7 +37,8 @@ TEST_IMAGES = {"fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garm
 
 class Data(Section):
     name: Literal["fashion_mnist", "mnist", "kmnist", "garments"]
-    root: Annotated[str, Field(min_length=1)]
+    # Absolute: a checkpoint can be evaluated from another working directory than that of its run.
+    root: Annotated[str, Field(min_length=1), AfterValidator(lambda root: str(Path(root).expanduser().absolute()))]
     image_size: Pixels
     batch_size: Positive
     val_size: Annotated[int, Field(ge=0)]
@@ -49,12 +51,6 @@ class Data(Section):
     # Base URLs for downloading missing files, tried in this order. garments are generated, not downloaded.
     mirrors: list[str]
 
-    @field_validator("root")
-    @classmethod
-    def make_absolute(cls, root: str) -> str:
-        """A checkpoint can be evaluated from another working directory than that of its run."""
-        return str(Path(root).expanduser().absolute())
-
 
 class SGD(Section):
     name: Literal["sgd"]
@@ -62,12 +58,6 @@ class SGD(Section):
     momentum: Share
     nesterov: bool
     weight_decay: Annotated[float, Field(ge=0)]
-
-    @model_validator(mode="after")
-    def validate_nesterov(self):
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
-        return self
 
 
 class AdamW(Section):
@@ -83,14 +73,8 @@ class Schedule(Section):
     warmup: Share
 
 
-def _validate_limit(value: int | float | None) -> int | float | None:
-    if value is not None and (value < 0 or (isinstance(value, float) and value > 1)):
-        raise ValueError("must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
-    return value
-
-
 # Lightning's convention: an int is a number of batches, a float is a share of all batches.
-Limit = Annotated[int | float | None, AfterValidator(_validate_limit)]
+Limit = int | float | None
 
 
 class Trainer(Section):
@@ -132,13 +116,6 @@ class Trainer(Section):
     reload_dataloaders_every_n_epochs: Annotated[int, Field(ge=0)]
     model_registry: str | None
     enable_autolog_hparams: bool
-
-
-def is_single_process(trainer: Trainer) -> bool:
-    """Whether ``trainer`` uses one device, and so one process: Lightning starts one process per device."""
-    devices = trainer.devices
-    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
-    return one and trainer.num_nodes == 1 and trainer.strategy in ("auto", "single_device")
 
 
 class Speed(Section):
@@ -214,7 +191,11 @@ class Settings(Section):
     # NumPy's generators take 32 bits.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     # The name of the run's folder.
-    name: Annotated[str, BeforeValidator(_number_to_str), Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", max_length=200)]
+    name: Annotated[
+        str,
+        BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v),
+        Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", max_length=200),
+    ]
     resume: Literal["auto", "never"]
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
     # and crashes with a segmentation fault when the system refuses that many threads.
@@ -247,7 +228,19 @@ def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
     return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
 
 
-def project_conf() -> Path:
-    """The directory of the config groups: inside the installed package, or at the top of a checkout."""
-    package = Path(__file__).parents[1]
-    return next(p for p in (package / "conf", package.parents[1] / "conf") if p.is_dir())
+def differences(before: Settings, now: Settings) -> list[str]:
+    """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
+
+    def fixed_values(settings: Settings) -> dict[str, Any]:
+        keys = flat(settings.model_dump(mode="json"))
+        # The learning rates of other schedules depend on the number of steps.
+        constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
+        may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]
+        return {k: v for k, v in keys.items() if not is_within(k, may_change)}
+
+    there, here = fixed_values(before), fixed_values(now)
+    return [
+        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} now"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    ]

@@ -1,19 +1,35 @@
-"""From a composed config to `Settings`, or to one message that lists every error with its remedy."""
+"""From a composed config to `Settings`: types and ranges, and rules on several keys at once. Imports no torch.
 
-import difflib
-import itertools
+A rule is a function that yields a message for each error that it finds.
+"""
+
 import json
-import re
-from typing import Any, get_args
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from nin.config import rules
-from nin.config.networks import Section
-from nin.config.schema import MAY_CHANGE, EarlyStopping, Settings, UserError, flat, is_within
+from nin.config.errors import construct_unchecked, format_errors, shorten
+from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN
+from nin.config.schema import (
+    SGD,
+    TEST_IMAGES,
+    TRAINING_IMAGES,
+    EarlyStopping,
+    Settings,
+    Trainer,
+    UserError,
+    is_within,
+)
+
+LIMITS = tuple(f"trainer.{key}" for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"))
+BATCHES = (
+    *LIMITS, "trainer.overfit_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "data.name", "data.val_size", "data.batch_size", "data.score_each_epoch",
+)  # fmt: skip
 
 
 def validate(config: DictConfig) -> Settings:
@@ -46,22 +62,11 @@ def validate_plain(plain: Any) -> Settings:
     except ValidationError as error:
         errors |= format_errors(error, Settings, plain)
     # One invalid key must not hide the errors of others, so the rules also get the valid keys of invalid settings.
-    combinations = rules.find_errors(settings or _construct_unchecked(plain), errors)
+    combinations = find_errors(settings or construct_unchecked(plain), errors)
     errors |= _early_stopping_errors(plain)
     if errors or combinations or settings is None:
         raise UserError(*dict.fromkeys([*errors.values(), *combinations]))
     return settings
-
-
-def _construct_unchecked(plain: dict) -> Settings:
-    """Settings whose valid keys can be read by the same names as those of checked settings."""
-    sections = {}
-    for key, field in Settings.model_fields.items():
-        for section in _sections(field.annotation):
-            values = plain.get(key)
-            if isinstance(values, dict) and values.get("name") in (None, *_names(section)):
-                sections[key] = section.model_construct(**values)
-    return Settings.model_construct(**{**plain, **sections})
 
 
 def _early_stopping_errors(plain: dict) -> dict[str, str]:
@@ -79,102 +84,235 @@ def _early_stopping_errors(plain: dict) -> dict[str, str]:
     return errors
 
 
-def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:
-    """One message per key, from the errors that pydantic found in ``plain``, the values of ``section``."""
-    return {
-        prefix + key: prefix + _format_error(key, list(errors), section)
-        for key, errors in itertools.groupby(error.errors(), lambda e: _key(e, plain))
-    }
-
-
-def _key(error: ErrorDetails, plain: dict) -> str:
-    """The config key of an error. The error's path also names the members of unions, which are not part of the key."""
-    path, node = [], plain
-    for part in error["loc"]:
-        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
-            path.append(str(part))
-            node = node[part]
-        elif error["type"] == "missing" and part == error["loc"][-1]:
-            path.append(str(part))
-    return ".".join(path)
-
-
-def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) -> str:
-    """One error in words: the key, its value, the rule, the remedy."""
-    first = errors[0]
-    match first["type"]:
-        case "extra_forbidden":
-            known = _known_keys(section, first["loc"][:-1])
-            return f"{key}: no such key; {did_you_mean(str(first['loc'][-1]), known)}"
-        case "missing":
-            return f"{key}: missing; conf/ has a value for every key, give it one or leave it as it was"
-        case "union_tag_invalid":
-            return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
-        case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key
-            return f"{key}: {first['ctx']['error']}"
-        case "string_pattern_mismatch":
-            rule = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
-            return f"{key}={shorten(json.dumps(first['input']))}: must be {rule}"
-    expected = list(dict.fromkeys(_expectation(error) for error in errors))
-    if all(rule.startswith("be ") for rule in expected):
-        expected = [expected[0], *(rule.removeprefix("be ") for rule in expected[1:])]
-    return f"{key}={shorten(json.dumps(first['input']))}: must {' or '.join(expected)}"
-
-
-def _expectation(error: ErrorDetails) -> str:
-    """What a value must do or be: "have at least 1 item" of "List should have at least 1 item after validation, …"."""
-    if error["type"] == "value_error":
-        return str(error["ctx"]["error"]).removeprefix("must ")
-    if error["type"] == "int_parsing_size":
-        return "be a number of fewer digits"
-    return re.sub(r"^\w+ should |,? after validation.*$", "", error["msg"])
-
-
-def shorten(text: str, length: int = 80) -> str:
-    return text if len(text) <= length else f"{text[: length - 1]}…"
-
-
-def _known_keys(section: type[Section], loc: tuple) -> list[str]:
-    branches: list[type[Section]] = []
-    for part in loc:
-        if part in section.model_fields:
-            branches = _sections(section.model_fields[part].annotation)
-            section = branches[0]
-        else:
-            section = next(b for b in branches if part in _names(b))
-    return list(section.model_fields)
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
-
-
-def _names(section: type[Section]) -> tuple[str, ...]:
-    return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
-
-
-def did_you_mean(word: str, known: list[str]) -> str:
-    """The end of a message about an unknown ``word``: the most similar ``known`` word, if any, and all of them."""
-    close = difflib.get_close_matches(word, known, n=1)
-    there_are = f"here are: {', '.join(known)}"
-    return f"did you mean {close[0]}? T{there_are}" if close else f"t{there_are}"
-
-
-def differences(before: Settings, now: Settings) -> list[str]:
-    """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
-
-    def fixed_values(settings: Settings) -> dict[str, Any]:
-        keys = flat(settings.model_dump(mode="json"))
-        # The learning rates of other schedules depend on the number of steps.
-        constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
-        may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]
-        return {k: v for k, v in keys.items() if not is_within(k, may_change)}
-
-    there, here = fixed_values(before), fixed_values(now)
+def find_errors(settings: Settings, invalid: Iterable[str] = ()) -> list[str]:
+    """The errors of all rules that read none of the keys in ``invalid``: that value is the error to report."""
+    invalid = list(invalid)
     return [
-        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} now"
-        for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key)
+        error
+        for keys, rule in RULES
+        if not any(is_within(key, keys) or any(is_within(k, [key]) for k in keys) for key in invalid)
+        for error in rule(settings)
     ]
+
+
+def require_fitting_blocks(settings: Settings) -> Iterator[str]:
+    model = settings.model
+    if not isinstance(model, NiN):
+        return
+    if len(model.kernel_sizes) != len(model.widths) + 1:
+        yield (
+            f"model: kernel_sizes has {len(model.kernel_sizes)} entries and widths {len(model.widths)}: give one "
+            "kernel size per block, that is one more than widths (the last block's width is the number of classes)"
+        )
+    elif even := [k for k in model.kernel_sizes[1:] if k % 2 == 0]:
+        yield f"model: kernel_sizes={model.kernel_sizes}: {even[0]} is even; all but the first must be odd"
+    elif model.first_padding >= model.kernel_sizes[0]:
+        yield (
+            f"model: first_padding={model.first_padding}: must be less than the first kernel size, "
+            f"{model.kernel_sizes[0]}, or the convolution has windows that hold nothing but padding"
+        )
+    layers = 1 + model.conv1x1_layers
+    if other := [w for w in model.widths if isinstance(w, list) and len(w) != layers]:
+        yield (
+            f"model: widths has {other[0]} for a block of {layers} layers (the convolution and conv1x1_layers="
+            f"{model.conv1x1_layers}): give one width per layer, or one number for all"
+        )
+
+
+def require_large_enough_images(settings: Settings) -> Iterator[str]:
+    size, smallest = settings.data.image_size, smallest_image_size(settings.model)
+    if smallest > 1024:
+        yield f"model: needs images of at least {smallest} pixels a side, and 1024 is the maximum; use smaller strides"
+    elif size < smallest:
+        small = ", or model=nin_small, which is made for 28" if size >= 28 else ""
+        yield (
+            f"data.image_size={size}: {settings.model.name} needs at least {smallest} pixels a side; "
+            f"choose data.image_size={smallest} or more{small}"
+        )
+
+
+def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
+    """The smallest height and width, in pixels, for which every layer of ``model`` has a non-empty output."""
+    size = 1
+    for kernel, stride, padding in reversed(_windows(model)):
+        # The output size of a convolution or pooling, floor((n + 2p - k) / s) + 1, solved for n.
+        size = max(1, (size - 1) * stride + kernel - 2 * padding)
+    return size
+
+
+def _windows(model: NiN | LeNet | AlexNet | VGG | MLP) -> Sequence[tuple[int, int, int]]:
+    """Kernel size, stride and padding of every layer that reduces height and width, in order."""
+    if not isinstance(model, NiN):
+        return model.windows
+    windows = []
+    for i, kernel in enumerate(model.kernel_sizes):
+        windows += [(3, 2, 0)] if i else []
+        windows += [(kernel, 1, kernel // 2) if i else (kernel, model.first_stride, model.first_padding)]
+    return windows
+
+
+def require_training_images(settings: Settings) -> Iterator[str]:
+    held_out, images = settings.data.val_size, TRAINING_IMAGES[settings.data.name]
+    if held_out >= images:
+        yield f"data.val_size={held_out}: {settings.data.name} has {images} training images; hold out fewer"
+
+
+def require_one_full_batch(settings: Settings) -> Iterator[str]:
+    images = TRAINING_IMAGES[settings.data.name] - settings.data.val_size
+    if 0 < images < settings.data.batch_size:
+        yield (
+            f"data.batch_size={settings.data.batch_size}: there are {images} training images"
+            f"{f' after {settings.data.val_size} are held out' if settings.data.val_size else ''}; choose at most that"
+        )
+
+
+def require_images_for_selection(settings: Settings) -> Iterator[str]:
+    if not settings.data.val_size and settings.data.score_each_epoch == "val":
+        yield (
+            "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
+            "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
+        )
+
+
+def require_an_end_of_training(settings: Settings) -> Iterator[str]:
+    trainer, schedule = settings.trainer, settings.schedule
+    if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
+        return
+    if schedule.name != "constant" or schedule.warmup:
+        yield f"schedule={schedule.name}: depends on the number of steps; set trainer.max_epochs or trainer.max_steps"
+    elif trainer.max_time is None:
+        given = "null" if trainer.max_epochs is None else trainer.max_epochs
+        yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
+
+
+def require_work(settings: Settings) -> Iterator[str]:
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(settings.trainer, key) == 0:
+            yield f"trainer.{key}=0: nothing would be trained; give 1 or more"
+    if settings.trainer.limit_test_batches == 0:
+        yield "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
+
+
+def require_results(settings: Settings) -> Iterator[str]:
+    if settings.trainer.barebones:
+        yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
+
+
+def require_batches_within_limits(settings: Settings) -> Iterator[str]:
+    """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
+    if not is_single_process(settings.trainer):  # the number of batches depends on the machine's devices
+        return
+    batches = _count_batches(settings)
+    limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in LIMITS}
+    limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
+    for key, (limit, available) in limits.items():
+        if isinstance(limit, float) and limit > 0 and available > 0 and int(available * limit) == 0:
+            smallest = math.ceil(1e4 / available) / 1e4
+            yield (
+                f"{key}={limit:g}: leaves none of {available} batches; choose {smallest:g} or more, or a number of "
+                "batches, as in 1"
+            )
+
+
+def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
+    interval = settings.trainer.val_check_interval
+    if interval is None or not isinstance(interval, int | float):
+        return
+    if interval == 0:
+        yield (
+            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a share of an epoch (above 0.0, up "
+            "to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
+        )
+    elif isinstance(interval, int) and settings.trainer.check_val_every_n_epoch and is_single_process(settings.trainer):
+        batches, limit = _count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if interval > batches > 0:
+            yield (
+                f"trainer.val_check_interval={interval}: an epoch has {batches} batches; choose at most that, or set "
+                "trainer.check_val_every_n_epoch=null to count the batches of all epochs"
+            )
+
+
+def _count_batches(settings: Settings) -> dict[str, int]:
+    """The number of batches to which each limit applies, in a run of one process."""
+    data = settings.data
+    training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
+    images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
+    return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(LIMITS, images, strict=True)}
+
+
+def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
+    if not settings.trainer.sync_batchnorm:
+        return
+    if settings.trainer.accelerator == "cpu":
+        yield "trainer.sync_batchnorm=true: torch synchronizes batch norm on GPUs only; set it to false"
+    elif is_single_process(settings.trainer):
+        yield "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize; set it to false"
+
+
+def require_monitored_metrics(settings: Settings) -> Iterator[str]:
+    """A callback that monitors a metric needs one that is computed, and computed on held-out images."""
+    unscored = settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0
+    # The user's own callback may log metrics of its own.
+    closed = all(str(c.get("_target_")).startswith(("nin.", "lightning.")) for c in settings.callbacks.values())
+    for name, callback in settings.callbacks.items():
+        if "monitor" not in callback:
+            continue
+        monitor = str(callback["monitor"])
+        error = f"callbacks.{name}.monitor={monitor}: "
+        if monitor.startswith("test/"):
+            yield error + "test images must not decide when training ends; choose val/acc or val/loss"
+        elif closed and monitor not in ("val/loss", "val/acc"):
+            yield error + "no such metric; there are: val/loss, val/acc"
+        elif unscored and monitor.startswith("val/"):
+            yield error + (
+                "this run does not compute it; set data.score_each_epoch=val and leave trainer.limit_val_batches "
+                f"as it is, or remove the callback with ~callbacks.{name}"
+            )
+
+
+def require_valid_limits(settings: Settings) -> Iterator[str]:
+    """Lightning's convention: an int is a number of batches, a float is a share of all batches."""
+    for key in (*LIMITS, "trainer.limit_predict_batches", "trainer.overfit_batches", "trainer.val_check_interval"):
+        value = getattr(settings.trainer, key.removeprefix("trainer."))
+        if isinstance(value, int | float) and (value < 0 or (isinstance(value, float) and value > 1)):
+            yield (f"{key}={value:g}: must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
+
+
+def require_momentum(settings: Settings) -> Iterator[str]:
+    optimizer = settings.optimizer
+    if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
+        yield ("optimizer: nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
+
+
+def is_single_process(trainer: Trainer) -> bool:
+    """Whether ``trainer`` uses one device, and so one process: Lightning starts one process per device."""
+    devices = trainer.devices
+    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
+    return one and trainer.num_nodes == 1 and trainer.strategy in ("auto", "single_device")
+
+
+# Each rule with the keys that it reads: keys, or sections with all their keys.
+RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
+    (("model",), require_fitting_blocks),
+    (("data.image_size", "model"), require_large_enough_images),
+    (("data.name", "data.val_size"), require_training_images),
+    (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
+    (("data.val_size", "data.score_each_epoch"), require_images_for_selection),
+    (("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "schedule"), require_an_end_of_training),
+    (
+        ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_test_batches"),
+        require_work,
+    ),
+    (("trainer.barebones",), require_results),
+    (BATCHES, require_valid_limits),
+    (BATCHES, require_batches_within_limits),
+    ((*BATCHES, "trainer.val_check_interval", "trainer.check_val_every_n_epoch"), require_scoring_within_epochs),
+    (
+        ("trainer.sync_batchnorm", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+        require_devices_to_synchronize,
+    ),
+    (("callbacks", "data.score_each_epoch", "trainer.limit_val_batches"), require_monitored_metrics),
+    (("optimizer",), require_momentum),
+)

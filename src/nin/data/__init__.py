@@ -1,1 +1,8 @@
-"""Data sets, batches, resizing and augmentation."""
+"""Images: the LightningDataModule, the data sets, resizing and augmentation.
+
+A module imports only from the modules below it:
+
+    module                the LightningDataModule: data in memory, held-out images, batches
+    sources               the files of a data set: download, checksums, classes and channels
+    garments, transforms  synthetic clothing silhouettes; augmentation and resizing of a batch
+"""

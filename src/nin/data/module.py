@@ -9,7 +9,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from nin.config.schema import Data
-from nin.data.sources import DatasetInfo, describe, load, prepare
+from nin.data.sources import describe, load, prepare
 from nin.data.transforms import augment, resize
 
 
@@ -83,19 +83,21 @@ class ImageDataModule(LightningDataModule):
     Args:
         data: the data set, the size of images and batches.
         seed: chooses the held-out validation images and the order of every epoch.
+        is_prepared: whether the files have been downloaded and verified already, as ``prepare_data`` does.
+
+    Attributes:
+        info: class names, channels and stored size of the images.
     """
 
-    def __init__(self, data: Data, seed: int):
+    def __init__(self, data: Data, seed: int, is_prepared: bool = False):
         super().__init__()
-        self.data, self.seed = data, seed
-
-    @property
-    def info(self) -> DatasetInfo:
-        """Class names, channels and stored size of the images."""
-        return describe(self.data)
+        self.data, self.seed, self.is_prepared = data, seed, is_prepared
+        self.info = describe(data)
 
     def prepare_data(self) -> None:
-        prepare(self.data)
+        if not self.is_prepared:
+            prepare(self.data)
+        self.is_prepared = True
 
     def setup(self, stage: str) -> None:
         if stage in ("fit", "validate") and not hasattr(self, "train"):

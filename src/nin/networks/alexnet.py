@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from nin.networks.init import initialize
 from nin.networks.sequential import Network
 
 
@@ -18,7 +17,6 @@ class AlexNet(Network):
         num_classes: int = 10,
         image_size: int = 224,
         dropout: float = 0.5,
-        init: str = "xavier_uniform",
     ):
         size = (image_size + 2 - 11) // 4 + 1
         for _ in range(3):
@@ -46,4 +44,3 @@ class AlexNet(Network):
             nn.Dropout(dropout),
             nn.Linear(4096, num_classes),
         )
-        initialize(self, init)

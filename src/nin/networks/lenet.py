@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from nin.networks.init import initialize
 from nin.networks.sequential import Network
 
 
@@ -12,7 +11,7 @@ class LeNet(Network):
     Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.
     """
 
-    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28, init: str = "xavier_uniform"):
+    def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28):
         size = (image_size // 2 - 4) // 2  # 5 at 28x28
         super().__init__(
             nn.Conv2d(in_channels, 6, kernel_size=5, padding=2),  # (batch, 6, 28, 28)
@@ -28,4 +27,3 @@ class LeNet(Network):
             nn.Sigmoid(),
             nn.Linear(84, num_classes),
         )
-        initialize(self, init)

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from nin.networks.init import initialize
 from nin.networks.sequential import Network
 
 
@@ -19,7 +18,6 @@ class MLP(Network):
         image_size: int = 28,
         hidden_width: int = 4096,
         dropout: float = 0.0,
-        init: str = "xavier_uniform",
     ):
         super().__init__(
             nn.Flatten(),  # (batch, 784) at 28x28
@@ -28,4 +26,3 @@ class MLP(Network):
             nn.Dropout(dropout),
             nn.Linear(hidden_width, num_classes),
         )
-        initialize(self, init)

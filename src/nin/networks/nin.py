@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from nin.networks.init import initialize
 from nin.networks.sequential import Network
 
 
@@ -84,7 +83,6 @@ class NiN(Network):
         dropout: float = 0.5,
         dropout_between: bool = False,
         norm: str = "none",
-        init: str = "xavier_uniform",
         final_relu: bool = True,
     ):
         layers: list[nn.Module] = []
@@ -99,7 +97,6 @@ class NiN(Network):
             layers.append(nn.MaxPool2d(3, stride=2))
             size = (size - 3) // 2 + 1  # (batch, 96, 26, 26), (batch, 256, 12, 12), (batch, 384, 5, 5)
             in_channels = each[-1]
-        score_maps = None
         if head == "mlp":
             layers += _fully_connected_head(in_channels * size * size, head_width, num_classes, dropout)
         else:
@@ -108,7 +105,12 @@ class NiN(Network):
             score_maps = NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu, conv1x1_relu)
             layers += [nn.Dropout(dropout), score_maps, *_head(head, num_classes, size)]  # (batch, 10, 5, 5) maps
         super().__init__(*layers)
-        initialize(self, init, score_maps)
+        self.head = head
+
+    @property
+    def score_maps(self) -> NiNBlock | None:
+        """The last block, with one map per class; None with ``head="mlp"``, which replaces it."""
+        return None if self.head == "mlp" else self[-3]
 
 
 def _head(head: str, num_classes: int, size: int) -> list[nn.Module]:

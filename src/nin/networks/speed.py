@@ -11,14 +11,6 @@ from torch.nn import functional
 _CACHED = 18 * 2**20
 
 
-class MaxPoolReLU(nn.MaxPool2d):
-    """Max pooling, then ReLU, which has the values and gradients of ReLU before it, on a quarter of the maps."""
-
-    def forward(self, maps: Tensor) -> Tensor:
-        # Not super().forward, which torch.jit.script does not support.
-        return torch.relu_(functional.max_pool2d(maps, self.kernel_size, self.stride, self.padding))
-
-
 class Dropout(nn.Dropout):
     """Dropout with one mask for a full batch, whether it is processed in micro-batches or not, in any memory format.
 
@@ -48,15 +40,19 @@ class Dropout(nn.Dropout):
 
 
 def move_relu_after_pooling(network: nn.Sequential) -> None:
-    """Replaces each ReLU followed by max pooling with ``MaxPoolReLU``, in place. Parameter names do not change."""
-    for i, layer in enumerate(network):
+    """Moves each ReLU that is followed by max pooling after it, in place. Parameter names do not change.
+
+    The values and gradients are the same, and ReLU has a quarter of the maps.
+    """
+    layers = list(network)
+    for i, layer in enumerate(layers):
         if not isinstance(layer, nn.MaxPool2d) or i == 0:
             continue
-        previous = network[i - 1]
+        previous = layers[i - 1]
         before, last = (previous, -1) if isinstance(previous, nn.Sequential) else (network, i - 1)
         if isinstance(before[last], nn.ReLU):
             before[last] = nn.Identity()
-            network[i] = MaxPoolReLU(layer.kernel_size, layer.stride, layer.padding)
+            network[i] = nn.Sequential(layer, nn.ReLU(inplace=True))
 
 
 def output_shapes(network: nn.Sequential, in_channels: int, image_size: int) -> list[torch.Size]:
@@ -93,8 +89,7 @@ def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> list[Dr
     Args:
         shapes: of the network's layers, from ``output_shapes``.
     """
-    for i, shape in enumerate(shapes):
-        layer = network[i]
+    for i, (layer, shape) in enumerate(zip(network, shapes, strict=True)):
         if type(layer) is nn.Dropout:
             network[i] = Dropout(layer.p, shape)
     return [layer for layer in network if isinstance(layer, Dropout)]

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from nin.networks.init import initialize
 from nin.networks.sequential import Network
 
 
@@ -18,7 +17,6 @@ class VGG(Network):
         num_classes: int = 10,
         image_size: int = 224,
         dropout: float = 0.5,
-        init: str = "xavier_uniform",
     ):
         layers: list[nn.Module] = []
         for convolutions, width in ((1, 64), (1, 128), (2, 256), (2, 512), (2, 512)):
@@ -38,4 +36,3 @@ class VGG(Network):
             nn.Dropout(dropout),
             nn.Linear(4096, num_classes),
         )
-        initialize(self, init)

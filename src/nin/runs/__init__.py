@@ -1,0 +1,8 @@
+"""The folder of a run: its files, its lock, and what a run prints and logs.
+
+A module imports only from the modules below it:
+
+    results          the result as a table
+    request          what is to be run, and where
+    folder, console  names of the files, lock, atomic writes; terminal and nin.log
+"""

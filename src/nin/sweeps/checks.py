@@ -4,7 +4,8 @@ import importlib.util
 from typing import Any
 
 from nin.config.composition import compose_settings
-from nin.config.schema import Settings, Trainer, UserError, is_single_process
+from nin.config.schema import Settings, Trainer, UserError
+from nin.config.validation import is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import log_to
 from nin.system.devices import require_accelerator

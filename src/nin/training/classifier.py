@@ -8,13 +8,20 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    SequentialLR,
+)
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from nin import networks
-from nin.config.schema import Settings
+from nin.networks.build import build_network
+from nin.config.schema import Schedule, Settings
 from nin.networks import speed
-from nin.training.schedules import build_schedule
 
 # With more classes than this, the test also reports whether the label is among the five most probable classes.
 TOP5_CLASSES = 30
@@ -47,7 +54,7 @@ class Classifier(LightningModule):
             "in_channels": in_channels,
         }
         self.save_hyperparameters(plain, logger=False)
-        self.network = networks.build(self.settings, in_channels, self.num_classes)
+        self.network = build_network(self.settings, in_channels, self.num_classes)
         self.dropouts: list[speed.Dropout] = []
         self.micro_batch_size = self._optimize_network()
         # Accumulated on the device, and read once per logging interval or epoch. `require_finite` checks for NaN;
@@ -266,3 +273,41 @@ class Classifier(LightningModule):
 def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Plain numbers with the seven digits of a float32: 0.9127, not 0.9127000570297241."""
     return {name: round(float(value), 7) for name, value in metrics.items()}
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:
+    """The schedule of the learning rate over ``steps`` optimizer steps.
+
+    Args:
+        schedule: its name, and ``warmup``: the share of the steps in which the learning rate rises linearly to
+            ``optimizer.lr`` (``one_cycle``: along a cosine, Smith and Topin 2017).
+        steps: with ``one_cycle`` at least 3 are assumed: OneCycleLR divides by the number of steps of both phases.
+    """
+    if schedule.name == "one_cycle":
+        group = optimizer.param_groups[0]
+        steps = max(3, steps)
+        return OneCycleLR(
+            optimizer,
+            max_lr=group["lr"],
+            total_steps=steps,
+            pct_start=max(schedule.warmup, 2 / steps),
+            **_momentum_range(group["momentum"] if "momentum" in group else group["betas"][0]),
+        )
+    warmup = round(schedule.warmup * steps)
+    main: LRScheduler = (
+        CosineAnnealingLR(optimizer, max(1, steps - warmup))
+        if schedule.name == "cosine"
+        else ConstantLR(optimizer, 1.0)
+    )
+    if not warmup:
+        return main
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    return SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+
+def _momentum_range(momentum: float) -> dict[str, Any]:
+    """From 0.05 above ``momentum`` to 0.05 below it; for 0.9 these are the defaults of OneCycleLR."""
+    if not momentum:
+        return {"cycle_momentum": False}
+    half = min(0.05, momentum, round((1 - momentum) / 2, 6))
+    return {"max_momentum": round(momentum + half, 6), "base_momentum": round(momentum - half, 6)}

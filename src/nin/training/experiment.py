@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import logging
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings, UserError, is_single_process
+from nin.config.schema import Settings, UserError
+from nin.config.validation import is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.sources import prepare
 from nin.runs.console import route_lightning_logs
@@ -27,7 +29,7 @@ from nin.runs.request import RunRequest
 from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.callbacks.progress import EpochPrinter, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier, rounded
 
@@ -52,16 +54,15 @@ class Experiment:
         retain_freed_memory()
         set_threads(self.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
-        self.data = ImageDataModule(self.settings.data, self.settings.seed)
+        self.data = ImageDataModule(self.settings.data, self.settings.seed, is_prepared=True)
         self.module = Classifier(self.settings, self.data.info.class_names, self.data.info.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         self.checkpoints = ResumableCheckpoint(
             self.folder, self.settings.checkpoint.every_n_steps, self.metrics, request.stop
         )
-        bar = [TrainingProgressBar(self.metrics, request.label)] if self.settings.trainer.enable_progress_bar else []
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(
-            self.settings, self.folder.path, [self.metrics, *bar, self.checkpoints], resume_step
+            self.settings, self.folder.path, [self.metrics, *self._progress(), self.checkpoints], resume_step
         )
         self._require_resumable()
 
@@ -87,6 +88,12 @@ class Experiment:
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
+
+    def _progress(self) -> list[lightning.Callback]:
+        if not self.settings.trainer.enable_progress_bar:
+            return []
+        is_alone = sys.stdout.isatty() and not self.request.label
+        return [TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)]
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
         found = checkpoint_files.load_newest_valid(self.folder, self.rank) if self.folder.checkpoints.exists() else None
@@ -248,7 +255,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         UserError: if the weights are not those of the network, or not finite.
     """
     set_threads(settings)
-    data = ImageDataModule(settings.data, settings.seed)
+    data = ImageDataModule(settings.data, settings.seed, is_prepared=True)
     module = Classifier(settings, data.info.class_names, data.info.channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
@@ -256,7 +263,8 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
     trainer = settings.trainer.model_copy(update={**one, "profiler": None})
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
-    bar = [TrainingProgressBar(MetricsLogger(Path()))] if trainer.enable_progress_bar else []
+    with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
+    bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
     return test(build_trainer(settings, None, bar), module, data)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nin.config.schema import Settings, UserError
-from nin.config.validation import differences, validate_plain
+from nin.config.schema import Settings, UserError, differences
+from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import log_to
 from nin.runs.folder import RunFolder

@@ -1,0 +1,7 @@
+"""What happens during training besides the training step.
+
+A module imports only from the modules below it:
+
+    checkpoints, dead_units, progress, tensorboard  what is saved; dead channels and classes; bar; images
+    metrics                                         metrics over windows of steps and over epochs
+"""

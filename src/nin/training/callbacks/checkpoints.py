@@ -151,13 +151,13 @@ class ResumableCheckpoint(Checkpoint):
 
 def _is_accumulating(trainer: Trainer) -> bool:
     """Whether the last batch's gradients wait for those of the next one: a checkpoint would lack them."""
-    return trainer.fit_loop.epoch_loop._should_accumulate()  # no public way to ask
+    return trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001  # no public way to ask
 
 
 def _validation_follows(trainer: Trainer) -> bool:
     """Whether Lightning validates after the current training batch."""
     loop = trainer.fit_loop
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # see above
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # see above
 
 
 def _batches(trainer: Trainer) -> Any:

@@ -109,8 +109,8 @@ class DeadUnitMonitor(Callback):
         verb = "is" if len(classes) == 1 else "are"
         return (
             f" {len(classes)} of {len(class_names)} classes {verb} dead on these {self.images} training images, in "
-            f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images give "
-            "it no gradient. A dead class can become active again when the layers below change."
+            f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images "
+            "give it no gradient. A dead class can become active again when the layers below change."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +174,11 @@ def _layers_before_relus(network: nn.Sequential) -> dict[nn.Module, int]:
     """Each layer whose output is the input of a ReLU, and the number of its block."""
     leaves = [(leaf, i) for i, child in enumerate(network) for leaf in _parts(child)]
     # `speed.move_relu_after_pooling` leaves an Identity in the place of the ReLU.
-    found = {layer: i for (layer, i), (after, _) in pairwise(leaves) if isinstance(after, nn.ReLU | nn.Identity)}
+    found = {
+        layer: i
+        for (layer, i), (after, _) in pairwise(leaves)
+        if isinstance(after, nn.ReLU | nn.Identity) and not isinstance(layer, nn.MaxPool2d)
+    }
     number = {i: n for n, i in enumerate(dict.fromkeys(found.values()), start=1)}
     return {layer: number[i] for layer, i in found.items()}
 

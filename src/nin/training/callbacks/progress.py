@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from lightning import Callback, Trainer
@@ -13,18 +14,17 @@ from nin.training.classifier import Classifier
 
 
 class TrainingProgressBar(Callback):
-    """One bar for the training of all epochs, and a second one during validation and test.
+    """On a terminal: one bar for the training of all epochs, and a second one during validation and test.
 
     It writes to ``sys.stdout``, which `nin.runs.console` makes tolerant of closed pipes, full disks and encodings
     without some character.
 
     Args:
         metrics: the callback whose latest metrics are shown.
-        label: a prefix of every line, where several runs print at the same time; there are no bars then.
     """
 
-    def __init__(self, metrics: MetricsLogger, label: str = ""):
-        self.metrics, self.label = metrics, label
+    def __init__(self, metrics: MetricsLogger):
+        self.metrics = metrics
         self.console = Console()
         self.progress: Progress | None = None
         self.training: TaskID | None = None
@@ -33,7 +33,7 @@ class TrainingProgressBar(Callback):
         self.updated_at = -math.inf
 
     def setup(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
-        if self.label or not (self.console.is_terminal and trainer.is_global_zero):
+        if not trainer.is_global_zero:
             return
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -93,14 +93,8 @@ class TrainingProgressBar(Callback):
             self.progress.remove_task(self.scoring)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        row = self.metrics.rows[-1]
         if self.progress and self.training is not None:
             self.progress.update(self.training, metrics=_format(self.metrics.latest))
-        elif trainer.is_global_zero:
-            total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-            scores = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
-            rate = f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
-            print(f"{self.label}epoch {row['epoch']}{total}  step {row['step']}{scores}  {rate}", flush=True)
 
     def teardown(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
         if self.progress:
@@ -119,3 +113,25 @@ def _format(latest: dict[str, float]) -> str:
 
 
 _SHORT = {"loss": "train/loss", "acc": "train/acc", "val": "val/acc", "test": "test/acc"}
+
+
+@dataclass
+class EpochPrinter(Callback):
+    """Elsewhere: prints one line per epoch.
+
+    Args:
+        metrics: the callback whose last row is printed.
+        label: a prefix of every line, where several runs print at the same time.
+    """
+
+    metrics: MetricsLogger
+    label: str = ""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
+        if not trainer.is_global_zero:
+            return
+        row = self.metrics.rows[-1]
+        total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        scores = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
+        rate = f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
+        print(f"{self.label}epoch {row['epoch']}{total}  step {row['step']}{scores}  {rate}", flush=True)

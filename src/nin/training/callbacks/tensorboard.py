@@ -76,7 +76,7 @@ class ImageLogger(Callback):
                 warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
                 logger.experiment.add_graph(pl_module.network.eval(), example)
             # torch keeps every trace with its weights: the memory of a sweep's process would grow with every job.
-            torch._C._jit_clear_class_registry()  # there is no public function
+            torch._C._jit_clear_class_registry()  # noqa: SLF001  # there is no public function
             pl_module.network.train()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Classifier, batch: Any, batch_idx: int) -> None:
@@ -199,7 +199,7 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
             columns = values | best
             shown = [hparams.HParam(name) for name in columns]
             finals = [hparams.Metric(name) for name in ("test/acc", "test/loss")]
-            writer = logger.experiment._get_file_writer()  # torch's add_hparams adds a run to the list
+            writer = logger.experiment._get_file_writer()  # noqa: SLF001  # torch's add_hparams adds a run to the list
             writer.add_summary(hparams.hparams_config_pb(shown, finals))
             writer.add_summary(hparams.hparams_pb(columns, trial_id=_run_name(settings, logger)))
             logger.experiment.add_text("result", _table(result), result["steps"])

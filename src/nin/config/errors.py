@@ -1,0 +1,107 @@
+"""Messages about a config: what was given, the rule, the remedy."""
+
+import difflib
+import itertools
+import json
+import re
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from nin.config.networks import Section
+from nin.config.schema import Settings
+
+
+def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:
+    """One message per key, from the errors that pydantic found in ``plain``, the values of ``section``."""
+    return {
+        prefix + key: prefix + _format_error(key, list(errors), section)
+        for key, errors in itertools.groupby(error.errors(), lambda e: _key(e, plain))
+    }
+
+
+def _key(error: ErrorDetails, plain: dict) -> str:
+    """The config key of an error. The error's path also names the members of unions, which are not part of the key."""
+    path, node = [], plain
+    for part in error["loc"]:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
+            path.append(str(part))
+            node = node[part]
+        elif error["type"] == "missing" and part == error["loc"][-1]:
+            path.append(str(part))
+    return ".".join(path)
+
+
+def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) -> str:
+    """One error in words: the key, its value, the rule, the remedy."""
+    first = errors[0]
+    match first["type"]:
+        case "extra_forbidden":
+            known = _known_keys(section, first["loc"][:-1])
+            return f"{key}: no such key; {did_you_mean(str(first['loc'][-1]), known)}"
+        case "missing":
+            return f"{key}: missing; conf/ has a value for every key, give it one or leave it as it was"
+        case "union_tag_invalid":
+            return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
+        case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key
+            return f"{key}: {first['ctx']['error']}"
+        case "string_pattern_mismatch":
+            rule = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
+            return f"{key}={shorten(json.dumps(first['input']))}: must be {rule}"
+    expected = list(dict.fromkeys(_expectation(error) for error in errors))
+    if all(rule.startswith("be ") for rule in expected):
+        expected = [expected[0], *(rule.removeprefix("be ") for rule in expected[1:])]
+    return f"{key}={shorten(json.dumps(first['input']))}: must {' or '.join(expected)}"
+
+
+def _expectation(error: ErrorDetails) -> str:
+    """What a value must do or be: "have at least 1 item" of "List should have at least 1 item after validation, …"."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"]).removeprefix("must ")
+    if error["type"] == "int_parsing_size":
+        return "be a number of fewer digits"
+    return re.sub(r"^\w+ should |,? after validation.*$", "", error["msg"])
+
+
+def shorten(text: str, length: int = 80) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _known_keys(section: type[Section], loc: tuple) -> list[str]:
+    branches: list[type[Section]] = []
+    for part in loc:
+        if part in section.model_fields:
+            branches = sections_of(section.model_fields[part].annotation)
+            section = branches[0]
+        else:
+            section = next(b for b in branches if part in names_of(b))
+    return list(section.model_fields)
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in sections_of(part)]
+
+
+def names_of(section: type[Section]) -> tuple[str, ...]:
+    return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    """The end of a message about an unknown ``word``: the most similar ``known`` word, if any, and all of them."""
+    close = difflib.get_close_matches(word, known, n=1)
+    there_are = f"here are: {', '.join(known)}"
+    return f"did you mean {close[0]}? T{there_are}" if close else f"t{there_are}"
+
+
+def construct_unchecked(plain: dict) -> Settings:
+    """Settings whose valid keys can be read by the same names as those of checked settings."""
+    sections = {}
+    for key, field in Settings.model_fields.items():
+        for section in sections_of(field.annotation):
+            values = plain.get(key)
+            if isinstance(values, dict) and values.get("name") in (None, *names_of(section)):
+                sections[key] = section.model_construct(**values)
+    return Settings.model_construct(**{**plain, **sections})
