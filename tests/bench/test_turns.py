@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from nin.networks.build import build_network
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
+from nin.networks.build import build_network
 from nin.networks.layers import layers
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nin.networks.build import build_network
 from nin.config.composition import apply_overrides, compose_config, compose_settings, count_sweep_values
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate
+from nin.networks.build import build_network
 
 OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yaml"))
 

@@ -5,12 +5,12 @@ import lightning
 import pytest
 import torch
 
-from nin.networks.build import build_network
 from nin.config import validation as rules
 from nin.config.composition import compose_config
 from nin.config.networks import Section, smallest_image_size
 from nin.config.schema import Settings, Trainer, UserError, is_within
 from nin.config.validation import validate
+from nin.networks.build import build_network
 
 
 def refused(*overrides: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
-from nin.training.classifier import build_schedule, Classifier
+from nin.training.classifier import Classifier, build_schedule
 
 CLASSES = tuple("abcdefghij")
 QUIET = {

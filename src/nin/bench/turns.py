@@ -14,12 +14,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
-from nin.networks.build import build_network
 from nin.bench.notebook import NotebookLoop
 from nin.bench.project import Progress, prepare_training, synchronize
 from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
 from nin.data.sources import CLASS_NAMES
+from nin.networks.build import build_network
 from nin.training.classifier import Classifier
 
 

@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import (
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from nin.networks.build import build_network
 from nin.config.schema import Schedule, Settings
 from nin.networks import speed
+from nin.networks.build import build_network
 
 # With more classes than this, the test also reports whether the label is among the five most probable classes.
 TOP5_CLASSES = 30
