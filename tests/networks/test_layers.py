@@ -31,7 +31,7 @@ def test_the_networks_that_the_notebooks_compare(model: str, fully_connected: in
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
-@pytest.mark.parametrize("model", sorted(networks.NETWORKS))
+@pytest.mark.parametrize("model", sorted(NETWORKS))
 def test_channels_and_classes_are_arguments(model: str) -> None:
     settings = validate(compose_config([f"model={model}"]))
     with torch.device("meta"):

@@ -106,14 +106,14 @@ def test_a_job_counts_as_started_though_the_sweep_was_started_again_with_other_o
 def test_a_stopped_run_is_unfinished(tmp_path: Path) -> None:
     folder = RunFolder(put_job(tmp_path / "seed=0", ["seed=0"]))
     folder.config.write_text("seed: 0")
-    with folder.claimed():
+    with folder.claim():
         assert [job.status for job in sweep.read_jobs(tmp_path)] == ["running"]
     assert [job.status for job in sweep.read_jobs(tmp_path)] == ["unfinished"]
 
 
 def test_values_that_can_not_be_enumerated_are_refused() -> None:
-    for values in ("interval(0,1)", "range(0,3,0)"):
-        with pytest.raises(UserError, match="its values can't be enumerated"):
+    for values, message in (("interval(0,1)", "its values can't be enumerated"), ("range(0,3,0)", "must not be 0")):
+        with pytest.raises(UserError, match=message):
             sweep.expand_jobs({}, [f"seed={values}"])
 
 

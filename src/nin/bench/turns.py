@@ -18,7 +18,7 @@ from nin.bench.notebook import NotebookLoop
 from nin.bench.project import Progress, prepare_training, synchronize
 from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
-from nin.data.sources import CLASS_NAMES
+from nin.data.sources import describe
 from nin.networks.build import build_network
 from nin.training.classifier import Classifier
 
@@ -30,10 +30,11 @@ def count_operations(settings: Settings) -> dict[str, int]:
         "scoring", of a forward pass (two with ``data.test_time_flip``), and "training", of a forward and a backward
         pass.
     """
+    data = describe(settings.data)
     with torch.device("meta"):
-        network = build_network(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+        network = build_network(settings, data.channels, len(data.class_names))
         # Two, since batch norm needs more than one value per channel.
-        images = torch.zeros(2, 1, settings.data.image_size, settings.data.image_size)
+        images = torch.zeros(2, data.channels, settings.data.image_size, settings.data.image_size)
     with FlopCounterMode(display=False) as forward:
         logits = network(images)
     with FlopCounterMode(display=False) as backward:
@@ -93,7 +94,7 @@ def measure_rates(settings: Settings, seconds: float, rounds: int, progress: Pro
         data.trainer = trainer = build([])
         data.setup("fit")
         device, dtype = trainer.strategy.root_device, _dtype(trainer)
-        network = build_network(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+        network = build_network(settings, data.info.channels, len(data.info.class_names))
         size, batch_size = settings.data.image_size, settings.data.batch_size
         others: dict[str, Callable[[], float]] = {
             "notebooks": NotebookLoop(network, data.train, size, batch_size, device, seconds),

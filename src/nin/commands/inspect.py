@@ -9,7 +9,7 @@ from rich.table import Table
 from nin.config.composition import compose_config, compose_settings
 from nin.config.schema import Settings
 from nin.config.validation import validate
-from nin.data.sources import CLASS_NAMES
+from nin.data.sources import describe
 
 if TYPE_CHECKING:
     from torch import nn
@@ -43,15 +43,16 @@ def _build(settings: Settings) -> "nn.Sequential":
 
     from nin.networks.build import build_network
 
+    data = describe(settings.data)
     with torch.device("meta"):
-        return build_network(settings, in_channels=1, num_classes=len(CLASS_NAMES))
+        return build_network(settings, data.channels, len(data.class_names))
 
 
 def _layers_table(settings: Settings) -> Table:
     from nin.networks.layers import layers
 
     size = settings.data.image_size
-    rows = layers(_build(settings), in_channels=1, image_size=size)
+    rows = layers(_build(settings), describe(settings.data).channels, size)
     table = Table(title=f"{settings.model.name} at {size}x{size}", **_STYLE)
     for column in ("layer", "output shape", "parameters", "multiply-adds", "receptive field"):
         table.add_column(column, justify="left" if column == "layer" else "right")
@@ -77,7 +78,7 @@ def _comparison_table() -> Table:
         counts = (
             first_fully_connected_weights(network),
             sum(p.numel() for p in network.parameters()),
-            sum(row.multiply_adds for row in layers(network, in_channels=1, image_size=size)),
+            sum(row.multiply_adds for row in layers(network, describe(settings.data).channels, size)),
         )
         table.add_row(name, f"{size}x{size}", *(f"{n:,}" if n else "none" for n in counts))
     return table

@@ -204,7 +204,9 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
     overrides = _select_experiment(_by_key(words), swept, path.name)
-    result: Any = folder.read_result()
+    result: Any = None
+    with contextlib.suppress(UserError):  # not a result: it is written anew when the run is started again
+        result = folder.read_result()
     match result:
         case {"status": "failed"}:
             return Job(path, overrides, "failed", error=str(result.get("error", "unknown error")))
@@ -214,7 +216,6 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
                 overrides.setdefault("seed", str(result["seed"]))
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
             return Job(path, overrides, result["status"], numbers)
-    # No result yet, or a file with other content: it will be written anew when the run ends.
     epochs = read_epochs(folder)
     scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
     return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", scores)
