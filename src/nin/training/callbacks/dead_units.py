@@ -109,8 +109,8 @@ class DeadUnitMonitor(Callback):
         verb = "is" if len(classes) == 1 else "are"
         return (
             f" {len(classes)} of {len(class_names)} classes {verb} dead on these {self.images} training images, in "
-            f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images give it "
-            "no gradient. A dead class can become active again when the layers below change."
+            f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images "
+            "give it no gradient. A dead class can become active again when the layers below change."
         )
 
     def state_dict(self) -> dict[str, Any]:
