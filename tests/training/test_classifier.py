@@ -138,6 +138,7 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
     trainer = Trainer(**QUIET)
     (probabilities,) = trainer.predict(module, DataLoader(TensorDataset(images, labels), batch_size=10))
     (metrics,) = trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
+    module.eval()  # the Trainer has restored the training mode
     with torch.no_grad():
         expected = module(images).softmax(1)
         if flip == "true":
@@ -157,6 +158,7 @@ def test_top5_accuracy_with_more_than_30_classes(settings: Callable[..., Setting
     module = Classifier(settings(), [f"c{i}" for i in range(31)])
     images, labels = torch.rand(62, 1, 28, 28), torch.arange(62) % 31
     (metrics,) = Trainer(**QUIET).test(module, DataLoader(TensorDataset(images, labels), batch_size=31), verbose=False)
+    module.eval()  # the Trainer has restored the training mode
     with torch.no_grad():
         top5 = module(images).topk(5).indices
     assert metrics["test/top5_acc"] == pytest.approx(float((top5 == labels[:, None]).any(1).float().mean()))
