@@ -127,6 +127,7 @@ def test_load_from_checkpoint_needs_nothing_but_the_file(settings: Callable[...,
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("flip", ["false", "true"])
 def test_predict_returns_class_probabilities_and_test_returns_metrics(
     settings: Callable[..., Settings], flip: str
@@ -134,9 +135,9 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
     module = Classifier(settings(f"data.test_time_flip={flip}", "speed.micro_batch=4"), CLASSES)
     images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
     trainer = Trainer(**QUIET)
-    with pytest.warns(UserWarning, match="does not have many workers"):  # noqa: PT031  # both warn
-        (probabilities,) = trainer.predict(module, DataLoader(TensorDataset(images, labels), batch_size=10))
-        (metrics,) = trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
+    (probabilities,) = trainer.predict(module, DataLoader(TensorDataset(images, labels), batch_size=10))
+    (metrics,) = trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
+    module.eval()  # the Trainer has restored the training mode
     with torch.no_grad():
         expected = module(images).softmax(1)
         if flip == "true":
@@ -151,13 +152,12 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_top5_accuracy_with_more_than_30_classes(settings: Callable[..., Settings]) -> None:
     module = Classifier(settings(), [f"c{i}" for i in range(31)])
     images, labels = torch.rand(62, 1, 28, 28), torch.arange(62) % 31
-    with pytest.warns(UserWarning, match="does not have many workers"):
-        (metrics,) = Trainer(**QUIET).test(
-            module, DataLoader(TensorDataset(images, labels), batch_size=31), verbose=False
-        )
+    (metrics,) = Trainer(**QUIET).test(module, DataLoader(TensorDataset(images, labels), batch_size=31), verbose=False)
+    module.eval()  # the Trainer has restored the training mode
     with torch.no_grad():
         top5 = module(images).topk(5).indices
     assert metrics["test/top5_acc"] == pytest.approx(float((top5 == labels[:, None]).any(1).float().mean()))
@@ -166,7 +166,7 @@ def test_top5_accuracy_with_more_than_30_classes(settings: Callable[..., Setting
 def test_shares_of_an_uneven_last_batch_give_the_gradient_of_the_undivided_batch(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = Classifier(settings("model.norm=none", "model.dropout=0"), CLASSES)
+    module = Classifier(settings("model.norm=none", "model.dropout=0"), CLASSES).eval()
     images, labels = torch.rand(3, 1, 28, 28), torch.tensor([1, 2, 3])
 
     class Strategy:

@@ -1,6 +1,7 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -207,7 +208,10 @@ class Classifier(LightningModule):
         if self.top5_acc is not None:
             scores["test/top5_acc"] = self.top5_acc.compute()
             self.top5_acc.reset()
-        self.log_dict(scores, logger=not self.test_metrics_logged, sync_dist=True)
+        with warnings.catch_warnings():
+            # `Trainer.test` returns what is logged with logger=True, also if there is no logger.
+            warnings.filterwarnings("ignore", message="You called `self.log")
+            self.log_dict(scores, logger=not self.test_metrics_logged, sync_dist=True)
         self.confusion.compute()  # of all processes, while they are in step; torchmetrics keeps the result
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
