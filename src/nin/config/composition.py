@@ -202,7 +202,7 @@ def _suggest_key(key: str, config: DictConfig) -> str:
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     nested = OmegaConf.to_container(config, resolve=False)
-    keys = list(flat(nested)) if isinstance(nested, dict) else []
+    keys = list(flat({str(k): v for k, v in nested.items()})) if isinstance(nested, dict) else []
     if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):
