@@ -57,8 +57,8 @@ def test_values_that_hydra_ends_with_a_traceback() -> None:
     digits = "1" * 5000
     assert errors_of("model=null", "experiment=null", f"seed={digits}", "hydra.sweeper.params={seed:1}") == (
         f"model=null: model is a config group, and its value an option; there are: {MODELS}",
-        f"experiment=null: experiment is a config group, and its value an option; there are: {EXPERIMENTS}; or leave it "
-        "out",
+        f"experiment=null: experiment is a config group, and its value an option; there are: {EXPERIMENTS}; or leave "
+        "it out",
         f"seed={digits[:74]}…: a number of too many digits",
         "hydra.sweeper.params={seed:1}: hydra.sweeper.params can't have this value; the values of a sweep are given as "
         "key=value1,value2, with -m",
