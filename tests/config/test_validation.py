@@ -226,7 +226,7 @@ def test_the_smallest_image_size_is_the_smallest_that_the_network_accepts(model:
     def logits(size: int) -> torch.Size:
         overrides = f"model={model} data.image_size={size}".split()
         with torch.device("meta"):
-            network = build_network(settings_of(overrides))
+            network = build_network(settings_of(overrides), 1, 10)
             return network(torch.zeros(2, 1, size, size)).shape
 
     def settings_of(overrides: list[str]) -> Settings:

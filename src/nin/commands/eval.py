@@ -7,7 +7,7 @@ from nin.config.composition import apply_overrides
 from nin.config.schema import UserError
 from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
-from nin.runs.console import log_to, tolerate_output_errors
+from nin.runs.console import log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.results import print_test
 
@@ -17,6 +17,7 @@ MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "thread
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     tolerate_output_errors()
+    silence_known_warnings()
     path = find_checkpoint(args.run_or_checkpoint)
     with log_to(None):
         from nin.checkpoints.files import read, settings_of

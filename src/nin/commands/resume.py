@@ -7,10 +7,10 @@ from nin.config.composition import apply_overrides
 from nin.config.schema import MAY_CHANGE, Settings, UserError
 from nin.config.trust import ignore_stored_actions, require_trusted_targets
 from nin.config.validation import validate_plain
-from nin.runs.console import tolerate_output_errors
+from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.distributed import require_single_process_start
+from nin.system.distributed import global_rank, require_single_process_start
 from nin.system.signals import StoppedError
 from nin.training.run import RunFailedError, execute_run
 
@@ -18,12 +18,13 @@ from nin.training.run import RunFailedError, execute_run
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     tolerate_output_errors()
+    silence_known_warnings()
     folder = RunFolder(args.run)
     settings, overrides = read_settings(folder, args.overrides, args.allow)
     folder.keep = settings.checkpoint.keep
     require_single_process_start(settings.trainer)
     try:
-        execute_run(RunRequest(settings, folder, overrides))
+        execute_run(RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer)))
     except RunFailedError:
         return 1
     except StoppedError as stopped:

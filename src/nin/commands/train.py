@@ -23,17 +23,15 @@ from omegaconf.errors import OmegaConfBaseException
 from nin.config.composition import (
     COMPOSITION_ERRORS,
     collect_errors,
-    find_override_errors,
     first_job_overrides,
-    silence_known_warnings,
 )
 from nin.config.errors import did_you_mean
 from nin.config.schema import CONF, UserError
-from nin.config.validation import validate
-from nin.runs.console import tolerate_output_errors
+from nin.config.validation import find_override_errors, validate
+from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.distributed import broadcast_run_dir, receive_run_dir, require_single_process_start
+from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_single_process_start
 from nin.system.signals import StoppedError
 from nin.training.run import RunFailedError, execute_run
 
@@ -43,6 +41,7 @@ def main(arguments: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return show(arguments, args)
     tolerate_output_errors()
+    silence_known_warnings()
     with open_hydra(args.config_dir, args.config_path) as app:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         config = compose(app, args, RunMode.MULTIRUN if is_sweep else RunMode.RUN)
@@ -97,7 +96,6 @@ def open_hydra(config_dir: str | None = None, config_path: str | None = None) ->
     """
     if config_dir and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
-    silence_known_warnings()
     hydra.version.setbase("1.3")
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else CONF))
@@ -123,8 +121,6 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
         raise collect_errors(error, known, args.config_dir) from None
-    if mode == RunMode.RUN and (errors := find_override_errors(args.overrides)):
-        raise UserError(*errors)
     return config
 
 
@@ -165,13 +161,16 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
 
 def _check(config: DictConfig) -> RunRequest:
+    if errors := find_override_errors(list(config.hydra.overrides.task)):
+        raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
     require_single_process_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
     broadcast_run_dir(config.hydra.run.dir)
+    rank = global_rank(settings.trainer)
     folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
-    return RunRequest(settings, folder, list(config.hydra.overrides.task))
+    return RunRequest(settings, folder, list(config.hydra.overrides.task), rank=rank)
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.errors import did_you_mean, shorten
 from nin.config.schema import CONF, Settings, UserError, flat, is_within
-from nin.config.validation import validate
+from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
@@ -43,18 +43,13 @@ def compose_settings(arguments: list[str]) -> Settings:
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
     """Returns the config that Hydra composes from ``conf/``, the user's own ``config_dir`` and the overrides."""
-    silence_known_warnings()
+    # Hydra warns about conf/hydra/launcher: its files have the names of the launchers' schemas.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has all directories
         return compose("train", overrides=overrides)
     extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("train", overrides=extra + overrides)
-
-
-def silence_known_warnings() -> None:
-    """Silences Hydra's warning about ``conf/hydra/launcher``: the names are those of the launchers' own schemas, which
-    fill in the keys that our files leave out."""
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 
 def apply_overrides(
@@ -118,21 +113,6 @@ def collect_errors(first: Exception, overrides: list[str], config_dir: str | Non
     except UserError as more:
         errors += more.errors
     return UserError(*(errors or [_first_line(first)]))
-
-
-def find_override_errors(overrides: list[str]) -> list[str]:
-    """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
-    errors: list[str] = []
-    values: dict[str, object] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.get_key_element(), override.value()
-        if key in values and values[key] != value:
-            errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
-        values[key] = value
-        if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
-            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-            errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")
-    return errors
 
 
 def first_job_overrides(overrides: list[str]) -> list[str]:
@@ -203,7 +183,7 @@ def _suggest_key(key: str, config: DictConfig) -> str:
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     nested = OmegaConf.to_container(config, resolve=False)
-    keys = list(flat(nested)) if isinstance(nested, dict) else []
+    keys = list(flat({str(k): v for k, v in nested.items()})) if isinstance(nested, dict) else []
     if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):

@@ -8,13 +8,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from nin.config.errors import construct_unchecked, format_errors, shorten
+from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
 from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN
 from nin.config.schema import (
+    CONF,
     SGD,
     TEST_IMAGES,
     TRAINING_IMAGES,
@@ -30,6 +32,21 @@ BATCHES = (
     *LIMITS, "trainer.overfit_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
     "data.name", "data.val_size", "data.batch_size", "data.score_each_epoch",
 )  # fmt: skip
+
+
+def find_override_errors(overrides: list[str]) -> list[str]:
+    """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
+    errors: list[str] = []
+    values: dict[str, object] = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, value = override.get_key_element(), override.value()
+        if key in values and values[key] != value:
+            errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
+        values[key] = value
+        if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
+            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
+            errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")
+    return errors
 
 
 def validate(config: DictConfig) -> Settings:

@@ -9,7 +9,7 @@ from nin.config.schema import Settings
 from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.mlp import MLP
-from nin.networks.nin import NiN
+from nin.networks.nin import NiN, NiNBlock
 from nin.networks.vgg import VGG
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
@@ -35,7 +35,10 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
         image_size=settings.data.image_size,
         **model.model_dump(exclude={"name", "input_size", "init"}),
     )
-    initialize(network, model.init, getattr(network, "score_maps", None))
+    blocks = [layer for layer in network if isinstance(layer, NiNBlock)]
+    # With head=mlp fully connected layers take the place of the block with one map per class.
+    has_score_maps = model.name == "nin" and model.head != "mlp"
+    initialize(network, model.init, blocks[-1] if has_score_maps else None)
     return network
 
 

@@ -102,15 +102,10 @@ class NiN(Network):
         else:
             last = kernel_sizes[-1]
             each = [last_width or num_classes] * conv1x1_layers + [num_classes]
-            score_maps = NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu, conv1x1_relu)
-            layers += [nn.Dropout(dropout), score_maps, *_head(head, num_classes, size)]  # (batch, 10, 5, 5) maps
+            layers.append(nn.Dropout(dropout))
+            layers.append(NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu, conv1x1_relu))
+            layers += _head(head, num_classes, size)  # from maps (batch, 10, 5, 5)
         super().__init__(*layers)
-        self.head = head
-
-    @property
-    def score_maps(self) -> NiNBlock | None:
-        """The last block, with one map per class; None with ``head="mlp"``, which replaces it."""
-        return None if self.head == "mlp" else self[-3]
 
 
 def _head(head: str, num_classes: int, size: int) -> list[nn.Module]:

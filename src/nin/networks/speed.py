@@ -50,7 +50,7 @@ def move_relu_after_pooling(network: nn.Sequential) -> None:
             continue
         previous = layers[i - 1]
         before, last = (previous, -1) if isinstance(previous, nn.Sequential) else (network, i - 1)
-        if isinstance(before[last], nn.ReLU):
+        if isinstance(list(before)[last], nn.ReLU):
             before[last] = nn.Identity()
             network[i] = nn.Sequential(layer, nn.ReLU(inplace=True))
 

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# Warnings that Lightning raises in every run of this project, and that a user can do nothing about.
+# Warnings that Lightning and Hydra raise in every run of this project, and that a user can do nothing about.
 _KNOWN_WARNINGS = (
+    # The files in conf/hydra/launcher have the names of the launchers' schemas, which fill in the other keys.
+    r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     r"The `srun` command is available on your system but is not used",  # on a login node, and in a job of one process
     # `MetricsLogger` also logs at the end of every epoch, however short the epoch is.
@@ -44,6 +46,7 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
     previous = root.handlers, root.level
     root.handlers = handlers
     root.setLevel(logging.INFO)
+    _route_lightning_logs()
     logging.captureWarnings(True)
     try:
         yield
@@ -54,13 +57,11 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
             handler.close()
 
 
-def route_lightning_logs() -> None:
-    """Sends Lightning's log records to the root logger and silences its known warnings. Call after importing it."""
+def _route_lightning_logs() -> None:
+    """Sends Lightning's log records to the root logger, if it was imported before and has handlers of its own."""
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
 
 
 class _TolerantFile(io.FileIO):
@@ -85,3 +86,9 @@ def tolerate_output_errors() -> None:
             tolerant = io.TextIOWrapper(file, stream.encoding, errors="replace", line_buffering=stream.isatty())
             stream.flush()
             setattr(sys, name, tolerant)
+
+
+def silence_known_warnings() -> None:
+    """Silences warnings of Lightning and Hydra that appear in every run of this project."""
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)

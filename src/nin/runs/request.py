@@ -17,6 +17,7 @@ class RunRequest:
         overrides: the overrides that led to ``settings``, for the result.
         label: a prefix of the lines that the run prints, where several runs print at the same time.
         stop: receives the signals that stop the run.
+        rank: of this process, where several train together.
         wait: whether to wait while another process works on this run, instead of raising RunClaimedError.
     """
 
@@ -25,4 +26,5 @@ class RunRequest:
     overrides: list[str] = field(default_factory=list)
     label: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
+    rank: int = 0
     wait: bool = False

@@ -17,10 +17,12 @@ from omegaconf import DictConfig
 
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
+from nin.runs.console import silence_known_warnings
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps.gpus import acquire_gpu
 from nin.sweeps.jobs import own_overrides
+from nin.system.distributed import global_rank
 from nin.system.signals import StoppedError, StopRequest, is_requeued
 from nin.training.run import RunFailedError, execute_run
 
@@ -55,6 +57,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         RunFolder(folder, settings.checkpoint.keep),
         own_overrides(hydra.overrides.task),
         label="" if in_turn else f"{folder.name}  ",
+        rank=global_rank(settings.trainer),
         wait=settings.sweep.wait,
     )
     if in_turn or in_worker:
@@ -164,4 +167,5 @@ def this_worker() -> Worker:
 
 def start_worker() -> None:
     """joblib's initializer: runs in each worker before its first job."""
+    silence_known_warnings()
     this_worker()

@@ -23,7 +23,6 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.sources import prepare
-from nin.runs.console import route_lightning_logs
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
@@ -41,14 +40,13 @@ class Experiment:
 
     Args:
         request: what to run and where; the folder must be claimed.
-        rank: of this process.
 
     Raises:
         UserError: if the checkpoint is of another run, or the machine lacks what the settings need.
     """
 
-    def __init__(self, request: RunRequest, rank: int = 0):
-        self.request, self.folder, self.rank = request, request.folder, rank
+    def __init__(self, request: RunRequest):
+        self.request, self.folder = request, request.folder
         self.resume_path, self.checkpoint = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         retain_freed_memory()
@@ -96,7 +94,11 @@ class Experiment:
         return [TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)]
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
-        found = checkpoint_files.load_newest_valid(self.folder, self.rank) if self.folder.checkpoints.exists() else None
+        found = (
+            checkpoint_files.load_newest_valid(self.folder, self.request.rank)
+            if self.folder.checkpoints.exists()
+            else None
+        )
         if found is None:
             return None, None
         path, checkpoint = found
@@ -132,7 +134,7 @@ class Experiment:
 
     def _prepare_folder(self, resumes: int) -> None:
         """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""
-        if self.rank != 0:
+        if self.request.rank != 0:
             return
         if self.checkpoint is None:
             self.folder.truncate_event_files({})
@@ -186,7 +188,6 @@ def build_trainer(
     Raises:
         UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
     """
-    route_lightning_logs()
     arguments = settings.trainer.model_dump()
     arguments["precision"] = resolve_precision(settings.trainer)
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it

@@ -18,7 +18,6 @@ from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import format_path, print_result
 from nin.system.devices import require_accelerator
-from nin.system.distributed import global_rank
 from nin.system.signals import StoppedError
 
 log = logging.getLogger(__name__)
@@ -44,19 +43,21 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
     """
     folder, settings = request.folder, request.settings
-    require_same_experiment(folder, settings)
-    if result := read_finished_result(folder, settings):
+    if folder.checkpoints.exists() or folder.result.exists():
+        require_same_experiment(folder, settings)
+    if folder.result.exists() and (result := read_finished_result(folder, settings)):
         print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
         print_result(folder, result)
         return result
     prepare(settings.data)
     require_accelerator(settings.trainer)
-    if rank := global_rank(settings.trainer):  # rank 0 has claimed the folder and writes the result
+    if request.rank != 0:  # rank 0 has claimed the folder and writes the result
         with log_to(None):
-            return _train(request, rank)
+            return _train(request)
     with folder.claim(_waiting(request) if request.wait else None):
         # Another process may have finished it in the meantime.
-        result = read_finished_result(folder, settings) or _train_and_record(request)
+        result = read_finished_result(folder, settings) if folder.result.exists() else None
+        result = result or _train_and_record(request)
     print_result(folder, result)
     return result
 
@@ -111,6 +112,8 @@ def _waiting(request: RunRequest) -> Callable[[str], None]:
 
 
 def _train_and_record(request: RunRequest) -> dict[str, Any]:
+    from lightning import Trainer  # noqa: F401  # `log_to` removes the handlers that lightning adds when imported
+
     folder = request.folder
     new_log = not folder.log.exists()
     with log_to(folder.log, request.label):
@@ -135,33 +138,29 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise RunFailedError from error
 
 
-def _train(request: RunRequest, rank: int = 0) -> dict[str, Any]:
+def _train(request: RunRequest) -> dict[str, Any]:
     from nin.training.experiment import Experiment
 
-    experiment = Experiment(request, rank)
-    if rank != 0:
+    experiment = Experiment(request)
+    if request.rank != 0:
         return experiment.run()
-    _record_request(request.folder, experiment.settings, request.overrides)
-    code = record_start(request.folder, resumed=experiment.checkpoint is not None)
-    return experiment.run(code["resumes"]) | code
+    code = {"versions": versions(), "git_commit": git_commit()}
+    started = record_start(request, experiment.settings, code, resumed=experiment.checkpoint is not None)
+    return experiment.run(started["resumes"]) | started
 
 
-def _record_request(folder: RunFolder, settings: Settings, overrides: list[str]) -> None:
-    """Writes the request down after everything that could refuse it."""
-    # The result first: after a crash in between, an extended run must not look finished.
-    folder.result.unlink(missing_ok=True)
-    # With absolute paths, so that the run can be resumed from any working directory.
-    folder.write_request(settings.model_dump(mode="json"), overrides)
-
-
-def record_start(folder: RunFolder, resumed: bool) -> dict[str, Any]:
-    """Notes a start of the run with the code that runs, before anything is trained.
+def record_start(request: RunRequest, settings: Settings, code: dict[str, Any], resumed: bool) -> dict[str, Any]:
+    """Writes the request down, after everything that could refuse it, and the code that runs.
 
     Returns:
         The part of the result that tells which code the run used: ``versions`` and ``git_commit`` of the first start,
         ``resumes``, and ``resumed_with`` for resumes with other code.
     """
-    code = {"versions": versions(), "git_commit": git_commit()}
+    folder = request.folder
+    # The result first: after a crash in between, an extended run must not look finished.
+    folder.result.unlink(missing_ok=True)
+    # With absolute paths, so that the run can be resumed from any working directory.
+    folder.write_request(settings.model_dump(mode="json"), request.overrides)
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0

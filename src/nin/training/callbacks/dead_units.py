@@ -78,9 +78,9 @@ class DeadUnitMonitor(Callback):
         return classes or []
 
     def _sample(self, trainer: Trainer, pl_module: Classifier) -> Iterator[Tensor]:
-        """The images of the sample as the network receives them, in batches no larger than those of training."""
+        """The images of the sample as the network receives them, in micro-batches where training uses them."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
-        for images in data.train[0][: self.images].split(pl_module.micro_batch(pl_module.settings.data.batch_size)):
+        for images in data.train[0][: self.images].split(pl_module.micro_batch(self.images)):
             yield data.prepare_images(images)
 
     def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:
@@ -163,7 +163,7 @@ def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[
     counts: dict[int, int] = {}
     for layer, block in before.items():
         counts[block] = counts.get(block, 0) + int((largest[layer] <= 0).sum())
-    if not isinstance(network[-1], nn.Flatten):
+    if not isinstance(list(network)[-1], nn.Flatten):
         return counts, None
     last_maps = next(m for m in reversed(list(network.modules())) if isinstance(m, nn.Conv2d | nn.BatchNorm2d))
     silent = (largest[last_maps] <= 0).nonzero().flatten().tolist() if last_maps in before else []
