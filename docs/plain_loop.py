@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-
-from nin.data.idx import read_images, read_labels
+from torchvision.datasets.mnist import read_image_file, read_label_file
 
 
 def nin_block(in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int) -> nn.Sequential:
@@ -43,8 +42,8 @@ def prepare(images: Tensor, image_size: int) -> Tensor:
 
 
 def read(folder: str, part: str) -> tuple[Tensor, Tensor]:
-    images, labels = (Path(folder) / f"{part}-{kind}-ubyte" for kind in ("images-idx3", "labels-idx1"))
-    return torch.tensor(read_images(images)), torch.tensor(read_labels(labels)).long()
+    images, labels = (str(Path(folder) / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1"))
+    return read_image_file(images), read_label_file(labels)
 
 
 def train(folder, image_size=224, batch_size=128, val_size=5000, epochs=10, lr=0.1, seed=0) -> nn.Sequential:

@@ -3,12 +3,16 @@
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 
+import pytest
 import torch
 
+import nin as package
 from helpers import nin
+from nin.config.schema import CONF
 
 ROOT = Path(__file__).parents[1]
 PLAIN_LOOP = ROOT / "docs" / "plain_loop.py"
@@ -54,9 +58,40 @@ def test_the_plain_loop_ends_with_the_weights_of_nin_train(data_root: Path, tmp_
     assert hashlib.sha256(weights).hexdigest() == result["weights_sha256"]
 
 
-def test_the_plain_loop_is_one_page_that_imports_only_the_reading_of_images() -> None:
+def test_the_plain_loop_is_one_page_of_plain_pytorch() -> None:
     lines = PLAIN_LOOP.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 80
-    imports = [line for line in lines if line.startswith(("import ", "from "))]
-    assert [line for line in imports if "nin" in line] == ["from nin.data.idx import read_images, read_labels"]
-    assert not [line for line in imports if "lightning" in line or "hydra" in line]
+    imports = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert imports == {"hashlib", "sys", "pathlib", "numpy", "torch", "torchvision"}
+
+
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_experiment_and_sweep_that_a_page_names_exists(page: Path) -> None:
+    named = re.findall(
+        r"\b(experiment|sweep|model|data|optimizer|schedule|trainer|logger)=(\w+)", page.read_text("utf-8")
+    )
+    own = {("experiment", "mine")}  # the example of docs/extending.md
+    assert [option for option in named if option not in own and not (CONF / f"{'/'.join(option)}.yaml").is_file()] == []
+
+
+def test_the_readme_fits_on_a_few_screens_and_has_the_two_lines_of_the_start() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.encode()) <= 9000
+    assert "\n    python3 -m pip install uv && python3 -m uv run nin train experiment=quickstart\n" in text
+    assert "\n    python3 -m pip install uv && python3 -m uv run pytest\n" in text
+
+
+def test_the_package_list_in_the_architecture_page_is_that_of_the_package() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = [line for line in (package.__doc__ or "").splitlines() if line.startswith("    ")]
+    assert rows
+    assert "\n".join(rows) in page

@@ -54,7 +54,7 @@ class LossRecorder(lightning.Callback):
 
 def train(recipe: str, *overrides: str) -> list[float]:
     """The losses of ``recipe`` with a schedule of ``STEPS`` steps."""
-    from nin.data.module import ImageData
+    from nin.data.module import ImageDataModule
     from nin.training.classifier import Classifier
 
     words = [
@@ -77,7 +77,9 @@ def train(recipe: str, *overrides: str) -> list[float]:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
     }
-    lightning.Trainer(**arguments).fit(Classifier(settings), ImageData(settings.data, settings.seed))
+    data = ImageDataModule(settings.data, settings.seed)
+    classifier = Classifier(settings, data.info.class_names, data.info.channels)
+    lightning.Trainer(**arguments).fit(classifier, data)
     return recorder.losses
 
 
@@ -102,11 +104,12 @@ def test_losses_on_fashion_mnist(recipe: str, real_root: Path) -> None:
 
 
 def test_a_schedule_without_its_warmup_does_not_pass(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class WithoutWarmup(torch.optim.lr_scheduler.OneCycleLR):
-        def __init__(self, *arguments: Any, pct_start: float, **others: Any) -> None:
-            super().__init__(*arguments, pct_start=0.3, **others)  # torch's default, not schedule.warmup
+    initialize = torch.optim.lr_scheduler.OneCycleLR.__init__
 
-    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", WithoutWarmup)
+    def without_warmup(schedule: Any, *arguments: Any, pct_start: float, **others: Any) -> None:
+        initialize(schedule, *arguments, pct_start=0.3, **others)  # torch's default, not schedule.warmup
+
+    monkeypatch.setattr(torch.optim.lr_scheduler.OneCycleLR, "__init__", without_warmup)
     monkeypatch.delenv("NIN_WRITE_GOLDEN", raising=False)
     losses = train("cpu", "data=garments", f"data.root={data_root}")
     with pytest.raises(AssertionError):

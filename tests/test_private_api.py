@@ -17,12 +17,14 @@ import pytest
 import torch
 
 import nin
+from nin.config.schema import CONF
 
 SOURCE = Path(nin.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 
 # Names with a leading underscore that belong to a dependency, and which one. Each has a test below.
 PRIVATE = {
+    "_actions": "argparse.ArgumentParser",
     "_BatchNorm": "torch.nn.modules.batchnorm",
     "_C": "torch",
     "_can_stop_early": "Lightning's fit loop",
@@ -139,11 +141,56 @@ def test_the_layout_of_the_loop_state(recorder: Recorder) -> None:
     assert state["epoch_loop.val_loop.batch_progress"] == expected
 
 
-def test_hydra_internal_get_args_parser() -> None:
+HYDRA = {
+    "hydra._internal.callbacks.Callbacks",
+    "hydra._internal.core_plugins.basic_sweeper.BasicSweeper",
+    "hydra._internal.hydra.Hydra",
+    "hydra._internal.utils.create_config_search_path",
+    "hydra._internal.utils.get_args_parser",
+}
+
+
+def test_no_other_part_of_hydra_internal_is_used() -> None:
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FILES]
+    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    used = {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
+    assert {name for name in used if name.startswith("hydra._internal")} - HYDRA == set()
+
+
+def test_hydra_internal_get_args_parser_and_argparse_actions() -> None:
     from hydra._internal.utils import get_args_parser
 
-    known = get_args_parser().parse_args(["-m", "seed=1,2", "--config-dir", "mine"])
+    parser = get_args_parser()
+    known = parser.parse_args(["-m", "seed=1,2", "--config-dir", "mine"])
     assert (known.multirun, known.overrides, known.config_dir) == (True, ["seed=1,2"], "mine")
+    assert "--config-dir" in [option for action in parser._actions for option in action.option_strings]
+
+
+def test_hydra_internal_hydra_and_create_config_search_path() -> None:
+    from hydra._internal.hydra import Hydra
+    from hydra._internal.utils import create_config_search_path
+    from hydra.core.config_search_path import SearchPathQuery
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    path = create_config_search_path(str(CONF))
+    path.prepend("command-line", "file:///nowhere", SearchPathQuery(provider="schema", path=None))
+    assert "file:///nowhere" in [entry.path for entry in path.get_path()]
+    GlobalHydra.instance().clear()
+    try:
+        app = Hydra.create_main_hydra2("nin", create_config_search_path(str(CONF)))
+        config = app.compose_config("train", ["seed=3", "name=a"], run_mode=RunMode.RUN)
+        assert (config.seed, config.hydra.run.dir) == (3, "outputs/runs/a")
+        assert app.config_loader.list_groups("") != []
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def test_hydra_internal_callbacks() -> None:
+    from hydra._internal.callbacks import Callbacks
+
+    hooks = ("on_run_start", "on_run_end", "on_multirun_start", "on_multirun_end")
+    assert all(callable(getattr(Callbacks(), hook)) for hook in hooks)
 
 
 def test_hydra_internal_basic_sweeper() -> None:

@@ -86,7 +86,7 @@ def test_a_package_lists_all_of_its_modules(package: Path) -> None:
     [
         ("nin.config.schema", "nin.commands.train"),
         ("nin.commands.resume", "nin.commands.train"),
-        ("nin.data.idx", "nin.data.module"),
+        ("nin.data.sources", "nin.data.module"),
         ("nin.networks.lenet", "nin.networks.vgg"),
         ("nin.networks.nin", "nin.networks"),
     ],

@@ -23,7 +23,7 @@ from nin.system.signals import StoppedError
 log = logging.getLogger(__name__)
 
 # The packages that compute; the result has their versions.
-_PACKAGES = ("nin", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
+_PACKAGES = ("network-in-network", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
 class RunFailedError(Exception):
