@@ -209,6 +209,7 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
             f"{path} was saved by another experiment; give another name=…, or its settings:\n  "
             + "\n  ".join(different)
         )
+    assert isinstance(state, dict)  # checked above
     saved_by = state.get("run_id")
     if run_id and saved_by and saved_by != run_id:
         raise UserError(

@@ -163,7 +163,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 def _check(config: DictConfig) -> RunRequest:
     if errors := find_override_errors(list(config.hydra.overrides.task)):
         raise UserError(*errors)
-    settings = validate(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]))
+    settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     require_single_process_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")

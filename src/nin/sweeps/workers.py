@@ -74,7 +74,8 @@ def run_sweep_job(config: DictConfig) -> float | None:
         print(f"nin train: {error}", file=sys.stderr)
         with contextlib.suppress(OSError):
             folder.rmdir()  # if Hydra has just made it and nothing was written
-        status, ended = 2, UserError(*error.errors)
+        status = 2
+        ended: Exception = UserError(*error.errors)
     except RunFailedError:
         status, ended = 1, RunFailedError()
     except StoppedError as stopped:

@@ -141,6 +141,7 @@ class Experiment:
             self.folder.metrics.unlink(missing_ok=True)
             log_request(self.trainer, self.settings, self.request.overrides)
             return
+        assert self.resume_path is not None  # found together with the checkpoint
         place = f"epoch {self.checkpoint['epoch']}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)
         print(f"{self.request.label}resuming from {place}", flush=True)
