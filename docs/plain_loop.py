@@ -75,5 +75,5 @@ if __name__ == "__main__":
     print("weights", hashlib.sha256(weights).hexdigest())
     images, labels = read(sys.argv[1], "t10k")
     with torch.no_grad():
-        predicted = [network(prepare(some, settings.get("image_size", 224))).argmax(1) for some in images.split(128)]
+        predicted = [network(prepare(some, int(settings.get("image_size", 224)))).argmax(1) for some in images.split(128)]
     print(f"test/acc {(torch.cat(predicted) == labels).float().mean():.4f} (of the last weights)")
