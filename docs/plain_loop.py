@@ -74,6 +74,7 @@ if __name__ == "__main__":
     weights = b"".join(weight.numpy().tobytes() for weight in network.state_dict().values())
     print("weights", hashlib.sha256(weights).hexdigest())
     images, labels = read(sys.argv[1], "t10k")
+    size = int(settings.get("image_size", 224))
     with torch.no_grad():
-        predicted = [network(prepare(some, int(settings.get("image_size", 224)))).argmax(1) for some in images.split(128)]
+        predicted = [network(prepare(some, size)).argmax(1) for some in images.split(128)]
     print(f"test/acc {(torch.cat(predicted) == labels).float().mean():.4f} (of the last weights)")

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pickle
 from collections.abc import Callable
@@ -17,14 +18,29 @@ class Crafted:
         return (os.system, ("touch it-ran",))
 
 
-@pytest.mark.parametrize("how", [lambda x, p: torch.save(x, p), lambda x, p: p.write_bytes(pickle.dumps(x))])
+def save_with_checksum(content: object, path: Path) -> None:
+    """A file with a valid checksum, as somebody who knows the format can write it."""
+    torch.save(content, path)
+    data = bytearray(path.read_bytes())
+    data[-2:] = (64).to_bytes(2, "little")
+    path.write_bytes(data + hashlib.sha256(data).hexdigest().encode())
+
+
+@pytest.mark.parametrize(
+    ("save", "message"),
+    [
+        (save_with_checksum, "refused: it is not a checkpoint, or holds more than tensors"),
+        (torch.save, "does not end with a checksum"),
+        (lambda content, path: path.write_bytes(pickle.dumps(content)), "does not end with a checksum"),
+    ],
+)
 def test_a_crafted_pickle_is_refused_and_nothing_in_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: object
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save: Callable[[object, Path], object], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "x.ckpt"
-    how({"state_dict": Crafted()}, path)
-    with pytest.raises(UserError, match=f"{path}: refused: it is no checkpoint, or holds more than tensors"):
+    save({"state_dict": Crafted()}, path)
+    with pytest.raises(UserError, match=f"{path}: .*{message}"):
         checkpoint_files.read(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.ckpt"]
 
@@ -32,17 +48,17 @@ def test_a_crafted_pickle_is_refused_and_nothing_in_it_runs(
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint_files.read(tmp_path / "none.ckpt")
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
-    with pytest.raises(UserError, match="not a checkpoint of this version of nin: it has no state_dict"):
+    save_with_checksum({"weights": torch.zeros(1)}, tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="not a checkpoint of this version of nin: state_dict, hyper_parameters, "):
         checkpoint_files.read(tmp_path / "other.ckpt")
 
 
 def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"old.ckpt: written by another version of nin\?\n(?s:.*)model.depth: no such key"
+        UserError, match=r"old.ckpt: saved by another version of nin\?\n(?s:.*)model.depth: no such key"
     ):
         checkpoint_files.settings_of(
-            {"hyper_parameters": {"model": {"name": "nin", "depth": 3}}}, tmp_path / "old.ckpt"
+            {"hyper_parameters": {"settings": {"model": {"name": "nin", "depth": 3}}}}, tmp_path / "old.ckpt"
         )
 
 

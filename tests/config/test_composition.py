@@ -105,7 +105,7 @@ def test_a_range_without_a_step() -> None:
 
 
 def test_importing_changes_no_warning_filter() -> None:
-    program = "import warnings; before = list(warnings.filters); import nin.config.composition as c; "
+    program = "import warnings; before = list(warnings.filters); import nin.config.composition, nin.runs.console as c; "
     program += "assert warnings.filters == before; c.silence_known_warnings(); assert warnings.filters != before"
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -151,9 +151,10 @@ def test_every_dropout_is_replaced_with_masks_of_its_own_shape() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")  # in torch 2.15; it still works
-def test_max_pooling_with_relu_can_be_scripted() -> None:
-    layer, maps = speed.MaxPoolReLU(3, 2), torch.randn(2, 4, 7, 7)
-    assert torch.equal(torch.jit.script(layer)(maps), nn.functional.relu(nn.functional.max_pool2d(maps, 3, 2)))
+def test_a_network_with_relu_after_pooling_can_be_scripted() -> None:
+    network, images = NiN(image_size=67, dropout=0.0).eval(), torch.rand(2, 1, 67, 67)
+    speed.move_relu_after_pooling(network)
+    assert torch.allclose(torch.jit.script(network)(images), network(images))
 
 
 @pytest.mark.long
