@@ -20,6 +20,7 @@ def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=140)
     monkeypatch.setattr(progress, "Console", lambda: console)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path), [])
     shown = screen.getvalue()
     for words in ("epoch 2/2", "loss ", "acc ", "val 0.", "images/s", "0:00:0", "testing"):
