@@ -1,0 +1,1 @@
+"""From a checkpoint to use: predict, score maps, export, serve."""
