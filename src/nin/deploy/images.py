@@ -59,7 +59,7 @@ def decode(content: bytes | BinaryIO | Path, channels: int, max_pixels: int = MA
     except MemoryError:
         raise ImageTooLargeError("does not fit in memory") from None
     # Pillow's decoders raise whatever they come across in a damaged file: SyntaxError, struct.error, KeyError, …
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise ImageError(f"damaged ({type(error).__name__}: {error})") from error
 
 
@@ -165,7 +165,7 @@ def _as_array(image: object, channels: int) -> np.ndarray:
 
 
 def has_light_border(image: np.ndarray) -> bool:
-    """Whether most of the outermost pixels are light: the image is dark on light, where Fashion-MNIST is the reverse."""
+    """Whether most of the outermost pixels are light: it is dark on light, the reverse of Fashion-MNIST."""
     edges = [image[0], image[-1], image[:, 0], image[:, -1]]
     return float(np.median(np.concatenate([edge.reshape(len(edge), -1).mean(-1) for edge in edges]))) > 127
 

@@ -51,3 +51,8 @@ def find_checkpoint(path: Path) -> Path:
         if checkpoint.exists():
             return checkpoint
     raise UserError(f"{path}: no checkpoint in it yet ({folder.best.relative_to(path)}); is it a run's folder?")
+
+
+def default_export(path: Path) -> Path:
+    """Where `nin export` writes, without a suffix: ``export/model`` in a run's folder, beside a checkpoint file."""
+    return path / "export" / "model" if path.is_dir() else path.with_suffix("")

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings
 from nin.data.sources import CLASS_NAMES
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
@@ -139,8 +138,3 @@ def load_checkpoint(path: Path, run: RunFolder | None = None) -> TrainedNetwork:
         return Scores(probabilities, logits, found[0] if found else pipeline.grad_cam(batch).numpy())
 
     return TrainedNetwork(description, compute)
-
-
-def settings_of(description: Description) -> Settings:
-    """The typed settings of the run that a description is of."""
-    return Settings.model_validate(description.settings)
