@@ -51,8 +51,7 @@ def main(arguments: list[str]) -> int:
             body_seconds=args.timeout,
             answer_seconds=args.timeout,
         )
-        # Each thread computes a batch of its own: nothing waits for a thread of another batch.
-        service = Service(load_onnx(export, threads=1), limits, os.environ.get(KEY) or None, args.threads)
+        service = Service(load_onnx(export, args.threads), limits, os.environ.get(KEY) or None)
         address = f"[{args.host}]" if ":" in args.host else args.host
         print(f"{shown(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         return server.run(service, listener)

@@ -1,4 +1,4 @@
-"""Scores the images of concurrent requests together, in threads beside the event loop. Imports no torch."""
+"""Scores the images of concurrent requests together, in a thread beside the event loop. Imports no torch."""
 
 import asyncio
 import threading
@@ -28,12 +28,10 @@ class _Waiting:
 class Batcher:
     """Collects images while a batch is computed; whatever waits then is the next batch, of images of one size.
 
-    A lone request waits for nothing, and under load batches grow by themselves. Each of the threads computes a batch
-    of its own: onnxruntime and numpy release the interpreter while they compute.
+    A lone request waits for nothing, and under load batches grow by themselves. One thread computes them:
+    onnxruntime releases the interpreter meanwhile, and spreads a batch over the cores itself.
 
     Args:
-        network: `compute` must be callable from several threads at a time.
-        threads: how many batches are computed side by side.
         max_images, max_pixels: limits on all that waits.
         observe: called with the size of every batch, from the event loop.
     """
@@ -41,7 +39,6 @@ class Batcher:
     def __init__(
         self,
         network: TrainedNetwork,
-        threads: int,
         max_images: int,
         max_pixels: int,
         observe: Callable[[int], None] = lambda size: None,
@@ -50,22 +47,20 @@ class Batcher:
         self.waiting: deque[_Waiting] = deque()
         self.images, self.pixels = 0, 0  # waiting or being computed
         self.changed, self.closed = threading.Condition(), False
-        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
+        self.thread = threading.Thread(target=self._work, daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Starts the threads; called in the event loop that awaits `score`."""
+        """Starts the thread; called in the event loop that awaits `score`."""
         self.loop = asyncio.get_running_loop()
-        for thread in self.threads:
-            thread.start()
+        self.thread.start()
 
     def close(self) -> None:
-        """Ends the threads after the batches that they compute."""
+        """Ends the thread after all that waits."""
         with self.changed:
             self.closed = True
-            self.changed.notify_all()
-        for thread in self.threads:
-            thread.join()
+            self.changed.notify()
+        self.thread.join()
 
     def require_room(self, pixels: int) -> None:
         """Raises OverloadedError if an image of ``pixels`` pixels can't wait too."""

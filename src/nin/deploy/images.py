@@ -1,5 +1,6 @@
 """The user's own images: decoded by Pillow to uint8 arrays, as the images of a data set are. Imports no torch."""
 
+import contextlib
 import io
 import math
 import warnings
@@ -13,6 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32; larger ones are no camera's.
 MAX_PIXELS = 50_000_000
 _IDX_IMAGES, _IDX_LABELS = b"\x00\x00\x08\x03", b"\x00\x00\x08\x01"  # unsigned bytes in three dimensions, in one
+
+# Of damaged metadata and of many pixels, for which there is a limit of our own.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(ValueError):
@@ -33,21 +37,34 @@ def decode(content: bytes | BinaryIO | Path, channels: int, max_pixels: int = MA
         ImageTooLargeError: if it has more than ``max_pixels`` pixels.
         ImageError: if it is not an image, or is damaged.
     """
-    source = io.BytesIO(content) if isinstance(content, bytes) else content
+    return to_array(open_image(content, max_pixels), channels)
+
+
+def open_image(content: bytes | BinaryIO | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads an image's header alone; `to_array` reads its pixels. Raises as `decode` does."""
+    with _errors_named():
+        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        width, height = image.size
+        if width * height > max_pixels:
+            megapixels = f"{width}x{height} pixels are {width * height / 1e6:.0f} megapixels"
+            raise ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.0f}")
+        if not width * height:
+            raise ImageError("has no pixels")
+        return image
+
+
+def to_array(image: Image.Image, channels: int) -> np.ndarray:
+    """An opened image's pixels, as `decode` returns them; closes it."""
+    with _errors_named(), image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.array(_flatten(image, "L" if channels == 1 else "RGB"))
+
+
+@contextlib.contextmanager
+def _errors_named() -> Iterator[None]:
+    """Whatever Pillow raises becomes an ImageError."""
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of damaged metadata and of large images; the limit on pixels is max_pixels.
-            warnings.simplefilter("ignore")
-            with Image.open(source) as image:
-                width, height = image.size
-                if width * height > max_pixels:
-                    raise ImageTooLargeError(
-                        f"{width}x{height} pixels are {width * height / 1e6:.0f} megapixels; the limit is "
-                        f"{max_pixels / 1e6:.0f}"
-                    )
-                if not width * height:
-                    raise ImageError("has no pixels")
-                return np.array(_flatten(ImageOps.exif_transpose(image), "L" if channels == 1 else "RGB"))
+        yield
     except ImageError:
         raise
     except UnidentifiedImageError:
@@ -76,7 +93,7 @@ def _flatten(image: Image.Image, mode: str) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
-    return image.convert(mode)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def iterate(paths: list[Path], channels: int, stdin: BinaryIO) -> Iterator[tuple[str, np.ndarray | ImageError]]:

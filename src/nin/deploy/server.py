@@ -1,5 +1,6 @@
 """Runs the HTTP service until a signal ends it. Imports no torch."""
 
+import gc
 import resource
 import signal
 import socket
@@ -96,9 +97,12 @@ def run(service: Service, listener: socket.socket) -> int:
         # Connections; those above are answered with 503 while file descriptors are left.
         limit_concurrency=max(16, min(files - 64, 4096)),
         server_header=False,
+        proxy_headers=False,
     )
     server = _Server(config)
     server.on_stop = lambda: setattr(service, "stopping", True)
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays, and need not be looked through again and again
     try:
         server.run(sockets=[listener])
     finally:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import hmac
-import io
 import json
 import time
 from collections.abc import AsyncIterator
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -23,7 +21,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nin.deploy.batching import Batcher, OverloadedError
-from nin.deploy.images import ImageError, ImageTooLargeError, decode
+from nin.deploy.images import ImageError, ImageTooLargeError, open_image, to_array
 from nin.deploy.trained import Scores, TrainedNetwork
 
 PAGES = Path(__file__).parent / "pages"
@@ -56,10 +54,9 @@ class Service:
 
     Args:
         key: what ``Authorization: Bearer …`` or ``X-API-Key`` must hold for predictions and metrics; None: nothing.
-        threads: batches that are computed side by side.
     """
 
-    def __init__(self, network: TrainedNetwork, limits: Limits, key: str | None, threads: int):
+    def __init__(self, network: TrainedNetwork, limits: Limits, key: str | None):
         self.network, self.limits, self.key = network, limits, key
         self.stopping = False
         self.registry = CollectorRegistry()
@@ -74,7 +71,7 @@ class Service:
         batch_sizes = Histogram(
             "nin_batch_images", "Images of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
         )
-        self.batcher = Batcher(network, threads, limits.waiting_images, limits.waiting_pixels, batch_sizes.observe)
+        self.batcher = Batcher(network, limits.waiting_images, limits.waiting_pixels, batch_sizes.observe)
         waiting = Gauge("nin_waiting_images", "Images that wait or are computed.", registry=self.registry)
         waiting.set_function(lambda: self.batcher.images)
         # One at a time: each large image takes hundreds of megabytes while it is decoded.
@@ -178,17 +175,12 @@ class Service:
         return body
 
     async def _decode(self, body: bytes) -> np.ndarray:
-        channels, limit = self.network.description.channels, self.limits.pixels
-        try:
-            with Image.open(io.BytesIO(body)) as opened:  # the header alone
-                pixels = opened.size[0] * opened.size[1]
-        # `decode` says what is wrong.
-        except Exception:
-            pixels = 0
+        opened, channels = open_image(body, self.limits.pixels), self.network.description.channels
+        pixels = opened.size[0] * opened.size[1]
         if pixels <= SMALL_PIXELS:
-            return decode(body, channels, limit)
-        self.batcher.require_room(min(pixels, limit))
-        return await asyncio.get_running_loop().run_in_executor(self.decoder, decode, body, channels, limit)
+            return to_array(opened, channels)
+        self.batcher.require_room(pixels)
+        return await asyncio.get_running_loop().run_in_executor(self.decoder, to_array, opened, channels)
 
     def _require_key(self, request: Request) -> None:
         if self.key is None:
