@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -39,3 +40,49 @@ def real_root() -> Path:
 def settings(data_root: Path) -> Callable[..., Settings]:
     """Composes settings of a small run on the garments, with more overrides behind."""
     return lambda *overrides: validate(compose_config([*SMALL, f"data.root={data_root}", *overrides]))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Settings]) -> Path:
+    """A run's folder with best.ckpt: a small network trained for a moment, scored mirrored too."""
+    import torch
+    from torch.nn import functional
+
+    from nin.checkpoints.files import AtomicCheckpointIO
+    from nin.data.sources import load
+    from nin.data.transforms import resize
+    from nin.training.classifier import Classifier
+
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    chosen = settings("name=small", "data.test_time_flip=true", "trainer.precision=32-true", "threads=1")
+    torch.manual_seed(0)
+    module = Classifier(chosen)
+    images, labels = load(chosen.data, "train")
+    optimizer = torch.optim.Adam(module.network.parameters(), 0.01)
+    for i in range(80):  # enough to tell most classes apart
+        batch = resize(torch.tensor(images[32 * i : 32 * i + 32]), 28)
+        loss = functional.cross_entropy(module.network(batch), torch.tensor(labels[32 * i : 32 * i + 32]).long())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    AtomicCheckpointIO().save_checkpoint(checkpoint, folder / "checkpoints" / "best.ckpt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def export(run_folder: Path) -> Path:
+    """`run_folder` exported to ONNX, which checks it on the whole test set."""
+    pytest.importorskip("onnxscript")
+    from nin.commands.export import main
+
+    assert main([str(run_folder)]) == 0
+    return run_folder / "export" / "model.onnx"
+
+
+@pytest.fixture(scope="session")
+def test_images(data_root: Path) -> np.ndarray:
+    """The garments' test images, ``(2000, 28, 28)`` uint8."""
+    from nin.deploy.images import parse_idx
+
+    return parse_idx((data_root / "Garments" / "raw" / "t10k-images-idx3-ubyte").read_bytes())
