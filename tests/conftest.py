@@ -49,23 +49,25 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[...,
     from torch.nn import functional
 
     from nin.checkpoints.files import AtomicCheckpointIO
-    from nin.data.sources import load
+    from nin.data.sources import describe, load
     from nin.data.transforms import resize
     from nin.training.classifier import Classifier
 
     folder = tmp_path_factory.mktemp("runs") / "small"
     chosen = settings("name=small", "data.test_time_flip=true", "trainer.precision=32-true", "threads=1")
     torch.manual_seed(0)
-    module = Classifier(chosen)
+    known = describe(chosen.data)
+    module = Classifier(chosen, known.class_names, known.channels)
     images, labels = load(chosen.data, "train")
     optimizer = torch.optim.Adam(module.network.parameters(), 0.01)
     for i in range(80):  # enough to tell most classes apart
-        batch = resize(torch.tensor(images[32 * i : 32 * i + 32]), 28)
-        loss = functional.cross_entropy(module.network(batch), torch.tensor(labels[32 * i : 32 * i + 32]).long())
+        batch = resize(images[32 * i : 32 * i + 32], 28)
+        loss = functional.cross_entropy(module.network(batch), labels[32 * i : 32 * i + 32])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    checkpoint = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    checkpoint = {**content, "global_step": 80, "epoch": 1}
     AtomicCheckpointIO().save_checkpoint(checkpoint, folder / "checkpoints" / "best.ckpt")
     return folder
 

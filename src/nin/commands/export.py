@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.config.schema import UserError
-from nin.runs.folder import RunFolder, logging_to
-from nin.runs.results import shown
+from nin.runs.console import log_to
+from nin.runs.folder import RunFolder
+from nin.runs.results import format_path
 
 if TYPE_CHECKING:
     from nin.deploy.export import Exporter
@@ -21,6 +22,7 @@ FORMATS = ("onnx", "pt2", "triton")
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin export",
+        allow_abbrev=False,
         description="Writes a trained network with its preprocessing: uint8 images of any size in, probabilities and "
         "score maps out. The file is kept only if it classifies every test image as the checkpoint does.",
         epilog="example: nin export outputs/runs/first --int8",
@@ -48,7 +50,7 @@ def main(arguments: list[str]) -> int:
     run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
     errors = Console(stderr=True, highlight=False)
     with (
-        logging_to(None),
+        log_to(None),
         Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -79,7 +81,7 @@ def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
 
     found = exporter.export_onnx(out).more["check"]
     print(
-        f"{shown(out)}: {out.stat().st_size / 1e6:.2f} MB; {found['images']:,} test images classified as by the "
+        f"{format_path(out)}: {out.stat().st_size / 1e6:.2f} MB; {found['images']:,} test images classified as by the "
         f"checkpoint, {found['accuracy']:.4f} right; probabilities differ by at most {found['largest_difference']:.1e}"
     )
     if not int8:
@@ -92,7 +94,7 @@ def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
         return 1
     sizes, rates, accuracy = measured["bytes"], measured["images_per_second"], measured["accuracy"]
     print(
-        f"{shown(path)}: {sizes['int8'] / 1e6:.2f} MB (float: {sizes['float'] / 1e6:.2f}), {rates['int8']:,.0f} "
+        f"{format_path(path)}: {sizes['int8'] / 1e6:.2f} MB (float: {sizes['float'] / 1e6:.2f}), {rates['int8']:,.0f} "
         f"images/s (float: {rates['float']:,.0f}), {accuracy['int8']:.4f} right (float: {accuracy['float']:.4f})"
     )
     return 0
@@ -102,7 +104,7 @@ def _pt2(exporter: "Exporter", out: Path, int8: bool) -> int:
     from nin.deploy.compiled import export_pt2
 
     for path, what in export_pt2(exporter, out):
-        print(f"{shown(path)}: {path.stat().st_size / 1e6:.2f} MB; {what}")
+        print(f"{format_path(path)}: {path.stat().st_size / 1e6:.2f} MB; {what}")
     return 0
 
 
@@ -110,5 +112,5 @@ def _triton(exporter: "Exporter", out: Path, int8: bool) -> int:
     from nin.deploy.triton import export_triton
 
     model = export_triton(exporter, out)
-    print(f"{shown(model.parent)}: a model repository; start Triton with --model-repository={shown(model.parent)}")
+    print(f"{format_path(model.parent)}: a model repository; start Triton with --model-repository={format_path(model.parent)}")
     return 0

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nin.config.schema import UserError
-from nin.runs.folder import logging_to
+from nin.runs.console import log_to
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ WINDOW = 256
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin predict",
+        allow_abbrev=False,
         description="Class probabilities of images, which take the path of a test image: grey or colour as the "
         "network needs them, resized, and scored mirrored too if the run was tested so.",
         epilog="example: nin predict outputs/runs/first shirt.jpg photos/ --maps maps",
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--top {args.top}: must be 1 or more")
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
         raise UserError(f"{', '.join(missing)}: no such file or folder")
-    with logging_to(None):
+    with log_to(None):
         from nin.deploy.loading import load
 
         network = load(args.network)

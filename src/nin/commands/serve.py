@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from nin.config.schema import UserError
-from nin.runs.results import shown
+from nin.runs.results import format_path
 
 # The variable that holds the key which clients must send.
 KEY = "NIN_API_KEY"
@@ -16,6 +16,7 @@ KEY = "NIN_API_KEY"
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin serve",
+        allow_abbrev=False,
         description="Serves an export with onnxruntime: POST an image to /predict, or open the page at /. A run that "
         f"has no export yet is exported first. Where the variable {KEY} is set, clients must send its value.",
         epilog="example: nin serve outputs/runs/first --port 8000",
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> int:
         )
         service = Service(load_onnx(export, args.threads), limits, os.environ.get(KEY) or None)
         address = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"{shown(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        print(f"{format_path(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         return server.run(service, listener)
 
 
@@ -72,7 +73,7 @@ def find_export(path: Path) -> Path:
         raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
     export = default_export(path).with_suffix(".onnx")
     if not export.exists() or export.stat().st_mtime < checkpoint.stat().st_mtime:
-        print(f"exporting {shown(path)} …", flush=True)
+        print(f"exporting {format_path(path)} …", flush=True)
         # In a process of its own: the server needs none of torch's memory.
         if subprocess.run([sys.executable, "-m", "nin", "export", str(path)], check=False).returncode:
             raise UserError(f"{path}: could not be exported")

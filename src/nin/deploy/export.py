@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nin.config.schema import UserError
+from nin.config.trust import ignore_stored_paths
 from nin.data import sources
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of
@@ -46,8 +47,9 @@ class Exporter:
         self.module, self.description = read_checkpoint(path, run)
         self.pipeline = pipeline_of(self.module, self.description)
         self.settings, self.progress = self.module.settings, progress
-        sources.prepare(self.settings.data)
-        self.images, self.labels = sources.load(self.settings.data, "t10k")
+        self.data = ignore_stored_paths(self.settings).data
+        sources.prepare(self.data)
+        self.images, self.labels = self._load("t10k")
 
     def export_onnx(self, path: Path) -> Description:
         """Writes ``path``, once the file's probabilities are the checkpoint's on every test image.
@@ -79,7 +81,7 @@ class Exporter:
         """
         from nin.deploy.quantize import quantize
 
-        images, _ = sources.load(self.settings.data, "train")
+        images, _ = self._load("train")
         temporary = path.with_name(f".{path.stem}.tmp.onnx")
         try:
             quantize(source, temporary, images)
@@ -101,6 +103,10 @@ class Exporter:
             return description, {"bytes": sizes, "images_per_second": rates, "accuracy": accuracy}
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _load(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = sources.load(self.data, part)
+        return images.numpy(), labels.numpy()
 
     def check(self, export: TrainedNetwork) -> dict[str, Any]:
         """Compares an export with the checkpoint on the whole test set, in float32.

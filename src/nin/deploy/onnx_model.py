@@ -113,11 +113,9 @@ def settings_of(description: Description, path: Path) -> Settings:
     Raises:
         UserError: if they are not what this version of the project knows.
     """
-    from omegaconf import OmegaConf
-
-    from nin.config.validation import validate
+    from nin.config.validation import validate_plain
 
     try:
-        return validate(OmegaConf.create(description.settings))
+        return validate_plain(description.settings)
     except UserError as error:
         raise UserError(f"{path}: written by another version of nin?\n{error}") from error

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
-from nin.data.sources import CLASS_NAMES
+from nin.config.schema import Settings, UserError
+from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
-from nin.training.experiment import versions, weights_sha256
-
-STORED_SIZE = 28
+from nin.training.experiment import weights_sha256
+from nin.training.run import versions
 
 
 class Pipeline(nn.Module):
@@ -79,19 +79,22 @@ def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifie
     """
     checkpoint = checkpoint_files.read(path)
     settings = checkpoint_files.settings_of(checkpoint, path)
-    module = Classifier(settings)
+    class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
+    if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names) and in_channels in (1, 3)):
+        raise UserError(f"{path}: saved by another version of nin? It names no classes, or channels other than 1 and 3")
+    module = Classifier(settings, class_names, in_channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     module = module.float().eval().requires_grad_(False)
     result = (run.read_result() if run else None) or {}
     return module, Description(
-        class_names=list(CLASS_NAMES),
-        channels=1,
-        stored_size=STORED_SIZE,
+        class_names=class_names,
+        channels=in_channels,
+        stored_size=describe(settings.data).stored_size,
         image_size=settings.data.image_size,
         test_time_flip=settings.data.test_time_flip,
         maps=_kind_of_maps(module.network),
-        settings=settings.model_dump(mode="json"),
+        settings=_portable(settings),
         more={
             "run": settings.name,
             "checkpoint": path.name,
@@ -100,6 +103,12 @@ def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifie
             "versions": versions(),
         },
     )
+
+
+def _portable(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values, without paths of this machine and what only training needs."""
+    plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}}
+    return plain | {"data": plain["data"] | {"root": "data"}}
 
 
 def _kind_of_maps(network: nn.Module) -> str:

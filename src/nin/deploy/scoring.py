@@ -5,9 +5,32 @@ from typing import Any
 
 import numpy as np
 
+from nin.config.schema import Data, UserError
+from nin.data.sources import raw_folder
+from nin.deploy.images import ImageError, parse_idx
 from nin.deploy.trained import TrainedNetwork
 
 BATCH_IMAGES = 128
+
+
+def load_test_set(data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Test images ``(count, height, width)`` and labels ``(count,)``, uint8, of a data set whose files are there.
+
+    `nin.data.sources.load` reads the same files, with torch.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
+    found = []
+    for kind in ("images-idx3", "labels-idx1"):
+        path = raw_folder(data) / f"t10k-{kind}-ubyte"
+        try:
+            found.append(parse_idx(path.read_bytes()))
+        except (ImageError, OSError) as error:
+            raise UserError(f"{path}: can't be read ({error})") from error
+    if len(found[0]) != len(found[1]):
+        raise UserError(f"{raw_folder(data)}: {len(found[0])} test images and {len(found[1])} labels")
+    return found[0], found[1]
 
 
 def evaluate(
