@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: with all threads each they would wait for one another. Before torch is imported.
@@ -45,6 +46,20 @@ def settings(data_root: Path) -> Callable[..., Settings]:
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Settings]) -> Path:
     """A run's folder with best.ckpt: a small network trained for a moment, scored mirrored too."""
+    # Shared with the other processes of pytest-xdist, whose folders for temporary files are side by side.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs" / "small"
+    folder.mkdir(parents=True, exist_ok=True)
+    best = folder / "checkpoints" / "best.ckpt"
+    with FileLock(folder / ".test-lock"):
+        if not best.exists():
+            train_for_a_moment(
+                settings("name=small", "data.test_time_flip=true", "trainer.precision=32-true", "threads=1"), best
+            )
+    return folder
+
+
+def train_for_a_moment(chosen: Settings, path: Path) -> None:
     import torch
     from torch.nn import functional
 
@@ -53,8 +68,6 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[...,
     from nin.data.transforms import resize
     from nin.training.classifier import Classifier
 
-    folder = tmp_path_factory.mktemp("runs") / "small"
-    chosen = settings("name=small", "data.test_time_flip=true", "trainer.precision=32-true", "threads=1")
     torch.manual_seed(0)
     known = describe(chosen.data)
     module = Classifier(chosen, known.class_names, known.channels)
@@ -68,8 +81,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[...,
         optimizer.step()
     content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     checkpoint = {**content, "global_step": 80, "epoch": 1}
-    AtomicCheckpointIO().save_checkpoint(checkpoint, folder / "checkpoints" / "best.ckpt")
-    return folder
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
 
 
 @pytest.fixture(scope="session")
@@ -78,8 +90,11 @@ def export(run_folder: Path) -> Path:
     pytest.importorskip("onnxscript")
     from nin.commands.export import main
 
-    assert main([str(run_folder)]) == 0
-    return run_folder / "export" / "model.onnx"
+    path = run_folder / "export" / "model.onnx"
+    with FileLock(run_folder / ".test-lock"):
+        if not path.exists():
+            assert main([str(run_folder)]) == 0
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -66,7 +66,11 @@ def test_resizing_is_to_the_stored_size_and_then_to_the_networks(test_images: np
 
 
 def test_colour_networks_take_colour_images() -> None:
-    network = NiN(in_channels=3, image_size=28, widths=(4, 4), kernel_sizes=(3, 3, 3), first_stride=2).eval().requires_grad_(False)
+    network = (
+        NiN(in_channels=3, image_size=28, widths=(4, 4), kernel_sizes=(3, 3, 3), first_stride=2)
+        .eval()
+        .requires_grad_(False)
+    )
     pipeline = Pipeline(network, channels=3, stored_size=32, image_size=28, test_time_flip=False)
     images = torch.zeros(2, 50, 40, 3, dtype=torch.uint8)
     images[..., 0] = 255

@@ -60,5 +60,5 @@ def test_grad_cam_of_lenet_has_a_map_for_each_class(images: Tensor) -> None:
 
 def test_a_network_without_maps_is_named() -> None:
     pytest.importorskip("captum")
-    with pytest.raises(UserError, match="one nn.Flatten"):
+    with pytest.raises(UserError, match=r"one nn\.Flatten"):
         grad_cam(nn.Sequential(nn.Conv2d(1, 4, 3)), torch.zeros(1, 1, 8, 8))

@@ -112,5 +112,7 @@ def _triton(exporter: "Exporter", out: Path, int8: bool) -> int:
     from nin.deploy.triton import export_triton
 
     model = export_triton(exporter, out)
-    print(f"{format_path(model.parent)}: a model repository; start Triton with --model-repository={format_path(model.parent)}")
+    print(
+        f"{format_path(model.parent)}: a model repository; start Triton with --model-repository={format_path(model.parent)}"
+    )
     return 0

@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-megabytes", type=float, default=20, help="of a request; default: 20")
     parser.add_argument("--max-megapixels", type=float, default=25, help="of an image; default: 25")
     parser.add_argument("--max-waiting", type=int, default=256, help="images that wait; default: 256")
-    parser.add_argument("--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30")
+    parser.add_argument(
+        "--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30"
+    )
     args = parser.parse_args(arguments)
     for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
         if not getattr(args, name) > 0:

@@ -92,7 +92,7 @@ class Batcher:
             try:
                 scores = self._compute(batch)
             # Whatever is wrong with a batch is its requests' failure, not the thread's end.
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001
                 scores = error
             except MemoryError:
                 scores = ImageTooLargeError("does not fit in memory")
@@ -108,7 +108,8 @@ class Batcher:
                 return []
             shape = self.waiting[0].image.shape
             most = max(1, min(BATCH_IMAGES, BATCH_PIXELS // (shape[0] * shape[1])))
-            batch, others = [], []
+            batch: list[_Waiting] = []
+            others: list[_Waiting] = []
             while self.waiting and len(batch) < most:
                 one = self.waiting.popleft()
                 if one.future.cancelled():

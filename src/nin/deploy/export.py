@@ -87,7 +87,9 @@ class Exporter:
             quantize(source, temporary, images)
             import onnx
 
-            accuracy = {name: self._accuracy(load_onnx(file)) for name, file in (("float", source), ("int8", temporary))}
+            accuracy = {
+                name: self._accuracy(load_onnx(file)) for name, file in (("float", source), ("int8", temporary))
+            }
             lost = accuracy["float"] - accuracy["int8"]
             if lost > INT8_LOSS:
                 raise ExportError(

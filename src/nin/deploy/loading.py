@@ -1,13 +1,16 @@
 """Finds out what a path is: a run's folder, a checkpoint or an export. Imports torch only for the first two."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nin.config.schema import UserError
-from nin.deploy.trained import TrainedNetwork
 from nin.runs.folder import RunFolder
 
+if TYPE_CHECKING:
+    from nin.deploy.trained import TrainedNetwork
 
-def load(path: str | Path) -> TrainedNetwork:
+
+def load(path: str | Path) -> "TrainedNetwork":
     """A trained network, ready to classify images.
 
     Args:

@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +186,7 @@ class Service:
         if self.key is None:
             return
         given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self.key.encode()):
+        if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise _RefusedError(401, "a key is needed: Authorization: Bearer …", {"www-authenticate": "Bearer"})
 
     async def health(self, _: Request) -> Response:
@@ -248,7 +248,7 @@ def _top(request: Request) -> int | None:
 
 
 async def _first_file(request: Request, body: bytes) -> bytes:
-    async def parts() -> AsyncIterator[bytes]:
+    async def parts() -> AsyncGenerator[bytes, None]:
         yield body
 
     try:
