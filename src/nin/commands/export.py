@@ -44,7 +44,8 @@ def main(arguments: list[str]) -> int:
 
     checkpoint = find_checkpoint(args.run_or_checkpoint)
     suffix = {"onnx": ".onnx", "pt2": ".pt2", "triton": ""}[args.format]
-    out = args.out or default_export(args.run_or_checkpoint).with_suffix(suffix)
+    default = default_export(args.run_or_checkpoint)
+    out = args.out or (default.with_suffix(suffix) if suffix else default.with_name("triton"))
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: the name must end in {suffix}")
     run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
@@ -112,7 +113,6 @@ def _triton(exporter: "Exporter", out: Path, int8: bool) -> int:
     from nin.deploy.triton import export_triton
 
     model = export_triton(exporter, out)
-    print(
-        f"{format_path(model.parent)}: a model repository; start Triton with --model-repository={format_path(model.parent)}"
-    )
+    repository = format_path(model.parent)
+    print(f"{repository}: a model repository; start Triton with --model-repository={repository}")
     return 0

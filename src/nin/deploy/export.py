@@ -106,6 +106,14 @@ class Exporter:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def map_size(self) -> tuple[int, int] | None:
+        """Height and width of the score maps; None where the export has none."""
+        if not self.pipeline.has_maps:
+            return None
+        with torch.no_grad():
+            maps = self.pipeline(*example_images(self.pipeline))[2]
+        return maps.shape[-2], maps.shape[-1]
+
     def _load(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         images, labels = sources.load(self.data, part)
         return images.numpy(), labels.numpy()

@@ -55,7 +55,10 @@ class Pipeline(nn.Module):
         return (probabilities, logits) if maps is None else (probabilities, logits, maps)
 
     def _forward(self, pixels: Tensor) -> tuple[Tensor, Any]:
-        return forward_with_maps(self.network, pixels) if self.has_maps else (self.network(pixels), None)
+        if not self.has_maps:
+            return self.network(pixels), None
+        assert isinstance(self.network, nn.Sequential)  # that is what has_score_maps says
+        return forward_with_maps(self.network, pixels)
 
     def grad_cam(self, images: Tensor) -> Tensor:
         """Maps ``(batch, classes, height, width)`` of a network that has no score maps of its own."""
