@@ -12,7 +12,7 @@ from nin.config.schema import Settings
 from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
 from nin.deploy.loading import find_checkpoint, is_export
-from nin.runs.console import log_to, tolerate_output_errors
+from nin.runs.console import log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.results import print_test
 
 MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
@@ -21,6 +21,7 @@ MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "thread
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     tolerate_output_errors()
+    silence_known_warnings()
     if is_export(args.network):
         path, (settings, metrics, confusion) = args.network, evaluate_export(args.network, args.overrides)
     else:

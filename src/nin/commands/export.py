@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.config.schema import UserError
-from nin.runs.console import log_to
+from nin.runs.console import log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
 from nin.runs.results import format_path
 
@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--int8", action="store_true", help="also a file in int8, if it loses at most 0.3 points")
     parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
     args = parser.parse_args(arguments)
+    silence_known_warnings()
     if args.int8 and args.format != "onnx":
         raise UserError(f"--int8: quantizes ONNX files; leave out --format {args.format}")
     from nin.deploy.loading import default_export, find_checkpoint

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from nin.config.schema import UserError
-from nin.runs.console import log_to
+from nin.runs.console import log_to, silence_known_warnings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +43,7 @@ def main(arguments: list[str]) -> int:
     form.add_argument("--json", action="store_true", help="all probabilities, as a JSON array")
     form.add_argument("--csv", action="store_true", help="all probabilities, one row per image")
     args = parser.parse_args(arguments)
+    silence_known_warnings()
     if args.top < 1:
         raise UserError(f"--top {args.top}: must be 1 or more")
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
