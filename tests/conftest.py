@@ -4,7 +4,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: with all threads each they would wait for one another. Before torch is imported.
@@ -39,3 +41,65 @@ def real_root() -> Path:
 def settings(data_root: Path) -> Callable[..., Settings]:
     """Composes settings of a small run on the garments, with more overrides behind."""
     return lambda *overrides: validate(compose_config([*SMALL, f"data.root={data_root}", *overrides]))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Settings]) -> Path:
+    """A run's folder with best.ckpt: a small network trained for a moment, scored mirrored too."""
+    # Shared with the other processes of pytest-xdist, whose folders for temporary files are side by side.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs" / "small"
+    folder.mkdir(parents=True, exist_ok=True)
+    best = folder / "checkpoints" / "best.ckpt"
+    with FileLock(folder / ".test-lock"):
+        if not best.exists():
+            train_for_a_moment(
+                settings("name=small", "data.test_time_flip=true", "trainer.precision=32-true", "threads=1"), best
+            )
+    return folder
+
+
+def train_for_a_moment(chosen: Settings, path: Path) -> None:
+    import torch
+    from torch.nn import functional
+
+    from nin.checkpoints.files import AtomicCheckpointIO
+    from nin.data.sources import describe, load
+    from nin.data.transforms import resize
+    from nin.training.classifier import Classifier
+
+    torch.manual_seed(0)
+    known = describe(chosen.data)
+    module = Classifier(chosen, known.class_names, known.channels)
+    images, labels = load(chosen.data, "train")
+    optimizer = torch.optim.Adam(module.network.parameters(), 0.01)
+    for i in range(80):  # enough to tell most classes apart
+        batch = resize(images[32 * i : 32 * i + 32], 28)
+        loss = functional.cross_entropy(module.network(batch), labels[32 * i : 32 * i + 32])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    checkpoint = {**content, "global_step": 80, "epoch": 1}
+    AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+@pytest.fixture(scope="session")
+def export(run_folder: Path) -> Path:
+    """`run_folder` exported to ONNX, which checks it on the whole test set."""
+    pytest.importorskip("onnxscript")
+    from nin.commands.export import main
+
+    path = run_folder / "export" / "model.onnx"
+    with FileLock(run_folder / ".test-lock"):
+        if not path.exists():
+            assert main([str(run_folder)]) == 0
+    return path
+
+
+@pytest.fixture(scope="session")
+def test_images(data_root: Path) -> np.ndarray:
+    """The garments' test images, ``(2000, 28, 28)`` uint8."""
+    from nin.deploy.images import parse_idx
+
+    return parse_idx((data_root / "Garments" / "raw" / "t10k-images-idx3-ubyte").read_bytes())

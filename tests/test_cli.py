@@ -24,7 +24,7 @@ def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("nin ", "train resume eval bench report inspect"),
+        ("nin ", "train resume eval predict export serve bench report inspect"),
         ("nin re", "resume report"),
         ("nin eval ", ""),
         ("nin x ", ""),

@@ -6,6 +6,7 @@ A package imports only from the packages below it:
     cli             dispatch; nothing heavy is imported
     commands/       one file per command: arguments in, exit status out
     sweeps/         start a sweep, its workers, its jobs, their summary
+    deploy/         predict, score maps, export, serve
     bench/          how fast training is, beside the notebooks' loop and the machine's limit
     training/       one run: claim the folder, train, test, write the result; the LightningModule and its callbacks
     checkpoints/    checkpoint files: atomic, checksummed, data only; the state that makes resuming exact
@@ -15,3 +16,14 @@ A package imports only from the packages below it:
     system/         signals, distributed processes, devices, allocator
     config/         schema, validation, composition
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """``nin.load``, imported when it is first used: bare ``import nin`` imports nothing else."""
+    if name == "load":
+        from nin.deploy.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,5 +2,5 @@
 
 No command imports another:
 
-    bench, eval, inspect, report, resume, train  arguments in, exit status out
+    bench, eval, export, inspect, predict, report, resume, serve, train  arguments in, exit status out
 """

@@ -1,14 +1,18 @@
-"""``nin eval RUN_OR_CHECKPOINT [overrides]``: test metrics of a run or of one checkpoint."""
+"""``nin eval RUN_OR_CHECKPOINT_OR_EXPORT [overrides]``: test metrics of a run, a checkpoint or an export."""
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import UserError
+from nin.config.schema import Settings
 from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
+from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import log_to, silence_known_warnings, tolerate_output_errors
-from nin.runs.folder import RunFolder
 from nin.runs.results import print_test
 
 MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
@@ -18,15 +22,11 @@ def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     tolerate_output_errors()
     silence_known_warnings()
-    path = find_checkpoint(args.run_or_checkpoint)
-    with log_to(None):
-        from nin.checkpoints.files import read, settings_of
-        from nin.training.experiment import evaluate
-
-        checkpoint = read(path)
-        settings = apply_overrides(ignore_stored_paths(settings_of(checkpoint, path)), args.overrides, MAY_CHANGE)
-        prepare(settings.data)
-        metrics, confusion = evaluate(settings, checkpoint)
+    if is_export(args.network):
+        path, (settings, metrics, confusion) = args.network, evaluate_export(args.network, args.overrides)
+    else:
+        path = find_checkpoint(args.network)
+        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides)
     size = settings.data.image_size
     print(f"{path}: {settings.model.name}, {settings.data.name} at {size}x{size}")
     print_test(metrics, confusion)
@@ -40,23 +40,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "tested, as in result.json; before the end of the first epoch, last.ckpt.",
         epilog="example: nin eval outputs/runs/first trainer=cpu",
     )
-    parser.add_argument("run_or_checkpoint", type=Path, help="a run's folder, or a .ckpt file")
+    parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
     parser.add_argument("overrides", nargs="*", help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
     return parser.parse_args(arguments)
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that represents a run's folder, or ``path`` itself if it is a file.
+def evaluate_checkpoint(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:
+    with log_to(None):
+        from nin.checkpoints.files import read, settings_of
+        from nin.training.experiment import evaluate
 
-    Raises:
-        UserError: if there is none.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError(f"{path}: no such run or checkpoint; runs are folders in outputs/runs")
-    folder = RunFolder(path)
-    for checkpoint in (folder.best, folder.last):
-        if checkpoint.exists():
-            return checkpoint
-    raise UserError(f"{path}: no checkpoint in it yet ({folder.best.relative_to(path)}); is it a run's folder?")
+        checkpoint = read(path)
+        settings = apply_overrides(ignore_stored_paths(settings_of(checkpoint, path)), overrides, MAY_CHANGE)
+        prepare(settings.data)
+        return settings, *evaluate(settings, checkpoint)
+
+
+def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:
+    """The same with onnxruntime, and without torch."""
+    from nin.deploy.onnx_model import load_onnx, settings_of
+    from nin.deploy.scoring import evaluate, load_test_set
+
+    stored = ignore_stored_paths(settings_of(load_onnx(path).description, path))
+    settings = apply_overrides(stored, overrides, ("data.root", "data.mirrors", "data.batch_size", "threads"))
+    with log_to(None):
+        prepare(settings.data)
+    images, labels = load_test_set(settings.data)
+    network = load_onnx(path, settings.threads)
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        bar = progress.add_task("testing", total=len(labels))
+        return settings, *evaluate(network, images, labels, lambda done: progress.advance(bar, done))

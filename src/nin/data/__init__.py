@@ -5,4 +5,5 @@ A module imports only from the modules below it:
     module                the LightningDataModule: data in memory, held-out images, batches
     sources               the files of a data set: download, checksums, classes and channels
     garments, transforms  synthetic clothing silhouettes; augmentation and resizing of a batch
+    pictures              an image, and a score map over it, drawn into axes of matplotlib
 """

@@ -1,0 +1,119 @@
+"""``nin export RUN_OR_CHECKPOINT``: a file for deployment, checked against the checkpoint on the whole test set."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from nin.config.schema import UserError
+from nin.runs.console import log_to, silence_known_warnings
+from nin.runs.folder import RunFolder
+from nin.runs.results import format_path
+
+if TYPE_CHECKING:
+    from nin.deploy.export import Exporter
+
+FORMATS = ("onnx", "pt2", "triton")
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nin export",
+        allow_abbrev=False,
+        description="Writes a trained network with its preprocessing: uint8 images of any size in, probabilities and "
+        "score maps out. The file is kept only if it classifies every test image as the checkpoint does.",
+        epilog="example: nin export outputs/runs/first --int8",
+    )
+    parser.add_argument("run_or_checkpoint", type=Path, help="a run's folder (its best.ckpt counts), or a .ckpt file")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="onnx",
+        help="onnx (default): for nin predict, nin eval, nin serve and every ONNX runtime; pt2: torch.export and an "
+        "AOTInductor package for C++; triton: a model repository for Triton or KServe",
+    )
+    parser.add_argument("--int8", action="store_true", help="also a file in int8, if it loses at most 0.3 points")
+    parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
+    args = parser.parse_args(arguments)
+    silence_known_warnings()
+    if args.int8 and args.format != "onnx":
+        raise UserError(f"--int8: quantizes ONNX files; leave out --format {args.format}")
+    from nin.deploy.loading import default_export, find_checkpoint
+
+    checkpoint = find_checkpoint(args.run_or_checkpoint)
+    suffix = {"onnx": ".onnx", "pt2": ".pt2", "triton": ""}[args.format]
+    default = default_export(args.run_or_checkpoint)
+    out = args.out or (default.with_suffix(suffix) if suffix else default.with_name("triton"))
+    if suffix and out.suffix != suffix:
+        raise UserError(f"--out {out}: the name must end in {suffix}")
+    run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
+    errors = Console(stderr=True, highlight=False)
+    with (
+        log_to(None),
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=errors,
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        ) as progress,
+    ):
+        from nin.deploy.export import Exporter, ExportError
+
+        bar = progress.add_task("loading", total=None)
+        exporter = Exporter(
+            checkpoint, run, lambda what, done, all_: progress.update(bar, description=what, completed=done, total=all_)
+        )
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            return {"onnx": _onnx, "pt2": _pt2, "triton": _triton}[args.format](exporter, out, args.int8)
+        except ExportError as error:
+            errors.print(f"nin export: {error}", markup=False, soft_wrap=True)
+            return 1
+        except OSError as error:
+            raise UserError(f"{out}: can't be written ({error.strerror})") from error
+
+
+def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
+    from nin.deploy.export import ExportError
+
+    found = exporter.export_onnx(out).more["check"]
+    print(
+        f"{format_path(out)}: {out.stat().st_size / 1e6:.2f} MB; {found['images']:,} test images classified as by the "
+        f"checkpoint, {found['accuracy']:.4f} right; probabilities differ by at most {found['largest_difference']:.1e}"
+    )
+    if not int8:
+        return 0
+    path = out.with_suffix(".int8.onnx")
+    try:
+        _, measured = exporter.export_int8(out, path)
+    except ExportError as error:
+        print(f"nin export: {error}", file=sys.stderr)
+        return 1
+    sizes, rates, accuracy = measured["bytes"], measured["images_per_second"], measured["accuracy"]
+    print(
+        f"{format_path(path)}: {sizes['int8'] / 1e6:.2f} MB (float: {sizes['float'] / 1e6:.2f}), {rates['int8']:,.0f} "
+        f"images/s (float: {rates['float']:,.0f}), {accuracy['int8']:.4f} right (float: {accuracy['float']:.4f})"
+    )
+    return 0
+
+
+def _pt2(exporter: "Exporter", out: Path, int8: bool) -> int:
+    from nin.deploy.compiled import export_pt2
+
+    for path, what in export_pt2(exporter, out):
+        print(f"{format_path(path)}: {path.stat().st_size / 1e6:.2f} MB; {what}")
+    return 0
+
+
+def _triton(exporter: "Exporter", out: Path, int8: bool) -> int:
+    from nin.deploy.triton import export_triton
+
+    model = export_triton(exporter, out)
+    repository = format_path(model.parent)
+    print(f"{repository}: a model repository; start Triton with --model-repository={repository}")
+    return 0

@@ -1,0 +1,211 @@
+"""``nin predict RUN_OR_CHECKPOINT_OR_EXPORT IMAGES…``: class probabilities of the user's own images."""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from nin.config.schema import UserError
+from nin.runs.console import log_to, silence_known_warnings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nin.deploy.images import ImageError
+    from nin.deploy.trained import Scores, TrainedNetwork
+
+# Images are read and scored so many at a time.
+WINDOW = 256
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nin predict",
+        allow_abbrev=False,
+        description="Class probabilities of images, which take the path of a test image: grey or colour as the "
+        "network needs them, resized, and scored mirrored too if the run was tested so.",
+        epilog="example: nin predict outputs/runs/first shirt.jpg photos/ --maps maps",
+    )
+    parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, folders, IDX files, or - for standard input")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="classes in the table; default: 3")
+    parser.add_argument("--invert", action="store_true", help="for dark things on a light ground")
+    parser.add_argument("--maps", type=Path, metavar="DIR", help="write a picture of each image's score maps there")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="all probabilities, as a JSON array")
+    form.add_argument("--csv", action="store_true", help="all probabilities, one row per image")
+    args = parser.parse_args(arguments)
+    silence_known_warnings()
+    if args.top < 1:
+        raise UserError(f"--top {args.top}: must be 1 or more")
+    if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
+        raise UserError(f"{', '.join(missing)}: no such file or folder")
+    with log_to(None):
+        from nin.deploy.loading import load
+
+        network = load(args.network)
+        return predict(network, args)
+
+
+def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
+    from nin.deploy.images import ImageError, has_light_border, iterate
+
+    description = network.description
+    writer = {True: _JSON, False: _CSV if args.csv else _Rows}[args.json](description.class_names, args.top)
+    names = _MapNames(args.maps) if args.maps else None
+    found, broken, light = 0, 0, 0
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
+    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task("", total=None)
+        for window in _windows(iterate(args.images, description.channels, sys.stdin.buffer)):
+            images = [image for _, image in window if not isinstance(image, ImageError)]
+            light += sum(map(has_light_border, images))
+            images = [255 - image for image in images] if args.invert else images
+            scores = network.score(images, maps=bool(names))
+            place = 0
+            for name, image in window:
+                if isinstance(image, ImageError):
+                    broken += 1
+                    errors.print(f"nin predict: {name}: {image}", markup=False)
+                    writer.add_error(name, str(image))
+                    continue
+                writer.add(name, scores.probabilities[place])
+                if names:
+                    _write_picture(names.next(name), images[place], network, scores, place, args.top)
+                place += 1
+            found += len(window)
+            progress.update(bar, completed=found)
+    if not found:
+        raise UserError(f"{', '.join(map(str, args.images))}: no images there")
+    writer.finish()
+    if not args.invert and light > 0 and _light_on_dark(description.settings):
+        errors.print(
+            f"nin predict: {light} of {found} images have a light border; the network was trained on light things on "
+            "a dark ground: if they are dark on light, add --invert",
+            markup=False,
+        )
+    if broken:
+        errors.print(f"nin predict: {broken} of {found} could not be read", markup=False)
+    return 1 if broken else 0
+
+
+def _windows(images: "Iterator[tuple[str, np.ndarray | ImageError]]") -> "Iterator[list[Any]]":
+    """Lists of images that fit in memory together."""
+    window, pixels = [], 0
+    for name, image in images:
+        window.append((name, image))
+        pixels += getattr(image, "size", 0)
+        if len(window) == WINDOW or pixels > 50_000_000:
+            yield window
+            window, pixels = [], 0
+    if window:
+        yield window
+
+
+def _light_on_dark(settings: dict[str, Any]) -> bool:
+    """Whether the data set's images are light on dark, as those of Fashion-MNIST's format are."""
+    return settings["data"].get("name") in ("fashion_mnist", "garments", "mnist", "kmnist")
+
+
+def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "Scores", place: int, top: int) -> None:
+    from nin.deploy.pictures import write_maps
+
+    assert scores.maps is not None
+    names = network.description.class_names
+    write_maps(path, image, names, scores.probabilities[place], scores.logits[place], scores.maps[place], top)
+
+
+class _MapNames:
+    """One PNG file per image, named after it, in one folder."""
+
+    def __init__(self, folder: Path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--maps {folder}: can't be written ({error.strerror})") from error
+        self.folder, self.used = folder, set[str]()
+
+    def next(self, name: str) -> Path:
+        # The suffix is left out; an IDX file's name ends in [index].
+        plain = re.sub(r"[^\w.+=,-]+", "_", str(Path(name).with_suffix(""))).strip("_.")[-200:] or "image"
+        chosen, i = plain, 2
+        while chosen in self.used:
+            chosen, i = f"{plain}-{i}", i + 1
+        self.used.add(chosen)
+        return self.folder / f"{chosen}.png"
+
+
+class _Rows:
+    """A table for people, printed at the end."""
+
+    def __init__(self, class_names: list[str], top: int):
+        self.class_names, self.top, self.rows = class_names, min(top, len(class_names)), list[tuple[str, ...]]()
+
+    def add(self, name: str, probabilities: "np.ndarray") -> None:
+        best = (-probabilities).argsort(kind="stable")[: self.top]
+        self.rows.append((name, *(f"{self.class_names[i]} {probabilities[i]:.4f}" for i in best)))
+
+    def add_error(self, name: str, error: str) -> None:
+        """The message on standard error is enough."""
+
+    def finish(self) -> None:
+        if not self.rows:
+            return
+        table = Table("image", box=None, header_style="bold")
+        for i in range(self.top):
+            table.add_column("class" if i == 0 else f"{i + 1}.")
+        for row in self.rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        console = Console(highlight=False)
+        if not console.is_terminal:  # a pipe has no width
+            console.width = 10_000
+        console.print(table)
+
+
+class _JSON:
+    """One array, an object per image, written as the images are done."""
+
+    def __init__(self, class_names: list[str], top: int):
+        self.class_names, self.begun = class_names, False
+
+    def add(self, name: str, probabilities: "np.ndarray") -> None:
+        by_class = {c: round(float(p), 9) for c, p in zip(self.class_names, probabilities, strict=True)}
+        self._write({"image": name, "class": self.class_names[int(probabilities.argmax())], "probabilities": by_class})
+
+    def add_error(self, name: str, error: str) -> None:
+        self._write({"image": name, "error": error})
+
+    def _write(self, row: dict[str, Any]) -> None:
+        sys.stdout.write(("," if self.begun else "[") + "\n" + json.dumps(row, ensure_ascii=False))
+        self.begun = True
+
+    def finish(self) -> None:
+        sys.stdout.write("\n]\n" if self.begun else "[]\n")
+
+
+class _CSV:
+    """A row per image: name, class, its probability, then each class's."""
+
+    def __init__(self, class_names: list[str], top: int):
+        self.class_names, self.rows = class_names, csv.writer(sys.stdout, lineterminator="\n")
+        self.rows.writerow(["image", "class", "probability", *class_names])
+
+    def add(self, name: str, probabilities: "np.ndarray") -> None:
+        best = int(probabilities.argmax())
+        values = [round(float(p), 9) for p in probabilities]
+        self.rows.writerow([name, self.class_names[best], values[best], *values])
+
+    def add_error(self, name: str, error: str) -> None:
+        """The message on standard error is enough."""
+
+    def finish(self) -> None:
+        """Every row is written."""

@@ -1,0 +1,82 @@
+"""``nin serve RUN_OR_EXPORT``: a trained network as an HTTP service, with a page to try it."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nin.config.schema import UserError
+from nin.runs.results import format_path
+
+# The variable that holds the key which clients must send.
+KEY = "NIN_API_KEY"
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="nin serve",
+        allow_abbrev=False,
+        description="Serves an export with onnxruntime: POST an image to /predict, or open the page at /. A run that "
+        f"has no export yet is exported first. Where the variable {KEY} is set, clients must send its value.",
+        epilog="example: nin serve outputs/runs/first --port 8000",
+    )
+    parser.add_argument("network", type=Path, help="a run's folder, or an exported .onnx file")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU; default: all")
+    parser.add_argument("--max-megabytes", type=float, default=20, help="of a request; default: 20")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="of an image; default: 25")
+    parser.add_argument("--max-waiting", type=int, default=256, help="images that wait; default: 256")
+    parser.add_argument(
+        "--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30"
+    )
+    args = parser.parse_args(arguments)
+    for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+    try:
+        from nin.deploy import server
+        from nin.deploy.service import Limits, Service
+    except ImportError as error:
+        packages = "'uvicorn[standard]' starlette python-multipart prometheus-client onnxruntime"
+        raise UserError(f"needs {error.name}: python3 -m pip install {packages}") from None
+    from nin.deploy.onnx_model import load_onnx
+
+    listener = server.listen(args.host, args.port)
+    with listener:
+        export = find_export(args.network)
+        limits = Limits(
+            body_bytes=int(args.max_megabytes * 1e6),
+            pixels=int(args.max_megapixels * 1e6),
+            waiting_images=args.max_waiting,
+            waiting_pixels=int(4 * args.max_megapixels * 1e6),
+            body_seconds=args.timeout,
+            answer_seconds=args.timeout,
+        )
+        service = Service(load_onnx(export, args.threads), limits, os.environ.get(KEY) or None)
+        address = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"{format_path(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
+        return server.run(service, listener)
+
+
+def find_export(path: Path) -> Path:
+    """The export that ``path`` is, or that a run's folder has; one that is missing or older than best.ckpt is made.
+
+    Raises:
+        UserError: if there is no such file or run, or it can't be exported.
+    """
+    from nin.deploy.loading import default_export, find_checkpoint, is_export
+
+    if is_export(path):
+        return path
+    checkpoint = find_checkpoint(path)
+    if path.is_file():
+        raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
+    export = default_export(path).with_suffix(".onnx")
+    if not export.exists() or export.stat().st_mtime < checkpoint.stat().st_mtime:
+        print(f"exporting {format_path(path)} …", flush=True)
+        # In a process of its own: the server needs none of torch's memory.
+        if subprocess.run([sys.executable, "-m", "nin", "export", str(path)], check=False).returncode:
+            raise UserError(f"{path}: could not be exported")
+    return export

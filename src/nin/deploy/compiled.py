@@ -1,0 +1,73 @@
+"""Exports for PyTorch without this project: torch.export for Python, an AOTInductor package for C++."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import Dim
+
+from nin.config.schema import UserError
+from nin.deploy.export import Exporter, example_images
+from nin.deploy.onnx_model import METADATA_KEY, metadata_of
+from nin.deploy.trained import Scores, TrainedNetwork
+
+
+def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
+    """Writes the AOTInductor package ``path`` and, beside it, the program of ``torch.export`` that it was compiled from.
+
+    Both are checked on the whole test set before they are kept. The package holds compiled code of this machine's
+    kind of processor: unlike an ONNX file, load one only from a source that you would run a program from.
+
+    Returns:
+        The files, each with what is said of it.
+
+    Raises:
+        ExportError: if probabilities or predictions differ from the checkpoint's; that file is not written.
+        UserError: if there is no C++ compiler.
+    """
+    if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
+        raise UserError("--format pt2: AOTInductor needs a C++ compiler; install g++ or clang++")
+    sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
+    program = torch.export.export(exporter.pipeline, example_images(exporter.pipeline), dynamic_shapes=(sizes,))
+    exported = path.with_suffix(".export.pt2")
+    written = []
+    for file, what, save, load in (
+        (exported, "torch.export.load() in Python", _save_program, _load_program),
+        (path, "torch::inductor::AOTIModelPackageLoader in C++", _compile_package, torch._inductor.aoti_load_package),
+    ):
+        temporary = file.with_name(f"tmp-{file.name}")
+        try:
+            save(program, temporary, metadata_of(exporter.description))
+            found = exporter.check(_trained(exporter, load(str(temporary))))
+            exporter.description.more["check"] = found
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+        written.append((file, f"{found['images']:,} test images classified as by the checkpoint; {what}"))
+    return written
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata[METADATA_KEY]})
+
+
+def _load_program(path: str) -> Any:
+    return torch.export.load(path).module()
+
+
+def _compile_package(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+    plain = {key: value for key, value in metadata.items() if key != METADATA_KEY}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": plain}
+    )
+
+
+def _trained(exporter: Exporter, module: Any) -> TrainedNetwork:
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        with torch.no_grad():
+            return Scores(*(output.numpy() for output in module(torch.tensor(images))[:2]))
+
+    return TrainedNetwork(dataclasses.replace(exporter.description), compute)

@@ -1,0 +1,210 @@
+"""Exports a checkpoint to one file with all preprocessing inside, and checks it against the checkpoint."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nin.config.schema import UserError
+from nin.config.trust import ignore_stored_paths
+from nin.data import sources
+from nin.data.transforms import resize
+from nin.deploy.onnx_model import load_onnx, metadata_of
+from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
+from nin.deploy.trained import Description, TrainedNetwork
+from nin.runs.folder import RunFolder
+from nin.training.classifier import Classifier
+
+# Largest difference of a probability between the checkpoint and its export.
+TOLERANCE = 1e-5
+# How much accuracy an int8 file may lose.
+INT8_LOSS = 0.003
+BATCH_IMAGES = 128
+
+Progress = Callable[[str, int, int], None]
+
+
+class ExportError(RuntimeError):
+    """The exported file does not give what the checkpoint gives; it was not kept."""
+
+
+class Exporter:
+    """One checkpoint, the test set that its exports are checked on, and what the checkpoint says of it.
+
+    Args:
+        path: the checkpoint.
+        run: the folder whose best checkpoint it is.
+        progress: called with what is done, the number of images done, and of all.
+    """
+
+    def __init__(self, path: Path, run: RunFolder | None, progress: Progress):
+        require("onnx", "onnxscript", "onnxruntime")
+        self.module, self.description = read_checkpoint(path, run)
+        self.pipeline = pipeline_of(self.module, self.description)
+        self.settings, self.progress = self.module.settings, progress
+        self.data = ignore_stored_paths(self.settings).data
+        sources.prepare(self.data)
+        self.images, self.labels = self._load("t10k")
+
+    def export_onnx(self, path: Path) -> Description:
+        """Writes ``path``, once the file's probabilities are the checkpoint's on every test image.
+
+        Raises:
+            ExportError: if they differ; nothing is written.
+        """
+        temporary = path.with_name(f".{path.stem}.tmp.onnx")
+        try:
+            program = trace_onnx(self.pipeline)
+            _save(program.model_proto, temporary, self.description)
+            found = self.check(load_onnx(temporary))
+            # What the check found is part of the file; the weights and operators stay those that were checked.
+            description = dataclasses.replace(self.description, more=self.description.more | {"check": found})
+            _save(program.model_proto, temporary, description)
+            temporary.replace(path)
+            return description
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def export_int8(self, source: Path, path: Path) -> tuple[Description, dict[str, Any]]:
+        """Quantizes the export ``source`` to int8, and keeps it at ``path`` if it loses little accuracy.
+
+        Returns:
+            Its description, and sizes and rates of both files.
+
+        Raises:
+            ExportError: if it loses more than 0.3 points of accuracy; nothing is written.
+        """
+        from nin.deploy.quantize import quantize
+
+        images, _ = self._load("train")
+        temporary = path.with_name(f".{path.stem}.tmp.onnx")
+        try:
+            quantize(source, temporary, images)
+            import onnx
+
+            accuracy = {
+                name: self._accuracy(load_onnx(file)) for name, file in (("float", source), ("int8", temporary))
+            }
+            lost = accuracy["float"] - accuracy["int8"]
+            if lost > INT8_LOSS:
+                raise ExportError(
+                    f"int8: {accuracy['int8']:.4f} of the test images right, {accuracy['float']:.4f} before: it loses "
+                    f"{100 * lost:.2f} points, more than {100 * INT8_LOSS:.1f}; not kept"
+                )
+            found = {"images": len(self.labels), "accuracy": accuracy["int8"], "accuracy_of_float": accuracy["float"]}
+            description = dataclasses.replace(self.description, more=self.description.more | {"int8": found})
+            _save(onnx.load(temporary), temporary, description)
+            sizes = {"float": source.stat().st_size, "int8": temporary.stat().st_size}
+            rates = {"float": self._rate(source), "int8": self._rate(temporary)}
+            temporary.replace(path)
+            return description, {"bytes": sizes, "images_per_second": rates, "accuracy": accuracy}
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def map_size(self) -> tuple[int, int] | None:
+        """Height and width of the score maps; None where the export has none."""
+        if not self.pipeline.has_maps:
+            return None
+        with torch.no_grad():
+            maps = self.pipeline(*example_images(self.pipeline))[2]
+        return maps.shape[-2], maps.shape[-1]
+
+    def _load(self, part: str) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = sources.load(self.data, part)
+        return images.numpy(), labels.numpy()
+
+    def check(self, export: TrainedNetwork) -> dict[str, Any]:
+        """Compares an export with the checkpoint on the whole test set, in float32.
+
+        Raises:
+            ExportError: if a prediction differs, or a probability by more than 1e-5.
+        """
+        largest, differing, right = 0.0, 0, 0
+        for start in range(0, len(self.labels), BATCH_IMAGES):
+            batch, labels = self.images[start : start + BATCH_IMAGES], self.labels[start : start + BATCH_IMAGES]
+            expected = probabilities_of(self.module, torch.tensor(batch)).numpy()
+            exported = export.predict(batch)
+            largest = max(largest, float(np.abs(expected - exported).max()))
+            differing += int((expected.argmax(1) != exported.argmax(1)).sum())
+            right += int((exported.argmax(1) == labels).sum())
+            self.progress("checking", start + len(labels), len(self.labels))
+        if differing or not largest <= TOLERANCE:
+            raise ExportError(
+                f"of {len(self.labels)} test images {differing} are classified differently than by the checkpoint, "
+                f"and probabilities differ by up to {largest:.2g} (allowed: {TOLERANCE:g}); not kept"
+            )
+        accuracy = round(right / len(self.labels), 7)
+        return {"images": len(self.labels), "accuracy": accuracy, "largest_difference": largest}
+
+    def _accuracy(self, network: TrainedNetwork) -> float:
+        right = 0
+        for start in range(0, len(self.labels), BATCH_IMAGES):
+            labels = self.labels[start : start + BATCH_IMAGES]
+            right += int((network.predict(self.images[start : start + BATCH_IMAGES]).argmax(1) == labels).sum())
+            self.progress("scoring", start + len(labels), len(self.labels))
+        return round(right / len(self.labels), 7)
+
+    def _rate(self, path: Path) -> float:
+        return images_per_second(load_onnx(path), self.images[:BATCH_IMAGES])
+
+
+def probabilities_of(module: Classifier, images: Tensor) -> Tensor:
+    """What evaluation computes in float32: ``(batch, classes)`` of uint8 images of the stored size."""
+    with torch.no_grad():
+        return module.score(resize(images, module.settings.data.image_size)).softmax(-1)
+
+
+def images_per_second(network: TrainedNetwork, batch: np.ndarray, seconds: float = 2.0) -> float:
+    """The rate at which ``network`` scores one batch again and again, after once to warm up."""
+    network.predict(batch)
+    begun, done = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - begun) < seconds or not done:
+        network.predict(batch)
+        done += len(batch)
+    return round(done / elapsed, 1)
+
+
+def trace_onnx(pipeline: Pipeline) -> Any:
+    """The pipeline as an ONNX program with dynamic batch, height and width."""
+    names = ["probabilities", "logits", *(["maps"] if pipeline.has_maps else [])]
+    return torch.onnx.export(
+        pipeline,
+        example_images(pipeline),
+        dynamo=True,
+        input_names=["images"],
+        output_names=names,
+        dynamic_shapes=({0: "batch", 1: "height", 2: "width"},),
+        verbose=False,
+    )
+
+
+def example_images(pipeline: Pipeline) -> tuple[Tensor]:
+    """uint8 images of which no size is one that the exporter would take for a constant."""
+    shape = (2, pipeline.stored_size + 3, pipeline.stored_size + 5)
+    return (torch.zeros(shape if pipeline.channels == 1 else (*shape, 3), dtype=torch.uint8),)
+
+
+def _save(model: Any, path: Path, description: Description) -> None:
+    """Writes an ONNX file with the description in its metadata; weights are in the file itself."""
+    import onnx
+
+    # The exporter notes the source line of every node, with the paths of this machine.
+    for noted in (model, model.graph, *model.graph.node, *model.graph.value_info, *model.graph.initializer):
+        noted.doc_string = ""
+        del noted.metadata_props[:]
+    onnx.helper.set_model_props(model, metadata_of(description))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+
+
+def require(*packages: str) -> None:
+    """Raises UserError, with the line that installs them, if a package is missing."""
+    import importlib.util
+
+    if missing := [name for name in packages if not importlib.util.find_spec(name)]:
+        raise UserError(f"needs {', '.join(missing)}: python3 -m pip install {' '.join(missing)}")

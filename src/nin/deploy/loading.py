@@ -1,0 +1,61 @@
+"""Finds out what a path is: a run's folder, a checkpoint or an export. Imports torch only for the first two."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nin.config.schema import UserError
+from nin.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from nin.deploy.trained import TrainedNetwork
+
+
+def load(path: str | Path) -> "TrainedNetwork":
+    """A trained network, ready to classify images.
+
+    Args:
+        path: a run's folder (its best.ckpt counts), a checkpoint, or an ``.onnx`` file written by `nin export`.
+
+    Returns:
+        An object with ``predict(images)``, probabilities ``(batch, classes)``, and ``maps(images)``, score maps
+        ``(batch, classes, height, width)``; see `TrainedNetwork`.
+
+    Raises:
+        UserError: if there is no such file, or it is none of these.
+    """
+    path = Path(path)
+    if is_export(path):
+        from nin.deploy.onnx_model import load_onnx
+
+        return load_onnx(path)
+    checkpoint = find_checkpoint(path)
+    from nin.deploy.pipeline import load_checkpoint
+
+    return load_checkpoint(checkpoint, RunFolder(path) if path.is_dir() else None)
+
+
+def is_export(path: Path) -> bool:
+    """Whether a path names an export and not a run or a checkpoint."""
+    return path.suffix == ".onnx"
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that a run's folder is judged by, or ``path`` itself if it is a file.
+
+    Raises:
+        UserError: if there is none.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run or checkpoint; runs are folders in outputs/runs")
+    folder = RunFolder(path)
+    for checkpoint in (folder.best, folder.last):
+        if checkpoint.exists():
+            return checkpoint
+    raise UserError(f"{path}: no checkpoint in it yet ({folder.best.relative_to(path)}); is it a run's folder?")
+
+
+def default_export(path: Path) -> Path:
+    """Where `nin export` writes, without a suffix: ``export/model`` in a run's folder, beside a checkpoint file."""
+    return path / "export" / "model" if path.is_dir() else path.with_suffix("")

@@ -1,0 +1,152 @@
+"""A checkpoint as one PyTorch module with all preprocessing, for `nin predict` and for every export."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nin.checkpoints import files as checkpoint_files
+from nin.config.schema import Settings, UserError
+from nin.data.sources import describe
+from nin.deploy.trained import Description, Scores, TrainedNetwork
+from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
+from nin.runs.folder import RunFolder
+from nin.training.classifier import Classifier
+from nin.training.experiment import weights_sha256
+from nin.training.run import versions
+
+
+class Pipeline(nn.Module):
+    """uint8 images of any size in; probabilities, logits and score maps out, as `Classifier.score` computes them.
+
+    Input: ``(batch, height, width)`` for 1 channel, ``(batch, height, width, 3)`` for 3. Output: probabilities and
+    logits ``(batch, classes)`` and, where `has_score_maps` is true of the network, maps ``(batch, classes, h, w)``.
+    """
+
+    def __init__(self, network: nn.Module, channels: int, stored_size: int, image_size: int, test_time_flip: bool):
+        super().__init__()
+        self.network = network
+        self.channels, self.stored_size, self.image_size = channels, stored_size, image_size
+        self.test_time_flip, self.has_maps = test_time_flip, has_score_maps(network)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """The network's input ``(batch, channels, image_size, image_size)``, float32 from 0 to 1.
+
+        An image of the stored size comes out of the first resizing bit for bit as it was: nothing here depends on the
+        image's size, so that an export takes every size.
+        """
+        pixels = images.unsqueeze(1) if self.channels == 1 else images.permute(0, 3, 1, 2)
+        pixels = pixels.to(torch.float32) / 255
+        pixels = _resize(pixels, self.stored_size)
+        return pixels if self.image_size == self.stored_size else _resize(pixels, self.image_size)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        pixels = self.prepare(images)
+        logits, maps = self._forward(pixels)
+        probabilities = logits.softmax(-1)
+        if self.test_time_flip:
+            mirrored_logits, mirrored_maps = self._forward(pixels.flip(-1))
+            probabilities = (probabilities + mirrored_logits.softmax(-1)) / 2
+            logits = (logits + mirrored_logits) / 2
+            maps = None if maps is None else (maps + mirrored_maps.flip(-1)) / 2
+        return (probabilities, logits) if maps is None else (probabilities, logits, maps)
+
+    def _forward(self, pixels: Tensor) -> tuple[Tensor, Any]:
+        if not self.has_maps:
+            return self.network(pixels), None
+        assert isinstance(self.network, nn.Sequential)  # that is what has_score_maps says
+        return forward_with_maps(self.network, pixels)
+
+    def grad_cam(self, images: Tensor) -> Tensor:
+        """Maps ``(batch, classes, height, width)`` of a network that has no score maps of its own."""
+        pixels = self.prepare(images)
+        maps = grad_cam(self.network, pixels)
+        return (maps + grad_cam(self.network, pixels.flip(-1)).flip(-1)) / 2 if self.test_time_flip else maps
+
+
+def _resize(pixels: Tensor, size: int) -> Tensor:
+    return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
+
+
+def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifier, Description]:
+    """The module of a checkpoint with its weights, in evaluation mode, and its description.
+
+    Args:
+        run: the folder that the checkpoint is the best of, whose result.json has the test accuracy.
+
+    Raises:
+        UserError: if the file is no checkpoint of this version.
+    """
+    checkpoint = checkpoint_files.read(path)
+    settings = checkpoint_files.settings_of(checkpoint, path)
+    class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
+    if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names) and in_channels in (1, 3)):
+        raise UserError(f"{path}: saved by another version of nin? It names no classes, or channels other than 1 and 3")
+    module = Classifier(settings, class_names, in_channels)
+    checkpoint_files.require_matching_weights(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    module = module.float().eval().requires_grad_(False)
+    result = (run.read_result() if run else None) or {}
+    return module, Description(
+        class_names=class_names,
+        channels=in_channels,
+        stored_size=describe(settings.data).stored_size,
+        image_size=settings.data.image_size,
+        test_time_flip=settings.data.test_time_flip,
+        maps=_kind_of_maps(module.network),
+        settings=_portable(settings),
+        more={
+            "run": settings.name,
+            "checkpoint": path.name,
+            "weights_sha256": weights_sha256(module.network),
+            "test_accuracy": result.get("metrics", {}).get("test/acc"),
+            "versions": versions(),
+        },
+    )
+
+
+def _portable(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values, without paths of this machine and what only training needs."""
+    plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}}
+    return plain | {"data": plain["data"] | {"root": "data"}}
+
+
+def _kind_of_maps(network: nn.Module) -> str:
+    if not has_score_maps(network):
+        return "grad_cam"
+    return "gap" if isinstance(network[-2], nn.AdaptiveAvgPool2d) else "fc"  # type: ignore[index]
+
+
+def pipeline_of(module: Classifier, description: Description) -> Pipeline:
+    """The pipeline around a module's own network, which the module and the pipeline share."""
+    pipeline = Pipeline(
+        module.network,
+        description.channels,
+        description.stored_size,
+        description.image_size,
+        description.test_time_flip,
+    )
+    return pipeline.eval()
+
+
+def load_checkpoint(path: Path, run: RunFolder | None = None) -> TrainedNetwork:
+    """A checkpoint ready to classify images, in float32 on the CPU.
+
+    Raises:
+        UserError: if the file is no checkpoint of this version.
+    """
+    module, description = read_checkpoint(path, run)
+    pipeline = pipeline_of(module, description)
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        batch = torch.from_numpy(np.ascontiguousarray(images))
+        with torch.no_grad():
+            probabilities, logits, *found = (output.numpy() for output in pipeline(batch))
+        if not maps:
+            return Scores(probabilities, logits)
+        return Scores(probabilities, logits, found[0] if found else pipeline.grad_cam(batch).numpy())
+
+    return TrainedNetwork(description, compute)

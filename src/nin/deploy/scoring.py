@@ -1,0 +1,63 @@
+"""Test metrics of a trained network, whatever computes it. Imports no torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from nin.config.schema import Data, UserError
+from nin.data.sources import raw_folder
+from nin.deploy.images import ImageError, parse_idx
+from nin.deploy.trained import TrainedNetwork
+
+BATCH_IMAGES = 128
+
+
+def load_test_set(data: Data) -> tuple[np.ndarray, np.ndarray]:
+    """Test images ``(count, height, width)`` and labels ``(count,)``, uint8, of a data set whose files are there.
+
+    `nin.data.sources.load` reads the same files, with torch.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
+    found = []
+    for kind in ("images-idx3", "labels-idx1"):
+        path = raw_folder(data) / f"t10k-{kind}-ubyte"
+        try:
+            found.append(parse_idx(path.read_bytes()))
+        except (ImageError, OSError) as error:
+            raise UserError(f"{path}: can't be read ({error})") from error
+    if len(found[0]) != len(found[1]):
+        raise UserError(f"{raw_folder(data)}: {len(found[0])} test images and {len(found[1])} labels")
+    return found[0], found[1]
+
+
+def evaluate(
+    network: TrainedNetwork, images: np.ndarray, labels: np.ndarray, progress: Callable[[int], None]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Loss, accuracy and accuracy by class, and the confusion matrix: rows are true classes, columns predicted.
+
+    Args:
+        images: ``(count, height, width)`` or ``(count, height, width, 3)``, uint8.
+        labels: ``(count,)``.
+        progress: called with the number of images of each batch.
+    """
+    names = network.description.class_names
+    parts = []
+    for start in range(0, len(images), BATCH_IMAGES):
+        parts.append(network.predict(images[start : start + BATCH_IMAGES]))
+        progress(len(parts[-1]))
+    probabilities = np.concatenate(parts)
+    predicted = probabilities.argmax(1)
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(confusion, (labels, predicted), 1)
+    of_true_class = probabilities[np.arange(len(labels)), labels].astype(np.float64)
+    right, all_ = confusion.diagonal().tolist(), confusion.sum(1).tolist()
+    metrics = {
+        # A probability of 0 in float32 is one below 1e-45.
+        "test/loss": round(float(-np.log(np.maximum(of_true_class, 1e-45)).mean()), 7),
+        "test/acc": round(float((predicted == labels).mean()), 7),
+        "test/acc_by_class": {n: r / c if c else None for n, r, c in zip(names, right, all_, strict=True)},
+    }
+    return metrics, confusion

@@ -1,0 +1,111 @@
+"""Runs the HTTP service until a signal ends it. Imports no torch."""
+
+import gc
+import resource
+import signal
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from nin.config.schema import UserError
+from nin.deploy.service import Service
+
+# A request's head has this long to arrive; a connection that is kept open without requests, as long.
+HEAD_SECONDS = 15
+SHUTDOWN_SECONDS = 30
+
+
+class TimedProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP protocol, which closes a connection whose next request's head does not arrive in time."""
+
+    deadline: Any = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._stop_timer()
+        self._start_timer()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def _start_timer(self) -> None:
+        self.deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
+
+
+class _Server(uvicorn.Server):
+    """Reports that it stops, so that a load balancer sends nothing more."""
+
+    on_stop: Callable[[], None]
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        self.on_stop()
+        super().handle_exit(sig, frame)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        UserError: if the port is in use, or the address is not this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        raise UserError(
+            f"{host}:{port}: can't listen there ({getattr(error, 'strerror', None) or error}); give another --port "
+            "or --host"
+        ) from error
+    return listener
+
+
+def run(service: Service, listener: socket.socket) -> int:
+    """Serves until SIGTERM or Ctrl-C, then answers the requests that have begun; returns the exit status."""
+    received: list[int] = []
+    # uvicorn raises the signal again when it has shut down.
+    before = {s: signal.signal(s, lambda signum, _: received.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    config = uvicorn.Config(
+        service.app(),
+        http=TimedProtocol,
+        ws="none",
+        log_level="critical",
+        access_log=False,
+        timeout_keep_alive=HEAD_SECONDS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        # Connections; those above are answered with 503 while file descriptors are left.
+        limit_concurrency=max(16, min(files - 64, 4096)),
+        server_header=False,
+        proxy_headers=False,
+    )
+    server = _Server(config)
+    server.on_stop = lambda: setattr(service, "stopping", True)
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays, and need not be looked through again and again
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return 128 + received[0] if received else 0

@@ -1,0 +1,280 @@
+"""The HTTP service of a trained network: routes, limits, metrics. Imports no torch."""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from nin.deploy.batching import Batcher, OverloadedError
+from nin.deploy.images import ImageError, ImageTooLargeError, open_image, to_array
+from nin.deploy.trained import Scores, TrainedNetwork
+
+PAGES = Path(__file__).parent / "pages"
+# Below this many pixels an image is decoded at once: handing it to a thread would take longer.
+SMALL_PIXELS = 100_000
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a client may take of the server.
+
+    Attributes:
+        body_bytes: of a request's body; 413 above.
+        pixels: of one image; 413 above.
+        waiting_images, waiting_pixels: of all images that wait; 503 above.
+        body_seconds: until a request's body has arrived; 408 after.
+        answer_seconds: until an image that waits is scored; 503 after.
+    """
+
+    body_bytes: int = 20_000_000
+    pixels: int = 25_000_000
+    waiting_images: int = 256
+    waiting_pixels: int = 100_000_000
+    body_seconds: float = 30
+    answer_seconds: float = 30
+
+
+class Service:
+    """Answers requests for one network.
+
+    Args:
+        key: what ``Authorization: Bearer …`` or ``X-API-Key`` must hold for predictions and metrics; None: nothing.
+    """
+
+    def __init__(self, network: TrainedNetwork, limits: Limits, key: str | None):
+        self.network, self.limits, self.key = network, limits, key
+        self.stopping = False
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter("nin_requests", "Requests for predictions.", ["status"], registry=self.registry)
+        self.seconds = Histogram(
+            "nin_request_seconds",
+            "Time of a request for a prediction, its upload included.",
+            buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30),
+            registry=self.registry,
+        )
+        batch_sizes = Histogram(
+            "nin_batch_images", "Images of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self.batcher = Batcher(network, limits.waiting_images, limits.waiting_pixels, batch_sizes.observe)
+        waiting = Gauge("nin_waiting_images", "Images that wait or are computed.", registry=self.registry)
+        waiting.set_function(lambda: self.batcher.images)
+        # One at a time: each large image takes hundreds of megabytes while it is decoded.
+        self.decoder = ThreadPoolExecutor(1)
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        return Starlette(
+            routes=[
+                Route("/predict", self.predict, methods=["POST"]),
+                Route("/health", self.health),
+                Route("/ready", self.ready),
+                Route("/metrics", self.metrics),
+                Route("/info", self.info),
+                Route("/openapi.json", lambda _: _page("openapi.json", "application/json")),
+                Route("/docs", lambda _: _page("docs.html", "text/html; charset=utf-8")),
+                Route("/", lambda _: _page("index.html", "text/html; charset=utf-8")),
+            ],
+            exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
+            lifespan=self._lifespan,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self.batcher.start()
+        yield
+        self.batcher.close()
+        self.decoder.shutdown()
+
+    async def predict(self, request: Request) -> Response:
+        """POST /predict: the class and all probabilities of the image in the body, or of a form's first file."""
+        begun = time.perf_counter()
+        try:
+            response = await self._predict(request)
+        except _RefusedError as refused:
+            response = _json({"error": str(refused)}, refused.status, refused.headers)
+        except ClientDisconnect:
+            response = Response(status_code=499)  # nobody reads it
+        self.requests.labels(str(response.status_code)).inc()
+        self.seconds.observe(time.perf_counter() - begun)
+        return response
+
+    async def _predict(self, request: Request) -> Response:
+        self._require_key(request)
+        maps, invert, top = _flag(request, "maps"), _flag(request, "invert"), _top(request)
+        if maps and self.network.description.maps in ("none", "grad_cam"):
+            raise _RefusedError(400, "this network's export has no score maps")
+        if self.batcher.images >= self.limits.waiting_images:
+            raise _overloaded()  # before the upload is read
+        body = await self._read_body(request)
+        try:
+            image = await self._decode(body)
+            image = 255 - image if invert else image
+            async with asyncio.timeout(self.limits.answer_seconds):
+                scores = await self.batcher.score(image, maps)
+        except ImageTooLargeError as error:
+            raise _RefusedError(413, f"the image is too large: {error}") from None
+        except ImageError as error:
+            raise _RefusedError(400, f"the image cannot be read: {error}") from None
+        except OverloadedError:
+            raise _overloaded() from None
+        except TimeoutError:
+            raise _RefusedError(503, "the server is overloaded: no answer in time") from None
+        return _json(self._answer(scores, image, top, maps))
+
+    def _answer(self, scores: Scores, image: np.ndarray, top: int | None, maps: bool) -> dict[str, Any]:
+        names, probabilities = self.network.description.class_names, scores.probabilities
+        order = (-probabilities).argsort(kind="stable").tolist()
+        answer: dict[str, Any] = {
+            "class": names[order[0]],
+            "probability": round(float(probabilities[order[0]]), 9),
+            "probabilities": {names[i]: round(float(probabilities[i]), 9) for i in order[:top]},
+        }
+        if maps and scores.maps is not None:
+            answer["image"] = {"height": image.shape[0], "width": image.shape[1]}
+            answer["logits"] = {names[i]: round(float(scores.logits[i]), 6) for i in order[:top]}
+            answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in order[:top]}
+        return answer
+
+    async def _read_body(self, request: Request) -> bytes:
+        limit = self.limits.body_bytes
+        too_large = _RefusedError(413, f"the body is too large: the limit is {limit:,} bytes", {"connection": "close"})
+        declared = request.headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limit:
+            raise too_large
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for part in request.stream():
+                    parts.append(part)
+                    size += len(part)
+                    if size > limit:
+                        raise too_large
+        except TimeoutError:
+            raise _RefusedError(408, "the body did not arrive in time", {"connection": "close"}) from None
+        body = b"".join(parts)
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            return await _first_file(request, body)
+        if not body:
+            raise _RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
+        return body
+
+    async def _decode(self, body: bytes) -> np.ndarray:
+        opened, channels = open_image(body, self.limits.pixels), self.network.description.channels
+        pixels = opened.size[0] * opened.size[1]
+        if pixels <= SMALL_PIXELS:
+            return to_array(opened, channels)
+        self.batcher.require_room(pixels)
+        return await asyncio.get_running_loop().run_in_executor(self.decoder, to_array, opened, channels)
+
+    def _require_key(self, request: Request) -> None:
+        if self.key is None:
+            return
+        given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+            raise _RefusedError(401, "a key is needed: Authorization: Bearer …", {"www-authenticate": "Bearer"})
+
+    async def health(self, _: Request) -> Response:
+        """GET /health: 200 as long as the process answers."""
+        return _json({"status": "ok"})
+
+    async def ready(self, _: Request) -> Response:
+        """GET /ready: 200 if a prediction would be taken on now."""
+        full = self.batcher.images >= self.limits.waiting_images
+        state = "stopping" if self.stopping else "overloaded" if full else "ready"
+        return _json({"status": state}, 200 if state == "ready" else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics: Prometheus' text format."""
+        try:
+            self._require_key(request)
+        except _RefusedError as refused:
+            return _json({"error": str(refused)}, refused.status, refused.headers)
+        return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
+
+    async def info(self, _: Request) -> Response:
+        """GET /info: class names, sizes, and what is known of the run."""
+        known = self.network.description
+        has_maps = known.maps in ("gap", "fc")
+        return _json(
+            {
+                "class_names": known.class_names,
+                "channels": known.channels,
+                "image_size": known.image_size,
+                "maps": has_maps,
+                "key": self.key is not None,
+                **known.more,
+            }
+        )
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+def _overloaded() -> _RefusedError:
+    return _RefusedError(503, "the server is overloaded", {"retry-after": "1", "connection": "close"})
+
+
+def _flag(request: Request, name: str) -> bool:
+    value = request.query_params.get(name, "false").lower()
+    if value not in ("true", "false", "1", "0"):
+        raise _RefusedError(400, f"{name}={value}: must be true or false")
+    return value in ("true", "1")
+
+
+def _top(request: Request) -> int | None:
+    value = request.query_params.get("top")
+    if value is not None and not (value.isascii() and value.isdigit() and 0 < len(value) < 7 and int(value)):
+        raise _RefusedError(400, f"top={value[:20]}: must be a number, 1 or more")
+    return None if value is None else int(value)
+
+
+async def _first_file(request: Request, body: bytes) -> bytes:
+    async def parts() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, parts(), max_files=10, max_fields=100).parse()
+    # A malformed form raises MultiPartException, one without a boundary KeyError.
+    except (MultiPartException, KeyError):
+        raise _RefusedError(400, "the form is malformed") from None
+    try:
+        for value in form.values():
+            if not isinstance(value, str):
+                return await value.read()
+    finally:
+        await form.close()
+    raise _RefusedError(400, "the form has no file")
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(json.dumps(content, ensure_ascii=False), status, headers, "application/json")
+
+
+def _page(name: str, media_type: str) -> Response:
+    # Nothing from elsewhere is loaded: the page works offline, and a picture's name cannot bring in a script.
+    policy = "default-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src 'self' blob: data:"
+    headers = {"content-security-policy": policy, "x-content-type-options": "nosniff"}
+    return Response((PAGES / name).read_bytes(), headers=headers, media_type=media_type)
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    return _json({"error": error.detail}, error.status_code, dict(error.headers or {}))

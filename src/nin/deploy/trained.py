@@ -1,0 +1,115 @@
+"""A trained network as Python code uses it, whatever computes it: PyTorch or onnxruntime. Imports neither."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nin.config.schema import UserError
+from nin.deploy.images import as_arrays, batches_of_one_size
+
+# A batch is computed at a time; larger ones are not faster on a CPU, and take memory.
+BATCH_IMAGES, BATCH_PIXELS = 128, 4_000_000
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a network says of a batch of images.
+
+    Attributes:
+        probabilities: ``(batch, classes)`` float32; each row sums to 1.
+        logits: ``(batch, classes)`` float32; with ``data.test_time_flip`` the mean of the image's and its mirror's.
+        maps: ``(batch, classes, height, width)`` float32, or None if they were not requested.
+    """
+
+    probabilities: np.ndarray
+    logits: np.ndarray
+    maps: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What is known of a trained network beside its weights: the metadata of an export.
+
+    Attributes:
+        class_names: in the order of the probabilities.
+        channels: of the images: 1 (grey) or 3 (colour).
+        stored_size: pixels per side to which every image is resized first, as those of its data set were.
+        image_size: pixels per side of the network's input.
+        test_time_flip: whether probabilities are the mean of the image's and its mirror's.
+        maps: "gap": the mean of a class's map is its logit. "fc": mean and bias are. "grad_cam": an approximation.
+            "none": an export of a network whose maps need gradients.
+        settings: of the run, as in its config.yaml.
+        more: the run's name, weights_sha256, versions, test accuracy, and what the check of an export found.
+    """
+
+    class_names: list[str]
+    channels: int
+    stored_size: int
+    image_size: int
+    test_time_flip: bool
+    maps: str
+    settings: dict[str, Any]
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+class TrainedNetwork:
+    """A network with all preprocessing: images in, probabilities and score maps out.
+
+    ``images`` are one uint8 array ``(batch, height, width)`` or ``(batch, height, width, 3)``, or a list of such
+    arrays without the batch, of Pillow images and of paths; in a list sizes may differ. Each image takes the path of
+    a test image: grey or colour as the network needs it, resized to the stored size, then to the network's.
+
+    Args:
+        compute: takes a uint8 batch of one size, ``(batch, height, width)`` for a grey network and
+            ``(batch, height, width, 3)`` for a colour one, and whether maps are requested.
+    """
+
+    def __init__(self, description: Description, compute: Callable[[np.ndarray, bool], Scores]):
+        self.description, self.compute = description, compute
+
+    def predict(self, images: Any) -> np.ndarray:
+        """Probabilities ``(batch, classes)``, float32; classes as in ``description.class_names``."""
+        return self.score(images).probabilities
+
+    def maps(self, images: Any) -> np.ndarray:
+        """Score maps ``(batch, classes, height, width)``, float32: where in each image each class is recognized.
+
+        Raises:
+            UserError: if this network has none: an export of a network whose maps need gradients.
+        """
+        maps = self.score(images, maps=True).maps
+        assert maps is not None
+        return maps
+
+    def score(self, images: Any, maps: bool = False) -> Scores:
+        """Probabilities, logits and, if ``maps``, score maps.
+
+        Raises:
+            UserError: if maps are requested and there are none.
+        """
+        if maps and self.description.maps == "none":
+            raise UserError(
+                "this export has no score maps: they need gradients in a network with several fully connected layers; "
+                "give the run or its checkpoint instead"
+            )
+        arrays = as_arrays(images, self.description.channels)
+        parts = []
+        for indices in batches_of_one_size(arrays, BATCH_IMAGES, BATCH_PIXELS):
+            parts.append((indices, self.compute(np.stack([arrays[i] for i in indices]), maps)))
+        return _joined(parts, len(arrays), len(self.description.class_names))
+
+
+def _joined(parts: list[tuple[list[int], Scores]], count: int, classes: int) -> Scores:
+    """Scores of several batches, in the order of the images."""
+    if not parts:
+        return Scores(np.empty((0, classes), np.float32), np.empty((0, classes), np.float32))
+
+    def join(name: str) -> np.ndarray:
+        values = np.empty((count, *getattr(parts[0][1], name).shape[1:]), np.float32)
+        for indices, scores in parts:
+            values[indices] = getattr(scores, name)
+        return values
+
+    return Scores(join("probabilities"), join("logits"), None if parts[0][1].maps is None else join("maps"))

@@ -1,0 +1,77 @@
+"""Score maps: where in an image each class is recognized."""
+
+import torch
+from torch import Tensor, nn
+
+from nin.config.schema import UserError
+
+
+def has_score_maps(network: nn.Module) -> bool:
+    """Whether the logits are a linear function of the last maps, so that `forward_with_maps` is exact."""
+    return _ends_with(network, nn.AdaptiveAvgPool2d, nn.Flatten) or _ends_with(network, nn.Flatten, nn.Linear)
+
+
+def _ends_with(network: nn.Module, *kinds: type[nn.Module]) -> bool:
+    if not isinstance(network, nn.Sequential) or len(network) <= len(kinds):
+        return False
+    last = [network[i] for i in range(-len(kinds), 0)]
+    return all(isinstance(layer, kind) for layer, kind in zip(last, kinds, strict=True)) and not any(
+        isinstance(layer, nn.Flatten | nn.Linear) for layer in list(network)[: -len(kinds)]
+    )
+
+
+def forward_with_maps(network: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and score maps of a network for which `has_score_maps` is true.
+
+    With global average pooling the last block has one map per class, and the logit is its mean (Lin et al. 2013,
+    section 3.2). With a fully connected layer on the maps, a class's score map is the sum of all maps, each weighted
+    position by position with the class's weights (class activation maps: Zhou et al. 2016, section 2); its mean and
+    the layer's bias add up to the logit.
+
+    Args:
+        images: ``(batch, channels, size, size)``, float.
+
+    Returns:
+        Logits ``(batch, classes)`` and score maps ``(batch, classes, height, width)``.
+    """
+    maps = images
+    for layer in list(network)[:-2]:
+        maps = layer(maps)
+    logits = network[-1](network[-2](maps))
+    last = network[-1]
+    if isinstance(last, nn.Linear):
+        height, width = maps.shape[-2:]
+        weights = last.weight.view(last.out_features, -1, height, width)
+        maps = torch.einsum("bkhw,ckhw->bchw", maps, weights) * (height * width)
+    return logits, maps
+
+
+def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) of the last maps before the fully connected layers, by captum.
+
+    The gradient of each class's logit, averaged over the positions, weights the maps. The mean of a class's map is
+    its first-order share of the logit: an approximation, since several layers follow.
+
+    Args:
+        images: ``(batch, channels, size, size)``, float.
+
+    Returns:
+        Maps ``(batch, classes, height, width)``.
+
+    Raises:
+        UserError: if captum is not installed, or the network is not a sequence with one `nn.Flatten`.
+    """
+    try:
+        from captum.attr import LayerGradCam
+    except ImportError:
+        raise UserError("score maps of this network need captum: python3 -m pip install captum") from None
+    flattens = [i for i, layer in enumerate(network.children()) if isinstance(layer, nn.Flatten)]
+    if not isinstance(network, nn.Sequential) or len(flattens) != 1 or flattens[0] == 0:
+        raise UserError("score maps need a network that is an nn.Sequential with one nn.Flatten after its last maps")
+    with torch.no_grad():
+        classes = network(images[:1]).shape[1]
+    cam = LayerGradCam(network, network[flattens[0] - 1])
+    images = images.detach().requires_grad_()  # a network without gradients of its weights still has these
+    maps = torch.cat([cam.attribute(images, target=i).detach() for i in range(classes)], dim=1)
+    # captum weights each map by the mean of its gradients; by their sum the product's mean is the logit's share.
+    return maps * (maps.shape[-2] * maps.shape[-1])

@@ -1,0 +1,29 @@
+"""`nin export`: arguments, where the file goes, and what is missing."""
+
+from pathlib import Path
+
+import pytest
+
+from nin.commands.export import main
+from nin.config.schema import UserError
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--format", "pt2", "--int8"], "--int8: quantizes ONNX files; leave out --format pt2"),
+        (["--out", "model.bin"], "--out model.bin: the name must end in .onnx"),
+    ],
+)
+def test_mistakes(run_folder: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([str(run_folder), *arguments])
+
+
+def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
+    with pytest.raises(UserError, match="needs onnx, onnxscript, onnxruntime: python3 -m pip install onnx onnxscript"):
+        main([str(run_folder)])

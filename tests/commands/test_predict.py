@@ -1,0 +1,114 @@
+"""`nin predict`: images in, a table, JSON or CSV out, and pictures of the score maps."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nin
+from nin.commands.predict import main
+from nin.config.schema import UserError
+
+
+@pytest.fixture
+def pictures(tmp_path: Path, test_images: np.ndarray) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(test_images[i]).save(folder / f"{i}.png")
+    return folder
+
+
+def test_json_has_every_class_and_names_broken_files(
+    run_folder: Path, pictures: Path, test_images: np.ndarray, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (pictures / "1b.png").write_text("<html>")
+    assert main([str(run_folder), str(pictures), "--json"]) == 1
+    out, err = capfd.readouterr()
+    rows = json.loads(out)
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "1b.png", "2.png"]
+    assert rows[2]["error"] == "not an image in a format that Pillow can read"
+    assert f"nin predict: {pictures}/1b.png: not an image" in err
+    assert "nin predict: 1 of 4 could not be read" in err
+    network = nin.load(run_folder)
+    for row, probabilities in zip([rows[0], rows[1], rows[3]], network.predict(test_images[:3]), strict=True):
+        assert list(row["probabilities"]) == network.description.class_names
+        assert list(row["probabilities"].values()) == pytest.approx(probabilities.tolist(), abs=1e-6)
+        assert row["class"] == network.description.class_names[int(probabilities.argmax())]
+
+
+def test_csv_and_table(run_folder: Path, pictures: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run_folder), str(pictures / "0.png"), "--csv"]) == 0
+    (row,) = csv.DictReader(io.StringIO(capfd.readouterr().out))
+    assert float(row["probability"]) == max(float(row[name]) for name in nin.load(run_folder).description.class_names)
+    assert main([str(run_folder), str(pictures / "0.png"), "--top", "2"]) == 0
+    header, line = capfd.readouterr().out.splitlines()
+    assert header.split() == ["image", "class", "2."]
+    assert f"{row['class']} {float(row['probability']):.4f}" in line
+
+
+def test_an_idx_file_and_standard_input(
+    export: Path,
+    data_root: Path,
+    pictures: Path,
+    test_images: np.ndarray,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    idx = data_root / "Garments" / "raw" / "t10k-images-idx3-ubyte"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO((pictures / "1.png").read_bytes())))
+    assert main([str(export), str(idx), "-", "--json"]) == 0
+    rows = json.loads(capfd.readouterr().out)
+    assert len(rows) == 2001
+    assert rows[2000]["image"] == "-"
+    assert rows[2000]["probabilities"] == pytest.approx(rows[1]["probabilities"], abs=1e-6)
+    assert rows[1]["image"] == f"{idx}[1]"
+    found = np.array([list(row["probabilities"].values()) for row in rows[:2000]])
+    np.testing.assert_allclose(found, nin.load(export).predict(test_images), atol=1e-6)
+
+
+def test_a_light_ground_is_noticed_and_inverted(
+    export: Path, tmp_path: Path, test_images: np.ndarray, capfd: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(255 - test_images[5]).save(tmp_path / "light.png")
+    Image.fromarray(test_images[5]).save(tmp_path / "dark.png")
+    assert main([str(export), str(tmp_path / "light.png"), "--json"]) == 0
+    assert "1 of 1 images have a light border" in capfd.readouterr().err.replace("\n", " ")
+    assert main([str(export), str(tmp_path / "light.png"), "--json", "--invert"]) == 0
+    inverted = capfd.readouterr()
+    assert inverted.err == ""
+    assert main([str(export), str(tmp_path / "dark.png"), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)[0]["probabilities"] == json.loads(inverted.out)[0]["probabilities"]
+
+
+def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Path, tmp_path: Path) -> None:
+    shutil.copy(pictures / "0.png", pictures / "0.bmp.png")
+    maps = tmp_path / "maps"
+    assert main([str(run_folder), str(pictures / "0.png"), str(pictures / "0.png"), "--maps", str(maps)]) == 0
+    stem = str(pictures / "0").strip("/").replace("/", "_")
+    assert sorted(file.name for file in maps.iterdir()) == [f"{stem}-2.png", f"{stem}.png"]
+    with Image.open(maps / f"{stem}.png") as picture:
+        values = np.asarray(picture.convert("RGB")).astype(int)
+    assert values.shape[1] > 2 * values.shape[0]
+    assert (abs(values[..., 0] - values[..., 2]) > 40).sum() > 500  # red or blue is drawn over the grey image
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.png"], "nowhere.png: no such file or folder"),
+        ([".", "--top", "0"], "--top 0: must be 1 or more"),
+        (["."], ".: no images there"),
+    ],
+)
+def test_mistakes(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        main([str(run_folder), *arguments])

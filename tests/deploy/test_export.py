@@ -1,0 +1,149 @@
+"""An export gives what the checkpoint gives, is one self-contained file, and is data only."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nin
+from nin.config.schema import UserError
+from nin.deploy.onnx_model import load_onnx
+
+onnx = pytest.importorskip("onnx")
+
+
+def test_the_exported_file_gives_the_checkpoints_probabilities_and_maps(
+    run_folder: Path, export: Path, test_images: np.ndarray
+) -> None:
+    expected = nin.load(run_folder).score(test_images, maps=True)
+    found = nin.load(export).score(test_images, maps=True)
+    np.testing.assert_array_equal(found.probabilities.argmax(1), expected.probabilities.argmax(1))
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, rtol=0, atol=1e-5)
+    assert found.maps is not None
+    np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.maps.mean((2, 3)), found.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 300), (1, 300, 200), (2, 28, 29)])
+def test_batch_height_and_width_are_dynamic(run_folder: Path, export: Path, shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.testing.assert_allclose(nin.load(export).predict(images), nin.load(run_folder).predict(images), atol=1e-5)
+
+
+def test_the_metadata_says_where_the_file_comes_from(run_folder: Path, export: Path) -> None:
+    known, model = nin.load(export).description, onnx.load(export)
+    found = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(found["class_names"]) == list(known.class_names) == nin.load(run_folder).description.class_names
+    assert found["run"] == "small"
+    assert found["weights_sha256"] == nin.load(run_folder).description.more["weights_sha256"]
+    assert known.more["check"]["images"] == 2000
+    assert 0 <= known.more["check"]["largest_difference"] <= 1e-5
+    assert 0.5 < known.more["check"]["accuracy"] <= 1
+    # No path of this machine, and no operator beyond the standard's.
+    assert str(Path(nin.__file__).parent).encode() not in export.read_bytes()
+    assert {node.domain for node in model.graph.node} == {""}
+
+
+def test_a_file_that_differs_from_the_checkpoint_is_not_kept(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from nin.commands.export import main
+    from nin.deploy import export
+
+    exact = export.probabilities_of
+    monkeypatch.setattr(export, "probabilities_of", lambda *given: exact(*given) + 2e-5)
+    assert main([str(run_folder), "--out", str(tmp_path / "m.onnx")]) == 1
+    assert re.search(r"differ by up to 2\S*e-05 \(allowed: 1e-05\); not kept$", capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
+    run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nin.deploy import export as module
+
+    exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", None, lambda *_: None)
+    monkeypatch.setattr(module, "images_per_second", lambda *_: 1.0)
+    monkeypatch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
+    path = tmp_path / "m.int8.onnx"
+    description, measured = exporter.export_int8(export, path)
+    assert measured["accuracy"]["float"] - measured["accuracy"]["int8"] == pytest.approx(
+        description.more["int8"]["accuracy_of_float"] - description.more["int8"]["accuracy"]
+    )
+    assert load_onnx(path).description.more["int8"]["images"] == 2000
+    kinds = {node.op_type for node in onnx.load(path).graph.node}
+    assert "QuantizeLinear" in kinds
+    assert "BatchNormalization" not in kinds
+    monkeypatch.setattr(module, "INT8_LOSS", -1)
+    with pytest.raises(module.ExportError, match=r"it loses .* points, more than -100.0; not kept"):
+        exporter.export_int8(export, tmp_path / "other.onnx")
+    assert [file.name for file in tmp_path.iterdir()] == ["m.int8.onnx"]
+
+
+def _change(export: Path, path: Path, change: object) -> Path:
+    model = onnx.load(export)
+    change(model)  # type: ignore[operator]
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def test_weights_outside_of_the_file_are_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime would otherwise read any file that the export names."""
+    (tmp_path / "secret").write_bytes(bytes(100_000))
+    monkeypatch.chdir(tmp_path)
+    for location in ("secret", str(tmp_path / "secret"), f"../{tmp_path.name}/secret"):
+
+        def refer(model: "onnx.ModelProto", location: str = location) -> None:
+            weights = max(model.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+            size = len(weights.raw_data)
+            weights.ClearField("raw_data")
+            weights.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (("location", location), ("offset", "0"), ("length", str(size))):
+                weights.external_data.add(key=key, value=value)
+
+        with pytest.raises(UserError, match="refused: damaged, or not a self-contained ONNX file"):
+            load_onnx(_change(export, tmp_path / "m.onnx", refer))
+
+
+def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tmp_path: Path) -> None:
+    def custom(model: "onnx.ModelProto") -> None:
+        model.graph.node[0].domain = "evil"
+        model.opset_import.add(domain="evil", version=1)
+
+    with pytest.raises(UserError, match="refused"):
+        load_onnx(_change(export, tmp_path / "m.onnx", custom))
+    for metadata in ({}, {"nin": "[]"}, {"nin": json.dumps({"class_names": "x"})}):
+
+        def describe(model: "onnx.ModelProto", metadata: dict[str, str] = metadata) -> None:
+            del model.metadata_props[:]
+            onnx.helper.set_model_props(model, metadata)
+
+        with pytest.raises(UserError, match="not written by this version of nin export"):
+            load_onnx(_change(export, tmp_path / "m.onnx", describe))
+    (tmp_path / "m.onnx").write_bytes(export.read_bytes()[:5000])
+    with pytest.raises(UserError, match="refused: damaged"):
+        load_onnx(tmp_path / "m.onnx")
+    with pytest.raises(UserError, match="can't be read"):
+        load_onnx(tmp_path / "nowhere.onnx")
+
+
+def test_predict_and_eval_of_an_export_import_no_torch(export: Path, data_root: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("L", (28, 28)).save(tmp_path / "a.png")
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "torchvision", "lightning", "onnx", "captum")))  # not importable
+from nin.commands import eval, predict
+assert predict.main([{str(export)!r}, {str(tmp_path / "a.png")!r}, "--maps", {str(tmp_path / "maps")!r}]) == 0
+eval.main([{str(export)!r}, "data.root={data_root}"])
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    assert run.returncode == 0, run.stderr
+    accuracy = nin.load(export).description.more["check"]["accuracy"]
+    assert f"test/acc  {accuracy}\n" in run.stdout
+    assert (tmp_path / "maps").exists()

@@ -1,0 +1,92 @@
+"""Exports for Triton and for C++, and the programs of docs/deploy.md."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nin
+
+PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
+
+
+def block(language: str, containing: str) -> str:
+    """A code block of the page."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (found,) = [content for content in blocks if containing in content]
+    return found
+
+
+def test_tritons_own_protobuf_reads_the_model_repository(run_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    from nin.commands.export import main
+
+    assert main([str(run_folder), "--format", "triton", "--out", str(tmp_path / "repository")]) == 0
+    folder = tmp_path / "repository" / "small"
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert files == ["1/model.onnx", "config.pbtxt", "labels.txt"]
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config.ModelConfig())
+    network = nin.load(folder / "1" / "model.onnx")
+    assert (config.name, config.backend, config.max_batch_size) == ("small", "onnxruntime", 128)
+    assert config.HasField("dynamic_batching")
+    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("images", model_config.TYPE_UINT8, [-1, -1])]
+    scores = network.score(np.zeros((1, 28, 28), np.uint8), maps=True)
+    assert {output.name: tuple(output.dims) for output in config.output} == {
+        "probabilities": scores.probabilities.shape[1:],
+        "logits": scores.logits.shape[1:],
+        "maps": scores.maps.shape[1:],
+    }
+    assert config.output[0].label_filename == "labels.txt"
+    assert (folder / "labels.txt").read_text().splitlines() == network.description.class_names
+    assert config.parameters["weights_sha256"].string_value == network.description.more["weights_sha256"]
+
+
+def test_the_pages_onnxruntime_program_runs_with_onnxruntime_and_numpy_alone(export: Path) -> None:
+    program = block("python", "InferenceSession")
+    assert set(re.findall(r"^(?:import|from) (\w+)", program, re.MULTILINE)) == {"json", "numpy", "onnxruntime"}
+    blocked = "import sys\nsys.modules.update(dict.fromkeys(('nin', 'torch', 'PIL', 'onnx')))\n"
+    run = subprocess.run(
+        [sys.executable, "-c", blocked + program], cwd=export.parent, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in nin.load(export).description.class_names
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which("g++") or not Path("/usr/include/png.h").exists(), reason="no g++ or no libpng")
+def test_the_pages_cpp_program_classifies_as_the_checkpoint(
+    run_folder: Path, tmp_path: Path, test_images: np.ndarray
+) -> None:
+    from nin.commands.export import main
+
+    assert main([str(run_folder), "--format", "pt2", "--out", str(tmp_path / "model.pt2")]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.export.pt2", "model.pt2"]
+    (tmp_path / "classify.cpp").write_text(block("cpp", "AOTIModelPackageLoader"))
+    Image.fromarray(test_images[7]).save(tmp_path / "shirt.png")
+    compile_and_run = block("bash", "g++").replace("python3", sys.executable)
+    run = subprocess.run(["bash", "-ec", compile_and_run], cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert run.returncode == 0, run.stderr
+    network = nin.load(run_folder)
+    found = [line.rsplit(" ", 1) for line in run.stdout.splitlines()]
+    probabilities = network.predict([test_images[7]])[0]
+    best = np.argsort(-probabilities)[:3]
+    assert [name for name, _ in found] == [network.description.class_names[i] for i in best]
+    assert [float(p) for _, p in found] == pytest.approx(probabilities[best].tolist(), abs=1e-5)
+
+
+def test_openapi_is_valid_json_and_names_the_routes_of_the_service() -> None:
+    from nin.deploy import service
+
+    api = json.loads((service.PAGES / "openapi.json").read_text())
+    pages = {"/openapi.json", "/docs", "/"}
+    source = Path(service.__file__).read_text()
+    assert set(re.findall(r'Route\("(.*?)"', source)) - pages == set(api["paths"])

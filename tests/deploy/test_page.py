@@ -1,0 +1,52 @@
+"""The page in a real browser: a drawn T-shirt is classified, and its maps are drawn over it."""
+
+from pathlib import Path
+
+import pytest
+
+from deploy.server import serve
+
+pytest.importorskip("uvicorn")
+websockets = pytest.importorskip("websockets")
+
+from deploy.browser import CHROMIUM, browser  # noqa: E402  # after the check that it can be imported
+
+SHIRT = """(async () => {
+  await nin.ready;
+  nin.clear();
+  nin.fill([[118,40],[106,40],[70,56],[46,104],[76,118],[90,106],[86,236],[194,236],[190,106],[204,118],[234,104],
+            [210,56],[174,40],[162,40],[140,54]], "#bbb");
+  return await nin.askPad();
+})()"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> None:
+    with serve(export) as server, browser() as page:
+        page.open(server.url)
+        answer = page.evaluate(SHIRT)
+        rows = page.evaluate("[...document.querySelectorAll('#classes tr')].map(row => row.innerText.split('\\t')[0])")
+        assert rows == list(answer["probabilities"])
+        assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        captions = page.evaluate("[...document.querySelectorAll('figcaption')].map(c => c.textContent)")
+        assert [caption.split(":")[0] for caption in captions] == rows[:6]
+        # The overlay is coloured: somewhere red and blue of a pixel differ.
+        coloured = """(() => {
+          const canvas = document.querySelector("figure canvas"), pen = canvas.getContext("2d");
+          const values = pen.getImageData(0, 0, canvas.width, canvas.height).data;
+          return values.filter((v, i) => i % 4 === 0 && Math.abs(v - values[i + 2]) > 40).length;
+        })()"""
+        assert page.evaluate(coloured) > 100
+        # Drawing with the mouse asks the server too.
+        page.evaluate("nin.clear()")
+        for kind, x in (("mousePressed", 100), ("mouseMoved", 160), ("mouseReleased", 160)):
+            page.call("Input.dispatchMouseEvent", type=kind, x=x, y=200, button="left", buttons=1, clickCount=1)
+        asked = "new Promise(done => { const wait = () => document.querySelector('#classes tr') ? done(true)"
+        assert page.evaluate(f"{asked} : setTimeout(wait, 50); wait(); }})")
+        # Nothing was loaded from elsewhere, and no script failed.
+        urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
+        assert len(urls) >= 4
+        assert all(url.startswith((server.url, "data:", "blob:")) for url in urls), urls
+        assert not [e for e in page.events if e["method"] == "Runtime.exceptionThrown"]
+        page.open(f"{server.url}docs")
+        assert page.evaluate("new Promise(r => setTimeout(() => r(document.querySelectorAll('h2').length), 1000))") == 5

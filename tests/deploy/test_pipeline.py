@@ -1,0 +1,97 @@
+"""A checkpoint classifies images as evaluation does, whatever form they come in."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nin
+from nin.config.schema import UserError
+from nin.data.transforms import resize
+from nin.deploy.pipeline import Pipeline, read_checkpoint
+from nin.networks.nin import NiN
+
+
+def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_sees(
+    run_folder: Path, test_images: np.ndarray
+) -> None:
+    network = nin.load(run_folder)
+    module, _ = read_checkpoint(run_folder / "checkpoints" / "best.ckpt")
+    with torch.no_grad():
+        seen = module.score(resize(torch.tensor(test_images[:64]), 28)).softmax(-1).numpy()
+    pictures = []
+    for image in test_images[:64]:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "png")
+        pictures.append(Image.open(file))
+    found = network.predict(pictures)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, seen, rtol=0, atol=1e-6)
+    assert len(set(found.argmax(1))) > 5  # the network does tell them apart
+
+
+def test_the_mean_of_a_map_is_the_logit_of_both_views(run_folder: Path, test_images: np.ndarray) -> None:
+    scores = nin.load(run_folder).score(test_images[:8], maps=True)
+    assert scores.maps is not None
+    np.testing.assert_allclose(scores.maps.mean((2, 3)), scores.logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores.probabilities.sum(1), 1, atol=1e-6)
+
+
+def test_images_of_several_sizes_keep_their_order(run_folder: Path, test_images: np.ndarray) -> None:
+    network = nin.load(run_folder)
+    large = np.asarray(Image.fromarray(test_images[1]).resize((90, 60)))
+    mixed = network.predict([test_images[0], large, test_images[2], np.repeat(test_images[3][..., None], 3, -1)])
+    alone = network.predict(test_images[:4])
+    np.testing.assert_allclose(mixed[[0, 2, 3]], alone[[0, 2, 3]], atol=1e-6)
+    np.testing.assert_allclose(mixed[1], network.predict([large])[0], atol=1e-6)
+    assert network.predict([]).shape == (0, 10)
+
+
+def test_an_image_of_one_pixel_and_one_of_another_shape(run_folder: Path) -> None:
+    network = nin.load(run_folder)
+    black = network.predict([np.zeros((28, 28), np.uint8)])
+    np.testing.assert_allclose(network.predict([np.zeros((1, 1), np.uint8)]), black, atol=1e-6)
+    np.testing.assert_allclose(network.predict([np.zeros((3, 400), np.uint8)]), black, atol=1e-6)
+
+
+def test_resizing_is_to_the_stored_size_and_then_to_the_networks(test_images: np.ndarray) -> None:
+    network = NiN(in_channels=1, image_size=67, widths=(4, 4, 4)).eval()
+    pipeline = Pipeline(network, channels=1, stored_size=28, image_size=67, test_time_flip=False)
+    images = torch.tensor(test_images[:3])
+    assert torch.equal(pipeline.prepare(images), resize(images, 67))
+
+
+def test_colour_networks_take_colour_images() -> None:
+    network = (
+        NiN(in_channels=3, image_size=28, widths=(4, 4), kernel_sizes=(3, 3, 3), first_stride=2)
+        .eval()
+        .requires_grad_(False)
+    )
+    pipeline = Pipeline(network, channels=3, stored_size=32, image_size=28, test_time_flip=False)
+    images = torch.zeros(2, 50, 40, 3, dtype=torch.uint8)
+    images[..., 0] = 255
+    pixels = pipeline.prepare(images)
+    assert pixels.shape == (2, 3, 28, 28)
+    assert pixels[:, 0].min() > 0.999
+    assert pixels[:, 1:].max() == 0
+    assert pipeline(images)[0].shape == (2, 10)
+
+
+def test_load_says_what_a_path_is_not(tmp_path: Path, run_folder: Path) -> None:
+    with pytest.raises(UserError, match="no such run or checkpoint"):
+        nin.load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no checkpoint in it yet"):
+        nin.load(tmp_path)
+    assert nin.load(str(run_folder / "checkpoints" / "best.ckpt")).description.class_names[1] == "Trouser"
+
+
+def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> None:
+    known = nin.load(run_folder).description
+    assert (known.maps, known.channels, known.stored_size, known.test_time_flip) == ("gap", 1, 28, True)
+    assert known.more["run"] == "small"
+    assert len(known.more["weights_sha256"]) == 64
+    json.dumps(known.more)

@@ -1,0 +1,210 @@
+"""The HTTP service: what it answers, what it refuses, and how it ends."""
+
+import asyncio
+import concurrent.futures
+import io
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import nin
+from deploy.server import Server, serve
+
+pytest.importorskip("uvicorn")
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def server(export: Path) -> Iterator[Server]:
+    with serve(export, "--max-megabytes", "2", "--max-megapixels", "4", "--timeout", "3") as running:
+        yield running
+
+
+def test_a_test_image_gets_the_probabilities_of_the_export(
+    server: Server, export: Path, test_images: np.ndarray
+) -> None:
+    network = nin.load(export)
+    expected = network.score(test_images[:20], maps=True)
+    names = network.description.class_names
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda image: server.request("POST", "/predict", png(image)), test_images[:20]))
+    for i, (status, answer, _) in enumerate(answers):
+        assert status == 200
+        assert [answer["probabilities"][n] for n in names] == pytest.approx(expected.probabilities[i], abs=1e-5)
+        assert answer["class"] == names[int(expected.probabilities[i].argmax())]
+        assert list(answer["probabilities"]) == sorted(names, key=lambda n: -answer["probabilities"][n])
+    _, answer, _ = server.request("POST", "/predict?maps=true&top=2", png(test_images[3]))
+    assert len(answer["maps"]) == len(answer["logits"]) == len(answer["probabilities"]) == 2
+    best = answer["class"]
+    np.testing.assert_allclose(answer["maps"][best], expected.maps[3][names.index(best)], atol=1e-4)
+    assert np.mean(answer["maps"][best]) == pytest.approx(answer["logits"][best], abs=1e-4)
+
+
+def test_forms_other_formats_and_inverted_images(server: Server, test_images: np.ndarray) -> None:
+    expected = server.request("POST", "/predict", png(test_images[0]))[1]
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nhi\r\n--x\r\n'
+        b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+        + png(test_images[0])
+        + b"\r\n--x--\r\n"
+    )
+    multipart = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert server.request("POST", "/predict", form, multipart)[1] == expected
+    assert server.request("POST", "/predict?invert=true", png(255 - test_images[0]))[1] == expected
+    for broken in (form[:60], b"no form"):
+        assert server.request("POST", "/predict", broken, multipart)[0] == 400
+    assert server.request("POST", "/predict", form, {"Content-Type": "multipart/form-data"})[0] == 400
+
+
+def test_what_is_refused(server: Server) -> None:
+    large = png(np.zeros((2001, 2001), np.uint8))
+    refused = [
+        (400, "POST", "/predict", b"<html></html>"),
+        (400, "POST", "/predict", png(np.zeros((28, 28), np.uint8))[:50]),
+        (400, "POST", "/predict", b""),
+        (400, "POST", "/predict?maps=perhaps", b"x"),
+        (400, "POST", "/predict?top=0", b"x"),
+        (413, "POST", "/predict", large),
+        (413, "POST", "/predict", bytes(2_000_001)),
+        (413, "POST", "/predict", (bytes(100_000) for _ in range(1000))),  # of no declared length
+        (404, "GET", "/nowhere", None),
+        (404, "GET", "/../../etc/passwd", None),
+        (405, "GET", "/predict", None),
+    ]
+    for status, method, path, body in refused:
+        try:
+            found, answer, _ = server.request(method, path, body)
+        except (BrokenPipeError, ConnectionResetError):
+            # The answer came, and the connection was closed, before all was sent.
+            assert status == 413
+            continue
+        assert (found, list(answer)) == (status, ["error"]), (path, answer)
+    assert server.request("POST", "/predict", png(np.zeros((1, 1), np.uint8)))[0] == 200
+
+
+def send_for_ever(client: socket.socket) -> None:
+    while True:
+        client.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+
+
+def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(server: Server) -> None:
+    address = ("127.0.0.1", server.port)
+    with socket.create_connection(address, 30) as slow, socket.create_connection(address, 30) as endless:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab")
+        endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            send_for_ever(endless)
+        assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
+        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+        assert slow.recv(1000) == b""
+
+
+def test_clients_that_vanish_leave_nothing_behind(server: Server, test_images: np.ndarray) -> None:
+    body = png(test_images[0])
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    for i in range(60):
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.sendall((head + body)[: None if i % 2 else 100])
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+    begun = time.monotonic()
+    while b"nin_waiting_images 0.0" not in server.request("GET", "/metrics")[1]:
+        assert time.monotonic() < begun + 20
+    assert server.request("POST", "/predict", body)[0] == 200
+
+
+def test_health_metrics_description_and_pages(server: Server) -> None:
+    assert server.request("GET", "/health")[:2] == (200, {"status": "ok"})
+    assert server.request("GET", "/ready")[:2] == (200, {"status": "ready"})
+    about = server.request("GET", "/info")[1]
+    assert (about["run"], about["class_names"][1], about["maps"]) == ("small", "Trouser", True)
+    api = server.request("GET", "/openapi.json")[1]
+    assert set(api["paths"]) == {"/predict", "/health", "/ready", "/metrics", "/info"}
+    for page in ("/", "/docs"):
+        status, content, headers = server.request("GET", page)
+        assert status == 200
+        assert headers["content-type"].startswith("text/html")
+        # Works offline: nothing but the server itself is named.
+        assert b"http" not in content.replace(b"http://127.0.0.1:8000", b"")
+        assert "default-src 'self'" in headers["content-security-policy"]
+    metrics = server.request("GET", "/metrics")[1].decode()
+    assert 'nin_requests_total{status="200"}' in metrics
+    assert "nin_batch_images_bucket" in metrics
+
+
+def test_a_key_is_demanded_where_it_is_set(export: Path, test_images: np.ndarray) -> None:
+    with serve(export, NIN_API_KEY="secret-ü") as server:
+        for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer"}):
+            assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 401
+            assert server.request("GET", "/metrics", None, headers)[0] == 401
+        key = "secret-ü".encode().decode("latin-1")
+        for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
+            assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 200
+        assert server.request("GET", "/health")[0] == 200
+
+
+def test_sigterm_answers_what_has_begun_and_ends_with_143(export: Path, test_images: np.ndarray) -> None:
+    body = png(test_images[0])
+    head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    with serve(export) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.sendall(head.encode() + body[:-1])
+        server.request("GET", "/health")  # by now the request has begun
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        client.sendall(body[-1:])
+        assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+        assert server.process.wait(30) == 143
+        assert server.process.stderr.read() == ""
+
+
+def test_a_port_in_use_is_one_line(server: Server, export: Path) -> None:
+    from nin.commands.serve import main
+    from nin.config.schema import UserError
+
+    with pytest.raises(UserError, match=rf"^127.0.0.1:{server.port}: can't listen there \(Address already in use\); "):
+        main([str(export), "--port", str(server.port)])
+
+
+def test_an_overloaded_batcher_refuses_and_recovers() -> None:
+    from nin.deploy.batching import Batcher, OverloadedError
+    from nin.deploy.trained import Description, Scores, TrainedNetwork
+
+    sizes: list[int] = []
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        time.sleep(0.05)
+        if images.max() == 255:
+            raise ValueError("a bad batch")
+        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
+        return Scores(values, values)
+
+    known = Description(["a"], 1, 2, 2, False, "gap", {})
+
+    async def play() -> list[object]:
+        batcher = Batcher(TrainedNetwork(known, compute), 8, 1000, sizes.append)
+        batcher.start()
+        images = [np.full((2, 2), i, np.uint8) for i in range(10)]
+        found = await asyncio.gather(*(batcher.score(i, False) for i in images), return_exceptions=True)
+        failed = await asyncio.gather(batcher.score(np.full((2, 2), 255, np.uint8), False), return_exceptions=True)
+        one = await batcher.score(images[3], False)
+        await asyncio.to_thread(batcher.close)
+        assert (batcher.images, batcher.pixels) == (0, 0)
+        return [*found, *failed, one]
+
+    found = asyncio.run(play())
+    assert [float(s.probabilities[0]) for s in found[:8]] == list(range(8))  # type: ignore[attr-defined]
+    assert all(isinstance(error, OverloadedError) for error in found[8:10])
+    assert isinstance(found[10], ValueError)
+    assert float(found[11].probabilities[0]) == 3  # type: ignore[attr-defined]
+    assert sum(sizes) == 10
+    assert max(sizes) >= 7  # what waited while the first was computed

@@ -1,0 +1,64 @@
+"""Score maps: their means are the logits, exactly for one linear layer after the maps, to first order otherwise."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nin.config.schema import UserError
+from nin.networks.lenet import LeNet
+from nin.networks.nin import NiN
+from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
+
+SMALL = {"image_size": 28, "widths": (8, 12), "kernel_sizes": (3, 3, 3), "first_stride": 2, "first_padding": 2}
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+
+
+def test_with_global_average_pooling_the_mean_of_the_map_is_the_logit(images: Tensor) -> None:
+    network = NiN(**SMALL, final_relu=False).eval()
+    assert has_score_maps(network)
+    logits, maps = forward_with_maps(network, images)
+    assert maps.shape == (3, 10, 3, 3)
+    assert torch.equal(logits, network(images))
+    torch.testing.assert_close(maps.mean((2, 3)), logits, rtol=1e-6, atol=1e-6)
+
+
+def test_with_a_fully_connected_layer_mean_and_bias_are_the_logit(images: Tensor) -> None:
+    network = NiN(**SMALL, head="fc").eval()
+    assert has_score_maps(network)
+    logits, maps = forward_with_maps(network, images)
+    assert torch.equal(logits, network(images))
+    torch.testing.assert_close(maps.mean((2, 3)) + network[-1].bias, logits, rtol=1e-5, atol=1e-5)
+    # By hand, for one class at one position.
+    before = nn.Sequential(*list(network)[:-2])(images)
+    weights = network[-1].weight[4].view(10, 3, 3)[:, 1, 2]
+    torch.testing.assert_close(maps[0, 4, 1, 2], (before[0, :, 1, 2] * weights).sum() * 9)
+
+
+def test_grad_cam_is_exact_where_one_linear_layer_follows_average_pooling() -> None:
+    pytest.importorskip("captum")
+    # Of one map per class there is one gradient per map, and Grad-CAM is the class activation map itself.
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(26), nn.Flatten(), nn.Linear(4, 5)).eval()
+    images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    maps = grad_cam(network, images)
+    assert maps.shape == (2, 5, 1, 1)
+    torch.testing.assert_close(maps.mean((2, 3)) + network[-1].bias, network(images))
+
+
+def test_grad_cam_of_lenet_has_a_map_for_each_class(images: Tensor) -> None:
+    pytest.importorskip("captum")
+    network = LeNet().eval().requires_grad_(False)
+    assert not has_score_maps(network)
+    with torch.no_grad():
+        maps = grad_cam(network, images)
+    assert maps.shape == (3, 10, 5, 5)
+    assert maps.abs().amax((0, 2, 3)).min() > 0
+
+
+def test_a_network_without_maps_is_named() -> None:
+    pytest.importorskip("captum")
+    with pytest.raises(UserError, match=r"one nn\.Flatten"):
+        grad_cam(nn.Sequential(nn.Conv2d(1, 4, 3)), torch.zeros(1, 1, 8, 8))
