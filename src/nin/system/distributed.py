@@ -49,17 +49,22 @@ def started_by_torchrun() -> bool:
 
 
 def global_rank(trainer: Trainer) -> int:
-    """The rank of this process in its run, before Lightning knows it. The only process of a run has rank 0.
-
-    Variables that another program left in the environment are removed for a run of one process: Lightning would take
-    the process for another rank, and nothing would be logged or saved.
-    """
+    """The rank of this process in its run, before Lightning knows it. The only process of a run has rank 0."""
     if is_single_process(trainer):
-        for key in _RANKS:
-            if os.environ.get(key, "0") != "0":
-                del os.environ[key]
+        remove_left_over_ranks()
         return 0
     return environment_rank()
+
+
+def remove_left_over_ranks() -> None:
+    """Removes variables that another program left in the environment of a run of one process.
+
+    Lightning, which reads them when it is imported, would take the process for another rank, and nothing would be
+    logged or saved.
+    """
+    for key in _RANKS:
+        if os.environ.get(key, "0") != "0":
+            del os.environ[key]
 
 
 def environment_rank() -> int:
