@@ -1,12 +1,17 @@
 """The program as a person runs it: each test is a process of its own, so there are few."""
 
+import errno
 import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers import SMALL, nin
+from helpers import ENVIRONMENT, SMALL, nin
 from nin import cli
 
 
@@ -16,9 +21,71 @@ def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
         assert run.returncode == 0
         for command in ("train", "eval", "inspect"):
             assert f"nin {command} " in run.stdout
-    unknown = nin("trian", cwd=tmp_path)
-    assert (unknown.returncode, unknown.stdout) == (2, "")
-    assert "no command 'trian'" in unknown.stderr
+
+
+def dispatch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of the program, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["nin", *arguments])
+    return cli.dispatch()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("trian", "no command 'trian'; did you mean nin train?"),
+        ("evla", "no command 'evla'; did you mean nin eval?"),
+        ("x", "no command 'x'"),
+    ],
+)
+def test_an_unknown_command_gets_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, message: str
+) -> None:
+    assert dispatch(monkeypatch, name) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines()[0] == f"nin: {message}"
+
+
+def test_a_process_that_lightning_starts_trains_with_the_overrides_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(cli, "run", lambda name, arguments: run.append((name, arguments)) or 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    dispatch(monkeypatch, "seed=1", "trainer=ddp")
+    dispatch(monkeypatch, "~callbacks.images", "seed=1")
+    dispatch(monkeypatch, "eval", "outputs/runs/first")
+    assert run == [
+        ("train", ["seed=1", "trainer=ddp"]),
+        ("train", ["~callbacks.images", "seed=1"]),
+        ("eval", ["outputs/runs/first"]),
+    ]
+
+
+def closed_pipe() -> int:
+    """A pipe of which nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
+@pytest.mark.parametrize(
+    ("output", "status", "message"),
+    [
+        (closed_pipe, 141, ""),
+        (full_disk, 1, f"nin: standard output can't be written ({os.strerror(errno.ENOSPC)})\n"),
+    ],
+)
+def test_standard_output_that_can_not_be_written_is_no_traceback(
+    output: Callable[[], int], status: int, message: str
+) -> None:
+    command = [sys.executable, "-m", "nin", "--help"]
+    with os.fdopen(output(), "w") as stdout:
+        ended = subprocess.run(command, env=ENVIRONMENT, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (status, message)
 
 
 @pytest.mark.parametrize(

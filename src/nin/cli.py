@@ -3,6 +3,8 @@
 Nothing heavy is imported before a command needs it.
 """
 
+import contextlib
+import difflib
 import importlib
 import os
 import re
@@ -23,24 +25,45 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of ``nin`` and ``python -m nin``."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # characters that ASCII or Latin-1 lacks
+    try:
+        status = dispatch()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None:  # of a file, not of standard output
+            raise
+        status = 141 if isinstance(error, BrokenPipeError) else 1  # nin report … | head
+        if status == 1:
+            print(f"nin: standard output can't be written ({error.strerror})", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes standard output again when it exits
+    sys.exit(status)
+
+
+def dispatch() -> int:
+    """Runs the command that the command line names; returns the exit status."""
     name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name.startswith("-sc"):
-        sys.exit(complete(name, arguments))
-    if name not in COMMANDS and "LOCAL_RANK" in os.environ:
+        return complete(name, arguments)
+    if "LOCAL_RANK" in os.environ and ("=" in name or name.startswith("~")):
         # Lightning starts the other processes of trainer=ddp with the overrides alone.
         name, arguments = "train", sys.argv[1:]
     if name in ("-h", "--help", "help"):
         print(usage())
-        sys.exit(0)
+        return 0
     if name == "--version":
         from importlib.metadata import version
 
         print(f"nin {version('network-in-network')}")
-        sys.exit(0)
+        return 0
     if name not in COMMANDS:
-        print(f"nin: no command '{name}'\n\n{usage()}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(run(name, arguments))
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        suggestion = f"; did you mean nin {close[0]}?" if close else ""
+        print(f"nin: no command '{name}'{suggestion}\n\n{usage()}", file=sys.stderr)
+        return 2
+    return run(name, arguments)
 
 
 def usage() -> str:
@@ -72,9 +95,6 @@ def run(name: str, arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nin report … | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def complete(flag: str, arguments: list[str]) -> int:

@@ -65,6 +65,13 @@ def test_values_that_hydra_ends_with_a_traceback() -> None:
     )
 
 
+def test_options_are_not_abbreviated() -> None:
+    assert errors_of("--experiment", "cpu") == (
+        "--experiment: no such option; settings are given without dashes, as in seed=1",
+    )
+    assert errors_of("--experimental-rerun", "x")[0].startswith("--experimental-rerun: no such option")
+
+
 def test_several_values_need_a_sweep() -> None:
     assert errors_of("seed=1,2", "threads=range(1000000000)") == (
         "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2",

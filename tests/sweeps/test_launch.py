@@ -108,8 +108,8 @@ def test_one_run_is_not_begun_by_each_of_sruns_processes(
     with pytest.raises(
         UserError, match=r"srun started 2 processes, and trainer.strategy=auto uses one; add trainer=ddp"
     ):
-        distributed.require_single_process_start(settings().trainer)
-    distributed.require_single_process_start(settings("trainer=ddp").trainer)
+        distributed.require_matching_start(settings().trainer)
+    distributed.require_matching_start(settings("trainer=ddp").trainer)
 
 
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:

@@ -159,8 +159,11 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def load_newest_valid(folder: RunFolder, rank: int = 0) -> tuple[Path, dict[str, Any]] | None:
-    """The newest valid checkpoint of a run; None if none was ever saved. Damaged files are renamed with a warning.
+def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """The newest valid checkpoint of a run; None if none was ever saved. Damaged files are skipped.
+
+    Args:
+        rename: whether damaged files are renamed, with a warning; only where the folder is claimed, by rank 0.
 
     Raises:
         UserError: if there are checkpoints and none is valid.
@@ -171,10 +174,10 @@ def load_newest_valid(folder: RunFolder, rank: int = 0) -> tuple[Path, dict[str,
         try:
             return path, read(path)
         except UserError as error:
-            aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
-            if rank == 0:  # the other ranks skip it as well
+            if rename:
+                aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
                 path.rename(aside)
-            log.warning("%s; renamed to %s", error, aside.name)
+                log.warning("%s; renamed to %s", error, aside.name)
     # best.ckpt or a damaged file shows that there was progress, which must not be discarded silently.
     if folder.checkpoints.exists() and (left := [p.name for p in folder.checkpoints.iterdir() if p.name[0] != "."]):
         raise UserError(
@@ -184,24 +187,43 @@ def load_newest_valid(folder: RunFolder, rank: int = 0) -> tuple[Path, dict[str,
     return None
 
 
-def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settings, run_id: str | None) -> None:
+# What resuming reads from a checkpoint, with its type.
+_RESUMED_STATE: dict[tuple[str, ...], type] = {
+    ("optimizer_states",): list,
+    ("lr_schedulers",): list,
+    ("loops", "fit_loop", "epoch_progress", "current", "processed"): int,
+    ("callbacks", CALLBACK, "processes"): list,
+    ("callbacks", CALLBACK, "batches"): dict,
+    ("callbacks", CALLBACK, "best"): dict,
+    ("callbacks", CALLBACK, "event_files"): dict,
+    ("callbacks", CALLBACK, "saved_step"): int,
+    ("callbacks", CALLBACK, "should_stop"): bool,
+}
+
+
+def _select(nested: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        nested = nested.get(key) if isinstance(nested, Mapping) else None
+    return nested
+
+
+def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settings, run_id: str | None) -> str | None:
     """Checks that a checkpoint continues exactly this experiment, and has all the state that resuming needs.
 
     Args:
-        run_id: the identity of the run's folder; None if it has none yet.
+        run_id: the identity of the run's folder; None if it has none.
+
+    Returns:
+        The identity of the run that saved the checkpoint; None if that run had none.
 
     Raises:
         UserError: names what differs or is missing.
     """
-    needed = {"loops": dict, "callbacks": dict, "optimizer_states": list, "lr_schedulers": list}
-    wrong = [key for key, kind in needed.items() if not isinstance(checkpoint.get(key), kind)]
+    wrong = [".".join(keys) for keys, kind in _RESUMED_STATE.items() if not isinstance(_select(checkpoint, keys), kind)]
     scheduled = settings.schedule.name != "constant" or settings.schedule.warmup > 0
     for key, count in (("optimizer_states", 1), ("lr_schedulers", int(scheduled))):
         if key not in wrong and len(checkpoint[key]) != count:
             wrong.append(f"{key} has {len(checkpoint[key])} entries instead of {count}")
-    state = checkpoint["callbacks"].get(CALLBACK) if "callbacks" not in wrong else None
-    if not isinstance(state, dict) or "processes" not in state:
-        wrong.append(f"the state of {CALLBACK}")
     if wrong:
         raise UserError(f"{path}: can't be resumed: {', '.join(wrong)} (missing or wrong)")
     if different := differences(settings_of(checkpoint, path), settings):
@@ -209,10 +231,10 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
             f"{path} was saved by another experiment; give another name=…, or its settings:\n  "
             + "\n  ".join(different)
         )
-    assert isinstance(state, dict)  # checked above
-    saved_by = state.get("run_id")
+    saved_by = _select(checkpoint, ("callbacks", CALLBACK, "run_id"))
     if run_id and saved_by and saved_by != run_id:
         raise UserError(
-            f"{path} was saved by another run (run id {saved_by[:8]}…, the folder has {run_id[:8]}…); put the run's "
+            f"{path} was saved by another run (id {str(saved_by)[:8]}…, the folder has {run_id[:8]}…); put the run's "
             "own checkpoint there, or give another name=…"
         )
+    return saved_by

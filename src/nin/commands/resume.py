@@ -10,7 +10,7 @@ from nin.config.validation import validate_plain
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.distributed import global_rank, require_single_process_start
+from nin.system.distributed import global_rank, require_matching_start
 from nin.system.signals import StoppedError
 from nin.training.run import RunFailedError, execute_run
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(args.run)
     settings, overrides = read_settings(folder, args.overrides, args.allow)
     folder.keep = settings.checkpoint.keep
-    require_single_process_start(settings.trainer)
+    require_matching_start(settings.trainer)
     try:
         execute_run(RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer)))
     except RunFailedError:
@@ -65,8 +65,10 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
     stored = ignore_stored_actions(validate_plain(config))
     require_trusted_targets(stored, allowed)
     previous = folder.read_overrides()
+    # Only for the keys that the groups of the first start add: Hydra's own settings would import (hydra.searchpath).
+    groups = [word for word in previous if not word.lstrip("+~").startswith("hydra") and "${" not in word]
     try:
-        settings = apply_overrides(stored, overrides, MAY_CHANGE, previous)
+        settings = apply_overrides(stored, overrides, MAY_CHANGE, groups)
     except UserError:  # the earlier overrides may need a --config-dir that is not given here
         settings = apply_overrides(stored, overrides, MAY_CHANGE)
     return settings.model_copy(update={"resume": "auto"}), [*previous, *overrides]

@@ -31,7 +31,7 @@ from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_single_process_start
+from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_matching_start
 from nin.system.signals import StoppedError
 from nin.training.run import RunFailedError, execute_run
 
@@ -58,11 +58,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
         option = unknown[0].partition("=")[0]
-        word = option.lstrip("-")
+        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
+        options.remove("--experimental-rerun")  # refused below
         raise UserError(
-            f"{option}: no such option; settings are given as key=value, as in {word or 'seed'}=…; "
+            f"{option}: no such option; settings are given without dashes, as in {option.lstrip('-') or 'seed'}=…; "
             f"{did_you_mean(option, options)}"
         )
     if args.experimental_rerun:
@@ -164,7 +164,7 @@ def _check(config: DictConfig) -> RunRequest:
     if errors := find_override_errors(list(config.hydra.overrides.task)):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    require_single_process_start(settings.trainer)
+    require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
     broadcast_run_dir(config.hydra.run.dir)

@@ -29,9 +29,12 @@ def compose_settings(arguments: list[str]) -> Settings:
     Raises:
         UserError: lists every error in it.
     """
-    known, unknown = get_args_parser().parse_known_args(arguments)
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
+    known, unknown = parser.parse_known_args(arguments)
+    unknown += ["--experimental-rerun"] if known.experimental_rerun else []
     if unknown:
-        raise UserError(f"no such option: {' '.join(unknown)}; settings are given as key=value")
+        raise UserError(f"{' '.join(unknown)}: no such option; settings are given without dashes, as in seed=1")
     try:
         settings = validate(compose_config(known.overrides, known.config_dir))
     except COMPOSITION_ERRORS as error:

@@ -18,7 +18,7 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
 
     Raises:
         UserError: names each ``_target_`` that is not a Logger or Callback of this project, Lightning or torchmetrics,
-            and each path that leads out of the run's folder.
+            and each path or address that leads out of the run's folder.
     """
     errors = []
     for group in ("logger", "callbacks"):
@@ -31,10 +31,18 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
                             f"{key}={value}: this run's config is not allowed to call it; if you trust it, add "
                             f"--allow {module}"
                         )
-                elif isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts):
+                elif isinstance(value, str) and value and _leads_out(key.rpartition(".")[2], value):
                     errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
     if errors:
         raise UserError(*errors)
+
+
+def _leads_out(argument: str, value: str) -> bool:
+    """Whether a logger or callback would write outside the run's folder, or to another machine."""
+    path = Path(value)
+    # A relative path is one in the working directory.
+    is_folder = argument in ("save_dir", "dirpath", "root_dir", "log_dir")
+    return is_folder or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
 def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -69,7 +77,13 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
 
 
 def ignore_stored_actions(stored: Settings) -> Settings:
-    """``stored`` without the addresses to download from and the profiler; both apply only if given again."""
+    """``stored`` without the addresses to download from and the profiler; both apply only if given again.
+
+    Raises:
+        UserError: if a value holds an interpolation (``${oc.env:…}``), which OmegaConf would resolve.
+    """
+    if found := [f"{key}={value}" for key, value in _leaves(stored.model_dump(mode="json"), "") if "${" in str(value)]:
+        raise UserError(*(f"{entry[1:]}: an interpolation; a stored config has plain values only" for entry in found))
     defaults = compose_settings([f"data={stored.data.name}", "model=nin_small"])
     data = stored.data.model_copy(update={"mirrors": defaults.data.mirrors})
     trainer = stored.trainer.model_copy(update={"profiler": None})

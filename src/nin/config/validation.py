@@ -323,7 +323,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] =
         require_work,
     ),
     (("trainer.barebones",), require_results),
-    (BATCHES, require_valid_limits),
+    (
+        (*LIMITS, "trainer.limit_predict_batches", "trainer.overfit_batches", "trainer.val_check_interval"),
+        require_valid_limits,
+    ),
     (BATCHES, require_batches_within_limits),
     ((*BATCHES, "trainer.val_check_interval", "trainer.check_val_every_n_epoch"), require_scoring_within_epochs),
     (

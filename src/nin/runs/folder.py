@@ -2,17 +2,19 @@
 
 import contextlib
 import csv
+import errno
+import io
 import json
 import os
 import shutil
 import socket
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.schema import UserError
@@ -58,13 +60,13 @@ class RunFolder:
 
         Raises:
             RunClaimedError: if another process has claimed the folder and ``wait`` is None.
-            UserError: if the folder can't be written, or holds symbolic links in the place of a run's files.
+            UserError: if the folder can't be written, or holds anything else in the place of a run's files.
         """
         created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         lock = FileLock(self.path / ".hydra" / "lock", timeout=1 if wait else 0)
         try:
+            self._require_regular_files()
             self.config.parent.mkdir(parents=True, exist_ok=True)
-            self._require_no_links()
             self._acquire(lock, wait)
         except OSError as error:
             raise UserError(
@@ -99,12 +101,18 @@ class RunFolder:
                     ) from None
                 wait(f"{self.path}: waiting for {owner}, which is working on this run")
 
-    def _require_no_links(self) -> None:
-        """A folder from elsewhere must not direct writes to files outside it."""
-        inside = (self.log, self.metrics, self.result, self.checkpoints, self.tensorboard, *self.path.glob(".hydra/*"))
-        for path in (self.config.parent, *inside, *self.checkpoints.glob("*"), *self.tensorboard.glob("*")):
+    def _require_regular_files(self) -> None:
+        """A folder from elsewhere must not direct writes to files outside it. Checkpoints are checked when read."""
+        for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
+        written = (self.log, self.metrics, self.result, *self.path.glob(".hydra/*"), *self.tensorboard.glob("events.*"))
+        for path in written:
+            if path.exists() and not path.is_file():
+                raise UserError(f"{path}: not a file; remove it")
+        for path in (self.config.parent, self.checkpoints, self.tensorboard):
+            if path.exists() and not path.is_dir():
+                raise UserError(f"{path}: not a folder; remove it")
 
     def is_claimed(self) -> bool:
         """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
@@ -123,14 +131,14 @@ class RunFolder:
     def read_state(self) -> dict[str, Any]:
         """The run's identity, the process that has claimed it, and each start: what no checkpoint can know."""
         with contextlib.suppress(OSError, ValueError):
-            state = json.loads(self.state.read_text())
+            state = json.loads(_read(self.state))
             if isinstance(state, dict):
                 return state
         return {}
 
     def update_state(self, **values: Any) -> dict[str, Any]:
         """Sets ``values`` in the state (None removes a key), writes it atomically and returns it."""
-        state = {"run_id": uuid.uuid4().hex} | self.read_state() | values
+        state = self.read_state() | values
         state = {key: value for key, value in state.items() if value is not None}
         write_atomically(self.state, json.dumps(state))
         return state
@@ -149,8 +157,8 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            config = OmegaConf.load(self.config)
-        except (OSError, YAMLError, UnicodeDecodeError) as error:
+            config = OmegaConf.load(io.StringIO(_read(self.config)))
+        except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
             raise UserError(f"{self.config}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(config, DictConfig) or not config:
             raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
@@ -165,8 +173,8 @@ class RunFolder:
         if not self.overrides.exists():
             return []
         try:
-            overrides = OmegaConf.to_container(OmegaConf.load(self.overrides))
-        except (OSError, YAMLError, UnicodeDecodeError) as error:
+            overrides = OmegaConf.to_container(OmegaConf.load(io.StringIO(_read(self.overrides))))
+        except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
             raise UserError(f"{self.overrides}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
             raise UserError(f"{self.overrides}: not a list of overrides (key=value); remove the file")
@@ -187,7 +195,7 @@ class RunFolder:
             UserError: if the file is not a result.
         """
         try:
-            result = json.loads(self.result.read_text(encoding="utf-8"))
+            result = json.loads(_read(self.result))
         except FileNotFoundError:
             return None
         except (OSError, ValueError):
@@ -208,7 +216,7 @@ class RunFolder:
     def read_epochs(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys."""
         with contextlib.suppress(OSError, ValueError):
-            rows = csv.DictReader(self.metrics.read_text().splitlines())
+            rows = csv.DictReader(_read(self.metrics).splitlines())
             return [{k: float(v) for k, v in row.items() if v} for row in rows]
         return []
 
@@ -247,6 +255,13 @@ class RunFolder:
                 os.truncate(path, sizes[path.name])
         there = self.event_file_sizes()
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
+
+
+def _read(path: Path) -> str:
+    """The text of a file; ``read_text`` would wait for ever for a named pipe."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def write_atomically(path: Path, text: str) -> None:

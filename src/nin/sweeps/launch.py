@@ -24,9 +24,16 @@ from nin.runs.results import format_path
 from nin.sweeps.checks import check_jobs, require_launcher
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
-from nin.sweeps.workers import JOB_FAILED_SIGNAL, SweepInterrupt, is_joblib, run_sweep_job, start_worker
+from nin.sweeps.workers import (
+    JOB_FAILED_SIGNAL,
+    PARENT_VARIABLE,
+    SweepInterrupt,
+    is_joblib,
+    run_sweep_job,
+    start_worker,
+)
 from nin.system.devices import default_threads
-from nin.system.distributed import multi_process_launcher, quoted
+from nin.system.distributed import multi_process_launcher, quoted, remove_left_over_ranks
 from nin.system.signals import StoppedError
 from nin.training.run import RunFailedError
 
@@ -50,6 +57,9 @@ class Sweep:
         if starter := multi_process_launcher():
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
         require_launcher(launcher._target_)
+        remove_left_over_ranks()  # before lightning is imported; no job has several processes
+        if (request := self.folder / "multirun.yaml").is_symlink():
+            raise UserError(f"{request}: a symbolic link, which would be written through; replace it by its target")
         task = list(config.hydra.overrides.task)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
@@ -88,6 +98,7 @@ class Sweep:
     def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
         # Threads that wait for work leave the cores to the other jobs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ[PARENT_VARIABLE] = str(os.getpid())
         default_threads()  # noted before the workers start: a job's result depends on it
         share_gpus(launcher, jobs)
         from joblib import effective_n_jobs

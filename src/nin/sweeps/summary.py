@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nin.runs.folder import write_atomically
+from nin.runs.folder import open_atomically, write_atomically
 from nin.runs.results import format_path
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
@@ -41,9 +41,8 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Non
     try:
         write_atomically(folder / "summary.csv", _as_csv(rows))
         write_atomically(folder / "summary.md", _as_markdown(title, jobs, rows, metric))
-        temporary = folder / ".summary.png.tmp"
-        draw(f"{name}: {metric}{seeds}", rows, metric, x_axis).savefig(temporary, format="png", dpi=120)
-        temporary.replace(folder / "summary.png")
+        with open_atomically(folder / "summary.png") as file:
+            draw(f"{name}: {metric}{seeds}", rows, metric, x_axis).savefig(file, format="png", dpi=120)
         print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
     except OSError as error:  # another user's sweep, a full disk
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
-from nin.runs.console import silence_known_warnings
+from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps.gpus import acquire_gpu
@@ -28,6 +28,9 @@ from nin.training.run import RunFailedError, execute_run
 
 # A worker sends it to the sweep's first process if `sweep.fail_fast` ends the sweep.
 JOB_FAILED_SIGNAL = signal.SIGUSR1
+
+# A sweep's first process sets it for its workers to its own id: a worker that starts late may have no parent any more.
+PARENT_VARIABLE = "NIN_SWEEP_PROCESS"
 
 
 class SweepInterrupt(BaseException):
@@ -119,10 +122,13 @@ class Worker:
     """One of joblib's processes: what lasts over its jobs.
 
     If the sweep's first process dies, a running job saves and stops, and the process ends.
+
+    Args:
+        parent: the id of the sweep's first process, which may have died before this one began.
     """
 
-    def __init__(self) -> None:
-        self.stop = StopRequest(stop_with_parent=True)
+    def __init__(self, parent: int) -> None:
+        self.stop = StopRequest(parent)
         self.stop.listen()
         self.failure: UserError | RunFailedError | None = None
         self.gpu: FileLock | None = None
@@ -149,7 +155,8 @@ class Worker:
         except (UserError, RunFailedError) as failure:
             if request.settings.sweep.fail_fast:
                 self.failure = failure
-                os.kill(os.getppid(), JOB_FAILED_SIGNAL)
+                if not self.stop.is_orphan():
+                    os.kill(os.getppid(), JOB_FAILED_SIGNAL)
             raise
         finally:
             self.is_busy = False
@@ -163,10 +170,11 @@ class Worker:
 @functools.cache
 def this_worker() -> Worker:
     """The `Worker` of this process; the first call installs its signal handlers."""
-    return Worker()
+    return Worker(int(os.environ[PARENT_VARIABLE]))
 
 
 def start_worker() -> None:
     """joblib's initializer: runs in each worker before its first job."""
+    tolerate_output_errors()
     silence_known_warnings()
     this_worker()

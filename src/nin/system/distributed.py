@@ -7,14 +7,15 @@ from typing import Any
 from nin.config.schema import Trainer, UserError
 from nin.config.validation import is_single_process
 
-_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID")
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
 
 
-def require_single_process_start(trainer: Trainer) -> None:
-    """Checks that a run of one process was not started several times.
+def require_matching_start(trainer: Trainer) -> None:
+    """Checks that the processes of the run are started as ``trainer`` says.
 
     Raises:
-        UserError: if each process of torchrun or srun would train a network of its own.
+        UserError: if each process of torchrun or srun would train a network of its own, or if nothing starts the
+            processes of the other nodes, for which Lightning would wait without a message.
     """
     if (launcher := multi_process_launcher()) and is_single_process(trainer):
         total = os.environ["WORLD_SIZE" if launcher == "torchrun" else "SLURM_STEP_NUM_TASKS"]
@@ -23,6 +24,16 @@ def require_single_process_start(trainer: Trainer) -> None:
             f"{launcher} started {total} processes, and trainer.strategy={trainer.strategy} uses one; "
             f"add trainer=ddp trainer.devices={local}"
         )
+    if trainer.num_nodes > 1 and not started_on_several_nodes():
+        raise UserError(
+            f"trainer.num_nodes={trainer.num_nodes}: this process was started on one node only; start it on every node "
+            "with torchrun or srun, or set MASTER_ADDR and NODE_RANK on each"
+        )
+
+
+def started_on_several_nodes() -> bool:
+    """Whether torchrun, SLURM or variables that the user has set describe a cluster to Lightning."""
+    return started_by_torchrun() or "MASTER_ADDR" in os.environ or int(os.environ.get("SLURM_NNODES", 1)) > 1
 
 
 def multi_process_launcher() -> str | None:
@@ -38,17 +49,22 @@ def started_by_torchrun() -> bool:
 
 
 def global_rank(trainer: Trainer) -> int:
-    """The rank of this process in its run, before Lightning knows it. The only process of a run has rank 0.
-
-    Variables that another program left in the environment are removed for a run of one process: Lightning would take
-    the process for another rank, and nothing would be logged or saved.
-    """
+    """The rank of this process in its run, before Lightning knows it. The only process of a run has rank 0."""
     if is_single_process(trainer):
-        for key in _RANKS:
-            if os.environ.get(key, "0") != "0":
-                del os.environ[key]
+        remove_left_over_ranks()
         return 0
     return environment_rank()
+
+
+def remove_left_over_ranks() -> None:
+    """Removes variables that another program left in the environment of a run of one process.
+
+    Lightning, which reads them when it is imported, would take the process for another rank, and nothing would be
+    logged or saved.
+    """
+    for key in _RANKS:
+        if os.environ.get(key, "0") != "0":
+            del os.environ[key]
 
 
 def environment_rank() -> int:

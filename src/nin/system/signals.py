@@ -54,14 +54,14 @@ class StopRequest:
     As a context manager it restores the previous signal handlers on exit.
 
     Args:
-        stop_with_parent: for a worker process of a sweep: the end of the parent process also requests a stop, and the
-            handlers stay until the process ends, because a signal between two jobs must not end the process.
+        parent: for a worker process of a sweep, the id of the process that started it: its end also requests a stop,
+            and the handlers stay until this process ends, because a signal between two jobs must not end it.
     """
 
-    def __init__(self, stop_with_parent: bool = False) -> None:
+    def __init__(self, parent: int | None = None) -> None:
         self._signum: int | None = None
         self._received_at = 0.0
-        self._parent = os.getppid() if stop_with_parent else None
+        self._parent = parent
         self._previous: dict[int, Any] = {}
 
     @property

@@ -47,6 +47,8 @@ class Experiment:
 
     def __init__(self, request: RunRequest):
         self.request, self.folder = request, request.folder
+        # The identity of the run is that of its folder, or where that was lost, of its checkpoint.
+        self.run_id = self.folder.read_state().get("run_id")
         self.resume_path, self.checkpoint = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         retain_freed_memory()
@@ -95,15 +97,15 @@ class Experiment:
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
         found = (
-            checkpoint_files.load_newest_valid(self.folder, self.request.rank)
+            checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
             if self.folder.checkpoints.exists()
             else None
         )
         if found is None:
             return None, None
         path, checkpoint = found
-        run_id = self.folder.read_state().get("run_id")
-        checkpoint_files.require_same_run(checkpoint, path, self.request.settings, run_id)
+        saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, self.run_id)
+        self.run_id = self.run_id or saved_by
         return path, checkpoint
 
     def _with_threads(self, settings: Settings) -> Settings:

@@ -6,6 +6,7 @@ import logging
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,18 +73,27 @@ def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
         return
     if settings.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or resume=auto to resume it")
-    if (config := folder.read_request()) is not None:
-        previous = validate_plain(config)
-    else:  # copied without its hidden files; the checkpoints know their settings as well
-        from nin.checkpoints.files import load_newest_valid, settings_of
-
-        found = load_newest_valid(folder)
-        if found is None:
-            raise UserError(f"{folder.path}: has a result and neither {folder.config} nor a checkpoint; remove it")
-        previous = settings_of(found[1], found[0])
+    previous = read_settings(folder)
     if different := differences(previous, settings):
         header = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
         raise UserError("\n  ".join([header, *different]))
+
+
+def read_settings(folder: RunFolder) -> Settings:
+    """The settings of the run in ``folder``, as plain values.
+
+    Raises:
+        UserError: if neither its config nor a checkpoint has them.
+    """
+    if (config := folder.read_request()) is not None:
+        return validate_plain(config)
+    # Copied without its hidden files; the checkpoints have the settings as well.
+    from nin.checkpoints.files import load_newest_valid, settings_of
+
+    found = load_newest_valid(folder, rename=False)
+    if found is None:
+        raise UserError(f"{folder.path}: has a result and neither {folder.config} nor a checkpoint; remove it")
+    return settings_of(found[1], found[0])
 
 
 def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
@@ -91,8 +101,8 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     result = folder.read_result()
     if result is None or result["status"] == "failed":
         return None
-    requested, config = settings.trainer.max_epochs, folder.read_request()
-    if config is None or requested == config.trainer.max_epochs:
+    requested = settings.trainer.max_epochs
+    if requested == read_settings(folder).trainer.max_epochs:
         return result
     return None if requested in (-1, None) or requested > result["epochs"] else result
 
@@ -145,12 +155,17 @@ def _train(request: RunRequest) -> dict[str, Any]:
     if request.rank != 0:
         return experiment.run()
     code = {"versions": versions(), "git_commit": git_commit()}
-    started = record_start(request, experiment.settings, code, resumed=experiment.checkpoint is not None)
+    started = record_start(request, experiment.settings, code, experiment.run_id, experiment.checkpoint is not None)
     return experiment.run(started["resumes"]) | started
 
 
-def record_start(request: RunRequest, settings: Settings, code: dict[str, Any], resumed: bool) -> dict[str, Any]:
+def record_start(
+    request: RunRequest, settings: Settings, code: dict[str, Any], run_id: str | None, resumed: bool
+) -> dict[str, Any]:
     """Writes the request down, after everything that could refuse it, and the code that runs.
+
+    Args:
+        run_id: the identity of the run; None for a new one.
 
     Returns:
         The part of the result that tells which code the run used: ``versions`` and ``git_commit`` of the first start,
@@ -164,7 +179,7 @@ def record_start(request: RunRequest, settings: Settings, code: dict[str, Any], 
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
-    folder.update_state(starts=starts, resumes=resumes)
+    folder.update_state(run_id=run_id or uuid.uuid4().hex, starts=starts, resumes=resumes)
     others = [start for start in starts[1:] if start != starts[0]]
     return starts[0] | {"resumes": resumes} | ({"resumed_with": others} if others else {})
 
