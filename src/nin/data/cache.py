@@ -86,7 +86,7 @@ def open_cache(data: FolderData) -> Cache:
     listing = list_images(data)
     key = _key(data, listing)
     places = _places(data)
-    for place in places:
+    for place in places if not listing.faults else []:
         if (found := _read(place / key)) is not None:
             return found
     failed = []
@@ -101,7 +101,8 @@ def open_cache(data: FolderData) -> Cache:
             continue
         try:
             # Another process may have written it in the meantime.
-            return _read(place / key) or _write(place / key, data, listing)
+            found = None if listing.faults else _read(place / key)
+            return found or _write(place / key, data, listing)
         except OSError as error:
             raise UserError(
                 f"{error.filename or place}: the decoded images can't be written ({error.strerror}); make room, or set "
@@ -158,7 +159,6 @@ def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
 
 
 def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
-    require_usable(listing, listing.broken, data) if not data.skip_broken else None
     with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as new:
         images = Path(new) / "images.bin"
         channels, broken = _decode_folder(data, listing, images)
@@ -183,7 +183,7 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
         (Path(new) / "about.json").write_text(json.dumps(about))
         shutil.rmtree(path, ignore_errors=True)  # one that is incomplete or altered
         Path(new).chmod(0o755)
-        os.replace(new, path)
+        Path(new).replace(path)
         Path(new).mkdir()  # for the context manager to remove
     return Cache(path, listing.class_names, *(about[name] for name in _STORED))
 
@@ -228,7 +228,7 @@ def _decode_folder(data: FolderData, listing: Listing, images: Path) -> tuple[in
         return data.channels, _decode_all(data, names, skipped, images, data.channels, 0)[0]
     sample = names[:train][:: max(1, train // _SAMPLE)]
     sample = [name for name in sample if name not in skipped]
-    task = (data.root, sample, None, 0, data.stored_size, data.fit, 3, True)
+    task = (data.root, sample, None, 0, data.stored_size, data.fit, 3, len(sample))
     if not _decode_chunk(*task)[1]:
         broken, color = _decode_all(data, names, skipped, images, 1, train)
         if not color:
@@ -253,7 +253,7 @@ def _decode_all(
     tasks = []
     for start in range(0, len(names), _CHUNK):
         chunk = ["" if name in skipped else name for name in names[start : start + _CHUNK]]
-        search = start < color_until
+        search = max(0, color_until - start)
         tasks.append((data.root, chunk, images, start, data.stored_size, data.fit, channels, search))
     broken: dict[str, str] = {}
     color = False
@@ -296,14 +296,14 @@ def _ignore_interrupts() -> None:
 
 
 def _decode_chunk(
-    root: str, names: list[str], images: Path | None, start: int, size: int, fit: str, channels: int, search: bool
+    root: str, names: list[str], images: Path | None, start: int, size: int, fit: str, channels: int, search: int
 ) -> tuple[dict[str, str], bool]:
     """Decodes some files and writes them to ``images`` from row ``start`` on.
 
     Args:
         names: relative to ``root``; empty ones are left out.
         images: None to write nothing.
-        search: whether to find out if an image has color.
+        search: the number of images, the first ones, that are searched for color.
     """
     row = size * size * channels
     pixels = np.zeros(len(names) * row, dtype=np.uint8)
@@ -316,7 +316,7 @@ def _decode_chunk(
         except ImageError as error:
             broken[name] = str(error)
             continue
-        color = color or (search and has_color(image))
+        color = color or (i < search and has_color(image))
         pixels[i * row : (i + 1) * row] = convert(image, channels).reshape(-1)
     if images is not None:
         with images.open("r+b") as file:

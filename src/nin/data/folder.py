@@ -1,7 +1,7 @@
-"""A folder of images, one folder per class: its files, and what is wrong with them. Imports no torch and decodes nothing.
+"""A folder of images, one folder per class: its files, and what is wrong with them. Imports no torch, decodes nothing.
 
-The layout is that of torchvision's ImageFolder: ``train/<class>/``, and ``val/<class>/`` and ``test/<class>/`` where they
-exist. Folders within a class's folder belong to that class.
+The layout is that of torchvision's ImageFolder: ``train/<class>/``, and ``val/<class>/`` and ``test/<class>/`` where
+they exist. Folders within a class's folder belong to that class.
 """
 
 import os
@@ -42,36 +42,40 @@ class Listing:
         files: of each part, sorted by name.
         broken: names of files that can't be used, with the reason.
         other_files: names of files without the suffix of an image, which are left out.
+        faults: what is wrong with the layout: empty and unreadable folders, classes that only the validation or the
+            test images have, a single class, links in circles.
     """
 
     class_names: tuple[str, ...] = ()
     files: dict[str, list[ImageFile]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     other_files: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
 
 def list_images(data: FolderData) -> Listing:
-    """Lists the images of ``data.root``.
+    """Lists the images of ``data.root`` and the faults of its layout.
 
     Raises:
-        UserError: names every fault of the layout: missing, empty and unreadable folders, classes that only the
-            validation or the test images have, a single class, links in circles.
+        UserError: if there is no such folder, or no ``train/`` in it.
     """
     return _Scan(Path(data.root)).run()
 
 
 def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -> None:
-    """Checks that no file of ``listing`` is broken, or that the others are sufficient with ``data.skip_broken=true``.
+    """Checks that the layout has no faults and no file is broken, or that the others suffice with ``data.skip_broken``.
 
     Args:
         broken: names of files that can't be used, with the reason.
 
     Raises:
-        UserError: names every broken file, or every class without a usable training image.
+        UserError: names every fault and every broken file, or every class without a usable training image.
     """
-    if broken and not data.skip_broken:
-        faults = [f"{printable(name)}: {reason}" for name, reason in broken.items()]
-        raise folder_error(data.root, [*faults[:_SHOWN], *_more(faults)], f"{len(faults)} broken files; {REMEDY}")
+    files = [] if data.skip_broken else [f"{printable(name)}: {reason}" for name, reason in broken.items()]
+    if faults := [*listing.faults, *files]:
+        remedies = [f"{len(listing.faults)} faults of the layout; correct them"] if listing.faults else []
+        remedies += [f"{len(files)} broken files; {REMEDY}"] if files else []
+        raise folder_error(data.root, [*faults[:_SHOWN], *_more(faults)], ", and ".join(remedies))
     left = {file.label for file in listing.files["train"] if file.name not in broken}
     empty = [f"train/{printable(name)}: no usable image" for i, name in enumerate(listing.class_names) if i not in left]
     empty += [
@@ -100,7 +104,7 @@ class _Scan:
 
     def __init__(self, root: Path):
         self.root, self.listing = root, Listing()
-        self.faults: list[str] = []
+        self.faults = self.listing.faults
 
     def run(self) -> Listing:
         if not self.root.is_dir():
@@ -120,9 +124,6 @@ class _Scan:
         for part in PARTS:
             if (self.root / part).is_dir():
                 self._list_part(part)
-        if self.faults:
-            shown = [*self.faults[:_SHOWN], *_more(self.faults)]
-            raise folder_error(str(self.root), shown, f"{len(self.faults)} faults; correct them")
         return self.listing
 
     def _class_folders(self, part: str) -> list[str]:
@@ -150,7 +151,7 @@ class _Scan:
                 if part == "train" and not found:
                     self.faults.append(f"train/{printable(name)}: no images; a class needs training images")
             else:
-                self.faults.append(f"{part}/{printable(name)}: a class without training images (train/ has no such folder)")
+                self.faults.append(f"{part}/{printable(name)}: a class without training images (it is not in train/)")
             files += found
         if part != "train" and not files:
             self.faults.append(f"{part}/: no images; fill it, or remove it")

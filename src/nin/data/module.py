@@ -40,9 +40,9 @@ class MappedImages:
 class Batches:
     """An iterable of batches from tensors, each taken by one indexing operation.
 
-    Yields ``(batch, height, width)`` uint8 images, ``(batch, height, width, 3)`` in color, and ``(batch,)`` int64 labels;
-    the last batch may be smaller. The shuffled order depends only on the seed and the epoch. The position in it is the state that is saved and loaded, so
-    that a resumed run continues in the middle of an epoch.
+    Yields ``(batch, height, width)`` uint8 images, ``(batch, height, width, 3)`` in color, and ``(batch,)`` int64
+    labels; the last batch may be smaller. The shuffled order depends only on the seed and the epoch. The position in it
+    is the state that is saved and loaded, so that a resumed run continues in the middle of an epoch.
 
     Args:
         seed: of the shuffled order; None keeps the order of the images.

@@ -18,9 +18,9 @@ def require_enough_images(cache: Cache, data: FolderData) -> None:
     errors = []
     for part, count in held_out.items():
         if count == 0:
+            size = getattr(data, f"{part}_size")
             errors.append(
-                f"data.{part}_size={getattr(data, f'{part}_size')}: leaves no {_NAMES[part]} images, and data.root has no "
-                f"{part}/; hold out more of the {counts['train']} training images, or add {part}/"
+                f"data.{part}_size={size}: leaves no {_NAMES[part]} images, and data.root has no {part}/; hold out more of the {counts['train']} training images, or add {part}/"
             )
     if data.score_each_epoch == "test":
         errors = [error for error in errors if not error.startswith("data.val_size")]

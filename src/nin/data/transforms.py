@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-
 # Each group of this many images gets one random operation of TrivialAugment. Batches are in random order, so that the
 # groups are other images in every epoch; an operation for each image would take longer than the network.
 _GROUP = 8
@@ -15,9 +14,9 @@ def augment(images: Tensor, augment: str) -> Tensor:
 
     Args:
         images: ``(batch, height, width)``, any type, or ``(batch, height, width, 3)`` uint8.
-        augment: "none", "flip" (horizontally, with probability 0.5), "flip_shift" (also shifts by up to `max_shift` pixels
-            in each direction, padded with zeros) or "trivial" (also one operation of TrivialAugment for every eight
-            images, Müller and Hutter 2021; uint8 only).
+        augment: "none", "flip" (horizontally, with probability 0.5), "flip_shift" (also shifts by up to `max_shift`
+            pixels in each direction, padded with zeros) or "trivial" (also one operation of TrivialAugment for every
+            eight images, Müller and Hutter 2021; uint8 only).
     """
     if augment == "none":
         return images
