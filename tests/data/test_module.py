@@ -1,9 +1,12 @@
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import torch
 
-from nin.config.schema import Settings
-from nin.data.module import Batches, ImageDataModule, split
+from nin.config.schema import Settings, UserError
+from nin.data.module import Batches, ImageDataModule, MappedImages, split
+from pictures import folder_data, write_folder
 
 EXPECTED = [3, 20, 22, 25, 42, 48, 86, 89, 92, 93]
 
@@ -84,3 +87,54 @@ def test_the_data_module_works_without_a_trainer(settings: Callable[..., Setting
     module.setup("test")
     for batches in (module.test_dataloader(), module.predict_dataloader()):
         assert sum(len(labels) for _, labels in batches) == 2000
+
+
+def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8, "val": 2})
+    module = ImageDataModule(folder_data(root, image_size=6, batch_size=5), seed=0)
+    module.prepare_data()
+    module.setup("fit")
+    images, labels = next(iter(module.train_dataloader()))
+    assert (images.shape, images.dtype, labels.dtype) == ((5, 12, 12, 3), torch.uint8, torch.int64)
+    assert module.prepare_images(images).shape == (5, 3, 6, 6)
+    assert [len(part[1]) for part in (module.train, module.val, module.test)] == [18, 6, 6]
+    assert module.notes == {"test_split": "6 of 24 training images, chosen by seed 0"}
+    # The channel that is largest in each class's color: blue, green, red.
+    assert module.val[0].float().mean((1, 2)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]
+
+
+def test_more_images_than_the_limit_are_read_by_batch_and_are_the_same(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8})
+    in_memory, mapped = (ImageDataModule(folder_data(root, memory_limit_mib=limit), seed=1) for limit in (100, 0))
+    for module in (in_memory, mapped):
+        module.setup("fit")
+    assert isinstance(mapped.train[0], MappedImages)
+    assert len(mapped.train[0]) == 12
+    batches = zip(in_memory.train_dataloader(), mapped.train_dataloader(), strict=True)
+    assert all(torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) for ours, theirs in batches)
+    assert torch.equal(in_memory.test[0][2:5], mapped.test[0][2:5])
+
+
+def test_a_run_is_not_resumed_with_other_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8})
+    module = ImageDataModule(folder_data(root), seed=0)
+    module.setup("fit")
+    state = module.state_dict()
+    module.load_state_dict(state)
+    (root / "train" / "red" / "0.png").unlink()
+    other = ImageDataModule(folder_data(root), seed=0)
+    other.prepare_data()
+    other.setup("fit")
+    with pytest.raises(UserError, match="has other images than those the run was started with"):
+        other.load_state_dict(state)
+
+
+def test_files_that_are_left_out_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8})
+    (root / "train" / "red" / "1.png").write_bytes(b"no image")
+    (root / "train" / "red" / "notes.txt").touch()
+    module = ImageDataModule(folder_data(root, skip_broken=True), seed=0)
+    module.setup("fit")
+    assert module.notes["skipped_files"] == 1
+    assert "1 files are left out:\n  train/red/1.png: not an image in a format that Pillow can read" in caplog.text
+    assert "files without the suffix of an image are left out: train/red/notes.txt" in caplog.text

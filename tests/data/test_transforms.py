@@ -3,9 +3,10 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import transforms
+from torchvision.transforms import v2
 
 from nin.data.garments import garment
-from nin.data.transforms import augment, resize
+from nin.data.transforms import augment, max_shift, resize
 
 
 @pytest.mark.parametrize("size", [14, 28, 67, 224])
@@ -43,3 +44,49 @@ def test_shifts_are_up_to_two_pixels_and_padded_with_zeros() -> None:
 def test_no_augmentation_returns_the_images() -> None:
     images = torch.randint(0, 256, (5, 28, 28), dtype=torch.uint8)
     assert augment(images, "none") is images
+
+
+@pytest.mark.parametrize("size", [14, 28, 67])
+def test_resizing_color_equals_pil_within_one_gray_level(size: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    pil = transforms.Compose([transforms.Resize(size), transforms.ToTensor()])
+    expected = torch.stack([pil(Image.fromarray(image)) for image in images])
+    ours = resize(torch.from_numpy(images), size)
+    assert ours.shape == (3, 3, size, size)
+    assert (ours - expected).abs().max() <= 1 / 255 + 1e-6
+
+
+@pytest.mark.parametrize("name", ["flip", "flip_shift"])
+def test_color_images_are_augmented_as_gray_ones(name: str) -> None:
+    gray = torch.randint(0, 256, (50, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    expected = augment(gray, name)
+    torch.manual_seed(0)
+    assert torch.equal(augment(gray[..., None].expand(-1, -1, -1, 3), name), expected[..., None].expand(-1, -1, -1, 3))
+
+
+def test_shifts_grow_with_the_images() -> None:
+    assert [max_shift(size) for size in (12, 28, 32, 64, 224)] == [2, 2, 4, 8, 28]
+
+
+@pytest.mark.parametrize("shape", [(20, 32, 32), (20, 32, 32, 3)])
+def test_trivial_augmentation_depends_on_torchs_random_state_only(shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    torch.manual_seed(1)
+    first = augment(images, "trivial")
+    state = torch.get_rng_state()
+    second = augment(images, "trivial")
+    assert (first.shape, first.dtype) == (images.shape, torch.uint8)
+    assert not torch.equal(first, second)
+    torch.set_rng_state(state)
+    assert torch.equal(augment(images, "trivial"), second)
+
+
+def test_trivial_augmentation_changes_every_eight_images_in_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    operation = v2.TrivialAugmentWide.forward
+    monkeypatch.setattr(
+        v2.TrivialAugmentWide, "forward", lambda self, group: sizes.append(group.shape) or operation(self, group)
+    )
+    augment(torch.zeros(20, 32, 32, 3, dtype=torch.uint8), "trivial")
+    assert sizes == [(8, 3, 32, 32), (8, 3, 32, 32), (4, 3, 32, 32)]

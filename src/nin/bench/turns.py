@@ -96,8 +96,11 @@ def measure_rates(settings: Settings, seconds: float, rounds: int, progress: Pro
         device, dtype = trainer.strategy.root_device, _dtype(trainer)
         network = build_network(settings, data.info.channels, len(data.info.class_names))
         size, batch_size = settings.data.image_size, settings.data.batch_size
+        images, labels = data.train
+        if not isinstance(images, torch.Tensor):  # read from disk by batch; the notebooks keep all in memory
+            images, labels = images[:10_000], labels[:10_000]
         others: dict[str, Callable[[], float]] = {
-            "notebooks": NotebookLoop(network, data.train, size, batch_size, device, seconds),
+            "notebooks": NotebookLoop(network, (images, labels), size, batch_size, device, seconds),
             "data": lambda: _data_rate(data, module, seconds / 4),
             "scoring": lambda: _scoring_rate(data, module, trainer, seconds),
             "matrix product": lambda: measure_matrix_product(device, dtype, seconds / 2),

@@ -30,26 +30,57 @@ class UserError(Exception):
         return "\n  ".join([f"{len(self.errors)} errors", *self.errors])
 
 
-# The sizes of the training set, before data.val_size images are held out, and of the test set.
-TRAINING_IMAGES = {"fashion_mnist": 60_000, "mnist": 60_000, "kmnist": 60_000, "garments": 10_000}
-TEST_IMAGES = {"fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000}
+# The sizes of the training set, before data.val_size images are held out, and of the test set. Those of data=folder are
+# known when the folder has been read.
+TRAINING_IMAGES = {
+    "fashion_mnist": 60_000, "mnist": 60_000, "kmnist": 60_000, "garments": 10_000, "cifar10": 50_000,
+}  # fmt: skip
+TEST_IMAGES = {
+    "fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000, "cifar10": 10_000,
+}  # fmt: skip
 
 
-class Data(Section):
-    name: Literal["fashion_mnist", "mnist", "kmnist", "garments"]
-    # Absolute: a checkpoint can be evaluated from another working directory than that of its run.
-    root: Annotated[str, Field(min_length=1), AfterValidator(lambda root: str(Path(root).expanduser().absolute()))]
+# Absolute: a checkpoint can be evaluated from another working directory than that of its run.
+Folder = Annotated[str, Field(min_length=1), AfterValidator(lambda root: str(Path(root).expanduser().absolute()))]
+
+
+class Images(Section):
+    """The keys that all data sets have."""
+
+    root: Folder
     image_size: Pixels
     batch_size: Positive
-    val_size: Annotated[int, Field(ge=0)]
     # The images on which metrics are computed after every epoch. "test" is the notebooks' protocol; the best
     # checkpoint is then not chosen by these metrics.
     score_each_epoch: Literal["val", "test"]
-    augment: Literal["none", "flip", "flip_shift"]
+    augment: Literal["none", "flip", "flip_shift", "trivial"]
+    # Whether the network's input has mean 0 and standard deviation 1 over the training images, for each channel.
+    normalize: bool
     # Whether predictions are the mean of the probabilities for the image and for its mirror image.
     test_time_flip: bool
+
+
+class Data(Images):
+    name: Literal["fashion_mnist", "mnist", "kmnist", "garments", "cifar10"]
+    val_size: Annotated[int, Field(ge=0)]
     # Base URLs for downloading missing files, tried in this order. garments are generated, not downloaded.
     mirrors: list[str]
+
+
+class FolderData(Images):
+    name: Literal["folder"]
+    # Training images that are held out, where the folder has no val/ or no test/: a number, or a share of them.
+    val_size: Annotated[int, Field(ge=0)] | Share
+    test_size: Annotated[int, Field(ge=0)] | Share
+    stored_size: Pixels
+    fit: Literal["crop", "pad", "stretch"]
+    # "auto": 3 if any training image has color.
+    channels: Literal[1, 3, "auto"]
+    skip_broken: bool
+    # The folder of the decoded images; None: beside the root.
+    cache: Folder | None
+    # More decoded images than this are read from disk by batch, and not kept in memory.
+    memory_limit_mib: Annotated[int, Field(ge=0)]
 
 
 class SGD(Section):
@@ -170,6 +201,8 @@ MAY_CHANGE = (
     "threads",
     "data.root",
     "data.mirrors",
+    "data.cache",
+    "data.memory_limit_mib",
     "speed",
     "compile",
     "checkpoint",
@@ -201,7 +234,7 @@ class Settings(Section):
     # and crashes with a segmentation fault when the system refuses that many threads.
     threads: Annotated[int, Field(ge=1, le=1024)] | None
     model: Annotated[NiN | LeNet | AlexNet | VGG | MLP, Field(discriminator="name")]
-    data: Data
+    data: Annotated[Data | FolderData, Field(discriminator="name")]
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
     schedule: Schedule
     trainer: Trainer

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nin.config.composition import compose_settings
-from nin.config.schema import Settings, UserError
+from nin.config.schema import Data, FolderData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning", "torchmetrics")
 
@@ -77,22 +77,34 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
 
 
 def ignore_stored_actions(stored: Settings) -> Settings:
-    """``stored`` without the addresses to download from and the profiler; both apply only if given again.
+    """``stored`` without the addresses to download from, the place of a cache, and the profiler.
+
+    Each applies only if it is given again.
 
     Raises:
         UserError: if a value holds an interpolation (``${oc.env:…}``), which OmegaConf would resolve.
     """
     if found := [f"{key}={value}" for key, value in _leaves(stored.model_dump(mode="json"), "") if "${" in str(value)]:
         raise UserError(*(f"{entry[1:]}: an interpolation; a stored config has plain values only" for entry in found))
-    defaults = compose_settings([f"data={stored.data.name}", "model=nin_small"])
-    data = stored.data.model_copy(update={"mirrors": defaults.data.mirrors})
+    data: Data | FolderData = stored.data
+    if isinstance(data, FolderData):
+        data = data.model_copy(update={"cache": None})
+    else:
+        defaults = compose_settings([f"data={data.name}", "model=nin_small"])
+        assert isinstance(defaults.data, Data)
+        data = data.model_copy(update={"mirrors": defaults.data.mirrors})
     trainer = stored.trainer.model_copy(update={"profiler": None})
     return stored.model_copy(update={"data": data, "trainer": trainer})
 
 
 def ignore_stored_paths(stored: Settings) -> Settings:
-    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks."""
+    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks.
+
+    A folder of images has no default place: the stored one is kept, unless another is given.
+    """
     stored = ignore_stored_actions(stored)
-    defaults = compose_settings([f"data={stored.data.name}", "model=nin_small"])
-    data = stored.data.model_copy(update={"root": defaults.data.root})
+    data: Data | FolderData = stored.data
+    if not isinstance(data, FolderData):
+        defaults = compose_settings([f"data={data.name}", "model=nin_small"])
+        data = data.model_copy(update={"root": defaults.data.root})
     return stored.model_copy(update={"data": data, "logger": {}, "callbacks": {}})

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
@@ -58,6 +58,8 @@ def validate(config: DictConfig) -> Settings:
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
+        if isinstance(error, MissingMandatoryValue):
+            raise UserError(f"{error.full_key}: must be given, as in {error.full_key}=…") from error
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     return validate_plain(plain)
 
@@ -168,13 +170,22 @@ def _windows(model: NiN | LeNet | AlexNet | VGG | MLP) -> Sequence[tuple[int, in
     return windows
 
 
+def _has_known_size(settings: Settings) -> bool:
+    """Whether the number of images is known before any is read. That of a folder is checked when it is read."""
+    return settings.data.name in TRAINING_IMAGES
+
+
 def require_training_images(settings: Settings) -> Iterator[str]:
+    if not _has_known_size(settings):
+        return
     held_out, images = settings.data.val_size, TRAINING_IMAGES[settings.data.name]
     if held_out >= images:
         yield f"data.val_size={held_out}: {settings.data.name} has {images} training images; hold out fewer"
 
 
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
+    if not _has_known_size(settings):
+        return
     images = TRAINING_IMAGES[settings.data.name] - settings.data.val_size
     if 0 < images < settings.data.batch_size:
         yield (
@@ -184,7 +195,7 @@ def require_one_full_batch(settings: Settings) -> Iterator[str]:
 
 
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
-    if not settings.data.val_size and settings.data.score_each_epoch == "val":
+    if _has_known_size(settings) and not settings.data.val_size and settings.data.score_each_epoch == "val":
         yield (
             "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
             "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
@@ -217,7 +228,8 @@ def require_results(settings: Settings) -> Iterator[str]:
 
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
-    if not is_single_process(settings.trainer):  # the number of batches depends on the machine's devices
+    # The number of batches depends on the machine's devices.
+    if not (is_single_process(settings.trainer) and _has_known_size(settings)):
         return
     batches = _count_batches(settings)
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in LIMITS}
@@ -240,7 +252,12 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
             "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a share of an epoch (above 0.0, up "
             "to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
         )
-    elif isinstance(interval, int) and settings.trainer.check_val_every_n_epoch and is_single_process(settings.trainer):
+    elif (
+        isinstance(interval, int)
+        and settings.trainer.check_val_every_n_epoch
+        and is_single_process(settings.trainer)
+        and _has_known_size(settings)
+    ):
         batches, limit = _count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
@@ -316,7 +333,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] =
     (("data.image_size", "model"), require_large_enough_images),
     (("data.name", "data.val_size"), require_training_images),
     (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
-    (("data.val_size", "data.score_each_epoch"), require_images_for_selection),
+    (("data.name", "data.val_size", "data.score_each_epoch"), require_images_for_selection),
     (("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "schedule"), require_an_end_of_training),
     (
         ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_test_batches"),

@@ -1,5 +1,7 @@
 """The LightningDataModule: images in memory as uint8, held-out validation images, batches."""
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,17 +10,39 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from nin.config.schema import Data
-from nin.data.sources import describe, load, prepare
+from nin.config.schema import Data, FolderData, UserError
+from nin.data.folder import PARTS, printable
+from nin.data.sources import describe, load, open_folder, prepare
+from nin.data.splits import describe_split, split_folder
 from nin.data.transforms import augment, resize
+
+log = logging.getLogger(__name__)
+
+
+class MappedImages:
+    """Some of the images of a memory-mapped file, read from disk when they are indexed.
+
+    Args:
+        images: all images of the file, ``(count, height, width)`` or ``(count, height, width, 3)`` uint8.
+        rows: the images that belong to this part.
+    """
+
+    def __init__(self, images: Tensor, rows: Tensor):
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | slice) -> Tensor:
+        return self.images[self.rows[index]]
 
 
 class Batches:
     """An iterable of batches from tensors, each taken by one indexing operation.
 
-    Yields ``(batch, height, width)`` uint8 images and ``(batch,)`` int64 labels; the last batch may be smaller. The
-    shuffled order depends only on the seed and the epoch. The position in it is the state that is saved and loaded, so
-    that a resumed run continues in the middle of an epoch.
+    Yields ``(batch, height, width)`` uint8 images, ``(batch, height, width, 3)`` in color, and ``(batch,)`` int64
+    labels; the last batch may be smaller. The shuffled order depends only on the seed and the epoch. The position in it
+    is the state that is saved and loaded, so that a resumed run continues in the middle of an epoch.
 
     Args:
         seed: of the shuffled order; None keeps the order of the images.
@@ -29,7 +53,7 @@ class Batches:
 
     def __init__(
         self,
-        images: Tensor,
+        images: Tensor | MappedImages,
         labels: Tensor,
         batch_size: int,
         seed: int | None = None,
@@ -87,12 +111,14 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         info: class names, channels and stored size of the images.
+        notes: for the result: which parts were split off the training images. Empty for the published data sets.
     """
 
-    def __init__(self, data: Data, seed: int, is_prepared: bool = False):
+    def __init__(self, data: Data | FolderData, seed: int, is_prepared: bool = False):
         super().__init__()
         self.data, self.seed, self.is_prepared = data, seed, is_prepared
         self.info = describe(data)
+        self.notes: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         if not self.is_prepared:
@@ -100,6 +126,9 @@ class ImageDataModule(LightningDataModule):
         self.is_prepared = True
 
     def setup(self, stage: str) -> None:
+        if isinstance(self.data, FolderData):
+            self._setup_folder(self.data)
+            return
         if stage in ("fit", "validate") and not hasattr(self, "train"):
             images, labels = self._load("train")
             held_out, kept = split(len(labels), self.data.val_size, self.seed)
@@ -112,6 +141,49 @@ class ImageDataModule(LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         images, labels = load(self.data, part)
         return images.to(device), labels.to(device)
+
+    def _setup_folder(self, data: FolderData) -> None:
+        """Images up to ``data.memory_limit_mib`` are copied to the training device, more are read by batch."""
+        if hasattr(self, "train"):
+            return
+        cache = open_folder(data)
+        self.notes = describe_split(cache, data, self.seed)
+        if cache.broken:
+            self.notes["skipped_files"] = len(cache.broken)
+            log.warning(
+                "data.skip_broken=true: %d files are left out:\n  %s",
+                len(cache.broken), "\n  ".join(f"{printable(name)}: {why}" for name, why in cache.broken.items()),
+            )  # fmt: skip
+        if cache.other_files:
+            names = ", ".join(printable(name) for name in cache.other_files[:10])
+            more = f" and {len(cache.other_files) - 10} more" if len(cache.other_files) > 10 else ""
+            log.warning("files without the suffix of an image are left out: %s%s", names, more)
+        count = math.prod(cache.shape)
+        # Not shared: nothing that is done to the tensor reaches the file.
+        mapped = torch.from_file(str(cache.path / "images.bin"), shared=False, size=count, dtype=torch.uint8)
+        images, labels = mapped.view(cache.shape), torch.from_numpy(cache.labels())
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        parts: dict[str, Any] = {}
+        for part, rows in split_folder(cache, data, self.seed).items():
+            indices = torch.from_numpy(rows)
+            if count <= data.memory_limit_mib * 2**20:
+                parts[part] = images[indices].to(device), labels[indices].to(device)
+            else:
+                parts[part] = MappedImages(images, indices), labels[indices]
+        self.train, self.val, self.test = (parts[part] for part in PARTS)
+        self.fingerprint = cache.fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: the SHA-256 of a folder's decoded images and labels."""
+        return {"fingerprint": self.fingerprint} if hasattr(self, "fingerprint") else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = state_dict.get("fingerprint")
+        if saved and saved != self.fingerprint:
+            raise UserError(
+                f"data.root={self.data.root}: has other images than those the run was started with, so it can't be "
+                "resumed exactly; restore them, or give another name=…"
+            )
 
     def train_dataloader(self) -> Batches:
         return self._batches(self.train, self.seed)
@@ -126,7 +198,7 @@ class ImageDataModule(LightningDataModule):
         """Batches of the test images."""
         return self._batches(self.test)
 
-    def _batches(self, part: tuple[Tensor, Tensor], seed: int | None = None) -> Batches:
+    def _batches(self, part: "tuple[Tensor | MappedImages, Tensor]", seed: int | None = None) -> Batches:
         trainer = self.trainer
         if trainer is None:
             return Batches(*part, self.data.batch_size, seed)
@@ -149,6 +221,8 @@ class ImageDataModule(LightningDataModule):
 
     def prepare_images(self, images: Tensor) -> Tensor:
         """Converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)`` from 0 to 1.
+
+        In color, ``(batch, height, width, 3)`` to ``(batch, 3, image_size, image_size)``.
 
         The result has the precision of the weights, where the Trainer's is not float32.
         """

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
-from nin.config.schema import Data, UserError
+from nin.config.schema import Data, FolderData, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from nin.data.cache import Cache
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -70,8 +72,14 @@ class DatasetInfo:
     stored_size: int
 
 
-def describe(data: Data) -> DatasetInfo:
-    """The classes and images of the data set that ``data`` names. Reads no file."""
+def describe(data: Data | FolderData) -> DatasetInfo:
+    """The classes and images of the data set that ``data`` names.
+
+    Reads no file, except of ``data=folder``, whose images are decoded if they have not been.
+    """
+    if isinstance(data, FolderData):
+        found = open_folder(data)
+        return DatasetInfo(found.class_names, found.channels, found.stored_size)
     class_names = {
         "fashion_mnist": CLASS_NAMES,
         "garments": CLASS_NAMES,
@@ -81,13 +89,17 @@ def describe(data: Data) -> DatasetInfo:
     return DatasetInfo(class_names[data.name], channels=1, stored_size=28)
 
 
-def prepare(data: Data) -> None:
-    """Downloads or generates the missing files of ``data``, and verifies the SHA-256 of all.
+def prepare(data: Data | FolderData) -> None:
+    """Downloads or generates the missing files of ``data``, and verifies the SHA-256 of all; decodes a folder's images.
 
     Raises:
         UserError: names the file that is missing, cut off or altered, or the folder that can't be written, and says
             what to do.
     """
+    if isinstance(data, FolderData):
+        _opened.pop(data, None)  # the folder may have changed since another run of this process
+        open_folder(data)
+        return
     folder = raw_folder(data)
     try:
         if _missing_files(folder, data):
@@ -105,6 +117,25 @@ def prepare(data: Data) -> None:
         _verify(folder, data)
     except OSError as error:
         raise UserError(f"{error.filename}: can't be read ({error.strerror})") from error
+
+
+def open_folder(data: FolderData) -> "Cache":
+    """The decoded images of a folder, listed and decoded when this process first needs them, or by `prepare`.
+
+    Raises:
+        UserError: names every fault of the folder, or the counts that don't fit ``data``.
+    """
+    if data not in _opened:
+        from nin.data.cache import open_cache
+        from nin.data.splits import require_enough_images
+
+        cache = open_cache(data)
+        require_enough_images(cache, data)
+        _opened[data] = cache
+    return _opened[data]
+
+
+_opened: "dict[FolderData, Cache]" = {}
 
 
 def raw_folder(data: Data) -> Path:

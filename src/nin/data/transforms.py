@@ -4,37 +4,63 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+# Each group of this many images gets one random operation of TrivialAugment. Batches are in random order, so that the
+# groups are other images in every epoch; an operation for each image would take longer than the network.
+_GROUP = 8
+
 
 def augment(images: Tensor, augment: str) -> Tensor:
-    """Applies random changes to every image, with random numbers from torch's global generator.
+    """Applies random changes to every image, with random numbers from torch's global generators.
 
     Args:
-        images: ``(batch, height, width)``, any type.
-        augment: "none", "flip" (horizontally, with probability 0.5) or "flip_shift" (also shifts by up to 2 pixels in
-            each direction, padded with zeros).
+        images: ``(batch, height, width)``, any type, or ``(batch, height, width, 3)`` uint8.
+        augment: "none", "flip" (horizontally, with probability 0.5), "flip_shift" (also shifts by up to `max_shift`
+            pixels in each direction, padded with zeros) or "trivial" (also one operation of TrivialAugment for every
+            eight images, Müller and Hutter 2021; uint8 only).
     """
     if augment == "none":
         return images
     flip = torch.rand(len(images), 1, 1, device=images.device) < 0.5
-    images = torch.where(flip, images.flip(-1), images)
+    images = torch.where(flip if images.ndim == 3 else flip[..., None], images.flip(2), images)
     if augment == "flip":
         return images
-    batch, height, width = images.shape
-    rows, columns = torch.randint(0, 5, (2, batch, 1), device=images.device)
-    padded = functional.pad(images, (2, 2, 2, 2))
+    batch, height, width = images.shape[:3]
+    most = max_shift(height)
+    rows, columns = torch.randint(0, 2 * most + 1, (2, batch, 1), device=images.device)
+    padded = functional.pad(images, (*(0, 0) * (images.ndim - 3), *(most,) * 4))
     rows = rows + torch.arange(height, device=images.device)  # (batch, height)
     columns = columns + torch.arange(width, device=images.device)  # (batch, width)
     each = torch.arange(batch, device=images.device)[:, None, None]
-    return padded[each, rows[:, :, None], columns[:, None, :]]
+    images = padded[each, rows[:, :, None], columns[:, None, :]]
+    return images if augment == "flip_shift" else _augment_trivially(images)
+
+
+def max_shift(size: int) -> int:
+    """2 pixels below 32, then an eighth of the side, as is usual for CIFAR-10: 4 pixels at 32, 28 at 224."""
+    return 4 * (size // 32) or 2
+
+
+def _augment_trivially(images: Tensor) -> Tensor:
+    # torchvision.transforms takes a second to import, and few runs need it.
+    from torchvision.transforms import InterpolationMode, v2
+
+    operation = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+    # torchvision takes (…, channels, height, width).
+    planes = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    changed = torch.cat([operation(group) for group in planes.split(_GROUP)])
+    return changed.squeeze(1) if images.ndim == 3 else changed.permute(0, 2, 3, 1)
 
 
 def resize(images: Tensor, image_size: int) -> Tensor:
     """Converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)`` float32 from 0 to 1.
 
+    In color, ``(batch, height, width, 3)`` to ``(batch, 3, image_size, image_size)``.
+
     Bilinear, with antialiasing when the size is reduced. Equal to torchvision's ``Resize`` of a PIL image followed by
     ``ToTensor`` within one gray level (1/255): PIL rounds to gray levels, this does not.
     """
-    pixels = images.unsqueeze(1).to(torch.float32).div_(255)
+    planes = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    pixels = planes.to(torch.float32).div_(255)
     if pixels.shape[-2:] == (image_size, image_size):
         return pixels
     return functional.interpolate(pixels, size=(image_size, image_size), mode="bilinear", antialias=True)

@@ -84,7 +84,7 @@ class Experiment:
             final_weights = weights_sha256(self.module.network)
             self._load_best()
             tested, confusion = test(self.trainer, self.module, self.data)
-            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
+            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())} | self.data.notes
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
@@ -260,6 +260,12 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     """
     set_threads(settings)
     data = ImageDataModule(settings.data, settings.seed, is_prepared=True)
+    saved = checkpoint["hyper_parameters"].get("class_names")
+    if saved != list(data.info.class_names):
+        raise UserError(
+            f"data.root={settings.data.root}: its classes are {', '.join(data.info.class_names)}, and the network was "
+            f"trained for {', '.join(map(str, saved or []))}; give another data.root"
+        )
     module = Classifier(settings, data.info.class_names, data.info.channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])

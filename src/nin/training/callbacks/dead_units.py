@@ -80,7 +80,7 @@ class DeadUnitMonitor(Callback):
     def _sample(self, trainer: Trainer, pl_module: Classifier) -> Iterator[Tensor]:
         """The images of the sample as the network receives them, in micro-batches where training uses them."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
-        for images in data.train[0][: self.images].split(pl_module.micro_batch(self.images)):
+        for images in data.train[0][: self.images].to(pl_module.device).split(pl_module.micro_batch(self.images)):
             yield data.prepare_images(images)
 
     def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:

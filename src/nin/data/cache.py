@@ -1,0 +1,339 @@
+"""The decoded images of a folder: one file of uint8 pixels, written once and memory-mapped. Imports no torch.
+
+A cache is a folder with ``images.bin`` (the pixels of all images: training, then validation, then test images),
+``labels.npy`` and ``about.json``. Its name is the SHA-256 of what determines the pixels: names, sizes and modification
+times of the files, the settings, and the version of Pillow.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nin.config.schema import FolderData, UserError
+from nin.data.decoding import ImageError, convert, has_color, open_image, to_pixels
+from nin.data.folder import PARTS, ImageFile, Listing, folder_error, list_images, printable, require_usable
+
+_FORMAT = 1  # of the cache; a change of the decoding needs another number
+_CHUNK = 256  # images per task of a decoding process
+_SAMPLE = 32  # images from which the number of channels is guessed
+_HASHED = 2**30  # a larger file is not read to verify it; its size is compared
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The decoded images of a folder.
+
+    Attributes:
+        path: the folder of the cache.
+        channels: 1 or 3.
+        counts: the number of images in each part; a part that the folder lacks is missing.
+        broken: names of the files that were left out, with the reason.
+        other_files: names of files without the suffix of an image.
+        fingerprint: SHA-256 of pixels, labels and class names.
+    """
+
+    path: Path
+    class_names: tuple[str, ...]
+    channels: int
+    counts: dict[str, int]
+    broken: dict[str, str]
+    other_files: list[str]
+    fingerprint: str
+    stored_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(count, stored_size, stored_size)`` for 1 channel, with a last dimension of 3 for 3."""
+        side = (sum(self.counts.values()), self.stored_size, self.stored_size)
+        return side if self.channels == 1 else (*side, 3)
+
+    def rows(self, part: str) -> range:
+        """The rows of ``images.bin`` that belong to ``part``."""
+        before = PARTS[: PARTS.index(part)]
+        start = sum(self.counts.get(name, 0) for name in before)
+        return range(start, start + self.counts.get(part, 0))
+
+    def labels(self) -> np.ndarray:
+        """The labels of all rows, int64."""
+        return np.load(self.path / "labels.npy", allow_pickle=False)
+
+
+def open_cache(data: FolderData) -> Cache:
+    """Lists the folder, and decodes its images unless a cache has them.
+
+    Raises:
+        UserError: names every fault of the folder and every broken file, or the place that can't be written.
+    """
+    listing = list_images(data)
+    key = _key(data, listing)
+    places = _places(data)
+    for place in places if not listing.faults else []:
+        if (found := _read(place / key)) is not None:
+            return found
+    failed = []
+    for place in places:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            (place / ".gitignore").write_text("*\n")
+            lock = FileLock(place / f".{key}.lock")
+            lock.acquire()
+        except OSError as error:
+            failed.append(f"{place} ({error.strerror})")
+            continue
+        try:
+            # Another process may have written it in the meantime.
+            found = None if listing.faults else _read(place / key)
+            return found or _write(place / key, data, listing)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or place}: the decoded images can't be written ({error.strerror}); make room, or set "
+                "data.cache to another folder"
+            ) from error
+        finally:
+            lock.release()
+    raise UserError(f"data.cache: can't be written: {', '.join(failed)}; set it to a folder that can be written")
+
+
+def _places(data: FolderData) -> list[Path]:
+    """Where a cache may be: ``data.cache``, or beside the root, or, where that can't be written, in the home folder."""
+    if data.cache:
+        return [Path(data.cache)]
+    root = Path(data.root)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [root.with_name(f"{root.name}.cache"), home / "nin"]
+
+
+def _key(data: FolderData, listing: Listing) -> str:
+    settings = [_FORMAT, PIL.__version__, data.stored_size, data.fit, data.channels, data.skip_broken]
+    digest = hashlib.sha256(json.dumps([settings, listing.class_names, sorted(listing.broken.items())]).encode())
+    for part, files in listing.files.items():
+        for file in files:
+            state = f"{part}\0{file.name}\0{file.label}\0{file.size}\0{file.modified_ns}\n"
+            digest.update(state.encode(errors="surrogateescape"))
+    return digest.hexdigest()[:32]
+
+
+def _read(path: Path) -> Cache | None:
+    """The cache in ``path`` if it is complete and intact."""
+    try:
+        about = json.loads((path / "about.json").read_text())
+        state = (path / "images.bin").stat()
+        cache = Cache(path, tuple(about["class_names"]), *(about[name] for name in _STORED))
+        complete = state.st_size == int(np.prod(cache.shape)) and len(cache.labels()) == cache.shape[0]
+        if not complete or (
+            state.st_size <= _HASHED
+            and _sha256_of(path / "images.bin", state.st_size, state.st_mtime_ns) != about["sha256"]
+        ):
+            return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return cache
+
+
+_STORED = ("channels", "counts", "broken", "other_files", "fingerprint", "stored_size")
+
+
+@functools.lru_cache(maxsize=16)
+def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as new:
+        images = Path(new) / "images.bin"
+        channels, broken = _decode_folder(data, listing, images)
+        broken = dict(sorted({**listing.broken, **broken}.items()))
+        require_unchanged(data, listing)
+        require_usable(listing, broken, data)
+        rows, labels, counts = [], [], {}
+        every = [(part, file) for part in PARTS for file in listing.files.get(part, [])]
+        for row, (part, file) in enumerate(every):
+            if file.name not in broken:
+                rows.append(row)
+                labels.append(file.label)
+                counts[part] = counts.get(part, 0) + 1
+        if len(rows) < len(every):
+            _keep_rows(images, rows, data.stored_size**2 * channels)
+        np.save(Path(new) / "labels.npy", np.array(labels, dtype=np.int64))
+        sha256 = _sha256_of(images, images.stat().st_size, images.stat().st_mtime_ns)
+        text = json.dumps([sha256, labels, listing.class_names])
+        values = (channels, counts, broken, listing.other_files, hashlib.sha256(text.encode()).hexdigest())
+        about = dict(zip(_STORED, (*values, data.stored_size), strict=True))
+        about |= {"class_names": listing.class_names, "sha256": sha256, "root": printable(data.root)}
+        (Path(new) / "about.json").write_text(json.dumps(about))
+        shutil.rmtree(path, ignore_errors=True)  # one that is incomplete or altered
+        Path(new).chmod(0o755)
+        Path(new).replace(path)
+        Path(new).mkdir()  # for the context manager to remove
+    return Cache(path, listing.class_names, *(about[name] for name in _STORED))
+
+
+def require_unchanged(data: FolderData, before: Listing) -> None:
+    """Checks that the folder's files are the same as when it was listed.
+
+    Raises:
+        UserError: names the files that differ.
+    """
+    now = list_images(data)
+    old, new = ({file.name: file for files in each.files.values() for file in files} for each in (before, now))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changed or now.class_names != before.class_names:
+        faults = [f"{printable(name)}: {_change(old.get(name), new.get(name))}" for name in sorted(changed)[:20]]
+        raise folder_error(data.root, faults, "changed while it was read; run the command again when it is complete")
+
+
+def _change(old: ImageFile | None, new: ImageFile | None) -> str:
+    return "new" if old is None else "removed" if new is None else "altered"
+
+
+def _keep_rows(images: Path, rows: Sequence[int], row_bytes: int) -> None:
+    """Moves ``rows`` of the file, which are ascending, to its start, and cuts off the others."""
+    with images.open("r+b") as file:
+        for target, row in enumerate(rows):
+            if target != row:
+                file.seek(row * row_bytes)
+                content = file.read(row_bytes)
+                file.seek(target * row_bytes)
+                file.write(content)
+        file.truncate(len(rows) * row_bytes)
+
+
+def _decode_folder(data: FolderData, listing: Listing, images: Path) -> tuple[int, dict[str, str]]:
+    """Decodes all files of ``listing`` into ``images``; returns the number of channels and the broken files."""
+    files = [file for part in PARTS for file in listing.files.get(part, [])]
+    names = [file.name for file in files]
+    train = len(listing.files["train"])
+    skipped = frozenset(listing.broken)
+    if data.channels != "auto":
+        return data.channels, _decode_all(data, names, skipped, images, data.channels, 0)[0]
+    sample = names[:train][:: max(1, train // _SAMPLE)]
+    sample = [name for name in sample if name not in skipped]
+    task = (data.root, sample, None, 0, data.stored_size, data.fit, 3, len(sample))
+    if not _decode_chunk(*task)[1]:
+        broken, color = _decode_all(data, names, skipped, images, 1, train)
+        if not color:
+            return 1, broken
+    return 3, _decode_all(data, names, skipped, images, 3, 0)[0]
+
+
+def _decode_all(
+    data: FolderData, names: list[str], skipped: frozenset[str], images: Path, channels: int, color_until: int
+) -> tuple[dict[str, str], bool]:
+    """Decodes files in parallel processes, each of which writes its rows of ``images``.
+
+    Args:
+        skipped: names that are not read.
+        color_until: the first this many images are searched for color, if ``channels`` is 1.
+
+    Returns:
+        The broken files with the reason, and whether any image has color.
+    """
+    with images.open("wb") as file:
+        file.truncate(len(names) * data.stored_size**2 * channels)
+    tasks = []
+    for start in range(0, len(names), _CHUNK):
+        chunk = ["" if name in skipped else name for name in names[start : start + _CHUNK]]
+        search = max(0, color_until - start)
+        tasks.append((data.root, chunk, images, start, data.stored_size, data.fit, channels, search))
+    broken: dict[str, str] = {}
+    color = False
+    with _progress(len(names), data.root) as advance:
+        for count, errors, found in _run(tasks):
+            broken |= errors
+            color |= found
+            advance(count)
+            if found and channels == 1:
+                break  # all are decoded again with 3 channels
+    return broken, color
+
+
+def _run(tasks: list[tuple[Any, ...]]) -> Iterator[tuple[int, dict[str, str], bool]]:
+    """Yields the number of images, the errors and whether there is color for each task, as they end."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if len(tasks) <= 2 or cores == 1:  # starting processes would take longer
+        for task in tasks:
+            yield len(task[1]), *_decode_chunk(*task)
+        return
+    # Started anew, and not forked: the parent has threads.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(cores, len(tasks)), context, initializer=_ignore_interrupts)
+    try:
+        futures = {pool.submit(_decode_chunk, *task): len(task[1]) for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], *future.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that decodes images was killed, or could not start: there may be too little memory; a Python "
+            "program of yours that uses nin needs if __name__ == '__main__': around what it does"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C interrupts all processes of a terminal; the parent ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _decode_chunk(
+    root: str, names: list[str], images: Path | None, start: int, size: int, fit: str, channels: int, search: int
+) -> tuple[dict[str, str], bool]:
+    """Decodes some files and writes them to ``images`` from row ``start`` on.
+
+    Args:
+        names: relative to ``root``; empty ones are left out.
+        images: None to write nothing.
+        search: the number of images, the first ones, that are searched for color.
+    """
+    row = size * size * channels
+    pixels = np.zeros(len(names) * row, dtype=np.uint8)
+    broken, color = {}, False
+    for i, name in enumerate(names):
+        if not name:
+            continue
+        try:
+            image = to_pixels(open_image(Path(root, name)), size, fit)
+        except ImageError as error:
+            broken[name] = str(error)
+            continue
+        color = color or (i < search and has_color(image))
+        pixels[i * row : (i + 1) * row] = convert(image, channels).reshape(-1)
+    if images is not None:
+        with images.open("r+b") as file:
+            file.seek(start * row)
+            file.write(pixels)
+    return broken, color
+
+
+@contextlib.contextmanager
+def _progress(total: int, root: str) -> Iterator[Any]:
+    """Yields a function that advances a progress bar on standard error."""
+    console = Console(stderr=True, highlight=False)
+    if not console.is_terminal:
+        print(f"decoding {total:,} images of {printable(root)} (once)", file=sys.stderr, flush=True)
+        yield lambda count: None
+        return
+    columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,145 @@
+"""Decodes image files with Pillow to uint8 arrays: the images of a folder, and images to predict. Imports no torch."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
+MAX_PIXELS = 50_000_000
+
+# About damaged metadata, and about many pixels, for which `MAX_PIXELS` is the limit.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class ImageError(ValueError):
+    """The content is not an image that can be decoded; the message gives the reason."""
+
+
+class ImageTooLargeError(ImageError):
+    """The image has more pixels than allowed; raised before they are decoded."""
+
+
+def decode(
+    content: bytes | BinaryIO | Path,
+    channels: int,
+    max_pixels: int = MAX_PIXELS,
+    size: int | None = None,
+    fit: str = "crop",
+) -> np.ndarray:
+    """Decodes one image to ``(height, width)`` uint8 for 1 channel, or ``(height, width, 3)`` for 3.
+
+    The EXIF orientation is applied, transparency is composited over black, 16 bits are scaled to 8, colors become gray
+    by their luminance (ITU-R 601). Of several frames the first is decoded.
+
+    Args:
+        size: height and width of the result in pixels; None keeps those of the image.
+        fit: how the image is brought to ``size``: "crop" (the centered square), "pad" (with black) or "stretch".
+
+    Raises:
+        ImageTooLargeError: if it has more than ``max_pixels`` pixels.
+        ImageError: if it is not an image, or is damaged.
+    """
+    return to_array(open_image(content, max_pixels), channels, size, fit)
+
+
+def open_image(content: bytes | BinaryIO | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header of an image; `to_array` reads its pixels. Raises as `decode` does."""
+    with _name_errors():
+        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        width, height = image.size
+        if width * height > max_pixels:
+            megapixels = f"{width}x{height} pixels are {width * height / 1e6:.0f} megapixels"
+            raise ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.0f}")
+        if not width * height:
+            raise ImageError("has no pixels")
+        return image
+
+
+def to_array(image: Image.Image, channels: int, size: int | None = None, fit: str = "crop") -> np.ndarray:
+    """The pixels of an opened image, as `decode` returns them; closes it."""
+    return convert(to_pixels(image, size, fit), channels)
+
+
+def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop") -> Image.Image:
+    """An opened image in mode "L" if its own mode has no color, otherwise "RGB", brought to ``size``; closes it."""
+    with _name_errors(), image:
+        if size:
+            # Decodes a JPEG file at 1/2, 1/4 or 1/8 of its size, several times faster, where that is at least twice
+            # the requested one.
+            image.draft(None, (2 * size, 2 * size))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _fit(_flatten(image), size, fit) if size else _flatten(image)
+
+
+def convert(image: Image.Image, channels: int) -> np.ndarray:
+    """An image in mode "L" or "RGB" as ``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3."""
+    mode = "L" if channels == 1 else "RGB"
+    return np.array(image if image.mode == mode else image.convert(mode))
+
+
+def has_color(image: Image.Image) -> bool:
+    """Whether the channels of an image in mode "L" or "RGB" differ by more than the rounding of its compression."""
+    if image.mode == "L":
+        return False
+    pixels = np.asarray(image)
+    return int((pixels.max(-1) - pixels.min(-1)).max()) > 16
+
+
+@contextlib.contextmanager
+def _name_errors() -> Iterator[None]:
+    """Converts all that Pillow raises to ImageError."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        raise ImageError("not an image in a format that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise ImageTooLargeError(str(error)) from None
+    except OSError as error:
+        raise ImageError(error.strerror or f"damaged ({error})") from error
+    except MemoryError:
+        raise ImageTooLargeError("does not fit in memory") from None
+    # Pillow's decoders raise many types on a damaged file: SyntaxError, struct.error, KeyError, …
+    except Exception as error:
+        raise ImageError(f"damaged ({type(error).__name__}: {error})") from error
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Converts any of Pillow's modes to "L" or "RGB"."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # 16-bit PNG and TIFF files; 65535 becomes 255.
+        values = np.asarray(image).astype(np.float64) / 257
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        scale = 255 if values.max(initial=0) <= 1 else 1  # floats are from 0 to 1 or from 0 to 255
+        image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    image.load()
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _fit(image: Image.Image, size: int, fit: str) -> Image.Image:
+    """Brings an image to ``size`` by ``size`` pixels: bilinear, with antialiasing when it is reduced."""
+    if image.size == (size, size):
+        return image
+    if fit == "stretch":
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    if fit == "crop":
+        return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    padded = Image.new(image.mode, (size, size))
+    inner = image.resize((width, height), Image.Resampling.BILINEAR)
+    padded.paste(inner, ((size - width) // 2, (size - height) // 2))
+    return padded

@@ -1,0 +1,223 @@
+"""A folder of images, one folder per class: its files, and what is wrong with them. Imports no torch, decodes nothing.
+
+The layout is that of torchvision's ImageFolder: ``train/<class>/``, and ``val/<class>/`` and ``test/<class>/`` where
+they exist. Folders within a class's folder belong to that class.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nin.config.schema import FolderData, UserError
+
+PARTS = ("train", "val", "test")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_SHOWN = 200  # of the faults of one folder; a message of thousands of lines helps nobody
+
+REMEDY = "repair or remove the files, or leave them out with data.skip_broken=true"
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One file as it was when the folder was listed.
+
+    Attributes:
+        name: path relative to the root.
+        label: the index of its class.
+    """
+
+    name: str
+    label: int
+    size: int
+    modified_ns: int
+
+
+@dataclass
+class Listing:
+    """The files of a folder.
+
+    Attributes:
+        files: of each part, sorted by name.
+        broken: names of files that can't be used, with the reason.
+        other_files: names of files without the suffix of an image, which are left out.
+        faults: what is wrong with the layout: empty and unreadable folders, classes that only the validation or the
+            test images have, a single class, links in circles.
+    """
+
+    class_names: tuple[str, ...] = ()
+    files: dict[str, list[ImageFile]] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    other_files: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+def list_images(data: FolderData) -> Listing:
+    """Lists the images of ``data.root`` and the faults of its layout.
+
+    Raises:
+        UserError: if there is no such folder, or no ``train/`` in it.
+    """
+    return _Scan(Path(data.root)).run()
+
+
+def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -> None:
+    """Checks that the layout has no faults and no file is broken, or that the others suffice with ``data.skip_broken``.
+
+    Args:
+        broken: names of files that can't be used, with the reason.
+
+    Raises:
+        UserError: names every fault and every broken file, or every class without a usable training image.
+    """
+    files = [] if data.skip_broken else [f"{printable(name)}: {reason}" for name, reason in broken.items()]
+    if faults := [*listing.faults, *files]:
+        remedies = [f"{len(listing.faults)} faults of the layout; correct them"] if listing.faults else []
+        remedies += [f"{len(files)} broken files; {REMEDY}"] if files else []
+        raise folder_error(data.root, [*faults[:_SHOWN], *_more(faults)], ", and ".join(remedies))
+    left = {file.label for file in listing.files["train"] if file.name not in broken}
+    empty = [f"train/{printable(name)}: no usable image" for i, name in enumerate(listing.class_names) if i not in left]
+    empty += [
+        f"{part}/: no usable image" for part in PARTS[1:]
+        if part in listing.files and all(file.name in broken for file in listing.files[part])
+    ]  # fmt: skip
+    if empty:
+        raise folder_error(data.root, empty, "every class needs training images")
+
+
+def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
+    return UserError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
+
+
+def printable(name: str) -> str:
+    """``name`` with escapes in place of what is not UTF-8 and of control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _more(faults: list[str]) -> list[str]:
+    return [f"and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+
+
+class _Scan:
+    """One listing of a folder, with the faults found so far."""
+
+    def __init__(self, root: Path):
+        self.root, self.listing = root, Listing()
+        self.faults = self.listing.faults
+
+    def run(self) -> Listing:
+        if not self.root.is_dir():
+            raise UserError(f"data.root={printable(str(self.root))}: no such folder; it must hold train/<class>/…")
+        train = self.root / "train"
+        if not train.is_dir():
+            raise UserError(
+                f"data.root={printable(str(self.root))}: has no folder train; it must hold train/<class>/… with the "
+                "images of each class, and may hold val/<class>/… and test/<class>/…"
+            )
+        names = self._class_folders("train")
+        self.listing.class_names = tuple(names)
+        if len(names) == 1:
+            self.faults.append(f"train/{printable(names[0])}: the only class; a classifier needs two or more")
+        elif not names:
+            self.faults.append("train/: has no folders; each class needs one")
+        for part in PARTS:
+            if (self.root / part).is_dir():
+                self._list_part(part)
+        return self.listing
+
+    def _class_folders(self, part: str) -> list[str]:
+        """The names of the folders in ``part``, sorted; images beside them belong to no class."""
+        names = []
+        for entry, is_folder in self._entries(part):
+            if is_folder:
+                names.append(entry.name)
+                if not _is_utf8(entry.name):
+                    self.faults.append(f"{part}/{printable(entry.name)}: the class's name is not UTF-8; rename it")
+            elif entry.name.lower().endswith(SUFFIXES):
+                self.listing.broken[f"{part}/{entry.name}"] = "in no class's folder"
+            else:
+                self.listing.other_files.append(f"{part}/{entry.name}")
+        return names
+
+    def _list_part(self, part: str) -> None:
+        names = self._class_folders(part) if part != "train" else list(self.listing.class_names)
+        files: list[ImageFile] = []
+        for name in names:
+            found: list[ImageFile] = []
+            if name in self.listing.class_names:
+                label = self.listing.class_names.index(name)
+                found = list(self._images(f"{part}/{name}", label, frozenset([_identity(self.root / part)])))
+                if part == "train" and not found:
+                    self.faults.append(f"train/{printable(name)}: no images; a class needs training images")
+            else:
+                self.faults.append(f"{part}/{printable(name)}: a class without training images (it is not in train/)")
+            files += found
+        if part != "train" and not files:
+            self.faults.append(f"{part}/: no images; fill it, or remove it")
+        self.listing.files[part] = files
+
+    def _images(self, folder: str, label: int, above: frozenset[tuple[int, int]]) -> Iterator[ImageFile]:
+        """The images in ``folder`` and in all folders in it.
+
+        Args:
+            above: device and inode of the folders that lead here, to notice links in circles.
+        """
+        here = _identity(self.root / folder)
+        if here in above:
+            self.faults.append(f"{printable(folder)}: a link to a folder that contains it")
+            return
+        for entry, is_folder in self._entries(folder):
+            name = f"{folder}/{entry.name}"
+            if is_folder:
+                yield from self._images(name, label, above | {here})
+            elif not entry.name.lower().endswith(SUFFIXES):
+                self.listing.other_files.append(name)
+            elif not _is_utf8(entry.name):
+                self.listing.broken[name] = "the name is not UTF-8"
+                yield ImageFile(name, label, 0, 0)
+            else:
+                yield self._image(entry, name, label)
+
+    def _image(self, entry: os.DirEntry, name: str, label: int) -> ImageFile:
+        try:
+            state = entry.stat()
+        except OSError as error:
+            self.listing.broken[name] = f"a link to nothing ({error.strerror})"
+            return ImageFile(name, label, 0, 0)
+        if not stat.S_ISREG(state.st_mode):  # reading a pipe would wait forever
+            self.listing.broken[name] = "not a regular file"
+        return ImageFile(name, label, state.st_size, state.st_mtime_ns)
+
+    def _entries(self, folder: str) -> Iterator[tuple[os.DirEntry, bool]]:
+        """The entries of a folder, sorted by name, and whether each is a folder. Hidden ones are left out."""
+        try:
+            with os.scandir(self.root / folder) as found:
+                entries = sorted((e for e in found if not e.name.startswith(".")), key=lambda e: e.name)
+        except OSError as error:
+            self.faults.append(f"{printable(folder)}: can't be read ({error.strerror})")
+            return
+        for entry in entries:
+            try:
+                yield entry, entry.is_dir()
+            except OSError as error:  # a link to itself
+                if entry.name.lower().endswith(SUFFIXES):
+                    yield entry, False
+                else:
+                    self.faults.append(f"{printable(f'{folder}/{entry.name}')}: can't be read ({error.strerror})")
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    try:
+        state = folder.stat()
+    except OSError:  # reported when its entries are read
+        return (-1, -1)
+    return state.st_dev, state.st_ino
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

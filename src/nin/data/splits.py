@@ -1,0 +1,87 @@
+"""Which images of a folder are for training, validation and test."""
+
+import numpy as np
+
+from nin.config.schema import FolderData, UserError
+from nin.data.cache import Cache
+
+
+def require_enough_images(cache: Cache, data: FolderData) -> None:
+    """Checks the numbers of images that a folder has, as the rules of the config do for the published data sets.
+
+    Raises:
+        UserError: lists every key that does not fit.
+    """
+    counts = cache.counts
+    held_out = count_held_out(cache, data)
+    left = counts["train"] - sum(held_out.values())
+    errors = []
+    for part, count in held_out.items():
+        if count == 0:
+            size = getattr(data, f"{part}_size")
+            errors.append(
+                f"data.{part}_size={size}: leaves no {_NAMES[part]} images, and data.root has no {part}/; hold out more of the {counts['train']} training images, or add {part}/"
+            )
+    if data.score_each_epoch == "test":
+        errors = [error for error in errors if not error.startswith("data.val_size")]
+    if left < data.batch_size:
+        after = f" after {sum(held_out.values())} are held out" if any(held_out.values()) else ""
+        errors.append(
+            f"data.batch_size={data.batch_size}: there are {left} training images{after}; choose at most that"
+            if left > 0
+            else f"data.root: there are {counts['train']} training images, and none is left{after}; hold out fewer"
+        )
+    if errors:
+        raise UserError(*errors)
+
+
+_NAMES = {"val": "validation", "test": "test"}
+
+
+def count_held_out(cache: Cache, data: FolderData) -> dict[str, int]:
+    """How many training images take the place of each part that the folder lacks."""
+    sizes = {"val": data.val_size, "test": data.test_size}
+    train = cache.counts["train"]
+    return {
+        part: size if isinstance(size, int) else round(size * train)
+        for part, size in sizes.items()
+        if part not in cache.counts
+    }
+
+
+def describe_split(cache: Cache, data: FolderData, seed: int) -> dict[str, str]:
+    """What a result says about the parts that the folder lacks."""
+    return {
+        f"{part}_split": f"{count} of {cache.counts['train']} training images, chosen by seed {seed}"
+        for part, count in count_held_out(cache, data).items()
+    }
+
+
+def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndarray]:
+    """The rows of each part, ascending: "train", "val" and "test".
+
+    What the folder lacks is held out of the training images, with the classes in proportion. The test images depend on
+    nothing but ``seed`` and ``data.test_size``.
+    """
+    rows = {part: np.array(cache.rows(part), dtype=np.int64) for part in cache.counts}
+    held_out = count_held_out(cache, data)
+    labels = cache.labels()[rows["train"]]
+    # The same test images for every number of validation images, so they are taken first.
+    order = _in_proportion(labels, seed)
+    start = 0
+    for part in ("test", "val"):
+        if part in held_out:
+            rows[part] = np.sort(rows["train"][order[start : start + held_out[part]]])
+            start += held_out[part]
+    rows["train"] = np.sort(rows["train"][order[start:]])
+    return rows
+
+
+def _in_proportion(labels: np.ndarray, seed: int) -> np.ndarray:
+    """A random order in which every stretch has the classes in about the proportion of all ``labels``."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    position = np.empty(len(labels))
+    for label in np.unique(labels):
+        places = np.flatnonzero(labels[order] == label)
+        position[places] = (np.arange(len(places)) + 0.5) / len(places)
+    return order[np.argsort(position, kind="stable")]

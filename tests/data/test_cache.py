@@ -1,0 +1,178 @@
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nin.config.schema import UserError
+from nin.data import cache as caches
+from nin.data.cache import Cache, open_cache
+from nin.data.decoding import decode
+from pictures import folder_data, write_folder
+
+
+def pixels(cache: Cache) -> np.ndarray:
+    return np.fromfile(cache.path / "images.bin", dtype=np.uint8).reshape(cache.shape)
+
+
+@contextmanager
+def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "_decode_chunk", lambda *_: pytest.fail("decoded again"))
+        yield
+
+
+def test_the_cache_has_the_images_as_they_are_decoded(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2, "test": 1}, size=20)
+    cache = open_cache(folder_data(root))
+    assert (cache.shape, cache.channels, cache.counts) == ((9, 12, 12, 3), 3, {"train": 6, "test": 3})
+    assert cache.class_names == ("blue", "green", "red")
+    assert cache.labels().tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
+    assert list(cache.rows("test")) == [6, 7, 8]
+    for row, name in ((0, "train/blue/0.png"), (3, "train/green/1.png"), (8, "test/red/0.png")):
+        assert np.array_equal(pixels(cache)[row], decode(root / name, 3, size=12))
+    assert cache.path.parent == tmp_path / "root.cache"
+    assert (cache.path.parent / ".gitignore").read_text() == "*\n"
+
+
+def test_a_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    first = open_cache(data)
+    with nothing_is_decoded(monkeypatch):
+        assert open_cache(data) == first
+    # Other settings, another file: another cache.
+    assert open_cache(data.model_copy(update={"fit": "pad"})).path != first.path
+    (tmp_path / "root" / "train" / "red" / "0.png").unlink()
+    assert open_cache(data).counts == {"train": 5}
+
+
+def test_an_altered_or_incomplete_cache_is_written_again(tmp_path: Path) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    first = open_cache(data)
+    right = pixels(first)
+    for damage in (lambda file: file.write_bytes(b"\x01" * right.size), lambda file: file.write_bytes(b"")):
+        damage(first.path / "images.bin")
+        assert np.array_equal(pixels(open_cache(data)), right)
+    (first.path / "labels.npy").unlink()
+    assert open_cache(data).labels().tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_parallel_processes_write_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 3}))
+    one = pixels(open_cache(data))
+    shutil.rmtree(tmp_path / "root.cache")
+    monkeypatch.setattr(caches, "_CHUNK", 2)
+    monkeypatch.setattr(caches.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert np.array_equal(pixels(open_cache(data)), one)
+
+
+def test_gray_images_have_one_channel_and_one_color_image_makes_three(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grays = {"dark": (30, 30, 30), "light": (200, 200, 200)}
+    root = write_folder(tmp_path / "root", {"train": 20, "test": 1}, grays)
+    for file in root.rglob("*.png"):
+        Image.open(file).convert("L").save(file)
+    data = folder_data(root)
+    gray = open_cache(data)
+    assert (gray.channels, gray.shape) == (1, (42, 12, 12))
+    Image.new("RGB", (12, 12), "red").save(root / "test" / "light" / "0.png")
+    assert open_cache(data).channels == 1  # test images don't decide
+    # An image that is not in the sample: found while all are decoded.
+    monkeypatch.setattr(caches, "_SAMPLE", 1)
+    Image.new("RGB", (12, 12), "red").save(root / "train" / "light" / "7.png")
+    color = open_cache(data)
+    assert (color.channels, color.shape) == (3, (42, 12, 12, 3))
+    assert open_cache(data.model_copy(update={"channels": 1})).shape == (42, 12, 12)
+
+
+def damage(root: Path) -> None:
+    (root / "train" / "red" / "1.png").write_bytes(b"no image")
+    content = (root / "train" / "blue" / "2.png").read_bytes()
+    (root / "train" / "blue" / "2.png").write_bytes(content[: len(content) // 2])
+    (root / "train" / "lost.png").write_bytes(content)
+
+
+def test_all_broken_files_are_named_in_one_message(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 3})
+    damage(root)
+    with pytest.raises(UserError) as raised:
+        open_cache(folder_data(root))
+    assert "3 broken files; repair or remove the files, or leave them out with data.skip_broken=true" in str(
+        raised.value
+    )
+    for line in (
+        "train/red/1.png: not an image in a format that Pillow can read",
+        "train/blue/2.png: damaged (",
+        "train/lost.png: in no class's folder",
+    ):
+        assert line in str(raised.value)
+    assert not [path for path in (tmp_path / "root.cache").iterdir() if path.is_dir()]
+
+
+def test_broken_files_can_be_left_out(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 3, "test": 1})
+    damage(root)
+    cache = open_cache(folder_data(root, skip_broken=True))
+    assert list(cache.broken) == ["train/blue/2.png", "train/lost.png", "train/red/1.png"]
+    assert cache.counts == {"train": 7, "test": 3}
+    assert cache.labels().tolist() == [0, 0, 1, 1, 1, 2, 2, 0, 1, 2]
+    assert np.array_equal(pixels(cache)[6], decode(root / "train/red/2.png", 3))
+    assert np.array_equal(pixels(cache)[9], decode(root / "test/red/0.png", 3))
+
+
+def test_a_class_whose_images_are_all_broken_is_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 1, "test": 1})
+    for file in (root / "train" / "red" / "0.png", *(root / "test").rglob("*.png")):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"(?s)train/red: no usable image.*test/: no usable image"):
+        open_cache(folder_data(root, skip_broken=True))
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2})
+    decode_all = caches._decode_all
+
+    def change(*arguments: object) -> object:
+        decoded = decode_all(*arguments)
+        (root / "train" / "red" / "0.png").unlink()
+        Image.new("L", (5, 5)).save(root / "train" / "red" / "1.png")
+        Image.new("L", (5, 5)).save(root / "train" / "red" / "2.png")
+        return decoded
+
+    monkeypatch.setattr(caches, "_decode_all", change)
+    with pytest.raises(UserError) as raised:
+        open_cache(folder_data(root, channels=3))
+    lines = str(raised.value).splitlines()
+    assert "changed while it was read" in lines[0]
+    assert [line.strip() for line in lines[1:]] == [
+        "train/red/0.png: removed", "train/red/1.png: altered", "train/red/2.png: new",
+    ]  # fmt: skip
+
+
+def test_the_cache_is_elsewhere_where_the_place_beside_the_root_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    (tmp_path / "root.cache").write_text("a file where the folder would be")
+    assert open_cache(folder_data(root)).path.parent == tmp_path / "home" / "nin"
+    chosen = folder_data(root, cache=str(tmp_path / "chosen"))
+    assert open_cache(chosen).path.parent == tmp_path / "chosen"
+    with pytest.raises(UserError, match=r"data.cache: can't be written: .*root.cache \(.*set it to a folder"):
+        open_cache(folder_data(root, cache=str(tmp_path / "root.cache")))
+
+
+def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2})
+    first = open_cache(folder_data(root))
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copy)
+    copied = open_cache(folder_data(tmp_path / "copy"))
+    assert copied.fingerprint == first.fingerprint
+    Image.new("L", (12, 12)).save(tmp_path / "copy" / "train" / "red" / "1.png")
+    assert open_cache(folder_data(tmp_path / "copy")).fingerprint != first.fingerprint
+    assert json.loads((first.path / "about.json").read_text())["root"] == str(root)

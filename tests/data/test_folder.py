@@ -1,0 +1,105 @@
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from nin.config.schema import UserError
+from nin.data.folder import list_images, printable, require_usable
+from pictures import folder_data, write_folder
+
+
+def test_classes_are_the_sorted_names_of_the_folders(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": 2, "test": 1})
+    nested = tmp_path / "train" / "green" / "more" / "deep"
+    nested.mkdir(parents=True)
+    (tmp_path / "train" / "green" / "0.png").rename(nested / "0.PNG")
+    (tmp_path / "train" / "red" / ".hidden.png").touch()
+    (tmp_path / "train" / "red" / "notes.txt").touch()
+    listing = list_images(folder_data(tmp_path))
+    assert listing.class_names == ("blue", "green", "red")
+    assert [(file.name, file.label) for file in listing.files["train"]] == [
+        ("train/blue/0.png", 0), ("train/blue/1.png", 0), ("train/green/1.png", 1), ("train/green/more/deep/0.PNG", 1),
+        ("train/red/0.png", 2), ("train/red/1.png", 2),
+    ]  # fmt: skip
+    assert [file.label for file in listing.files["test"]] == [0, 1, 2]
+    assert "val" not in listing.files
+    assert (listing.broken, listing.other_files) == ({}, ["train/red/notes.txt"])
+
+
+def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
+    write_folder(tmp_path / "elsewhere", {"train": 2})
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "train").symlink_to(tmp_path / "elsewhere" / "train")
+    assert len(list_images(folder_data(root)).files["train"]) == 6
+
+
+def test_all_faults_of_the_layout_are_in_one_message(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": 1, "test": 1})
+    train, test = tmp_path / "train", tmp_path / "test"
+    (train / "empty").mkdir()
+    (test / "zebra").mkdir()
+    (tmp_path / "val").mkdir()
+    (train / "red" / "circle").symlink_to(train / "red")
+    (train / "red" / "itself").symlink_to(train / "red" / "itself")
+    os.mkdir(os.fsencode(train) + b"/caf\xe9")
+    (train / "lost.png").touch()
+    listing = list_images(folder_data(tmp_path))
+    with pytest.raises(UserError) as raised:
+        require_usable(listing, listing.broken, folder_data(tmp_path))
+    message = str(raised.value)
+    for line in (
+        r"train/empty: no images",
+        r"test/zebra: a class without training images",
+        r"val/: no images",
+        r"train/red/circle: a link to a folder that contains it",
+        r"train/red/itself: can't be read \(.*symbolic links\)",
+        r"train/lost.png: in no class's folder",
+        r"train/caf\\udce9: the class's name is not UTF-8",
+    ):
+        assert re.search(line, message), (line, message)
+    assert (
+        "7 faults of the layout; correct them, and 1 broken files; repair" in message
+    )  # the class that is not UTF-8 is empty, too
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [({}, "train/: has no folders"), ({"red": (1, 2, 3)}, "train/red: the only class; a classifier needs two or more")],
+)
+def test_a_classifier_needs_two_classes(tmp_path: Path, classes: dict[str, object], message: str) -> None:
+    (tmp_path / "train").mkdir()
+    write_folder(tmp_path / "other", {"train": 1}, classes)
+    for folder in tmp_path.glob("other/train/*"):
+        folder.rename(tmp_path / "train" / folder.name)
+    listing = list_images(folder_data(tmp_path))
+    with pytest.raises(UserError, match=message):
+        require_usable(listing, {}, folder_data(tmp_path))
+
+
+def test_a_root_without_training_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such folder; it must hold train/<class>"):
+        list_images(folder_data(tmp_path / "none"))
+    with pytest.raises(UserError, match="has no folder train"):
+        list_images(folder_data(tmp_path))
+
+
+def test_files_that_can_not_be_images_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": 1})
+    folder = tmp_path / "train" / "red"
+    (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jpg")).touch()
+    (tmp_path / "train" / "lost.jpg").touch()
+    broken = {printable(name): reason for name, reason in list_images(folder_data(tmp_path)).broken.items()}
+    assert broken == {
+        "train/lost.jpg": "in no class's folder",
+        "train/red/gone.jpg": "a link to nothing (No such file or directory)",
+        "train/red/pipe.jpg": "not a regular file",
+        "train/red/\\udcff.jpg": "the name is not UTF-8",
+    }
+
+
+def test_names_are_printed_without_control_characters() -> None:
+    assert printable("a\x1b[31m\n\udcff ä") == "a\\x1b[31m\\n\\udcff ä"

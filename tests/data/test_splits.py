@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nin.config.schema import UserError
+from nin.data.cache import Cache, open_cache
+from nin.data.splits import describe_split, require_enough_images, split_folder
+from pictures import folder_data, write_folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """Of 24 training images, 8 of each class."""
+    return open_cache(folder_data(write_folder(tmp_path_factory.mktemp("data") / "root", {"train": 8})))
+
+
+def test_missing_parts_are_split_off_with_the_classes_in_proportion(cache: Cache) -> None:
+    data = folder_data(Path("/"))  # a quarter each
+    rows = split_folder(cache, data, seed=0)
+    assert sorted(np.concatenate(list(rows.values()))) == list(range(24))
+    labels = cache.labels()
+    assert {part: np.bincount(labels[rows[part]]).tolist() for part in rows} == {
+        "train": [4, 4, 4], "val": [2, 2, 2], "test": [2, 2, 2],
+    }  # fmt: skip
+    assert all(rows[part].tolist() == sorted(rows[part]) for part in rows)
+
+
+def test_the_split_depends_only_on_the_seed(cache: Cache) -> None:
+    data = folder_data(Path("/"))
+    # Exact values: the split must be the same on every machine and in every version.
+    assert split_folder(cache, data, seed=0)["test"].tolist() == EXPECTED
+    assert split_folder(cache, data.model_copy(update={"val_size": 3}), seed=0)["test"].tolist() == EXPECTED
+    assert split_folder(cache, data, seed=1)["test"].tolist() != EXPECTED
+    assert describe_split(cache, data, seed=3) == {
+        "val_split": "6 of 24 training images, chosen by seed 3",
+        "test_split": "6 of 24 training images, chosen by seed 3",
+    }
+
+
+EXPECTED = [2, 4, 10, 11, 18, 21]
+
+
+def test_parts_that_the_folder_has_are_used_as_they_are(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2, "val": 1, "test": 1})
+    cache, data = open_cache(folder_data(root)), folder_data(root)
+    rows = split_folder(cache, data, seed=0)
+    assert {part: values.tolist() for part, values in rows.items()} == {
+        "train": [0, 1, 2, 3, 4, 5], "val": [6, 7, 8], "test": [9, 10, 11],
+    }  # fmt: skip
+    assert describe_split(cache, data, seed=0) == {}
+
+
+@pytest.mark.parametrize(
+    ("keys", "messages"),
+    [
+        ({"batch_size": 13}, ["data.batch_size=13: there are 12 training images after 12 are held out"]),
+        ({"val_size": 0}, ["data.val_size=0: leaves no validation images, and data.root has no val/"]),
+        ({"test_size": 0.01, "val_size": 0.01}, ["data.val_size=0.01", "data.test_size=0.01"]),
+        ({"test_size": 20, "val_size": 4}, ["data.root: there are 24 training images, and none is left after 24"]),
+    ],
+)
+def test_too_few_images_are_refused(cache: Cache, keys: dict[str, object], messages: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        require_enough_images(cache, folder_data(Path("/"), **keys))
+    assert [error.startswith(message) for error, message in zip(raised.value.errors, messages, strict=True)]
+    for error, message in zip(raised.value.errors, messages, strict=True):
+        assert error.startswith(message)
+
+
+def test_without_validation_images_the_test_images_can_be_scored(cache: Cache) -> None:
+    require_enough_images(cache, folder_data(Path("/"), val_size=0, score_each_epoch="test"))
