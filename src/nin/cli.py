@@ -1,4 +1,4 @@
-"""The ``nin`` program: finds the command, runs it, and turns what went wrong into a message and an exit status.
+"""The ``nin`` program: finds the command, runs it, and turns an error into a message and an exit status.
 
 Nothing heavy is imported before a command needs it.
 """
@@ -12,13 +12,13 @@ import sys
 
 COMMANDS = {
     "train": "train a network, then test its best checkpoint once; with -m a sweep",
-    "resume": "go on with the run in a folder, to the result that it would have had",
+    "resume": "continue the run in a folder, to the result that it would have had",
     "eval": "test metrics of a run's folder or of one .ckpt file",
     "predict": "class probabilities of your own images; with --maps, where each class is recognized",
     "export": "a file for deployment with its preprocessing inside, checked on the whole test set",
     "serve": "a trained network as an HTTP service, with a page to try it",
-    "bench": "images a second, beside the notebooks' own loop and the machine's limit",
-    "report": "the table and the chart of a sweep, also of one that is half done",
+    "bench": "images per second, beside the notebooks' own loop and the machine's limit",
+    "report": "the table and the chart of a sweep, also of an unfinished one",
     "inspect": "a network without training it: layers, parameters, multiply-adds",
 }
 
@@ -78,7 +78,7 @@ def usage() -> str:
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Runs one command; the exit status is 0 if it is done, 2 for a mistake of the user's, 1 if the work failed.
+    """Runs one command; the exit status is 0 if it is done, 2 for an error of the user, 1 if the work failed.
 
     128 and more: a signal ended it, as in a shell.
     """
@@ -87,8 +87,8 @@ def run(name: str, arguments: list[str]) -> int:
 
     try:
         return command.main(arguments) or 0
-    except UserError as mistake:
-        print(f"nin {name}: {mistake}", file=sys.stderr)
+    except UserError as error:
+        print(f"nin {name}: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:  # somebody else's run
         print(f"nin {name}: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -98,14 +98,14 @@ def run(name: str, arguments: list[str]) -> int:
 
 
 def complete(flag: str, arguments: list[str]) -> int:
-    """Shell completion: Hydra's own, which expects overrides right behind the program's name."""
+    """Shell completion: Hydra's own, which expects overrides directly after the program's name."""
     line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", 0))
     if without := re.sub(r"^(\S+\s+)(train|inspect|bench)\s+", r"\1", line):
         os.environ["COMP_LINE"] = without
         os.environ["COMP_POINT"] = str(max(0, point - (len(line) - len(without))))
     if line and without == line:
         *before, begun = re.split(r"\s+", line[:point])
-        if len(before) == 1:  # behind the command come files, which the shell knows
+        if len(before) == 1:  # files follow the command, which the shell completes
             print("\n".join(c for c in COMMANDS if c.startswith(begun)))
         return 0
     return run("train", [flag, *arguments])
