@@ -1,0 +1,112 @@
+"""A config from elsewhere is data: nothing in it is imported, called, resolved or followed."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nin.commands import resume
+from nin.config.schema import Settings, UserError
+from nin.config.trust import ignore_stored_actions, ignore_stored_paths, require_trusted_targets
+from nin.runs.folder import RunFolder
+
+CLASS = "lightning.pytorch.callbacks.Timer"
+
+
+def stored(settings: Callable[..., Settings], group: str = "callbacks", **entry: Any) -> Settings:
+    return settings().model_copy(update={"logger": {}, "callbacks": {}, group: {"x": entry}})
+
+
+def refusal(settings: Settings, *allowed: str) -> str:
+    with pytest.raises(UserError) as refused:
+        require_trusted_targets(settings, list(allowed))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("numpy.load", "torch.load", "joblib.load", "shutil.copyfile", "pathlib.Path.unlink", "this.s"),
+        "nin.runs.folder.write_atomically",  # a function of the project
+        "nin.runs.folder.RunFolder",  # a class, of another kind
+        "lightning.pytorch.trainer.trainer.os.system",
+        "lightning.Trainer",
+        "lightning.pytorch.loggers.CSVLogger",  # a logger is no callback
+        "nin_of_somebody_else.Callback",
+        "lightning.pytorch.callbacks.no_such.Thing",
+        3,
+    ],
+)
+def test_only_callbacks_of_trusted_packages_are_imported(settings: Callable[..., Settings], target: Any) -> None:
+    module = str(target).partition(".")[0]
+    message = refusal(stored(settings, _target_=target))
+    assert message == (
+        f"callbacks.x._target_={target}: this run's config is not allowed to call it; if you trust it, add "
+        f"--allow {module}"
+    )
+    assert "this" not in sys.modules  # its import prints a poem
+
+
+def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(settings: Callable[..., Settings]) -> None:
+    require_trusted_targets(stored(settings, _target_=CLASS), [])
+    require_trusted_targets(stored(settings, "logger", _target_="lightning.pytorch.loggers.CSVLogger"), [])
+    require_trusted_targets(settings(), [])  # the defaults
+    require_trusted_targets(stored(settings, _target_="my_package.part.Callback"), ["my_package"])
+    assert "my_package_of_another" in refusal(stored(settings, _target_="my_package_of_another.X"), "my_package")
+
+
+def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -> None:
+    nested = {"_target_": CLASS, "_args_": [{"_target_": CLASS}]}
+    assert refusal(stored(settings, **nested)).startswith(f"callbacks.x._args_.0._target_={CLASS}: this run's config")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("duration", "/etc"), ("duration", "a/../../b"), ("duration", "~/x"), ("duration", "https://example.org"),
+        ("dirpath", "src"),
+    ],
+)  # fmt: skip
+def test_paths_and_addresses_outside_the_run_are_refused(
+    settings: Callable[..., Settings], argument: str, value: str
+) -> None:
+    message = refusal(stored(settings, _target_=CLASS, **{argument: value}))
+    assert message.startswith(f"callbacks.x.{argument}={value}: leads out of the run's folder")
+
+
+def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
+    settings: Callable[..., Settings], data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    foreign = settings("data.mirrors=[https://example.org]", "trainer.profiler=pytorch", "data.root=/foreign")
+    followed = ignore_stored_paths(foreign)
+    assert followed.data.mirrors == settings().data.mirrors
+    assert followed.trainer.profiler is None
+    assert followed.data.root == str(data_root)
+    assert (followed.logger, followed.callbacks) == ({}, {})
+    resumed = ignore_stored_actions(foreign)
+    assert (resumed.data.mirrors, resumed.trainer.profiler) == (settings().data.mirrors, None)
+    assert (resumed.data.root, resumed.logger) == ("/foreign", foreign.logger)
+
+
+@pytest.mark.parametrize("command", [ignore_stored_actions, ignore_stored_paths])
+def test_an_interpolation_is_not_resolved(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, command: Callable[[Settings], Settings]
+) -> None:
+    monkeypatch.setenv("SECRET", "resolved")
+    with pytest.raises(UserError) as refused:
+        command(stored(settings, _target_=CLASS, duration="${oc.env:SECRET}"))
+    assert str(refused.value) == (
+        "callbacks.x.duration=${oc.env:SECRET}: an interpolation; a stored config has plain values only"
+    )
+
+
+def test_overrides_of_a_foreign_run_import_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_request(settings().model_dump(mode="json"), ["hydra.searchpath=[pkg://this]", "+hydra.x=1", "seed=0"])
+    resumed, overrides = resume.read_settings(folder, ["trainer.max_epochs=3"], [])
+    assert resumed.trainer.max_epochs == 3
+    assert overrides[-2:] == ["seed=0", "trainer.max_epochs=3"]
+    assert "this" not in sys.modules

@@ -1,0 +1,168 @@
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from nin.config.schema import UserError
+from nin.runs.folder import RunClaimedError, RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nin.log", "metrics.csv", "result.json", "checkpoints", "checkpoints/last.ckpt", "tensorboard",
+        "tensorboard/events.out.tfevents.1", ".hydra", ".hydra/config.yaml", ".hydra/lock", "csv/metrics.csv",
+    ],
+)  # fmt: skip
+def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Path, name: str) -> None:
+    target, link = tmp_path / "target", folder.path / name
+    if link.suffix or name.endswith("lock"):
+        target.write_text("precious")
+    else:
+        target.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(UserError) as refused, folder.claim():
+        pass
+    assert str(refused.value) == f"{link}: a symbolic link, which would be written through; replace it by its target"
+    assert target.is_dir() or target.read_text() == "precious"
+    assert target.is_file() or not list(target.iterdir())
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(
+    "name", ["nin.log", "metrics.csv", "result.json", "tensorboard/events.x", ".hydra/config.yaml", ".hydra/state.json"]
+)
+def test_something_else_in_the_place_of_a_file_is_refused(
+    folder: RunFolder, make: Callable[[Path], None], name: str
+) -> None:
+    path = folder.path / name
+    path.parent.mkdir(parents=True)
+    make(path)
+    with pytest.raises(UserError) as refused, folder.claim():
+        pass
+    assert str(refused.value) == f"{path}: not a file; remove it"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", ".hydra"])
+def test_a_file_in_the_place_of_a_folder_is_refused(folder: RunFolder, name: str) -> None:
+    folder.path.mkdir()
+    (folder.path / name).touch()
+    with pytest.raises(UserError, match=rf"{name}: not a folder; remove it"), folder.claim():
+        pass
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", "", "{", '{"status": 3}', '{"status": "done"}', "é"])
+def test_another_result_is_named(folder: RunFolder, content: str) -> None:
+    folder.path.mkdir()
+    folder.result.write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as refused:
+        folder.read_result()
+    assert str(refused.value) == f"{folder.result}: not the result of a run; remove it and run the command again"
+
+
+@pytest.mark.parametrize("content", ["3", "foo", "a: 1", "- [1]", "- 1", "[", "- ${x", "\x00"])
+def test_other_overrides_are_named(folder: RunFolder, content: str) -> None:
+    folder.overrides.parent.mkdir(parents=True)
+    folder.overrides.write_text(content)
+    with pytest.raises(UserError, match=r"overrides.yaml: (not a list of overrides|can't be read)"):
+        folder.read_overrides()
+
+
+@pytest.mark.parametrize("content", ["3", "- 1", "", "[", "a: ${x", "\x00"])
+def test_another_config_is_named(folder: RunFolder, content: str) -> None:
+    folder.config.parent.mkdir(parents=True)
+    folder.config.write_text(content)
+    with pytest.raises(UserError, match=r"config.yaml: (not a run's config|can't be read)"):
+        folder.read_request()
+
+
+@pytest.mark.parametrize("name", ["result", "overrides", "config"])
+def test_a_named_pipe_is_not_waited_for(folder: RunFolder, name: str) -> None:
+    path: Path = getattr(folder, name)
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    with pytest.raises(UserError, match=path.name):
+        {"result": folder.read_result, "overrides": folder.read_overrides, "config": folder.read_request}[name]()
+
+
+def test_a_refused_claim_leaves_no_new_folders(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "outputs" / "runs" / "x")
+    with pytest.raises(UserError, match="refused"), folder.claim():
+        raise UserError("refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_claim_holds_its_lock_until_its_folder_is_removed(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    existed: list[bool] = []
+    release = FileLock.release
+
+    def watch(lock: FileLock, force: bool = False) -> None:
+        existed.append(folder.config.parent.exists())
+        release(lock, force)
+
+    monkeypatch.setattr("nin.runs.folder.FileLock.release", watch)
+    with pytest.raises(UserError, match="refused"), folder.claim():
+        raise UserError("refused")
+    assert existed[0] is False  # after it a third process could claim what is about to be removed
+
+
+def test_two_claims_are_never_held_at_once(folder: RunFolder) -> None:
+    holders, most, claims = 0, 0, 0
+
+    def claim() -> None:
+        nonlocal holders, most, claims
+        for _ in range(40):
+            try:
+                with folder.claim():
+                    holders += 1
+                    most = max(most, holders)
+                    time.sleep(0.0005)
+                    holders -= 1
+                    claims += 1
+                    raise UserError("refused")
+            except RunClaimedError:
+                time.sleep(0.0005)
+            except UserError as error:  # the folder may be removed while another thread looks into it
+                assert str(error) == "refused" or "can't be written" in str(error)  # noqa: PT017
+
+    threads = [threading.Thread(target=claim) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, holders) == (1, 0)
+    assert claims > 0
+
+
+def test_event_files_are_cut_to_their_sizes_and_incomplete_ones_are_named(folder: RunFolder) -> None:
+    folder.tensorboard.mkdir(parents=True)
+    for name, size in (("events.long", 10), ("events.short", 3), ("events.new", 5)):
+        (folder.tensorboard / name).write_bytes(b"x" * size)
+    sizes = {"events.long": 8, "events.short": 8, "events.lost": 8}
+    assert folder.truncate_event_files(sizes) == ["events.short", "events.lost"]
+    assert folder.event_file_sizes() == {"events.long": 8, "events.short": 3}
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) -> None:
+    folder = RunFolder(tmp_path, keep)
+    folder.checkpoints.mkdir()
+    for number in range(1, 6):
+        folder.fresh.write_text(str(number))
+        folder.publish(best=number == 2)
+    found = {path.name: path.read_text() for path in folder.checkpoints.iterdir()}
+    older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
+    assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}
+    assert [path.name for path in folder.resume_candidates()] == ["last.ckpt", *older, "best.ckpt"]
