@@ -8,7 +8,7 @@ import torch
 from nin.config import validation as rules
 from nin.config.composition import compose_config
 from nin.config.networks import Section
-from nin.config.schema import Settings, Trainer, UserError, is_within
+from nin.config.schema import MAY_CHANGE, Settings, Trainer, UserError, differences, flat, is_within
 from nin.config.validation import smallest_image_size, validate
 from nin.networks.build import build_network
 
@@ -68,6 +68,7 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("data.val_size=0", "data.val_size=0: there are no held-out images"),
         ("trainer.max_epochs=-1", "trainer.max_epochs=-1: training would never end"),
         ("trainer.max_epochs=0", "trainer.max_epochs=0: nothing would be trained"),
+        ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"),
         ("trainer.max_steps=0", "trainer.max_steps=0: nothing would be trained"),
         ("trainer.limit_train_batches=0.0", "trainer.limit_train_batches=0: nothing would be trained"),
         ("optimizer.nesterov=true", "optimizer: nesterov=true needs momentum"),
@@ -251,3 +252,27 @@ def test_the_smallest_image_size_is_the_smallest_that_the_network_accepts(model:
 def test_settings_survive_a_round_trip_through_plain_values(settings: Callable[..., Settings]) -> None:
     complete = settings()
     assert Settings.model_validate(complete.model_dump(mode="json")) == complete
+
+
+def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Callable[..., Settings]) -> None:
+    keys = flat(settings("logger=none", "callbacks=none").model_dump(mode="json"))
+    sections = ("speed.", "checkpoint.", "sweep.")
+    assert {key for key in keys if is_within(key, MAY_CHANGE) and not key.startswith(sections)} == {
+        *("name", "resume", "threads", "data.root", "data.mirrors", "compile"),
+        *(f"trainer.{key}" for key in ("accelerator", "strategy", "devices", "num_nodes", "precision", "profiler")),
+        *(f"trainer.{key}" for key in ("deterministic", "benchmark", "detect_anomaly", "inference_mode")),
+        *(f"trainer.{key}" for key in ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")),
+        *("trainer.max_epochs", "trainer.num_sanity_val_steps"),
+    }
+    assert differences(settings(), settings("data.batch_size=64", "seed=3", "threads=1")) == [
+        "seed: 0 there, 3 now",
+        "data.batch_size: 32 there, 64 now",
+    ]
+
+
+def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_them(
+    settings: Callable[..., Settings],
+) -> None:
+    for schedule, expected in (("one_cycle", ["trainer.max_epochs: 2 there, 3 now"]), ("constant", [])):
+        asked = (f"schedule={schedule}", "schedule.warmup=0" if schedule == "constant" else "schedule.warmup=0.3")
+        assert differences(settings(*asked), settings(*asked, "trainer.max_epochs=3")) == expected

@@ -137,7 +137,6 @@ def test_interrupted_anywhere_it_is_the_same_run(
         assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
         assert (result["steps"], result["epochs"]) == (whole["steps"], whole["epochs"])
         assert record(folder) == curves
-        assert kill or result["resumes"] == interruptions
 
 
 def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
@@ -303,8 +302,68 @@ def test_a_logger_of_ones_own_goes_on_too(
 ) -> None:
     asked, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
     stopped(asked, folder, monkeypatch, batch=9)
-    assert experiment.train(asked, folder, [])["resumes"] == 1
+    experiment.train(asked, folder, [])
     assert len(list(folder.path.glob("version_*/metrics.csv"))) == 2
+
+
+def test_lost_and_shortened_event_files_are_reported(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, folder, whole = half_done
+    (events,) = folder.tensorboard.glob("events.*")
+    os.truncate(events, events.stat().st_size // 2)
+    result = experiment.train(asked, folder, [])
+    assert result["weights_sha256"] == whole["weights_sha256"]
+    assert f"curves have a gap before step 11: {events.name}" in caplog.text
+
+
+def test_what_a_resumed_run_is_started_with(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, folder, _ = half_done
+    before = checkpoint_files.read(folder.last)["hyper_parameters"]["settings"]["threads"]
+    monkeypatch.setenv("NIN_THREADS", str(before + 1))  # a machine with more cores
+    resumed = experiment.Experiment(RunRequest(asked, folder))
+    assert resumed.settings.threads == before
+    (logger,) = experiment.build_trainer(asked, folder.path, [], resume_step=9).loggers
+    assert logger._kwargs["purge_step"] == 9
+
+
+def change(path: Path, **changes: Any) -> None:
+    """Replaces parts of a checkpoint, named by their keys, with a valid checksum."""
+    content = checkpoint_files.read(path)
+    for keys, value in changes.items():
+        *parents, last = keys.split("__")
+        part = content
+        for key in parents:
+            part = part[key]
+        part[last] = value
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, path)
+
+
+def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+    asked, folder, _ = half_done
+    content = folder.last.read_bytes()
+    state = "callbacks__ResumableCheckpoint"
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"optimizer_states": []}, "optimizer_states has 0 entries instead of 1"),
+        ({"lr_schedulers": []}, "lr_schedulers has 0 entries instead of 1"),
+        ({"loops": {}}, "loops.fit_loop.epoch_progress.current.processed"),
+        ({f"{state}__processes": None}, "callbacks.ResumableCheckpoint.processes"),
+        ({f"{state}__event_files": []}, "callbacks.ResumableCheckpoint.event_files"),
+        ({"hyper_parameters__settings__seed": 5}, "seed: 5 there, 0 now"),
+        ({f"{state}__run_id": "b" * 32}, "was saved by another run (id bbbbbbbb…, the folder has aaaaaaaa…)"),
+    ]
+    folder.update_state(run_id="a" * 32)
+    for changed, message in changes:
+        folder.last.write_bytes(content)
+        change(folder.last, **changed)
+        with pytest.raises(UserError) as refused:
+            experiment.Experiment(RunRequest(asked, folder))
+        assert message in str(refused.value)
+    # A folder that was copied without its hidden files has the identity of its checkpoints.
+    folder.state.unlink()
+    assert experiment.Experiment(RunRequest(asked, folder)).run_id == "b" * 32
 
 
 def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
@@ -441,6 +500,37 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     assert log.read_text().count("resume #") == 3
     # What the dead process had begun to write is gone.
     assert not [path for path in (runs / "killed").rglob(".*") if path.name != ".hydra"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "schedule=one_cycle data.augment=flip_shift",
+        "trainer.accumulate_grad_batches=3 trainer.limit_train_batches=7 trainer.val_check_interval=5",
+        "trainer.max_steps=9 checkpoint.every_n_steps=2",
+    ],
+)
+def test_interrupted_at_every_batch_it_is_the_same_run(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, kill: bool
+) -> None:
+    asked = settings(*overrides.split(), "~callbacks.images")
+    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
+    curves = record(tmp_path / "whole")
+    build = experiment.build_trainer
+    for batch in itertools.count(1):
+        folder, once = RunFolder(tmp_path / f"{batch}"), Interruption(batch, kill)
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, once=once: build(s, f, [*c, once], *r))
+            try:
+                experiment.train(asked, folder, [])
+                break  # the run has fewer batches
+            except (StoppedError, KilledError):
+                result = experiment.train(asked, folder, [])
+        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"]), batch
+        assert record(folder.path) == curves, batch
+    assert batch > 12
 
 
 @pytest.mark.long

@@ -72,12 +72,13 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
 
     task = list(task)
     overrides = _parse(params, task)
+    swept = " ".join(override.input_line or "" for override in overrides if override.is_sweep_override())
     try:
         if (count := math.prod(map(count_sweep_values, overrides))) > _MAX_JOBS:
-            raise UserError(f"{' '.join(task)}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
+            raise UserError(f"{swept}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
-        raise UserError(f"{' '.join(task)}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{swept}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
 
 
 def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:

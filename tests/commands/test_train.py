@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+
+from helpers import SMALL
+from nin import cli
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+
+
+JOBLIB = ["-m", "hydra/launcher=joblib"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--experiment", "cpu"],
+            "--experiment: no such option; settings are given without dashes, as in experiment=…; there are: --help",
+        ),
+        (["--multirn", "seed=1,2"], "--multirn: no such option; settings are given without dashes, as in multirn=…; "
+                                    "did you mean --multirun?"),
+        (["--experimental-rerun", "x"], "--experimental-rerun: not supported; use nin resume RUN"),
+        ([*JOBLIB, "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of"),
+        (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: must be 1 or more, or null"),
+        (["-m", "seed=1", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
+        (["-m", "seed=range(1000000000)"], "seed=range(1000000000): 1,000,000,000 jobs; a sweep has at most 10,000"),
+        (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): the step must not be 0"),
+        (["-m", "name=a,b"], "name: can't be varied; it names the whole sweep"),
+        (["-m", "hydra.sweeper.params={seed:1}"], "hydra.sweeper.params={seed:1}: hydra.sweeper.params can't have"),
+        (["trainer.num_nodes=2"], "trainer.num_nodes=2: this process was started on one node only"),
+        (["seed=1,2"], "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2"),
+        (["trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
+        (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
+         "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'"),
+        (["+callbacks.x._target_=builtins.dict"], "callbacks.x: its _target_ must be a subclass of"),
+    ],
+)  # fmt: skip
+def test_a_refused_command_line_is_one_message_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    small = [word for word in SMALL if not any(word.startswith(f"{a.split('=')[0]}=") for a in arguments)]
+    assert cli.run("train", [*arguments, *small]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"nin train: {message}")
+    assert (printed.out, list(tmp_path.iterdir())) == ("", [])

@@ -1,0 +1,118 @@
+"""A run from request to result, with training replaced by a function that does nothing."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+from nin.training import experiment, run
+
+
+class KilledError(Exception):
+    pass
+
+
+class FakeExperiment:
+    """Trains nothing. Notes its epochs in the folder, as checkpoints do."""
+
+    def __init__(self, request: RunRequest):
+        self.settings, self.folder = request.settings, request.folder
+        self.checkpoint = {} if self.folder.checkpoints.exists() else None
+        self.run_id = self.folder.read_state().get("run_id")
+
+    def run(self, resumes: int = 0) -> dict[str, Any]:
+        self.folder.checkpoints.mkdir(exist_ok=True)
+        during_training()
+        metrics = {f"{part}/{name}": 0.5 for part in ("val", "test") for name in ("acc", "loss")}
+        return {
+            "status": "finished", "metrics": metrics, "epochs": self.settings.trainer.max_epochs, "steps": 1,
+            "train_seconds": 1.0, "images_per_second": 1.0, "parameters": 1, "weights_sha256": "0" * 64,
+        }  # fmt: skip
+
+
+def during_training() -> None:
+    """Replaced by tests."""
+
+
+@pytest.fixture
+def request_of(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., RunRequest]:
+    monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
+    constant = ("schedule=constant", "optimizer=sgd")
+    return lambda *overrides: RunRequest(settings(*constant, *overrides), RunFolder(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("killed_in", ["write_request", "update_state"])
+def test_an_extended_run_that_is_killed_at_its_start_is_not_finished(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    assert run.execute_run(request_of())["epochs"] == 2
+    longer = request_of("trainer.max_epochs=4")
+    complete = getattr(RunFolder, killed_in)
+
+    def killed(folder: RunFolder, *args: Any, **values: Any) -> None:
+        complete(folder, *args, **values)
+        if "pid" not in values:  # claiming the folder
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, killed_in, killed)
+        patch.setattr(RunFolder, "write_result", lambda *_: None)  # a killed process writes nothing
+        with pytest.raises(run.RunFailedError):
+            run.execute_run(longer)
+    assert run.read_finished_result(longer.folder, longer.settings) is None
+    assert run.execute_run(longer)["epochs"] == 4
+    assert run.execute_run(longer)["epochs"] == 4
+
+
+def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = SimpleNamespace(current="first")
+    monkeypatch.setattr(run, "git_commit", lambda: commits.current)
+    monkeypatch.setattr(run, "versions", dict)
+
+    def change() -> None:
+        commits.current = "changed while training"
+
+    monkeypatch.setitem(globals(), "during_training", change)
+    started = request_of()
+    result = run.execute_run(started)
+    assert (result["git_commit"], result["resumes"]) == ("first", 0)
+    assert "resumed_with" not in result
+    run_id = started.folder.read_state()["run_id"]
+
+    monkeypatch.setitem(globals(), "during_training", lambda: None)
+    for commit in ("first", "second"):
+        started.folder.result.unlink()
+        commits.current = commit
+        result = run.execute_run(started)
+    assert (result["git_commit"], result["resumes"]) == ("first", 2)
+    assert started.folder.read_state()["run_id"] == run_id
+    assert result["resumed_with"] == [{"versions": {}, "git_commit": "second"}]
+
+
+def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+
+    source = tmp_path / "run.py"
+    source.write_text("1")
+    monkeypatch.setattr(run, "__file__", str(source))
+    assert run.git_commit() is None  # no checkout
+    git("init")
+    assert run.git_commit() is None  # installed inside somebody else's checkout
+    git("add", ".")
+    git("commit", "-m", "x")
+    assert run.git_commit() == git("rev-parse", "HEAD")
+    source.write_text("2")
+    assert run.git_commit() == git("rev-parse", "HEAD") + "+"
