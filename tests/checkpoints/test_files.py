@@ -79,3 +79,72 @@ def test_a_compiled_networks_checkpoint_loads_into_an_eager_one_and_back(setting
     images = torch.rand(2, 1, 28, 28)
     assert torch.equal(compiled.eval()(images), eager.eval()(images))
     compiled.load_state_dict(eager.state_dict())
+
+
+CONTENT = {"state_dict": {}, "hyper_parameters": {}, "global_step": 1, "epoch": 0}
+
+
+def test_a_checkpoint_without_a_valid_checksum_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
+    assert checkpoint_files.read(path) == CONTENT
+    intact = path.read_bytes()
+    flipped = bytearray(intact)
+    flipped[len(intact) // 2] ^= 1
+    damaged = [intact[:-cut] for cut in range(1, 90)]
+    damaged += [bytes(flipped), bytes(flipped) + b"x", intact + b"x", intact + b"\0" * 86, b"x" + intact, b""]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"last.ckpt: damaged"):
+            checkpoint_files.read(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("global_step", None), ("global_step", "1"), ("hyper_parameters", []), ("state_dict", 5), ("epoch", 1.5)],
+)
+def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "last.ckpt"
+    content = {k: v for k, v in (CONTENT | {key: value}).items() if v is not None}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    with pytest.raises(UserError, match=rf"not a checkpoint of this version of nin: {key} missing or of another type"):
+        checkpoint_files.read(path)
+    AtomicCheckpointIO().save_checkpoint([], path)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"not a checkpoint of nin: it holds a list"):
+        checkpoint_files.read(path)
+
+
+@pytest.mark.parametrize("hyper_parameters", [{}, {"settings": None}, {"settings": []}, {"settings": {"seed": "x"}}])
+def test_settings_of_another_type_are_named(tmp_path: Path, hyper_parameters: dict) -> None:
+    with pytest.raises(UserError, match=r"x.ckpt: saved by another version of nin\?"):
+        checkpoint_files.settings_of({"hyper_parameters": hyper_parameters}, tmp_path / "x.ckpt")
+
+
+def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match=r"last.ckpt: not a file"):
+        checkpoint_files.read(tmp_path / "last.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(4, 3), "weight is float32 [4, 3], not float32 [3, 4]"),
+        (torch.zeros(1), "weight is float32 [1], not float32 [3, 4]"),
+        (torch.zeros(3, 4, dtype=torch.int64), "weight is int64 [3, 4], not float32 [3, 4]"),
+        (torch.zeros(3, 4, dtype=torch.bool), "weight is bool [3, 4], not float32 [3, 4]"),
+        (torch.full((3, 4), torch.nan), "weight has values that are NaN or infinite"),
+        (torch.full((3, 4), -torch.inf), "weight has values that are NaN or infinite"),
+        ([1.0], "weight is a list"),
+        (None, "weight is missing"),
+    ],
+)
+def test_weights_of_another_network_are_named(weight: object, message: str) -> None:
+    module = torch.nn.Linear(4, 3)
+    state = module.state_dict() | {"weight": weight}
+    if weight is None:
+        del state["weight"]
+    with pytest.raises(UserError) as refused:
+        checkpoint_files.require_matching_weights(module, {"state_dict": state})
+    assert str(refused.value) == f"the checkpoint's weights are not those of the network: {message}"
+    checkpoint_files.require_matching_weights(module, {"state_dict": module.state_dict()})

@@ -1,4 +1,6 @@
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,23 @@ def test_an_unknown_metric_is_refused(sweep: Path, capsys: pytest.CaptureFixture
         cli.run("report", [str(sweep), "--metric", "acc"])
     assert ended.value.code == 2
     assert "invalid choice: 'acc'" in capsys.readouterr().err
+
+
+def test_an_output_encoding_without_all_characters_is_enough(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for encoding in ("ascii", "latin-1"):
+        output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "argv", ["nin", "report", str(sweep)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        assert b"0.7000" in output.buffer.getvalue()
+
+
+def test_the_summary_is_not_written_through_links(sweep: Path, tmp_path: Path) -> None:
+    for name in ("summary.csv", ".summary.png.tmp", "summary.png"):
+        (sweep / name).symlink_to(tmp_path / "target")
+    (tmp_path / "target").write_text("precious")
+    assert cli.run("report", [str(sweep)]) == 0
+    assert (tmp_path / "target").read_text() == "precious"
+    assert not (sweep / "summary.png").is_symlink()

@@ -149,6 +149,30 @@ def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path
     assert "seed=2  epoch 1/2" in second.stdout
 
 
+def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
+    tmp_path: Path, data_root: Path
+) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    sweep = tmp_path / "outputs" / "sweeps" / "killed"
+    asked = [*SMALL, "callbacks=none", "logger=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
+    command = ["train", "-m", *asked, "name=killed", "seed=0,1"]
+    first = start(*command, "hydra/launcher=joblib", **there)
+    for seed in (0, 1):
+        wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", first)
+    first.kill()
+    # Two sweeps at once: jobs that workers or the other sweep still run are skipped first, and waited for.
+    others = [start(*command, "hydra/launcher=basic", **there) for _ in range(2)]
+    first.communicate(timeout=90)  # until the workers, which have the same output, have ended
+    outputs = [process.communicate(timeout=200)[0] for process in others]
+    assert [process.returncode for process in others] == [0, 0], outputs
+    for job, result in results(sweep).items():
+        log = (sweep / job / "nin.log").read_text()
+        assert (result["status"], result["resumes"]) == ("finished", 1)
+        assert (log.count("stopped by SIGTERM"), log.count("resume #")) == (1, 1)
+    assert len(results(sweep)) == 2
+    assert any("is working on this run" in output for output in outputs), outputs
+
+
 def torchrun(*arguments: str, cwd: Path, data_root: Path, **more: Any) -> subprocess.Popen[str]:
     """Starts two processes of ``nin`` as on a machine with two devices."""
     return subprocess.Popen(

@@ -96,12 +96,9 @@ class Experiment:
         return [TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)]
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
-        found = (
-            checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
-            if self.folder.checkpoints.exists()
-            else None
-        )
-        if found is None:
+        exists = self.folder.checkpoints.exists()
+        found = exists and checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
+        if not found:
             return None, None
         path, checkpoint = found
         saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, self.run_id)
