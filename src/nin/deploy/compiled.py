@@ -1,12 +1,16 @@
 """Exports for PyTorch without this project: torch.export for Python, an AOTInductor package for C++."""
 
+import contextlib
 import dataclasses
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import Dim
 
 from nin.config.schema import UserError
@@ -16,7 +20,7 @@ from nin.deploy.trained import Scores, TrainedNetwork
 
 
 def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
-    """Writes the AOTInductor package ``path`` and, beside it, the program of ``torch.export`` that it was compiled from.
+    """Writes the AOTInductor package ``path`` and, beside it, the ``torch.export`` program that it was compiled from.
 
     Both are checked on the whole test set before they are kept. The package holds compiled code of this machine's
     kind of processor: unlike an ONNX file, load one only from a source that you would run a program from.
@@ -36,7 +40,7 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     written = []
     for file, what, save, load in (
         (exported, "torch.export.load() in Python", _save_program, _load_program),
-        (path, "torch::inductor::AOTIModelPackageLoader in C++", _compile_package, torch._inductor.aoti_load_package),
+        (path, "torch::inductor::AOTIModelPackageLoader in C++", _compile_package, aoti_load_package),
     ):
         temporary = file.with_name(f"tmp-{file.name}")
         try:
@@ -51,7 +55,8 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
 
 
 def _save_program(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata[METADATA_KEY]})
+    with _channels_last_weights():
+        torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata[METADATA_KEY]})
 
 
 def _load_program(path: str) -> Any:
@@ -60,9 +65,16 @@ def _load_program(path: str) -> Any:
 
 def _compile_package(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     plain = {key: value for key, value in metadata.items() if key != METADATA_KEY}
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": plain}
-    )
+    with _channels_last_weights():
+        aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": plain})
+
+
+@contextlib.contextmanager
+def _channels_last_weights() -> Iterator[None]:
+    """torch warns that weights in the channels-last layout are views of no complete tensor; on the CPU all is well."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")
+        yield
 
 
 def _trained(exporter: Exporter, module: Any) -> TrainedNetwork:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nin.data.pictures import draw_image, draw_score_map, strongest
+from nin.data.pictures import COLORS, blend, draw_image, strongest
 from nin.runs.folder import open_atomically
 
 
@@ -27,6 +27,8 @@ def write_maps(
         probabilities, logits: ``(classes,)``.
         maps: ``(classes, height, width)``.
     """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     best = np.argsort(-probabilities, kind="stable")[:top]
@@ -39,9 +41,10 @@ def write_maps(
     panels[0].set_title("image", fontsize=9)
     limit = strongest(maps[best])
     for axes, i in zip(panels[1:], best, strict=True):
-        drawn = draw_score_map(axes, image, maps[i], limit)
+        draw_image(axes, blend(image, maps[i], limit))
         axes.set_title(f"{class_names[i]}\n{probabilities[i]:.4f}\n{_sum(maps[i].mean(), logits[i])}", fontsize=9)
-    figure.colorbar(drawn, cax=figure.add_axes((1 - 0.75 / width, 0.1, 0.12 / width, 2.0 / height)))
+    scale = ScalarMappable(Normalize(-limit, limit), COLORS)
+    figure.colorbar(scale, cax=figure.add_axes((1 - 0.75 / width, 0.1, 0.12 / width, 2.0 / height)))
     with open_atomically(path) as file:
         figure.savefig(file, format="png", dpi=100)
 

@@ -18,8 +18,12 @@ from torchvision.utils import make_grid
 
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, flat
+from nin.data.pictures import blend, draw_image, strongest
+from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
+
+Mistake = tuple[np.ndarray, int, int, np.ndarray | None]
 
 # The confusion matrix of more classes shows the most confused ones only.
 _MATRIX_CLASSES = 30
@@ -60,7 +64,8 @@ class ImageLogger(Callback):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: must be an integer, 0 or more")
         self.wrong_images, self.sample_images = wrong_images, sample_images
-        self.wrong: list[tuple[np.ndarray, int, int]] = []
+        # Image, label, predicted class, and where there are score maps the true and the predicted class's.
+        self.wrong: list[Mistake] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         if trainer.ckpt_path:
@@ -102,8 +107,12 @@ class ImageLogger(Callback):
             return
         images, labels = batch
         predicted = outputs.argmax(1)
-        for i in (predicted != labels).nonzero().flatten().tolist()[: self.wrong_images - len(self.wrong)]:
-            self.wrong.append((images[i].float().cpu().numpy(), int(labels[i]), int(predicted[i])))
+        wrong = (predicted != labels).nonzero().flatten()[: self.wrong_images - len(self.wrong)]
+        maps = _score_maps(pl_module, images[wrong])
+        for place, i in enumerate(wrong.tolist()):
+            label, prediction = int(labels[i]), int(predicted[i])
+            both = maps[place, [label, prediction]].numpy() if maps is not None else None
+            self.wrong.append((images[i].float().cpu().numpy(), label, prediction, both))
 
     def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         counts = pl_module.confusion.compute().cpu()
@@ -147,15 +156,35 @@ def _draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
     return figure
 
 
-def _draw_wrong(wrong: list[tuple[np.ndarray, int, int]], class_names: tuple[str, ...]) -> Figure:
-    columns = 6
+def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
+    """Score maps ``(batch, classes, height, width)`` on the CPU, or None for a network that has none."""
+    if not len(images) or not has_score_maps(pl_module.network):
+        return None
+    return forward_with_maps(pl_module.network, images)[1].float().cpu()
+
+
+def _draw_wrong(wrong: list[Mistake], class_names: tuple[str, ...]) -> Figure:
+    """Each image; where there are score maps, beside it those of the true and the predicted class over it."""
+    with_maps = wrong[0][3] is not None
+    columns = 3 if with_maps else 6
     rows = math.ceil(len(wrong) / columns)
-    figure = Figure(figsize=(columns * 1.6, rows * 1.9), layout="constrained")
+    figure = Figure(figsize=(columns * (4.4 if with_maps else 1.6), rows * 1.9), layout="constrained")
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.axis("off")
-    for axes, (image, label, predicted) in zip(figure.axes, wrong, strict=False):
-        axes.imshow(image.transpose(1, 2, 0).clip(0, 1), cmap="gray", vmin=0, vmax=1)
-        axes.set_title(f"{class_names[label]}\npredicted: {class_names[predicted]}", fontsize=8)
+    for axes, (values, label, predicted, maps) in zip(figure.axes, wrong, strict=False):
+        image = (
+            (values.transpose(1, 2, 0).clip(0, 1) * 255)
+            .round()
+            .astype(np.uint8)
+            .squeeze(-1 if len(values) == 1 else ())
+        )
+        if maps is not None:
+            limit = strongest(maps)
+            image = np.concatenate([blend(image, part, limit) for part in (np.zeros_like(maps[0]), *maps)], axis=1)
+        draw_image(axes, image)
+        places = (" (middle)", " (right)") if with_maps else ("", "")
+        title = f"{class_names[label]}{places[0]}\npredicted: {class_names[predicted]}{places[1]}"
+        axes.set_title(title, fontsize=8)
     return figure
 
 

@@ -1,0 +1,26 @@
+"""Pictures of score maps: an overlay that is red, blue or nothing."""
+
+import numpy as np
+
+from nin.data.pictures import blend, strongest
+
+
+def test_an_overlay_is_red_where_the_map_is_positive_blue_where_negative_and_nothing_where_0() -> None:
+    image = np.full((28, 28), 100, np.uint8)
+    score_map = np.array([[4.0, 4.0, 0.0, 0.0, -4.0, -4.0]] * 6)
+    picture = blend(image, score_map, limit=4).astype(int)
+    assert picture.shape == (224, 224, 3)
+    red, none, blue = picture[112, 10], picture[112, 112], picture[112, 214]
+    assert red[0] > red[2] + 40
+    assert blue[2] > blue[0] + 40
+    assert np.abs(none - 100).max() <= 2
+
+
+def test_the_shape_of_the_image_is_kept_and_photos_are_reduced() -> None:
+    assert blend(np.zeros((600, 300, 3), np.uint8), np.ones((3, 3)), 1).shape == (224, 112, 3)
+    assert blend(np.zeros((1, 400), np.uint8), np.ones((3, 3)), 1).shape == (1, 224, 3)
+
+
+def test_the_scale_is_the_strongest_value_of_all_maps() -> None:
+    assert strongest(np.array([[1.0, -3.0], [2.0, 0.0]])) == 3
+    assert strongest(np.zeros((2, 3, 3))) == 1
