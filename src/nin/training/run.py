@@ -13,10 +13,10 @@ from typing import Any
 from nin.config.schema import Settings, UserError, differences
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import log_to
+from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.runs.results import format_path, print_result
+from nin.runs.results import print_result
 from nin.system.devices import require_accelerator
 from nin.system.signals import StoppedError
 
@@ -116,9 +116,12 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
 
     folder = request.folder
     new_log = not folder.log.exists()
+    place = f"run folder: {format_path(folder.path)}"
+    if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
+        place += f", curves: {tensorboard_command(folder.path)}"
     with log_to(folder.log, request.label):
         try:
-            result = _train(request)
+            result = _train(request, place)
             folder.write_result(result)
             return result
         except StoppedError as stopped:
@@ -138,12 +141,15 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise RunFailedError from error
 
 
-def _train(request: RunRequest) -> dict[str, Any]:
+def _train(request: RunRequest, place: str = "") -> dict[str, Any]:
     from nin.training.experiment import Experiment
 
     experiment = Experiment(request)
     if request.rank != 0:
         return experiment.run()
+    print(f"{request.label}{experiment.describe_start()}", flush=True)
+    if not request.settings.sweep.keys:  # a sweep has printed the job's folder, and prints its command at the end
+        print(place, flush=True)
     code = {"versions": versions(), "git_commit": git_commit()}
     started = record_start(request, experiment.settings, code, resumed=experiment.checkpoint is not None)
     return experiment.run(started["resumes"]) | started
