@@ -13,7 +13,7 @@ THREADS_VARIABLE = "NIN_THREADS"
 
 
 def require_accelerator(trainer: Trainer) -> None:
-    """Checks that the accelerator requested by name exists, and one that synchronizes batch norm. Imports torch only then.
+    """Checks that the accelerator exists that is requested by name, or for batch norm. Imports torch only then.
 
     Raises:
         UserError: if this machine does not have it.

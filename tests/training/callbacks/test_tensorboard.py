@@ -60,7 +60,8 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
 def test_training_and_validation_are_two_kinds_of_lines() -> None:
     rows = [{"step": step, "train/loss": 1 / step, "val/loss": 2 / step, "train/acc": 0.5} for step in (6, 12)]
     loss, accuracy = draw_curves(rows).axes
-    assert [(line.get_label(), line.get_linestyle()) for line in loss.lines] == [("train/loss", "--"), ("val/loss", "-")]
+    lines = [(line.get_label(), line.get_linestyle()) for line in loss.lines]
+    assert lines == [("train/loss", "--"), ("val/loss", "-")]
     assert loss.lines[0].get_color() != loss.lines[1].get_color()
     assert list(loss.lines[1].get_xydata()[1]) == [12, 2 / 12]
     assert [line.get_label() for line in accuracy.lines] == ["train/acc"]
