@@ -52,8 +52,10 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     prepare(settings.data)
     require_accelerator(settings.trainer)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
+        from nin.training.experiment import Experiment
+
         with log_to(None):
-            return _train(request)
+            return Experiment(request).run()
     with folder.claim(_waiting(request) if request.wait else None):
         # Another process may have finished it in the meantime.
         result = read_finished_result(folder, settings) if folder.result.exists() else None
@@ -112,7 +114,7 @@ def _waiting(request: RunRequest) -> Callable[[str], None]:
 
 
 def _train_and_record(request: RunRequest) -> dict[str, Any]:
-    from lightning import Trainer  # noqa: F401  # `log_to` removes the handlers that lightning adds when imported
+    from nin.training.experiment import Experiment  # before `log_to`, which removes the handlers that lightning adds
 
     folder = request.folder
     new_log = not folder.log.exists()
@@ -121,7 +123,13 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
         place += f", curves: {tensorboard_command(folder.path)}"
     with log_to(folder.log, request.label):
         try:
-            result = _train(request, place)
+            experiment = Experiment(request)
+            print(f"{request.label}{experiment.describe_start()}", flush=True)
+            if not request.settings.sweep.keys:  # a sweep has printed the job's folder
+                print(place, flush=True)
+            code = {"versions": versions(), "git_commit": git_commit()}
+            started = record_start(request, experiment.settings, code, resumed=experiment.checkpoint is not None)
+            result = experiment.run(started["resumes"]) | started
             folder.write_result(result)
             return result
         except StoppedError as stopped:
@@ -139,20 +147,6 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error
-
-
-def _train(request: RunRequest, place: str = "") -> dict[str, Any]:
-    from nin.training.experiment import Experiment
-
-    experiment = Experiment(request)
-    if request.rank != 0:
-        return experiment.run()
-    print(f"{request.label}{experiment.describe_start()}", flush=True)
-    if not request.settings.sweep.keys:  # a sweep has printed the job's folder, and prints its command at the end
-        print(place, flush=True)
-    code = {"versions": versions(), "git_commit": git_commit()}
-    started = record_start(request, experiment.settings, code, resumed=experiment.checkpoint is not None)
-    return experiment.run(started["resumes"]) | started
 
 
 def record_start(request: RunRequest, settings: Settings, code: dict[str, Any], resumed: bool) -> dict[str, Any]:
