@@ -145,9 +145,12 @@ def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> N
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["overrides"]) == ("finished", small)
     lines = first.stdout.splitlines()
-    assert [line.split("  ")[0] for line in lines[:2]] == ["epoch 1/2", "epoch 2/2"]
+    assert re.match(r"nin \([\d,]+ parameters\) on garments at 28x28, 2 epochs, batches of 32; 1 x cpu ", lines[0])
+    assert lines[0].endswith("threads), precision 32-true")
+    assert re.fullmatch(r"run folder: outputs/runs/first, curves: \S*tensorboard --logdir outputs/runs/first", lines[1])
+    assert [line.split("  ")[0] for line in lines[2:4]] == ["epoch 1/2", "epoch 2/2"]
     assert "run folder: outputs/runs/first" in lines
-    assert "curves:     tensorboard --logdir outputs/runs/first" in lines
+    assert re.fullmatch(r"curves:     \S*tensorboard --logdir outputs/runs/first", lines[-1])
 
     times = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
     again = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))

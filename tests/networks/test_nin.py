@@ -122,8 +122,8 @@ def test_every_class_map_starts_positive_and_has_gradients_with_kaiming_dirac(se
     assert bool((maps > 0).all())
     for gradient in (torch.autograd.grad(maps[:, i].sum(), first, retain_graph=True)[0] for i in range(10)):
         assert gradient.any()
-    if head == "fc":  # initialized as any other layer that is followed by a ReLU
-        assert float(network[-1].weight.detach().std()) == pytest.approx((2 / 10) ** 0.5, rel=0.25)
+    if head == "fc":
+        assert torch.equal(network[-1].weight.detach(), torch.eye(10))  # the average of a 1x1 map
         assert not network[-1].bias.any()
 
 
@@ -191,6 +191,15 @@ def test_the_block_with_the_class_maps_is_the_one_that_starts_near_one(head: str
     blocks = [layer for layer in network if isinstance(layer, NiNBlock)]
     ones = [bool(block[0].bias.detach().eq(1).all()) for block in blocks]
     assert ones == ([False, False, False] if head == "mlp" else [False, False, False, True])
+
+
+def test_kaiming_dirac_starts_a_fully_connected_layer_on_the_maps_as_their_average() -> None:
+    overrides = ["data.image_size=99", "model.init=kaiming_dirac", "model.head=fc"]
+    network = build_network(compose_settings(overrides), in_channels=1, num_classes=10).eval()
+    images = torch.rand(4, 1, 99, 99)
+    maps = network[:-2](images)
+    assert maps.shape == (4, 10, 2, 2)  # of several pixels: the order of the weights matters
+    assert torch.allclose(network(images), maps.mean((2, 3)), rtol=1e-5)
 
 
 def test_an_unknown_init_is_refused() -> None:

@@ -67,6 +67,32 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     assert scores[0]["test/acc"] == scores[1]["test/acc"]
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("model=nin", "model.init=kaiming_dirac", "data.image_size=67", "optimizer.lr=0.1", "speed.micro_batch=24"),
+        ("model=nin_small", "optimizer.lr=0.1"),  # batch norm: no micro-batches
+    ],
+)
+def test_in_float64_the_switches_differ_by_its_rounding(
+    tmp_path: Path, real_root: Path, overrides: tuple[str, ...]
+) -> None:
+    """In float32 the same runs end 1e-3 to 1e-2 apart (docs/speed.md): training amplifies rounding, here 2e-16."""
+    common = [
+        f"data.root={real_root}", "trainer=cpu", "callbacks=none", "logger=none", "trainer.max_steps=20",
+        "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "data.batch_size=64", "speed.micro_batch=24",
+        "trainer.precision=64-true", *overrides,
+    ]  # fmt: skip
+    weights = []
+    for name, switches in (("on", ()), ("off", OFF)):
+        folder = RunFolder(tmp_path / name)
+        experiment.train(validate(compose_config([*common, *switches])), folder, [])
+        state = checkpoint_files.read(folder.last)["state_dict"]
+        weights.append({key: value for key, value in state.items() if key.startswith("network.")})
+    assert next(iter(weights[0].values())).dtype == torch.float64
+    assert 0 < far(*weights) < 1e-12
+
+
 def test_relu_after_the_pooling_gives_the_same_values_and_gradients_to_the_bit() -> None:
     torch.manual_seed(0)
     before = NiN(image_size=67, dropout=0.0)

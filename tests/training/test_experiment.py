@@ -120,10 +120,10 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
     expected |= {tag: [6, 12] for tag in ("val/loss", "val/acc")}
     expected |= {tag: [12] for tag in ("test/loss", "test/acc")}
     counts = ["dead_classes", *(f"dead_channels/block{i}" for i in (1, 2, 3))]
-    expected |= {f"units/{count}": [0, 2, 3, 5, 6, 8, 9, 11, 12] for count in counts}
+    expected |= {f"zero_units/{count}": [0, 2, 3, 5, 6, 8, 9, 11, 12] for count in counts}
     assert steps == expected
     assert events.Scalars("test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
-    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong"}
+    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong", "curves"}
     assert events.Tags()["graph"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content

@@ -14,9 +14,8 @@ from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError
 from nin.config.validation import is_single_process
 from nin.data.sources import prepare
-from nin.runs.console import log_to
+from nin.runs.console import format_path, log_to
 from nin.runs.folder import write_atomically
-from nin.runs.results import format_path
 from nin.system.devices import require_accelerator
 from nin.system.signals import StoppedError
 

@@ -26,7 +26,7 @@ from nin.config.composition import (
     first_job_overrides,
 )
 from nin.config.errors import did_you_mean
-from nin.config.schema import CONF, UserError
+from nin.config.schema import CONF, MAY_CHANGE, UserError, is_within
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
@@ -121,7 +121,30 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
         raise collect_errors(error, known, args.config_dir) from None
+    if mode == RunMode.RUN and (name := _name_with_changes(config)):
+        config.name = name
     return config
+
+
+def _name_with_changes(config: DictConfig) -> str | None:
+    """``quickstart,optimizer.lr=0.01`` for ``experiment=quickstart optimizer.lr=0.01``: another run than the plain one.
+
+    None if the command line gives the name, if the experiment has none, or if nothing is changed that makes it another
+    experiment.
+    """
+    words = {word.lstrip("+~").partition("=")[0]: word for word in config.hydra.overrides.task}
+    if "name" in words or OmegaConf.is_interpolation(config, "name"):
+        return None
+    # The group `trainer` chooses where a run trains.
+    same = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
+    changes = sorted(
+        word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)
+    )
+    if not changes:
+        return None
+    from nin.sweeps.jobs import job_folder
+
+    return job_folder(",".join([config.name, *changes]))
 
 
 def run_once(app: Hydra, config: DictConfig) -> int:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import TypeGuard
 
+import torch
 from torch import nn
 
 from nin.config.schema import Settings
@@ -47,10 +48,11 @@ def initialize(network: nn.Module, init: str, score_maps: nn.Module | None = Non
 
     * "xavier_uniform" (Glorot & Bengio 2010), used by the notebooks: weights only, biases as torch initializes them.
     * "kaiming_normal" (He et al. 2015), for layers followed by ReLU: biases are zero.
-    * "kaiming_dirac": as "kaiming_normal", with two changes with which a deep NiN trains for every seed. 1x1
+    * "kaiming_dirac": as "kaiming_normal", with changes with which a deep NiN trains for every seed. 1x1
       convolutions with as many outputs as inputs start as the identity. The last convolution of ``score_maps`` that
       is drawn at random gets 0.3 times the weights and biases of one, so that the ReLU on the classes' score maps is
-      positive for every class and image.
+      positive for every class and image. A fully connected layer on the score maps starts as their average: with
+      random weights its first gradients are large, and drive all maps below zero.
     * "torch": as torch initializes them.
 
     Args:
@@ -74,6 +76,7 @@ def initialize(network: nn.Module, init: str, score_maps: nn.Module | None = Non
         _start_as_identity(network.modules())
         if score_maps is not None:
             _start_near_one(score_maps)
+            _start_as_average(list(network.modules())[-1])
 
 
 def _start_as_identity(modules: Iterable[nn.Module]) -> None:
@@ -88,6 +91,14 @@ def _start_near_one(score_maps: nn.Module) -> None:
         layer.weight.data *= 0.3
         if layer.bias is not None:
             nn.init.ones_(layer.bias)
+
+
+def _start_as_average(layer: nn.Module) -> None:
+    """Makes a fully connected layer on score maps compute the mean of each class's map."""
+    if isinstance(layer, nn.Linear):
+        pixels = layer.in_features // layer.out_features
+        with torch.no_grad():
+            layer.weight.copy_(torch.eye(layer.out_features).repeat_interleave(pixels, dim=1) / pixels)
 
 
 def _keeps_channels(layer: nn.Module) -> TypeGuard[nn.Conv2d]:

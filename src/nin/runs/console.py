@@ -3,6 +3,9 @@
 import contextlib
 import io
 import logging
+import os
+import shlex
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -86,6 +89,27 @@ def tolerate_output_errors() -> None:
             tolerant = io.TextIOWrapper(file, stream.encoding, errors="replace", line_buffering=stream.isatty())
             stream.flush()
             setattr(sys, name, tolerant)
+
+
+def format_path(path: Path) -> str:
+    """``path`` relative to the working directory if it lies in it, otherwise absolute."""
+    path, working_directory = path.resolve(), Path.cwd()
+    return str(path.relative_to(working_directory)) if path.is_relative_to(working_directory) else str(path)
+
+
+def tensorboard_command(folder: Path) -> str:
+    """The command that opens TensorBoard on ``folder``, with a program that the user's shell finds.
+
+    ``uv run`` adds the environment to PATH for its own process only; then the program is given by its path.
+    """
+    program = Path(sys.executable).with_name("tensorboard")
+    if "UV_RUN_RECURSION_DEPTH" not in os.environ and shutil.which("tensorboard"):
+        words = ["tensorboard"]
+    elif program.exists():
+        words = [str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)]
+    else:
+        words = [sys.executable, "-m", "tensorboard.main"]
+    return shlex.join([*words, "--logdir", format_path(folder)])
 
 
 def silence_known_warnings() -> None:

@@ -1,12 +1,12 @@
 """Prints results to the terminal."""
 
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nin.runs.console import format_path, tensorboard_command
 from nin.runs.folder import RunFolder
 
 
@@ -27,7 +27,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     console.print(table)
     print(f"run folder: {format_path(folder.path)}")
     if folder.tensorboard.exists():
-        print(f"curves:     tensorboard --logdir {format_path(folder.path)}")
+        print(f"curves:     {tensorboard_command(folder.path)}")
 
 
 def print_test(metrics: dict[str, Any], confusion: Any) -> None:
@@ -46,9 +46,3 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
         table.add_row(name, "-" if acc is None else f"{acc:.4f}", *(str(count) if count else "·" for count in row))
     console = Console()
     Console(width=max(console.width, 120), highlight=False).print(table)
-
-
-def format_path(path: Path) -> str:
-    """``path`` relative to the working directory if it lies in it, otherwise absolute."""
-    path, working_directory = path.resolve(), Path.cwd()
-    return str(path.relative_to(working_directory)) if path.is_relative_to(working_directory) else str(path)

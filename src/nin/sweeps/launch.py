@@ -20,7 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nin.config.schema import Settings, UserError
-from nin.runs.results import format_path
+from nin.runs.console import format_path
 from nin.sweeps.checks import check_jobs, require_launcher
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from nin.runs.console import format_path, tensorboard_command
 from nin.runs.folder import open_atomically, write_atomically
-from nin.runs.results import format_path
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
 
@@ -46,7 +46,7 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Non
         print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
     except OSError as error:  # another user's sweep, a full disk
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
-    print(f"dashboards: tensorboard --logdir {format_path(folder)}")
+    print(f"dashboards: {tensorboard_command(folder)}")
 
 
 def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: bool = True) -> list[list[str]]:

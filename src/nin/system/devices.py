@@ -13,15 +13,19 @@ THREADS_VARIABLE = "NIN_THREADS"
 
 
 def require_accelerator(trainer: Trainer) -> None:
-    """Checks that the accelerator requested by name exists. Imports torch only then.
+    """Checks that the accelerator exists that is requested by name, or for batch norm. Imports torch only then.
 
     Raises:
         UserError: if this machine does not have it.
     """
-    if trainer.accelerator in ("auto", "cpu"):
+    if trainer.accelerator in ("auto", "cpu") and not trainer.sync_batchnorm:
         return
     import torch
 
+    if trainer.sync_batchnorm and not torch.cuda.is_available():
+        raise UserError("trainer.sync_batchnorm=true: torch synchronizes batch norm on CUDA GPUs only; set it to false")
+    if trainer.accelerator in ("auto", "cpu"):
+        return
     cuda, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if {"gpu": bool(cuda or mps), "cuda": bool(cuda), "mps": mps}.get(trainer.accelerator, True):
         return

@@ -28,7 +28,7 @@ from nin.runs.request import RunRequest
 from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.progress import EpochPrinter, TrainingProgressBar
+from nin.training.callbacks.progress import EpochPrinter, LongRunWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier, rounded
 
@@ -47,8 +47,7 @@ class Experiment:
 
     def __init__(self, request: RunRequest):
         self.request, self.folder = request, request.folder
-        # The identity of the run is that of its folder, or where that was lost, of its checkpoint.
-        self.run_id = self.folder.read_state().get("run_id")
+        self.run_id: str | None = None
         self.resume_path, self.checkpoint = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         retain_freed_memory()
@@ -57,13 +56,11 @@ class Experiment:
         self.data = ImageDataModule(self.settings.data, self.settings.seed, is_prepared=True)
         self.module = Classifier(self.settings, self.data.info.class_names, self.data.info.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
-        self.checkpoints = ResumableCheckpoint(
-            self.folder, self.settings.checkpoint.every_n_steps, self.metrics, request.stop
-        )
+        every = self.settings.checkpoint.every_n_steps
+        self.checkpoints = ResumableCheckpoint(self.folder, every, self.metrics, request.stop)
+        callbacks = [self.metrics, *self._progress(), self.checkpoints, LongRunWarner()]
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
-        self.trainer = build_trainer(
-            self.settings, self.folder.path, [self.metrics, *self._progress(), self.checkpoints], resume_step
-        )
+        self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
         self._require_resumable()
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
@@ -89,6 +86,17 @@ class Experiment:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
 
+    def describe_start(self) -> str:
+        """Network, data, device and precision in one line."""
+        model, data, trainer = self.settings.model, self.settings.data, self.trainer
+        parameters = sum(p.numel() for p in self.module.network.parameters())
+        epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
+        device = device_name(trainer.strategy.root_device)
+        return (
+            f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
+            f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {device}, precision {trainer.precision}"
+        )
+
     def _progress(self) -> list[lightning.Callback]:
         if not self.settings.trainer.enable_progress_bar:
             return []
@@ -96,13 +104,16 @@ class Experiment:
         return [TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)]
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
-        exists = self.folder.checkpoints.exists()
-        found = exists and checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
-        if not found:
+        if not self.folder.checkpoints.exists():
+            return None, None
+        found = checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
+        if found is None:
             return None, None
         path, checkpoint = found
-        saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, self.run_id)
-        self.run_id = self.run_id or saved_by
+        # The identity of the run is that of its folder, or where that was lost, of its checkpoint.
+        run_id = self.folder.read_state().get("run_id")
+        saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, run_id)
+        self.run_id = run_id or saved_by
         return path, checkpoint
 
     def _with_threads(self, settings: Settings) -> Settings:
@@ -181,7 +192,7 @@ def build_trainer(
     """Builds Lightning's Trainer.
 
     Args:
-        folder: the run's folder, where loggers write; None for a Trainer without loggers' files.
+        folder: the run's folder, where loggers write; None for no files.
         callbacks: added before those of ``settings.callbacks``.
         resume_step: the first optimizer step that is logged again after resuming.
 

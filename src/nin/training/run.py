@@ -14,10 +14,10 @@ from typing import Any
 from nin.config.schema import Settings, UserError, differences
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import log_to
+from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.runs.results import format_path, print_result
+from nin.runs.results import print_result
 from nin.system.devices import require_accelerator
 from nin.system.signals import StoppedError
 
@@ -53,8 +53,10 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     prepare(settings.data)
     require_accelerator(settings.trainer)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
+        from nin.training.experiment import Experiment
+
         with log_to(None):
-            return _train(request)
+            return Experiment(request).run()
     with folder.claim(_waiting(request) if request.wait else None):
         # Another process may have finished it in the meantime.
         result = read_finished_result(folder, settings) if folder.result.exists() else None
@@ -122,13 +124,24 @@ def _waiting(request: RunRequest) -> Callable[[str], None]:
 
 
 def _train_and_record(request: RunRequest) -> dict[str, Any]:
-    from lightning import Trainer  # noqa: F401  # `log_to` removes the handlers that lightning adds when imported
+    from nin.training.experiment import Experiment  # before `log_to`, which removes the handlers that lightning adds
 
     folder = request.folder
     new_log = not folder.log.exists()
+    place = f"run folder: {format_path(folder.path)}"
+    if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
+        place += f", curves: {tensorboard_command(folder.path)}"
     with log_to(folder.log, request.label):
         try:
-            result = _train(request)
+            experiment = Experiment(request)
+            print(f"{request.label}{experiment.describe_start()}", flush=True)
+            if not request.settings.sweep.keys:  # a sweep has printed the job's folder
+                print(place, flush=True)
+            code = {"versions": versions(), "git_commit": git_commit()}
+            started = record_start(
+                request, experiment.settings, code, experiment.run_id, resumed=experiment.checkpoint is not None
+            )
+            result = experiment.run(started["resumes"]) | started
             folder.write_result(result)
             return result
         except StoppedError as stopped:
@@ -148,24 +161,13 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise RunFailedError from error
 
 
-def _train(request: RunRequest) -> dict[str, Any]:
-    from nin.training.experiment import Experiment
-
-    experiment = Experiment(request)
-    if request.rank != 0:
-        return experiment.run()
-    code = {"versions": versions(), "git_commit": git_commit()}
-    started = record_start(request, experiment.settings, code, experiment.run_id, experiment.checkpoint is not None)
-    return experiment.run(started["resumes"]) | started
-
-
 def record_start(
     request: RunRequest, settings: Settings, code: dict[str, Any], run_id: str | None, resumed: bool
 ) -> dict[str, Any]:
     """Writes the request down, after everything that could refuse it, and the code that runs.
 
     Args:
-        run_id: the identity of the run; None for a new one.
+        run_id: the identity of the resumed run.
 
     Returns:
         The part of the result that tells which code the run used: ``versions`` and ``git_commit`` of the first start,
@@ -179,7 +181,7 @@ def record_start(
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
-    folder.update_state(run_id=run_id or uuid.uuid4().hex, starts=starts, resumes=resumes)
+    folder.update_state(run_id=run_id or state.get("run_id") or uuid.uuid4().hex, starts=starts, resumes=resumes)
     others = [start for start in starts[1:] if start != starts[0]]
     return starts[0] | {"resumes": resumes} | ({"resumed_with": others} if others else {})
 

@@ -3,6 +3,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -38,6 +39,31 @@ def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(
+    ("batches", "device", "message"),
+    [
+        (1002, "cpu", "about 8.3 hours of training left on this CPU. experiment=cpu "),  # 30 s for each of 1,000
+        (1002, "cuda", None),
+        (102, "cpu", None),  # 50 minutes
+    ],
+)
+def test_a_long_run_on_a_cpu_is_estimated_once(
+    batches: int, device: str, message: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter((0, 30, 60, 90))  # after the first batch, the second, …
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(progress, "cpu_has_bfloat16", lambda: True)
+    monkeypatch.setattr(progress, "count_batches", lambda trainer: (batches, 2))
+    trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
+    module = SimpleNamespace(device=SimpleNamespace(type=device))
+    warner = progress.LongRunWarner(sample_seconds=60)
+    for _ in range(4):
+        warner.on_train_batch_end(trainer, module)
+    assert [text.startswith(message or "") and "trainer.precision=auto" in text for text in caplog.messages] == (
+        [True] if message else []
+    )
+
+
 def test_what_is_not_known_yet_is_not_shown() -> None:
     # Validation may come before the first logging.
     assert progress._format({}) == ""
@@ -52,4 +78,5 @@ def test_a_run_finishes_where_its_output_can_not_be_written(data_root: Path, tmp
         environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
         done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert RunFolder(tmp_path / "outputs" / "runs" / "quickstart").result_status() == "finished"
+    (run,) = (tmp_path / "outputs" / "runs").iterdir()
+    assert RunFolder(run).result_status() == "finished"

@@ -9,7 +9,7 @@ from tensorboard.plugins.hparams import metadata
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training import experiment
-from nin.training.callbacks.tensorboard import hyperparameters, most_confused
+from nin.training.callbacks.tensorboard import draw_curves, hyperparameters, most_confused
 
 
 def test_the_most_confused_classes_come_first() -> None:
@@ -47,7 +47,7 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     assert text("command") == "    nin train experiment=quickstart 'name=my run'\n"
     assert "    optimizer:\n      name: adamw\n      lr: 0.005\n" in text("config")
     assert f"| metrics.test/acc | {result['metrics']['test/acc']:.4f} |" in text("result")
-    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong"}
+    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong", "curves"}
     assert events.Images("train/samples")[0].width == 4 * (28 + 2) + 2
     assert not [tag for tag in events.Tags()["scalars"] if "best" in tag or tag == "epoch"]
     start = metadata.parse_session_start_info_plugin_data(
@@ -55,3 +55,13 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     )
     assert start.group_name == "first"
     assert start.hparams["best val/acc"].number_value == pytest.approx(result["metrics"]["val/acc"])
+
+
+def test_training_and_validation_are_two_kinds_of_lines() -> None:
+    rows = [{"step": step, "train/loss": 1 / step, "val/loss": 2 / step, "train/acc": 0.5} for step in (6, 12)]
+    loss, accuracy = draw_curves(rows).axes
+    lines = [(line.get_label(), line.get_linestyle()) for line in loss.lines]
+    assert lines == [("train/loss", "--"), ("val/loss", "-")]
+    assert loss.lines[0].get_color() != loss.lines[1].get_color()
+    assert list(loss.lines[1].get_xydata()[1]) == [12, 2 / 12]
+    assert [line.get_label() for line in accuracy.lines] == ["train/acc"]

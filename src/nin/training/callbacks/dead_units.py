@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 
 
 class DeadUnitMonitor(Callback):
-    """Logs the numbers of dead classes and channels: ``units/dead_classes``, ``units/dead_channels/block<n>``.
+    """Counts dead classes and channels: ``zero_units/dead_classes``, ``zero_units/dead_channels/block<n>``.
+
+    TensorBoard sorts groups of curves by name: these come after ``train`` and ``val``.
 
     A channel is dead if the output of its ReLU is zero at every position of every image of a sample: the first
     ``images`` training images (not held out, in the order of the files), in eval mode (without dropout and
@@ -69,9 +71,9 @@ class DeadUnitMonitor(Callback):
     def _check(self, trainer: Trainer, pl_module: Classifier) -> list[int]:
         """Logs the counts; returns the labels of the dead classes."""
         channels, classes = count_dead(pl_module.network, self._sample(trainer, pl_module))
-        values: dict[str, float] = {f"units/dead_channels/block{i}": float(n) for i, n in channels.items()}
+        values: dict[str, float] = {f"zero_units/dead_channels/block{i}": float(n) for i, n in channels.items()}
         if classes is not None:
-            values["units/dead_classes"] = float(len(classes))
+            values["zero_units/dead_classes"] = float(len(classes))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
         log.info("step %d: dead classes: %s; dead channels by block: %s", trainer.global_step, classes, channels)

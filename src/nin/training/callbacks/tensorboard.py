@@ -188,6 +188,26 @@ def _draw_wrong(wrong: list[Mistake], class_names: tuple[str, ...]) -> Figure:
     return figure
 
 
+def draw_curves(rows: list[dict[str, Any]]) -> Figure:
+    """Loss and accuracy over the steps: training dashed, with one point per epoch, validation or test as full lines.
+
+    A custom chart has one color per run; here the curves of one run differ in color, line and legend.
+
+    Args:
+        rows: of ``metrics.csv``, one per epoch; the training metrics are means over the epoch.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (name, tag) in zip(figure.subplots(1, 2), _CHARTS.items(), strict=True):
+        for split, style in (("train", "--"), ("val", "-"), ("test", "-")):
+            points = [(row["step"], row[f"{split}/{tag}"]) for row in rows if f"{split}/{tag}" in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{split}/{tag}")
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
 def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
     """Logs what a run is started with: the command and the config as text, and the layout of the custom charts."""
     split = "test" if settings.data.score_each_epoch == "test" else "val"
@@ -232,6 +252,8 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
             writer.add_summary(hparams.hparams_config_pb(shown, finals))
             writer.add_summary(hparams.hparams_pb(columns, trial_id=_run_name(settings, logger)))
             logger.experiment.add_text("result", _table(result), result["steps"])
+            if metrics.rows:
+                logger.experiment.add_figure("curves", draw_curves(metrics.rows), result["steps"])
         else:
             logger.log_hyperparams(values)
         logger.finalize("success")
