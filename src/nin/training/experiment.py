@@ -147,7 +147,8 @@ class Experiment:
         if self.request.rank != 0:
             return
         if self.checkpoint is None:
-            self.folder.truncate_event_files({})
+            if self.folder.tensorboard.exists():  # of a process that was killed before its first checkpoint
+                self.folder.truncate_event_files({})
             self.folder.metrics.unlink(missing_ok=True)
             log_request(self.trainer, self.settings, self.request.overrides)
             return

@@ -51,7 +51,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         print_result(folder, result)
         return result
     prepare(settings.data)
-    require_accelerator(settings.trainer)
+    if settings.trainer.accelerator not in ("auto", "cpu"):
+        require_accelerator(settings.trainer)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
         from nin.training.experiment import Experiment
 
