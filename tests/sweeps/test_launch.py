@@ -152,9 +152,9 @@ def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path
 def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
     tmp_path: Path, data_root: Path
 ) -> None:
-    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
     sweep = tmp_path / "outputs" / "sweeps" / "killed"
-    asked = [*SMALL, "callbacks=none", "logger=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
+    asked = [*SMALL, "callbacks=none", "logger=none", "trainer.limit_train_batches=80", "checkpoint.every_n_steps=1"]
     command = ["train", "-m", *asked, "name=killed", "seed=0,1"]
     first = start(*command, "hydra/launcher=joblib", **there)
     for seed in (0, 1):

@@ -350,3 +350,13 @@ def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[...,
     result = experiment.train(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
     assert result["metrics"]["val/acc"] is None
     assert checkpoint_files.read(RunFolder(tmp_path).best)["global_step"] == 12
+
+
+def test_a_csv_logger_does_not_overwrite_its_file_on_resuming(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    chosen = settings("logger=csv", "callbacks=none")
+    (first,), (resumed,) = (
+        experiment.build_trainer(chosen, tmp_path, [], resume_step).loggers for resume_step in (None, 9)
+    )
+    assert (first.log_dir, resumed.log_dir) == (str(tmp_path / "csv"), str(tmp_path / "csv-9"))
