@@ -59,13 +59,13 @@ def evaluate_checkpoint(path: Path, overrides: list[str]) -> tuple[Settings, dic
 def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:
     """The same with onnxruntime, and without torch."""
     from nin.deploy.onnx_model import load_onnx, settings_of
-    from nin.deploy.scoring import evaluate, load_test_set
+    from nin.deploy.scoring import evaluate, load_part
 
     stored = ignore_stored_paths(settings_of(load_onnx(path).description, path))
     settings = apply_overrides(stored, overrides, ("data.root", "data.mirrors", "data.batch_size", "threads"))
     with log_to(None):
         prepare(settings.data)
-    images, labels = load_test_set(settings.data)
+    images, labels = load_part(settings, "test")
     network = load_onnx(path, settings.threads)
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:

@@ -19,7 +19,7 @@ from nin.runs.console import log_to, silence_known_warnings
 if TYPE_CHECKING:
     import numpy as np
 
-    from nin.deploy.images import ImageError
+    from nin.data.decoding import ImageError
     from nin.deploy.trained import Scores, TrainedNetwork
 
 # Images are read and scored so many at a time.
@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
 
 
 def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
-    from nin.deploy.images import ImageError, has_light_border, iterate
+    from nin.data.decoding import ImageError
+    from nin.deploy.images import has_light_border, iterate
 
     description = network.description
     writer = {True: _JSON, False: _CSV if args.csv else _Rows}[args.json](description.class_names, args.top)
@@ -66,7 +67,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
     with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as progress:
         bar = progress.add_task("", total=None)
-        for window in _windows(iterate(args.images, description.channels, sys.stdin.buffer)):
+        for window in _windows(iterate(args.images, description.form, sys.stdin.buffer)):
             images = [image for _, image in window if not isinstance(image, ImageError)]
             light += sum(map(has_light_border, images))
             images = [255 - image for image in images] if args.invert else images

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nin.deploy.images import ImageTooLargeError
+from nin.data.decoding import ImageTooLargeError
 from nin.deploy.trained import Scores, TrainedNetwork
 
 BATCH_IMAGES, BATCH_PIXELS = 64, 4_000_000

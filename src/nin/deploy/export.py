@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nin.config.schema import UserError
 from nin.config.trust import ignore_stored_paths
-from nin.data import sources
+from nin.data.sources import prepare
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of
 from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
+from nin.deploy.scoring import load_part
 from nin.deploy.trained import Description, TrainedNetwork
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
@@ -47,9 +48,9 @@ class Exporter:
         self.module, self.description = read_checkpoint(path, run)
         self.pipeline = pipeline_of(self.module, self.description)
         self.settings, self.progress = self.module.settings, progress
-        self.data = ignore_stored_paths(self.settings).data
-        sources.prepare(self.data)
-        self.images, self.labels = self._load("t10k")
+        self.here = ignore_stored_paths(self.settings)  # with this machine's own place of the data
+        prepare(self.here.data)
+        self.images, self.labels = load_part(self.here, "test")
 
     def export_onnx(self, path: Path) -> Description:
         """Writes ``path``, once the file's probabilities are the checkpoint's on every test image.
@@ -81,7 +82,7 @@ class Exporter:
         """
         from nin.deploy.quantize import quantize
 
-        images, _ = self._load("train")
+        images, _ = load_part(self.here, "train")
         temporary = path.with_name(f".{path.stem}.tmp.onnx")
         try:
             quantize(source, temporary, images)
@@ -113,10 +114,6 @@ class Exporter:
         with torch.no_grad():
             maps = self.pipeline(*example_images(self.pipeline))[2]
         return maps.shape[-2], maps.shape[-1]
-
-    def _load(self, part: str) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = sources.load(self.data, part)
-        return images.numpy(), labels.numpy()
 
     def check(self, export: TrainedNetwork) -> dict[str, Any]:
         """Compares an export with the checkpoint on the whole test set, in float32.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings, UserError
+from nin.config.schema import FolderData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
@@ -89,11 +89,14 @@ def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifie
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     module = module.float().eval().requires_grad_(False)
+    data = settings.data
     result = (run.read_result() if run else None) or {}
     return module, Description(
         class_names=class_names,
         channels=in_channels,
-        stored_size=describe(settings.data).stored_size,
+        # Of a folder it is a setting: the folder itself need not be there.
+        stored_size=data.stored_size if isinstance(data, FolderData) else describe(data).stored_size,
+        fit=data.fit if isinstance(data, FolderData) else None,
         image_size=settings.data.image_size,
         test_time_flip=settings.data.test_time_flip,
         maps=_kind_of_maps(module.network),
@@ -111,7 +114,8 @@ def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifie
 def _portable(settings: Settings) -> dict[str, Any]:
     """The settings as plain values, without paths of this machine and what only training needs."""
     plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}}
-    return plain | {"data": plain["data"] | {"root": "data"}}
+    places = {"root": "data"} | ({"cache": None} if "cache" in plain["data"] else {})
+    return plain | {"data": plain["data"] | places}
 
 
 def _kind_of_maps(network: nn.Module) -> str:

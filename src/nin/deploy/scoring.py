@@ -5,31 +5,43 @@ from typing import Any
 
 import numpy as np
 
-from nin.config.schema import Data, UserError
-from nin.data.sources import raw_folder
-from nin.deploy.images import ImageError, parse_idx
+from nin.config.schema import FolderData, Settings, UserError
+from nin.data.decoding import ImageError
+from nin.data.sources import open_folder, raw_folder
+from nin.data.splits import split_folder
+from nin.deploy.images import parse_idx
 from nin.deploy.trained import TrainedNetwork
 
 BATCH_IMAGES = 128
 
 
-def load_test_set(data: Data) -> tuple[np.ndarray, np.ndarray]:
-    """Test images ``(count, height, width)`` and labels ``(count,)``, uint8, of a data set whose files are there.
+def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
+    """The images and labels of a data set that is prepared; of a folder the images are a memory map.
 
-    `nin.data.sources.load` reads the same files, with torch.
+    Args:
+        part: "train" or "test".
+
+    Returns:
+        Images ``(count, height, width)`` or ``(count, height, width, 3)``, uint8, and labels ``(count,)``.
 
     Raises:
         UserError: if a file is damaged.
     """
+    data = settings.data
+    if isinstance(data, FolderData):
+        cache = open_folder(data)
+        rows = split_folder(cache, data, settings.seed)[part]
+        pixels = np.memmap(cache.path / "images.bin", np.uint8, "r", shape=cache.shape)
+        return pixels[rows], cache.labels()[rows]
     found = []
     for kind in ("images-idx3", "labels-idx1"):
-        path = raw_folder(data) / f"t10k-{kind}-ubyte"
+        path = raw_folder(data) / f"{'train' if part == 'train' else 't10k'}-{kind}-ubyte"
         try:
             found.append(parse_idx(path.read_bytes()))
         except (ImageError, OSError) as error:
             raise UserError(f"{path}: can't be read ({error})") from error
     if len(found[0]) != len(found[1]):
-        raise UserError(f"{raw_folder(data)}: {len(found[0])} test images and {len(found[1])} labels")
+        raise UserError(f"{raw_folder(data)}: {len(found[0])} images and {len(found[1])} labels of {part}")
     return found[0], found[1]
 
 

@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from nin.data.decoding import ImageError, ImageTooLargeError, open_image
 from nin.deploy.batching import Batcher, OverloadedError
-from nin.deploy.images import ImageError, ImageTooLargeError, open_image, to_array
 from nin.deploy.trained import Scores, TrainedNetwork
 
 PAGES = Path(__file__).parent / "pages"
@@ -175,12 +175,12 @@ class Service:
         return body
 
     async def _decode(self, body: bytes) -> np.ndarray:
-        opened, channels = open_image(body, self.limits.pixels), self.network.description.channels
+        opened, form = open_image(body, self.limits.pixels), self.network.description.form
         pixels = opened.size[0] * opened.size[1]
         if pixels <= SMALL_PIXELS:
-            return to_array(opened, channels)
+            return form.read(opened)
         self.batcher.require_room(pixels)
-        return await asyncio.get_running_loop().run_in_executor(self.decoder, to_array, opened, channels)
+        return await asyncio.get_running_loop().run_in_executor(self.decoder, form.read, opened)
 
     def _require_key(self, request: Request) -> None:
         if self.key is None:

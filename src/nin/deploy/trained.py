@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from nin.config.schema import UserError
-from nin.deploy.images import as_arrays, batches_of_one_size
+from nin.deploy.images import ImageForm, as_arrays, batches_of_one_size
 
 # A batch is computed at a time; larger ones are not faster on a CPU, and take memory.
 BATCH_IMAGES, BATCH_PIXELS = 128, 4_000_000
@@ -38,6 +38,8 @@ class Description:
         stored_size: pixels per side to which every image is resized first, as those of its data set were.
         image_size: pixels per side of the network's input.
         test_time_flip: whether probabilities are the mean of the image's and its mirror's.
+        fit: how files are brought to the stored size when they are decoded, as those of `data=folder` were ("crop",
+            "pad", "stretch"); None: the pipeline resizes them.
         maps: "gap": the mean of a class's map is its logit. "fc": mean and bias are. "grad_cam": an approximation.
             "none": an export of a network whose maps need gradients.
         settings: of the run, as in its config.yaml.
@@ -51,7 +53,13 @@ class Description:
     test_time_flip: bool
     maps: str
     settings: dict[str, Any]
+    fit: str | None = None
     more: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def form(self) -> ImageForm:
+        """How the user's files are decoded."""
+        return ImageForm(self.channels, self.stored_size, self.fit) if self.fit else ImageForm(self.channels)
 
 
 class TrainedNetwork:
@@ -94,7 +102,7 @@ class TrainedNetwork:
                 "this export has no score maps: they need gradients in a network with several fully connected layers; "
                 "give the run or its checkpoint instead"
             )
-        arrays = as_arrays(images, self.description.channels)
+        arrays = as_arrays(images, self.description.form)
         parts = []
         for indices in batches_of_one_size(arrays, BATCH_IMAGES, BATCH_PIXELS):
             parts.append((indices, self.compute(np.stack([arrays[i] for i in indices]), maps)))
