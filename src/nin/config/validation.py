@@ -10,11 +10,11 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
-from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN
+from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, OwnModel
 from nin.config.schema import (
     CONF,
     SGD,
@@ -60,6 +60,11 @@ def validate(config: DictConfig) -> Settings:
     except OmegaConfBaseException as error:
         if isinstance(error, MissingMandatoryValue):
             raise UserError(f"{error.full_key}: must be given, as in {error.full_key}=…") from error
+        if isinstance(error, InterpolationKeyError) and "model.input_size" in str(error):
+            raise UserError(
+                "model.input_size: missing; the YAML of a network gives the image size that it is made for, as in "
+                "input_size: 32"
+            ) from error
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     return validate_plain(plain)
 
@@ -150,7 +155,7 @@ def require_large_enough_images(settings: Settings) -> Iterator[str]:
         )
 
 
-def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
+def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP | OwnModel) -> int:
     """The smallest height and width, in pixels, for which every layer of ``model`` has a non-empty output."""
     size = 1
     for kernel, stride, padding in reversed(_windows(model)):
@@ -159,7 +164,7 @@ def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
     return size
 
 
-def _windows(model: NiN | LeNet | AlexNet | VGG | MLP) -> Sequence[tuple[int, int, int]]:
+def _windows(model: NiN | LeNet | AlexNet | VGG | MLP | OwnModel) -> Sequence[tuple[int, int, int]]:
     """Kernel size, stride and padding of every layer that reduces height and width, in order."""
     if not isinstance(model, NiN):
         return model.windows
