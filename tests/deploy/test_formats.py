@@ -38,9 +38,7 @@ def test_tritons_own_protobuf_reads_the_model_repository(run_folder: Path, tmp_p
     network = nin.load(folder / "1" / "model.onnx")
     assert (config.name, config.backend, config.max_batch_size) == ("small", "onnxruntime", 128)
     assert config.HasField("dynamic_batching")
-    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [
-        ("images", model_config.TYPE_UINT8, [-1, -1])
-    ]
+    assert [(i.name, i.data_type, list(i.dims)) for i in config.input] == [("images", model_config.TYPE_UINT8, [-1, -1])]
     scores = network.score(np.zeros((1, 28, 28), np.uint8), maps=True)
     assert {output.name: tuple(output.dims) for output in config.output} == {
         "probabilities": scores.probabilities.shape[1:],

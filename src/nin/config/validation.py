@@ -20,6 +20,7 @@ from nin.config.schema import (
     SGD,
     TEST_IMAGES,
     TRAINING_IMAGES,
+    Data,
     EarlyStopping,
     Settings,
     Trainer,
@@ -175,32 +176,33 @@ def _windows(model: NiN | LeNet | AlexNet | VGG | MLP | OwnModel) -> Sequence[tu
     return windows
 
 
-def _has_known_size(settings: Settings) -> bool:
-    """Whether the number of images is known before any is read. That of a folder is checked when it is read."""
-    return settings.data.name in TRAINING_IMAGES
+def _published(settings: Settings) -> Data | None:
+    """The data set if its number of images is known before any is read. That of a folder is checked when it is read."""
+    return settings.data if isinstance(settings.data, Data) or settings.data.name in TRAINING_IMAGES else None
 
 
 def require_training_images(settings: Settings) -> Iterator[str]:
-    if not _has_known_size(settings):
+    if (data := _published(settings)) is None:
         return
-    held_out, images = settings.data.val_size, TRAINING_IMAGES[settings.data.name]
+    held_out, images = data.val_size, TRAINING_IMAGES[data.name]
     if held_out >= images:
         yield f"data.val_size={held_out}: {settings.data.name} has {images} training images; hold out fewer"
 
 
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
-    if not _has_known_size(settings):
+    if (data := _published(settings)) is None:
         return
-    images = TRAINING_IMAGES[settings.data.name] - settings.data.val_size
+    images = TRAINING_IMAGES[data.name] - data.val_size
     if 0 < images < settings.data.batch_size:
         yield (
             f"data.batch_size={settings.data.batch_size}: there are {images} training images"
-            f"{f' after {settings.data.val_size} are held out' if settings.data.val_size else ''}; choose at most that"
+            f"{f' after {data.val_size} are held out' if data.val_size else ''}; choose at most that"
         )
 
 
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
-    if _has_known_size(settings) and not settings.data.val_size and settings.data.score_each_epoch == "val":
+    data = _published(settings)
+    if data and not data.val_size and data.score_each_epoch == "val":
         yield (
             "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
             "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
@@ -234,7 +236,7 @@ def require_results(settings: Settings) -> Iterator[str]:
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
     # The number of batches depends on the machine's devices.
-    if not (is_single_process(settings.trainer) and _has_known_size(settings)):
+    if not (is_single_process(settings.trainer) and _published(settings)):
         return
     batches = _count_batches(settings)
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in LIMITS}
@@ -261,7 +263,7 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
         isinstance(interval, int)
         and settings.trainer.check_val_every_n_epoch
         and is_single_process(settings.trainer)
-        and _has_known_size(settings)
+        and _published(settings)
     ):
         batches, limit = _count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
         if limit is not None:
@@ -275,7 +277,8 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
 
 def _count_batches(settings: Settings) -> dict[str, int]:
     """The number of batches to which each limit applies, in a run of one process."""
-    data = settings.data
+    data = _published(settings)
+    assert data  # its callers check that
     training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
     images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(LIMITS, images, strict=True)}

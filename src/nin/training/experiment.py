@@ -274,9 +274,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     )
     if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
         found = ", ".join(data.class_names)
-        raise UserError(
-            f"data.root={settings.data.root}: its classes are {found}; the network was trained for {trained}"
-        )
+        raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
     module = Classifier(settings, data.class_names, data.channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
