@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nin.config.schema import UserError
-from nin.data import cache as caches
+from nin.data import parallel
 from nin.data.cache import Cache, open_cache
 from nin.data.decoding import decode
 from pictures import folder_data, write_folder
@@ -22,7 +22,7 @@ def pixels(cache: Cache) -> np.ndarray:
 @contextmanager
 def nothing_is_decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
-        patch.setattr(caches, "_decode_chunk", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(parallel, "decode_chunk", lambda *_: pytest.fail("decoded again"))
         yield
 
 
@@ -65,8 +65,8 @@ def test_parallel_processes_write_what_one_process_does(tmp_path: Path, monkeypa
     data = folder_data(write_folder(tmp_path / "root", {"train": 3}))
     one = pixels(open_cache(data))
     shutil.rmtree(tmp_path / "root.cache")
-    monkeypatch.setattr(caches, "_CHUNK", 2)
-    monkeypatch.setattr(caches.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(parallel, "_CHUNK", 2)
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     assert np.array_equal(pixels(open_cache(data)), one)
 
 
@@ -83,7 +83,7 @@ def test_gray_images_have_one_channel_and_one_color_image_makes_three(
     Image.new("RGB", (12, 12), "red").save(root / "test" / "light" / "0.png")
     assert open_cache(data).channels == 1  # test images don't decide
     # An image that is not in the sample: found while all are decoded.
-    monkeypatch.setattr(caches, "_SAMPLE", 1)
+    monkeypatch.setattr(parallel, "_SAMPLE", 1)
     Image.new("RGB", (12, 12), "red").save(root / "train" / "light" / "7.png")
     color = open_cache(data)
     assert (color.channels, color.shape) == (3, (42, 12, 12, 3))
@@ -102,9 +102,8 @@ def test_all_broken_files_are_named_in_one_message(tmp_path: Path) -> None:
     damage(root)
     with pytest.raises(UserError) as raised:
         open_cache(folder_data(root))
-    assert "3 broken files; repair or remove the files, or leave them out with data.skip_broken=true" in str(
-        raised.value
-    )
+    remedy = "repair or remove the files, or leave them out with data.skip_broken=true"
+    assert f"3 broken files; {remedy}" in str(raised.value)
     for line in (
         "train/red/1.png: not an image in a format that Pillow can read",
         "train/blue/2.png: damaged (",
@@ -135,16 +134,16 @@ def test_a_class_whose_images_are_all_broken_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path / "root", {"train": 2})
-    decode_all = caches._decode_all
+    decode_files = parallel.decode_files
 
     def change(*arguments: object) -> object:
-        decoded = decode_all(*arguments)
+        decoded = decode_files(*arguments)
         (root / "train" / "red" / "0.png").unlink()
         Image.new("L", (5, 5)).save(root / "train" / "red" / "1.png")
         Image.new("L", (5, 5)).save(root / "train" / "red" / "2.png")
         return decoded
 
-    monkeypatch.setattr(caches, "_decode_all", change)
+    monkeypatch.setattr(parallel, "decode_files", change)
     with pytest.raises(UserError) as raised:
         open_cache(folder_data(root, channels=3))
     lines = str(raised.value).splitlines()

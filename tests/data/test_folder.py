@@ -43,7 +43,7 @@ def test_all_faults_of_the_layout_are_in_one_message(tmp_path: Path) -> None:
     (tmp_path / "val").mkdir()
     (train / "red" / "circle").symlink_to(train / "red")
     (train / "red" / "itself").symlink_to(train / "red" / "itself")
-    os.mkdir(os.fsencode(train) + b"/caf\xe9")
+    Path(os.fsdecode(os.fsencode(train) + b"/caf\xe9")).mkdir()
     (train / "lost.png").touch()
     listing = list_images(folder_data(tmp_path))
     with pytest.raises(UserError) as raised:

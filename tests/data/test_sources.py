@@ -296,8 +296,14 @@ def test_the_files_have_the_names_that_torchvision_expects() -> None:
     assert list(files.PUBLISHED["mnist"]) == list(files.PUBLISHED["fashion_mnist"]) == NAMES
 
 
+# The names in batches.meta of the published archive.
+CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
 def test_a_data_set_knows_its_classes(data: Callable[..., Data]) -> None:
     info = {name: files.describe(data("/", name=name)) for name in get_args(Data.model_fields["name"].annotation)}
+    assert (info["cifar10"].channels, info["cifar10"].stored_size) == (3, 32)
+    assert list(info.pop("cifar10").class_names) == CIFAR10_CLASSES
     assert {(i.channels, i.stored_size) for i in info.values()} == {(1, 28)}
     assert list(info["fashion_mnist"].class_names) == datasets.FashionMNIST.classes
     assert info["garments"].class_names == info["fashion_mnist"].class_names

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from rich.console import Console
 
-from nin.config.schema import Settings
+from nin.config.schema import OwnData, Settings, UserError
 from nin.data.module import ImageDataModule
 from nin.runs.folder import RunFolder
 from nin.system.signals import StopRequest
@@ -50,6 +50,8 @@ def prepare_training(
             return trainer
 
         try:
+            if isinstance(settings.data, OwnData):
+                raise UserError("data: nin bench measures this project's own data modules; choose data=garments")
             data = ImageDataModule(settings.data, settings.seed)
             yield Classifier(settings, data.info.class_names, data.info.channels), data, build
         finally:

@@ -15,6 +15,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
 from nin.config.schema import Settings, UserError, differences
+from nin.config.trust import require_allowed_classes
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder, open_atomically
 
@@ -121,16 +122,23 @@ def _require_layout(checkpoint: Any, path: Path) -> None:
         )
 
 
-def settings_of(checkpoint: Mapping[str, Any], path: Path) -> Settings:
+def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | None = None) -> Settings:
     """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.
 
+    Args:
+        allowed: the modules whose classes may be imported, if the settings are used to build a network; None if they
+            are only compared.
+
     Raises:
-        UserError: if this version of the project does not know them.
+        UserError: if this version of the project does not know them, or they name a class that is not allowed.
     """
     try:
-        return validate_plain(checkpoint["hyper_parameters"]["settings"])
+        stored = validate_plain(checkpoint["hyper_parameters"]["settings"])
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
+    if allowed is not None:
+        require_allowed_classes(stored, allowed)
+    return stored
 
 
 def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
         path, (settings, metrics, confusion) = args.network, evaluate_export(args.network, args.overrides)
     else:
         path = find_checkpoint(args.network)
-        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides)
+        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides, args.allow)
     size = settings.data.image_size
     print(f"{path}: {settings.model.name}, {settings.data.name} at {size}x{size}")
     print_test(metrics, confusion)
@@ -42,16 +42,21 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
     parser.add_argument("overrides", nargs="*", help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
+    parser.add_argument(
+        "--allow", metavar="MODULE", action="append", default=[],
+        help="a Python module of yours whose classes the checkpoint may name; can be given several times",
+    )  # fmt: skip
     return parser.parse_args(arguments)
 
 
-def evaluate_checkpoint(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:
+def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) -> tuple[Settings, dict[str, Any], Any]:
     with log_to(None):
         from nin.checkpoints.files import read, settings_of
         from nin.training.experiment import evaluate
 
         checkpoint = read(path)
-        settings = apply_overrides(ignore_stored_paths(settings_of(checkpoint, path)), overrides, MAY_CHANGE)
+        stored = ignore_stored_paths(settings_of(checkpoint, path, allowed))
+        settings = apply_overrides(stored, overrides, MAY_CHANGE)
         prepare(settings.data)
         return settings, *evaluate(settings, checkpoint)
 

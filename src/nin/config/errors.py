@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nin.config.networks import Section
+from nin.config.networks import OwnClass, Section
 from nin.config.schema import Settings
 
 
@@ -74,7 +74,7 @@ def _known_keys(section: type[Section], loc: tuple) -> list[str]:
         if part in section.model_fields:
             branches = sections_of(section.model_fields[part].annotation)
             section = branches[0]
-        else:
+        elif part != "typed":  # which stands beside a class of the user's own
             section = next(b for b in branches if part in names_of(b))
     return list(section.model_fields)
 
@@ -102,6 +102,8 @@ def construct_unchecked(plain: dict) -> Settings:
     for key, field in Settings.model_fields.items():
         for section in sections_of(field.annotation):
             values = plain.get(key)
-            if isinstance(values, dict) and values.get("name") in (None, *names_of(section)):
+            if not isinstance(values, dict) or ("_target_" in values) != issubclass(section, OwnClass):
+                continue
+            if values.get("name") in (None, *names_of(section)):
                 sections[key] = section.model_construct(**values)
     return Settings.model_construct(**{**plain, **sections})

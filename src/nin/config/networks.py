@@ -1,6 +1,6 @@
 """The typed config of each network. Imports no torch."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -83,6 +83,32 @@ class VGG(Section):
 
     # The 3x3 convolutions keep the size; five 2x2 poolings halve it.
     windows: ClassVar[Windows] = [(2, 2, 0)] * 5
+
+
+class OwnClass(Section):
+    """A class of the user's own, named by ``_target_``; all other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
+
+    target: Annotated[str, Field(alias="_target_", pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
+
+    @property
+    def name(self) -> str:
+        """The class with its module, in place of the name of a network or data set of this project."""
+        return self.target
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class OwnModel(OwnClass):
+    """Any ``nn.Module`` that maps ``(batch, channels, image_size, image_size)`` to logits ``(batch, classes)``."""
+
+    # The default of data.image_size.
+    input_size: Positive
+
+    windows: ClassVar[Windows] = []
 
 
 class MLP(Section):

@@ -6,11 +6,23 @@ turns a composed config into `Settings`.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
-from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, Pixels, Positive, Section, Share
+from nin.config.networks import (
+    MLP,
+    VGG,
+    AlexNet,
+    LeNet,
+    NiN,
+    OwnClass,
+    OwnModel,
+    Pixels,
+    Positive,
+    Section,
+    Share,
+)
 
 _PACKAGE = Path(__file__).parents[1]
 # The directory of the config groups: inside the installed package, or at the top of a checkout.
@@ -83,6 +95,17 @@ class FolderData(Images):
     memory_limit_mib: Annotated[int, Field(ge=0)]
 
 
+class OwnData(OwnClass):
+    """A LightningDataModule of the user's own, with attributes ``class_names`` and ``channels``."""
+
+    image_size: Pixels
+    batch_size: Positive
+    score_each_epoch: Literal["val", "test"] = "val"
+    test_time_flip: bool = False
+
+    normalize: ClassVar[bool] = False
+
+
 class SGD(Section):
     name: Literal["sgd"]
     lr: Annotated[float, Field(gt=0)]
@@ -96,6 +119,18 @@ class AdamW(Section):
     lr: Annotated[float, Field(gt=0)]
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
+
+
+class OwnOptimizer(OwnClass):
+    """A ``torch.optim.Optimizer``."""
+
+
+class OwnSchedule(OwnClass):
+    """A ``torch.optim.lr_scheduler.LRScheduler``. An argument "steps" stands for the number of optimizer steps."""
+
+    interval: Literal["step", "epoch"] = "step"
+
+    warmup: ClassVar[float] = 0.0
 
 
 class Schedule(Section):
@@ -220,6 +255,12 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+# Which member of a union a section of the config is: a class of the user's own, or a typed one.
+OWN_OR_TYPED = Discriminator(
+    lambda v: "_target_" if isinstance(v, OwnClass) or (isinstance(v, dict) and "_target_" in v) else "typed"
+)
+
+
 class Settings(Section):
     # NumPy's generators take 32 bits.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -233,10 +274,20 @@ class Settings(Section):
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
     # and crashes with a segmentation fault when the system refuses that many threads.
     threads: Annotated[int, Field(ge=1, le=1024)] | None
-    model: Annotated[NiN | LeNet | AlexNet | VGG | MLP, Field(discriminator="name")]
-    data: Annotated[Data | FolderData, Field(discriminator="name")]
-    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
-    schedule: Schedule
+    model: Annotated[
+        Annotated[NiN | LeNet | AlexNet | VGG | MLP, Field(discriminator="name"), Tag("typed")]
+        | Annotated[OwnModel, Tag("_target_")],
+        OWN_OR_TYPED,
+    ]
+    data: Annotated[
+        Annotated[Data | FolderData, Field(discriminator="name"), Tag("typed")] | Annotated[OwnData, Tag("_target_")],
+        OWN_OR_TYPED,
+    ]
+    optimizer: Annotated[
+        Annotated[SGD | AdamW, Field(discriminator="name"), Tag("typed")] | Annotated[OwnOptimizer, Tag("_target_")],
+        OWN_OR_TYPED,
+    ]
+    schedule: Annotated[Annotated[Schedule, Tag("typed")] | Annotated[OwnSchedule, Tag("_target_")], OWN_OR_TYPED]
     trainer: Trainer
     speed: Speed
     # torch.compile, with CUDA graphs on a GPU; "auto": on a GPU.

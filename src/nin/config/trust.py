@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from nin.config.composition import compose_settings
-from nin.config.schema import Data, FolderData, Settings, UserError
+from nin.config.networks import OwnClass
+from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning", "torchmetrics")
 
@@ -20,6 +21,7 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
         UserError: names each ``_target_`` that is not a Logger or Callback of this project, Lightning or torchmetrics,
             and each path or address that leads out of the run's folder.
     """
+    require_allowed_classes(stored, allowed)
     errors = []
     for group in ("logger", "callbacks"):
         for name, config in getattr(stored, group).items():
@@ -43,6 +45,32 @@ def _leads_out(argument: str, value: str) -> bool:
     # A relative path is one in the working directory.
     is_folder = argument in ("save_dir", "dirpath", "root_dir", "log_dir")
     return is_folder or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
+
+
+def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
+    """Checks the user's own classes that a stored config names for the network, data, optimizer and schedule.
+
+    Optimizers and schedules of torch need no permission.
+
+    Args:
+        allowed: names of modules whose classes the config may name.
+
+    Raises:
+        UserError: names each ``_target_`` that is in none of these modules.
+    """
+    errors = []
+    for group in ("model", "data", "optimizer", "schedule"):
+        section = getattr(stored, group)
+        if isinstance(section, OwnClass) and not _is_within(section.target, allowed):
+            if group in ("optimizer", "schedule") and section.target.startswith("torch.optim."):
+                continue
+            module = section.target.partition(".")[0]
+            errors.append(
+                f"{group}._target_={section.target}: this run's config is not allowed to call it; if you trust it, add "
+                f"--allow {module}"
+            )
+    if errors:
+        raise UserError(*errors)
 
 
 def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -86,10 +114,10 @@ def ignore_stored_actions(stored: Settings) -> Settings:
     """
     if found := [f"{key}={value}" for key, value in _leaves(stored.model_dump(mode="json"), "") if "${" in str(value)]:
         raise UserError(*(f"{entry[1:]}: an interpolation; a stored config has plain values only" for entry in found))
-    data: Data | FolderData = stored.data
+    data: Data | FolderData | OwnData = stored.data
     if isinstance(data, FolderData):
         data = data.model_copy(update={"cache": None})
-    else:
+    elif isinstance(data, Data):
         defaults = compose_settings([f"data={data.name}", "model=nin_small"])
         assert isinstance(defaults.data, Data)
         data = data.model_copy(update={"mirrors": defaults.data.mirrors})
@@ -103,8 +131,9 @@ def ignore_stored_paths(stored: Settings) -> Settings:
     A folder of images has no default place: the stored one is kept, unless another is given.
     """
     stored = ignore_stored_actions(stored)
-    data: Data | FolderData = stored.data
-    if not isinstance(data, FolderData):
+    data: Data | FolderData | OwnData = stored.data
+    if isinstance(data, Data):
         defaults = compose_settings([f"data={data.name}", "model=nin_small"])
+        assert isinstance(defaults.data, Data)
         data = data.model_copy(update={"root": defaults.data.root})
     return stored.model_copy(update={"data": data, "logger": {}, "callbacks": {}})

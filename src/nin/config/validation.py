@@ -10,16 +10,17 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
-from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN
+from nin.config.networks import MLP, VGG, AlexNet, LeNet, NiN, OwnModel
 from nin.config.schema import (
     CONF,
     SGD,
     TEST_IMAGES,
     TRAINING_IMAGES,
+    Data,
     EarlyStopping,
     Settings,
     Trainer,
@@ -60,6 +61,11 @@ def validate(config: DictConfig) -> Settings:
     except OmegaConfBaseException as error:
         if isinstance(error, MissingMandatoryValue):
             raise UserError(f"{error.full_key}: must be given, as in {error.full_key}=…") from error
+        if isinstance(error, InterpolationKeyError) and "model.input_size" in str(error):
+            raise UserError(
+                "model.input_size: missing; the YAML of a network gives the image size that it is made for, as in "
+                "input_size: 32"
+            ) from error
         raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     return validate_plain(plain)
 
@@ -150,7 +156,7 @@ def require_large_enough_images(settings: Settings) -> Iterator[str]:
         )
 
 
-def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
+def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP | OwnModel) -> int:
     """The smallest height and width, in pixels, for which every layer of ``model`` has a non-empty output."""
     size = 1
     for kernel, stride, padding in reversed(_windows(model)):
@@ -159,7 +165,7 @@ def smallest_image_size(model: NiN | LeNet | AlexNet | VGG | MLP) -> int:
     return size
 
 
-def _windows(model: NiN | LeNet | AlexNet | VGG | MLP) -> Sequence[tuple[int, int, int]]:
+def _windows(model: NiN | LeNet | AlexNet | VGG | MLP | OwnModel) -> Sequence[tuple[int, int, int]]:
     """Kernel size, stride and padding of every layer that reduces height and width, in order."""
     if not isinstance(model, NiN):
         return model.windows
@@ -170,32 +176,33 @@ def _windows(model: NiN | LeNet | AlexNet | VGG | MLP) -> Sequence[tuple[int, in
     return windows
 
 
-def _has_known_size(settings: Settings) -> bool:
-    """Whether the number of images is known before any is read. That of a folder is checked when it is read."""
-    return settings.data.name in TRAINING_IMAGES
+def _published(settings: Settings) -> Data | None:
+    """The data set if its number of images is known before any is read. That of a folder is checked when it is read."""
+    return settings.data if isinstance(settings.data, Data) or settings.data.name in TRAINING_IMAGES else None
 
 
 def require_training_images(settings: Settings) -> Iterator[str]:
-    if not _has_known_size(settings):
+    if (data := _published(settings)) is None:
         return
-    held_out, images = settings.data.val_size, TRAINING_IMAGES[settings.data.name]
+    held_out, images = data.val_size, TRAINING_IMAGES[data.name]
     if held_out >= images:
         yield f"data.val_size={held_out}: {settings.data.name} has {images} training images; hold out fewer"
 
 
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
-    if not _has_known_size(settings):
+    if (data := _published(settings)) is None:
         return
-    images = TRAINING_IMAGES[settings.data.name] - settings.data.val_size
+    images = TRAINING_IMAGES[data.name] - data.val_size
     if 0 < images < settings.data.batch_size:
         yield (
             f"data.batch_size={settings.data.batch_size}: there are {images} training images"
-            f"{f' after {settings.data.val_size} are held out' if settings.data.val_size else ''}; choose at most that"
+            f"{f' after {data.val_size} are held out' if data.val_size else ''}; choose at most that"
         )
 
 
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
-    if _has_known_size(settings) and not settings.data.val_size and settings.data.score_each_epoch == "val":
+    data = _published(settings)
+    if data and not data.val_size and data.score_each_epoch == "val":
         yield (
             "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
             "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
@@ -229,7 +236,7 @@ def require_results(settings: Settings) -> Iterator[str]:
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
     # The number of batches depends on the machine's devices.
-    if not (is_single_process(settings.trainer) and _has_known_size(settings)):
+    if not (is_single_process(settings.trainer) and _published(settings)):
         return
     batches = _count_batches(settings)
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in LIMITS}
@@ -256,7 +263,7 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
         isinstance(interval, int)
         and settings.trainer.check_val_every_n_epoch
         and is_single_process(settings.trainer)
-        and _has_known_size(settings)
+        and _published(settings)
     ):
         batches, limit = _count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
         if limit is not None:
@@ -270,7 +277,8 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
 
 def _count_batches(settings: Settings) -> dict[str, int]:
     """The number of batches to which each limit applies, in a run of one process."""
-    data = settings.data
+    data = _published(settings)
+    assert data  # its callers check that
     training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
     images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(LIMITS, images, strict=True)}

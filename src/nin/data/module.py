@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nin.config.schema import Data, FolderData, UserError
 from nin.data.folder import PARTS, printable
-from nin.data.sources import describe, load, open_folder, prepare
-from nin.data.splits import describe_split, split_folder
+from nin.data.sources import describe, load, prepare
+from nin.data.splits import describe_split, open_folder, split_folder
 from nin.data.transforms import augment, resize
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,8 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         self.data, self.seed, self.is_prepared = data, seed, is_prepared
         self.info = describe(data)
+        # As a data module of the user's own has them.
+        self.class_names, self.channels = self.info.class_names, self.info.channels
         self.notes: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -139,6 +141,7 @@ class ImageDataModule(LightningDataModule):
     def _load(self, part: str) -> tuple[Tensor, Tensor]:
         """All images are kept on the training device: 47 MB, and no transfer during a step."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        assert not isinstance(self.data, FolderData)  # `_setup_folder`
         images, labels = load(self.data, part)
         return images.to(device), labels.to(device)
 
@@ -147,7 +150,7 @@ class ImageDataModule(LightningDataModule):
         if hasattr(self, "train"):
             return
         cache = open_folder(data)
-        self.notes = describe_split(cache, data, self.seed)
+        self.notes |= describe_split(cache, data, self.seed)
         if cache.broken:
             self.notes["skipped_files"] = len(cache.broken)
             log.warning(
@@ -184,6 +187,19 @@ class ImageDataModule(LightningDataModule):
                 f"data.root={self.data.root}: has other images than those the run was started with, so it can't be "
                 "resumed exactly; restore them, or give another name=…"
             )
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of each channel over the training images, from 0 to 1: float32 ``(channels,)``."""
+        counts = torch.zeros(self.info.channels, 256, dtype=torch.int64)
+        images = self.train[0]
+        for start in range(0, len(images), 1024):
+            pixels = images[start : start + 1024].cpu().reshape(-1, self.info.channels).to(torch.int64)
+            counts += torch.stack([channel.bincount(minlength=256) for channel in pixels.T])
+        values = torch.arange(256, dtype=torch.float64) / 255
+        shares = counts.double() / counts.sum(1, keepdim=True)
+        mean = shares @ values
+        deviation = (shares @ values**2 - mean**2).clamp(min=0).sqrt()
+        return mean.float(), deviation.float()
 
     def train_dataloader(self) -> Batches:
         return self._batches(self.train, self.seed)

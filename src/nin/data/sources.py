@@ -12,16 +12,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from nin.config.schema import Data, FolderData, UserError
+from nin.config.schema import Data, FolderData, OwnData, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from nin.data.cache import Cache
 
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -72,12 +70,19 @@ class DatasetInfo:
     stored_size: int
 
 
-def describe(data: Data | FolderData) -> DatasetInfo:
+def describe(data: Data | FolderData | OwnData) -> DatasetInfo:
     """The classes and images of the data set that ``data`` names.
 
     Reads no file, except of ``data=folder``, whose images are decoded if they have not been.
     """
+    if isinstance(data, OwnData):
+        from nin.data.own import build_own_data
+
+        module: Any = build_own_data(data)
+        return DatasetInfo(tuple(module.class_names), module.channels, data.image_size)
     if isinstance(data, FolderData):
+        from nin.data.splits import open_folder
+
         found = open_folder(data)
         return DatasetInfo(found.class_names, found.channels, found.stored_size)
     class_names = {
@@ -85,23 +90,38 @@ def describe(data: Data | FolderData) -> DatasetInfo:
         "garments": CLASS_NAMES,
         "mnist": tuple("0123456789"),
         "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
+        "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
     }
-    return DatasetInfo(class_names[data.name], channels=1, stored_size=28)
+    channels, stored_size = (3, 32) if data.name == "cifar10" else (1, 28)
+    return DatasetInfo(class_names[data.name], channels, stored_size)
 
 
-def prepare(data: Data | FolderData) -> None:
+def prepare(data: Data | FolderData | OwnData) -> None:
     """Downloads or generates the missing files of ``data``, and verifies the SHA-256 of all; decodes a folder's images.
 
     Raises:
         UserError: names the file that is missing, cut off or altered, or the folder that can't be written, and says
             what to do.
     """
+    if isinstance(data, OwnData):
+        return  # Lightning calls its prepare_data()
     if isinstance(data, FolderData):
-        _opened.pop(data, None)  # the folder may have changed since another run of this process
-        open_folder(data)
+        from nin.data.splits import open_folder
+
+        open_folder(data, again=True)
         return
     folder = raw_folder(data)
     try:
+        if data.name == "cifar10":
+            from nin.data import cifar10
+
+            archive = folder / cifar10.ARCHIVE
+            if not archive.exists():
+                with _write_atomically(folder) as new:
+                    if not archive.exists():  # another process may have written it
+                        cifar10.download(new, data.mirrors)
+            cifar10.verify(archive)
+            return
         if _missing_files(folder, data):
             with _write_atomically(folder) as new:
                 missing = _missing_files(folder, data)  # another process may have written them
@@ -119,33 +139,20 @@ def prepare(data: Data | FolderData) -> None:
         raise UserError(f"{error.filename}: can't be read ({error.strerror})") from error
 
 
-def open_folder(data: FolderData) -> "Cache":
-    """The decoded images of a folder, listed and decoded when this process first needs them, or by `prepare`.
-
-    Raises:
-        UserError: names every fault of the folder, or the counts that don't fit ``data``.
-    """
-    if data not in _opened:
-        from nin.data.cache import open_cache
-        from nin.data.splits import require_enough_images
-
-        cache = open_cache(data)
-        require_enough_images(cache, data)
-        _opened[data] = cache
-    return _opened[data]
-
-
-_opened: "dict[FolderData, Cache]" = {}
-
-
 def raw_folder(data: Data) -> Path:
     """The folder of the files, which is also torchvision's: ``<root>/FashionMNIST/raw``."""
-    folders = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST", "kmnist": "KMNIST", "garments": "Garments"}
+    folders = {
+        "fashion_mnist": "FashionMNIST",
+        "mnist": "MNIST",
+        "kmnist": "KMNIST",
+        "garments": "Garments",
+        "cifar10": "CIFAR10",
+    }
     return Path(data.root) / folders[data.name] / "raw"
 
 
 def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
-    """Reads images ``(count, 28, 28)`` uint8 and labels ``(count,)`` int64.
+    """Reads images ``(count, 28, 28)`` uint8, of CIFAR-10 ``(count, 32, 32, 3)``, and labels ``(count,)`` int64.
 
     torchvision's dataset classes are not used: they prefer a ``processed/training.pt`` beside the files, which no
     checksum covers.
@@ -157,6 +164,7 @@ def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
         UserError: if a file is no IDX file or cut off, if there are not as many labels as images, or if a label names
             no class.
     """
+    import torch
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
     def read(reader: Callable[[str], "Tensor"], file: Path) -> "Tensor":
@@ -172,6 +180,11 @@ def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
             ) from error
 
     folder = raw_folder(data)
+    if data.name == "cifar10":
+        from nin.data import cifar10
+
+        arrays = cifar10.read(folder / cifar10.ARCHIVE, part)
+        return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
     images = read(read_image_file, folder / f"{part}-images-idx3-ubyte")
     labels = read(read_label_file, folder / f"{part}-labels-idx1-ubyte")
     remedy = "remove the folder and run the command again"

@@ -3,7 +3,25 @@
 import numpy as np
 
 from nin.config.schema import FolderData, UserError
-from nin.data.cache import Cache
+from nin.data.cache import Cache, open_cache
+
+_opened: dict[FolderData, Cache] = {}
+
+
+def open_folder(data: FolderData, again: bool = False) -> Cache:
+    """The decoded images of a folder, which is listed when this process first needs them.
+
+    Args:
+        again: list it again: it may have changed since another run of this process.
+
+    Raises:
+        UserError: names every fault of the folder, or the keys of ``data`` that don't fit its number of images.
+    """
+    if again or data not in _opened:
+        cache = open_cache(data)
+        require_enough_images(cache, data)
+        _opened[data] = cache
+    return _opened[data]
 
 
 def require_enough_images(cache: Cache, data: FolderData) -> None:
@@ -20,7 +38,8 @@ def require_enough_images(cache: Cache, data: FolderData) -> None:
         if count == 0:
             size = getattr(data, f"{part}_size")
             errors.append(
-                f"data.{part}_size={size}: leaves no {_NAMES[part]} images, and data.root has no {part}/; hold out more of the {counts['train']} training images, or add {part}/"
+                f"data.{part}_size={size}: leaves no {_NAMES[part]} images, and data.root has no {part}/; hold "
+                f"out more of the {counts['train']} training images, or add {part}/"
             )
     if data.score_each_epoch == "test":
         errors = [error for error in errors if not error.startswith("data.val_size")]

@@ -81,7 +81,7 @@ def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifie
         UserError: if the file is no checkpoint of this version.
     """
     checkpoint = checkpoint_files.read(path)
-    settings = checkpoint_files.settings_of(checkpoint, path)
+    settings = checkpoint_files.settings_of(checkpoint, path, [])
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
     if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names) and in_channels in (1, 3)):
         raise UserError(f"{path}: saved by another version of nin? It names no classes, or channels other than 1 and 3")

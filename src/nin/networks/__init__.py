@@ -6,4 +6,5 @@ A module imports only from the modules below it:
     nin, alexnet, lenet, vgg, mlp  the networks
     sequential, layers, speed      their base class; table of layers; the same function, computed faster
     score_maps                     where in an image each class is recognized
+    normalize                      a first layer that normalizes the input
 """

@@ -1,16 +1,20 @@
 """Builds a network by its name and initializes its weights."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import TypeGuard
 
 import torch
 from torch import nn
 
-from nin.config.schema import Settings
+from nin.config import own
+from nin.config.networks import OwnModel
+from nin.config.schema import Settings, UserError
 from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.mlp import MLP
 from nin.networks.nin import NiN, NiNBlock
+from nin.networks.normalize import Normalize
 from nin.networks.vgg import VGG
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
@@ -30,6 +34,9 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
         num_classes: number of logits in the output.
     """
     model = settings.model
+    if isinstance(model, OwnModel):
+        network = _build_own(model, settings.data.image_size, in_channels, num_classes)
+        return _with_normalization(network, in_channels) if settings.data.normalize else network
     network = NETWORKS[model.name](
         in_channels=in_channels,
         num_classes=num_classes,
@@ -40,7 +47,37 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
     # With head=mlp fully connected layers take the place of the block with one map per class.
     has_score_maps = model.name == "nin" and model.head != "mlp"
     initialize(network, model.init, blocks[-1] if has_score_maps else None)
-    return network
+    return _with_normalization(network, in_channels) if settings.data.normalize else network
+
+
+def _with_normalization(network: nn.Sequential, in_channels: int) -> nn.Sequential:
+    """``network`` after a `Normalize` layer; the other layers keep their names."""
+    return nn.Sequential(OrderedDict([("normalize", Normalize(in_channels)), *network.named_children()]))
+
+
+def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: int) -> nn.Sequential:
+    """A network of the user's own, as the only layer of an ``nn.Sequential``.
+
+    Raises:
+        UserError: if it can't be built, or does not map a batch of images to logits.
+    """
+    shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
+    network = own.build("model", model, nn.Module, **shape).eval()
+    first = next(network.parameters(), torch.empty(0))
+    size = (2, in_channels, image_size, image_size)
+    try:
+        with torch.no_grad():
+            logits = network(torch.zeros(size, device=first.device))
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"model: {model.target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
+            "data.image_size"
+        ) from error
+    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+        found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(f"model: {model.target} maps images {size} to {found}, and not to logits (2, {num_classes})")
+    return nn.Sequential(OrderedDict([("own", network.train())]))
 
 
 def initialize(network: nn.Module, init: str, score_maps: nn.Module | None = None) -> None:

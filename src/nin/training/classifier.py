@@ -1,5 +1,6 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -20,9 +21,13 @@ from torch.optim.lr_scheduler import (
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from nin.config.schema import Schedule, Settings
+from nin.config import own
+from nin.config.networks import OwnModel
+from nin.config.schema import OwnOptimizer, OwnSchedule, Schedule, Settings
 from nin.networks import speed
 from nin.networks.build import build_network
+
+log = logging.getLogger(__name__)
 
 # With more classes than this, the test also reports whether the label is among the five most probable classes.
 TOP5_CLASSES = 30
@@ -82,6 +87,12 @@ class Classifier(LightningModule):
     def _optimize_network(self) -> int | None:
         """Applies the ``speed`` settings in place; returns the micro-batch size on a CPU, None for full batches."""
         options = self.settings.speed
+        if isinstance(self.settings.model, OwnModel):
+            # What lies within the user's own module is not known: where it may be split, its dropout, its ReLUs.
+            log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
+            if options.channels_last:
+                self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            return options.micro_batch if isinstance(options.micro_batch, int) else None
         shapes = speed.output_shapes(self.network, self.in_channels, self.settings.data.image_size)
         micro_batch = speed.micro_batch_size(self.network, shapes)
         if micro_batch and options.micro_batch != "auto":
@@ -260,12 +271,19 @@ class Classifier(LightningModule):
         if schedule.name == "constant" and not schedule.warmup:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
+        if isinstance(schedule, OwnSchedule):
+            arguments = {name: steps if value == "steps" else value for name, value in schedule.arguments.items()}
+            schedule = schedule.model_copy(update=arguments)
+            scheduler = own.build("schedule", schedule, LRScheduler, optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule.interval}}
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": build_schedule(optimizer, schedule, steps), "interval": "step"},
         }
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
+        if isinstance(self.settings.optimizer, OwnOptimizer):
+            return own.build("optimizer", self.settings.optimizer, torch.optim.Optimizer, self.network.parameters())
         arguments = self.settings.optimizer.model_dump(exclude={"name"})
         kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.optimizer.name]
         # Lightning can't clip the gradients of a fused optimizer in mixed precision.

@@ -19,15 +19,17 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings, UserError
+from nin.config.schema import OwnData, Settings, UserError
 from nin.config.validation import is_single_process
 from nin.data.module import ImageDataModule
+from nin.data.own import build_own_data
 from nin.data.sources import prepare
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.callbacks.normalization import InputStatistics
 from nin.training.callbacks.progress import EpochPrinter, LongRunWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier, rounded
@@ -53,12 +55,18 @@ class Experiment:
         retain_freed_memory()
         set_threads(self.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
-        self.data = ImageDataModule(self.settings.data, self.settings.seed, is_prepared=True)
-        self.module = Classifier(self.settings, self.data.info.class_names, self.data.info.channels)
+        data = self.settings.data
+        self.data: Any = (
+            build_own_data(data)
+            if isinstance(data, OwnData)
+            else ImageDataModule(data, self.settings.seed, is_prepared=True)
+        )
+        self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
         self.checkpoints = ResumableCheckpoint(self.folder, every, self.metrics, request.stop)
-        callbacks = [self.metrics, *self._progress(), self.checkpoints, LongRunWarner()]
+        normalization = [InputStatistics()] if self.settings.data.normalize else []
+        callbacks = [self.metrics, *self._progress(), *normalization, self.checkpoints, LongRunWarner()]
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
         self._require_resumable()
@@ -81,7 +89,8 @@ class Experiment:
             final_weights = weights_sha256(self.module.network)
             self._load_best()
             tested, confusion = test(self.trainer, self.module, self.data)
-            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())} | self.data.notes
+            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
+            result |= getattr(self.data, "notes", {})
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
@@ -268,14 +277,15 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         UserError: if the weights are not those of the network, or not finite.
     """
     set_threads(settings)
-    data = ImageDataModule(settings.data, settings.seed, is_prepared=True)
-    saved = checkpoint["hyper_parameters"].get("class_names")
-    if saved != list(data.info.class_names):
-        raise UserError(
-            f"data.root={settings.data.root}: its classes are {', '.join(data.info.class_names)}, and the network was "
-            f"trained for {', '.join(map(str, saved or []))}; give another data.root"
-        )
-    module = Classifier(settings, data.info.class_names, data.info.channels)
+    data: Any = (
+        build_own_data(settings.data)
+        if isinstance(settings.data, OwnData)
+        else ImageDataModule(settings.data, settings.seed, is_prepared=True)
+    )
+    if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
+        found = ", ".join(data.class_names)
+        raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
+    module = Classifier(settings, data.class_names, data.channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
@@ -287,7 +297,9 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     return test(build_trainer(settings, None, bar), module, data)
 
 
-def test(trainer: lightning.Trainer, module: Classifier, data: ImageDataModule) -> tuple[dict[str, Any], Tensor]:
+def test(
+    trainer: lightning.Trainer, module: Classifier, data: lightning.LightningDataModule
+) -> tuple[dict[str, Any], Tensor]:
     """Test loss, accuracy and accuracy by class of the module's weights, and the confusion matrix."""
     trainer.test(module, data, verbose=False)
     scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})

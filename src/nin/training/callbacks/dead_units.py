@@ -11,6 +11,8 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
+from nin.config.networks import OwnModel
+from nin.config.schema import OwnData
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
@@ -70,6 +72,8 @@ class DeadUnitMonitor(Callback):
 
     def _check(self, trainer: Trainer, pl_module: Classifier) -> list[int]:
         """Logs the counts; returns the labels of the dead classes."""
+        if isinstance(pl_module.settings.data, OwnData) or isinstance(pl_module.settings.model, OwnModel):
+            return []  # their images and layers are unknown
         channels, classes = count_dead(pl_module.network, self._sample(trainer, pl_module))
         values: dict[str, float] = {f"zero_units/dead_channels/block{i}": float(n) for i, n in channels.items()}
         if classes is not None:

@@ -1,0 +1,65 @@
+"""Classes of the user's own: imports them, and checks their arguments. Imports no torch."""
+
+import inspect
+from typing import Any
+
+from hydra.errors import HydraException
+from hydra.utils import get_class
+
+from nin.config.errors import did_you_mean
+from nin.config.networks import OwnClass
+from nin.config.schema import UserError
+
+
+def import_class(key: str, config: OwnClass, kind: type) -> type:
+    """The class that ``_target_`` names.
+
+    Args:
+        key: the section of the config, for messages.
+        kind: what it must be a subclass of.
+
+    Raises:
+        UserError: if it can't be imported, or is something else.
+    """
+    try:
+        found = get_class(config.target)
+    except (HydraException, ImportError, ValueError, AttributeError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(
+            f"{key}._target_={config.target}: can't be imported ({reason}); is the folder of its file in PYTHONPATH?"
+        ) from error
+    if not issubclass(found, kind):
+        raise UserError(f"{key}._target_={config.target}: must be a subclass of {kind.__module__}.{kind.__name__}")
+    return found
+
+
+def build(key: str, config: OwnClass, kind: type, *positional: Any, **available: Any) -> Any:
+    """An object of the user's own class.
+
+    Args:
+        positional: the first arguments.
+        available: arguments that are given if the signature has them and the config does not.
+
+    Raises:
+        UserError: names an argument that the class does not take, or that it needs; or the error that it raises.
+    """
+    found = import_class(key, config, kind)
+    parameters = inspect.signature(found).parameters
+    given = {name: value for name, value in available.items() if name in parameters} | config.arguments
+    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    errors = [
+        f"{key}.{name}: {config.target} has no such argument; {did_you_mean(name, list(parameters))}"
+        for name in given
+        if name not in parameters and not takes_any
+    ]
+    if errors:
+        raise UserError(*errors)
+    try:
+        inspect.signature(found).bind(*positional, **given)
+    except TypeError as error:
+        raise UserError(f"{key}: {config.target}: {error}") from error
+    try:
+        return found(*positional, **given)
+    # What the user's own class raises about the values that it is given.
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{key}: {config.target}: {error}") from error
