@@ -58,10 +58,10 @@ class Experiment:
         self.checkpoints = ResumableCheckpoint(
             self.folder, self.settings.checkpoint.every_n_steps, self.metrics, request.stop
         )
+        self.pruning = self._pruning()
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
-        self.trainer = build_trainer(
-            self.settings, self.folder.path, [self.metrics, *self._progress(), self.checkpoints], resume_step
-        )
+        callbacks = [self.metrics, *self.pruning, *self._progress(), self.checkpoints]
+        self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
         self._require_resumable()
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
@@ -81,11 +81,23 @@ class Experiment:
             self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
             final_weights = weights_sha256(self.module.network)
             self._load_best()
-            tested, confusion = test(self.trainer, self.module, self.data)
-            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
+            pruned = any(callback.is_pruned for callback in self.pruning)
+            if pruned or not self.settings.sweep.test:  # a trial of a search
+                untested = dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class"))
+                result = self._describe(untested, final_weights) | {"status": "pruned" if pruned else "finished"}
+            else:
+                tested, confusion = test(self.trainer, self.module, self.data)
+                result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
+
+    def _pruning(self) -> list[Any]:
+        if not self.settings.sweep.prune:
+            return []
+        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
+
+        return [PruningCallback(self.folder.path, self.metrics)]
 
     def _progress(self) -> list[lightning.Callback]:
         if not self.settings.trainer.enable_progress_bar:
