@@ -2,7 +2,7 @@
 
 A module imports only from the modules below it:
 
-    checkpoints, dead_units, progress, tensorboard  what is saved; dead channels and classes; bar; images
-    normalization                                   mean and deviation of the training images
+    checkpoints, dead_units, progress, pruning, tensorboard  what is saved; dead channels; bar; early end; images
+    normalization                                            mean and deviation of the training images
     metrics                                         metrics over windows of steps and over epochs
 """
