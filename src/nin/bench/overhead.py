@@ -103,7 +103,9 @@ def _time_project(settings: Settings) -> float:
     on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu", "devices": 1, "precision": None})
     settings = settings.model_copy(update={"trainer": on_cpu, "compile": False})
     with prepare_training(settings) as (module, data, build):
-        data.data = settings.data.model_copy(update={"image_size": 28, "batch_size": _BATCH_SIZE})
+        data.data = settings.data.model_copy(  # type: ignore[assignment]  # refused for data of the user's own
+            update={"image_size": 28, "batch_size": _BATCH_SIZE}
+        )
         module.settings = settings.model_copy(update={"data": data.data})
         module.network, module.dropouts, module.micro_batch_size = _linear_network(), [], None
         build([timer]).fit(module, data)

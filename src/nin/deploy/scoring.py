@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from nin.config.schema import FolderData, Settings, UserError
+from nin.config.schema import Data, FolderData, Settings, UserError
 from nin.data.decoding import ImageError
-from nin.data.sources import open_folder, raw_folder
-from nin.data.splits import split_folder
+from nin.data.sources import raw_folder
+from nin.data.splits import open_folder, split_folder
 from nin.deploy.images import parse_idx
 from nin.deploy.trained import TrainedNetwork
 
@@ -33,6 +33,10 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
         rows = split_folder(cache, data, settings.seed)[part]
         pixels = np.memmap(cache.path / "images.bin", np.uint8, "r", shape=cache.shape)
         return pixels[rows], cache.labels()[rows]
+    if not isinstance(data, Data):
+        raise UserError(
+            f"data: images of {data.target} need that class; use the run or its checkpoint"
+        )
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         path = raw_folder(data) / f"{'train' if part == 'train' else 't10k'}-{kind}-ubyte"

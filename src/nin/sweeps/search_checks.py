@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
 from nin.config.networks import Positive, Section
-from nin.config.schema import MAY_CHANGE, Settings, UserError, is_within
+from nin.config.schema import MAY_CHANGE, OwnData, Settings, UserError, is_within
 from nin.sweeps.checks import check_jobs
 
 if TYPE_CHECKING:
@@ -139,7 +139,9 @@ def _check_space(space: Any, fixed: list[str], on_this_machine: bool) -> list[Se
 
 
 def _require_held_out_images(settings: Settings) -> None:
-    data = settings.data
+    data: Any = settings.data
+    if isinstance(data, OwnData):
+        return  # its validation images are not known before it is built
     if data.score_each_epoch != "val" or not data.val_size or settings.trainer.limit_val_batches == 0:
         raise UserError(
             "a search compares val/acc on held-out images: it needs data.score_each_epoch=val, data.val_size above 0 "

@@ -52,15 +52,10 @@ class Experiment:
         self.run_id: str | None = None
         self.resume_path, self.checkpoint = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
+        lightning.seed_everything(self.settings.seed, verbose=False)
+        self.data = _build_data(self.settings)
         retain_freed_memory()
         set_threads(self.settings)
-        lightning.seed_everything(self.settings.seed, verbose=False)
-        data = self.settings.data
-        self.data: Any = (
-            build_own_data(data)
-            if isinstance(data, OwnData)
-            else ImageDataModule(data, self.settings.seed, is_prepared=True)
-        )
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
@@ -207,6 +202,13 @@ class Experiment:
         }
 
 
+def _build_data(settings: Settings) -> Any:
+    """The LightningDataModule, for files that are prepared."""
+    if isinstance(settings.data, OwnData):
+        return build_own_data(settings.data)
+    return ImageDataModule(settings.data, settings.seed, is_prepared=True)
+
+
 def build_trainer(
     settings: Settings,
     folder: Path | None,
@@ -291,11 +293,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         UserError: if the weights are not those of the network, or not finite.
     """
     set_threads(settings)
-    data: Any = (
-        build_own_data(settings.data)
-        if isinstance(settings.data, OwnData)
-        else ImageDataModule(settings.data, settings.seed, is_prepared=True)
-    )
+    data = _build_data(settings)
     if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
         found = ", ".join(data.class_names)
         raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
