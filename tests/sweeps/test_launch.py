@@ -276,8 +276,9 @@ def test_twenty_jobs_in_one_process_leave_nothing_behind(tmp_path: Path, data_ro
     watched = """
 import logging, os, sys, threading
 from nin.commands import train
+from nin.sweeps import launch
 
-run = train.job
+run = launch.run_sweep_job
 
 def job(config):
     try:
@@ -289,7 +290,7 @@ def job(config):
         found = [len(os.listdir("/proc/self/fd")), threading.active_count(), sum(len(l.handlers) for l in loggers)]
         print("left", memory, *found, flush=True)
 
-train.job = job
+launch.run_sweep_job = job
 sys.exit(train.main(sys.argv[1:]))
 """
     # The second ten fail: their tracebacks must not hold their networks.
