@@ -53,7 +53,7 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
     if "model=tiny" in command:
         with pytest.raises(Exception, match=r"model._target_=my_net.TinyNet: .* add --allow my_net"):
             evaluation.main(["outputs/runs/tiny"])
-        evaluation.main(["outputs/runs/tiny", "--allow", "my_net", *FEW_STEPS])
+        evaluation.main(["--allow", "my_net", "outputs/runs/tiny", *FEW_STEPS])
         assert "my_net.TinyNet" in capsys.readouterr().out
     if "data=stripes" in command:
         assert list(result["metrics"]["test/acc_by_class"]) == ["horizontal", "vertical"]
