@@ -178,7 +178,7 @@ def _windows(model: NiN | LeNet | AlexNet | VGG | MLP | OwnModel) -> Sequence[tu
 
 def _published(settings: Settings) -> Any:
     """The data set if its number of images is known before any is read. That of a folder is checked when it is read."""
-    return settings.data if isinstance(settings.data, Data) or settings.data.name in TRAINING_IMAGES else None
+    return settings.data if isinstance(settings.data, Data) else None
 
 
 def require_training_images(settings: Settings) -> Iterator[str]:

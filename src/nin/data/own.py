@@ -1,12 +1,14 @@
 """A LightningDataModule of the user's own."""
 
+from typing import Any
+
 from lightning import LightningDataModule
 
 from nin.config import own
 from nin.config.schema import OwnData, UserError
 
 
-def build_own_data(data: OwnData) -> LightningDataModule:
+def build_own_data(data: OwnData) -> Any:
     """Builds the class that ``data`` names, with ``image_size`` and ``batch_size`` where its signature has them.
 
     Its batches are ``(images, labels)``: float images ``(batch, channels, image_size, image_size)`` and int64 labels
@@ -15,7 +17,7 @@ def build_own_data(data: OwnData) -> LightningDataModule:
     Raises:
         UserError: if it can't be built, or lacks ``class_names`` or ``channels``.
     """
-    module = own.build("data", data, LightningDataModule, image_size=data.image_size, batch_size=data.batch_size)
+    module: Any = own.build("data", data, LightningDataModule, image_size=data.image_size, batch_size=data.batch_size)
     names, channels = getattr(module, "class_names", None), getattr(module, "channels", None)
     if not isinstance(names, list | tuple) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise UserError(f"data: {data.target} needs an attribute class_names: a list of two or more strings")

@@ -49,7 +49,8 @@ class ResumableCheckpoint(Checkpoint):
         if self._loaded:
             trainer.should_stop = self._loaded["should_stop"]
             # Lightning loads this state earlier, and then builds the dataloader again for estimated_stepping_batches.
-            _batches(trainer).load_state_dict(self._loaded["batches"])
+            if self._loaded["batches"] is not None:
+                _batches(trainer).load_state_dict(self._loaded["batches"])
             own = self._loaded["processes"][trainer.global_rank]
             set_random_state(own["random_state"], pl_module.device)
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
@@ -60,6 +61,10 @@ class ResumableCheckpoint(Checkpoint):
         # saves.
         if _is_accumulating(trainer) or trainer.is_last_batch or is_stopping(trainer):
             return
+        if not _has_position(trainer):
+            if self._stop_requested(trainer):
+                raise self._stopped()
+            return  # a run resumes from the end of an epoch: in the middle it would repeat the first batches
         # With max_steps, Lightning can't start the last validation again; the save before it is one step earlier.
         due = self._is_due(trainer) or trainer.global_step + 1 == trainer.max_steps
         # Before a validation `on_validation_start` saves.
@@ -140,7 +145,7 @@ class ResumableCheckpoint(Checkpoint):
             "should_stop": trainer.should_stop,
             "processes": processes,
             "run_id": self.folder.read_state().get("run_id"),
-            "batches": _batches(trainer).state_dict(),
+            "batches": _batches(trainer).state_dict() if _has_position(trainer) else None,
             "event_files": self.folder.event_file_sizes(),
         }
 
@@ -165,8 +170,13 @@ def _batches(trainer: Trainer) -> Any:
     return trainer.train_dataloader
 
 
+def _has_position(trainer: Trainer) -> bool:
+    """Whether the dataloader can be resumed in the middle of an epoch; the user's own may not."""
+    return hasattr(trainer.train_dataloader, "state_dict")
+
+
 def _can_save_in_validation(trainer: Trainer) -> bool:
-    return not trainer.sanity_checking and not _is_accumulating(trainer)
+    return not trainer.sanity_checking and not _is_accumulating(trainer) and _has_position(trainer)
 
 
 def _rank(scores: dict[str, float]) -> tuple[float, float]:

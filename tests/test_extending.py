@@ -1,0 +1,66 @@
+"""The examples of docs/extending.md: its files are written as they stand there, and its commands run."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helpers import SMALL
+from nin.commands import eval as evaluation
+from nin.commands import train
+from pictures import write_folder
+
+PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+FEW_STEPS = [word for word in SMALL if word.startswith("trainer.") and "max_epochs" not in word]
+COMMANDS = re.findall(r"^    (?:PYTHONPATH=\. )?nin (train .*)$", PAGE, re.MULTILINE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with the files of the page."""
+    written = []
+    for block in re.finditer(r"```(?:python|yaml)\n(.*?)```", PAGE, re.DOTALL):
+        # The last file that is named before a block of code is the one that it shows.
+        path = tmp_path / re.findall(r"`([\w/]+\.(?:py|yaml))`", PAGE[: block.start()])[-1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block[1])
+        written.append(path)
+    assert len(set(written)) == 8
+    write_folder(tmp_path / "photos", {"train": 12, "test": 4}, size=40)
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in ("my_net", "my_data", "my_callbacks"):
+        sys.modules.pop(name, None)
+
+
+def run(command: str) -> dict[str, object]:
+    arguments = shlex.split(command)[1:]
+    assert train.main([*arguments, "trainer=cpu", "trainer.max_epochs=1", "data.batch_size=8", *FEW_STEPS]) == 0
+    name = next(word for word in arguments if word.startswith("name=")).removeprefix("name=")
+    return json.loads(Path("outputs/runs", name, "result.json").read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.search(r"name=(\w+)", command)[1])
+def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(command)
+    assert result["status"] == "finished"
+    if "model=tiny" in command:
+        with pytest.raises(Exception, match=r"model._target_=my_net.TinyNet: .* add --allow my_net"):
+            evaluation.main(["outputs/runs/tiny"])
+        evaluation.main(["--allow", "my_net", "outputs/runs/tiny", *FEW_STEPS])
+        assert "my_net.TinyNet" in capsys.readouterr().out
+    if "data=stripes" in command:
+        assert list(result["metrics"]["test/acc_by_class"]) == ["horizontal", "vertical"]
+    if "PrintSteps" in command:
+        assert "steps 6" in capsys.readouterr().out
+
+
+def test_the_page_has_an_example_of_each(folder: Path) -> None:
+    names = {re.search(r"name=(\w+)", command)[1] for command in COMMANDS}
+    assert names == {"mine", "photos", "tiny", "stripes", "rmsprop", "steps"}
