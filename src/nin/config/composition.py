@@ -124,7 +124,9 @@ def first_job_overrides(overrides: list[str]) -> list[str]:
     for word in overrides:
         with contextlib.suppress(HydraException):  # what is no override stays as it is, to be reported as an error
             override = OverridesParser.create().parse_override(word)
-            if override.is_discrete_sweep():
+            if override.is_interval_sweep():  # of a search
+                word = f"{override.get_key_element()}={override.value().start}"  # type: ignore[union-attr]
+            elif override.is_discrete_sweep():
                 word = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
         job.append(word)
     return job

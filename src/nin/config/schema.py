@@ -176,6 +176,9 @@ class Sweep(Section):
     keys: list[str]
     jobs: Positive | None
     wait: bool
+    # Set by a search for its trials: whether the test set is read at the end, and whether a pruner may end the run.
+    test: bool
+    prune: bool
 
 
 class EarlyStopping(Section):

@@ -18,7 +18,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
         if result["metrics"][name] is not None:
             table.add_row(name, f"{result['metrics'][name]:.4f}")
     if tested := result.get("best_weights_sha256"):
-        table.add_row("tested weights", tested[:16])
+        table.add_row("tested weights" if result["metrics"]["test/acc"] is not None else "best weights", tested[:16])
     table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
     table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
     table.add_row("parameters", f"{result['parameters']:,}")

@@ -3,9 +3,14 @@
 A module imports only from the modules below it:
 
     launch         starts a sweep; forwards signals to its workers
+    search         a sweep whose jobs Optuna proposes
+    search_checks  what a search needs is checked before it starts
     checks         the jobs are checked before the first one starts
     workers        one job, in the sweep's process, in a worker or on a cluster
     gpus, summary  one job per GPU; the table, summary.csv, summary.md and summary.png
+    search_report  the answer of a search
+    study          what is proposed for a trial of a search, and where trials are stored
+    claims, space  which process works on which trial; Hydra's syntax for spaces as Optuna's distributions
     chart          the picture of a sweep
     jobs           the jobs of a sweep and their folders
 """

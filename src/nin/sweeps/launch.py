@@ -24,6 +24,8 @@ from nin.runs.console import format_path
 from nin.sweeps.checks import check_jobs, require_launcher
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
+from nin.sweeps.search import TARGET, Search
+from nin.sweeps.search_checks import check_search
 from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
@@ -63,11 +65,15 @@ class Sweep:
         task = list(config.hydra.overrides.task)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
+        self.is_search = config.hydra.sweeper._target_ == TARGET
         swept, fixed = self._parse(params, task)
         jobs = self._check(params, task)
+        count = len(jobs)
+        if self.is_search:
+            jobs, count = check_search(config, task, on_this_machine="submitit" not in launcher._target_)
         if is_joblib(launcher._target_):
             self._configure_joblib(launcher, jobs)
-        self._complete_config(swept, fixed, len(jobs) or None)
+        self._complete_config(swept, fixed, count or None)
 
     def _parse(self, params: dict[str, Any], task: list[str]) -> tuple[list[str], list[str]]:
         """The keys that the sweep varies, and those that all jobs share."""
@@ -126,6 +132,8 @@ class Sweep:
         callbacks.on_multirun_start(config=self.config, config_name="train")
         try:
             status = self._launch(loader, callbacks)
+            if self.is_search:
+                return status  # it has waited for other processes itself
             if status == 0 and (others := [job for job in read_jobs(self.folder) if job.status == "running"]):
                 print(f"{format_path(self.folder)}: {len(others)} jobs are run by another process; waiting for them")
                 keys = self.config.hydra.overrides.hydra.pop()
@@ -137,9 +145,13 @@ class Sweep:
 
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
         context = HydraContext(config_loader=loader, callbacks=callbacks)
-        sweeper: Any = Plugins.instance().instantiate_sweeper(
-            config=self.config, hydra_context=context, task_function=run_sweep_job
-        )
+        if self.is_search:  # not a plugin of Hydra, whose classes must be in the package hydra_plugins
+            sweeper: Any = Search(**self.config.hydra.sweeper)
+            sweeper.setup(config=self.config, hydra_context=context, task_function=run_sweep_job)
+        else:
+            sweeper = Plugins.instance().instantiate_sweeper(
+                config=self.config, hydra_context=context, task_function=run_sweep_job
+            )
         if self.signals:
             sweeper.launcher.joblib["initializer"] = start_worker
         try:

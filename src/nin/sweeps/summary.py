@@ -25,6 +25,10 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Non
     Raises:
         UserError: if ``folder`` is not the folder of a sweep or of runs.
     """
+    if (folder / "search.json").exists():
+        from nin.sweeps.search_report import report_search  # needs Optuna
+
+        return report_search(folder)
     jobs = read_jobs(folder)
     if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
         metric = "test/acc"  # data.score_each_epoch=test: there are no held-out images

@@ -5,5 +5,5 @@ A module imports only from the modules below it:
     run            from request to result: claims the folder, records the request and the result
     experiment     builds the module, the data and the Trainer; fits, tests the best checkpoint
     callbacks      what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
-    classifier     the LightningModule: loss, metrics, optimizer, learning-rate schedule
+    classifier, pruning  the LightningModule: loss, metrics, optimizer, schedule; the pruner of a search
 """

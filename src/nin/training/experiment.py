@@ -58,7 +58,8 @@ class Experiment:
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
         self.checkpoints = ResumableCheckpoint(self.folder, every, self.metrics, request.stop)
-        callbacks = [self.metrics, *self._progress(), self.checkpoints, LongRunWarner()]
+        self.pruning = self._pruning()
+        callbacks = [self.metrics, *self.pruning, *self._progress(), self.checkpoints, LongRunWarner()]
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
         self._require_resumable()
@@ -80,8 +81,14 @@ class Experiment:
             self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
             final_weights = weights_sha256(self.module.network)
             self._load_best()
-            tested, confusion = test(self.trainer, self.module, self.data)
-            result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())} | self.data.notes
+            pruned = any(callback.is_pruned for callback in self.pruning)
+            if pruned or not self.settings.sweep.test:  # a trial of a search
+                untested = dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class"))
+                result = self._describe(untested, final_weights) | {"status": "pruned" if pruned else "finished"}
+            else:
+                tested, confusion = test(self.trainer, self.module, self.data)
+                result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
+            result |= self.data.notes
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
@@ -96,6 +103,13 @@ class Experiment:
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
             f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {device}, precision {trainer.precision}"
         )
+
+    def _pruning(self) -> list[Any]:
+        if not self.settings.sweep.prune:
+            return []
+        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
+
+        return [PruningCallback(self.folder.path, self.metrics)]
 
     def _progress(self) -> list[lightning.Callback]:
         if not self.settings.trainer.enable_progress_bar:

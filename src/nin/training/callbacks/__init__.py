@@ -2,6 +2,6 @@
 
 A module imports only from the modules below it:
 
-    checkpoints, dead_units, progress, tensorboard  what is saved; dead channels and classes; bar; images
+    checkpoints, dead_units, progress, pruning, tensorboard  what is saved; dead channels; bar; early end; images
     metrics                                         metrics over windows of steps and over epochs
 """

@@ -1,0 +1,251 @@
+"""A search: Hydra's sweeper that has Optuna propose the jobs. See docs/search.md.
+
+Each trial is a job of the sweep's launcher, in a folder that is named by the trial's number. What is recorded in the
+study is read from these folders: wherever the search was killed, the next start finds there what has ended.
+"""
+
+import contextlib
+import io
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from nin.config.composition import compose_settings
+from nin.config.schema import UserError
+from nin.runs.folder import RunFolder, write_atomically
+from nin.sweeps.search_checks import count_trials, read_plan, read_settings
+from nin.training.run import RunFailedError
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+
+TARGET = "nin.sweeps.search.Search"
+_POLL_SECONDS = 1.0
+
+
+class Search(Sweeper):
+    """Hydra's interface for sweepers; the arguments are the keys of ``conf/hydra/sweeper/optuna.yaml``."""
+
+    def __init__(self, params: Any = None, **_: Any):
+        self.params = params or {}
+        self.stopped = False
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.hydra_context, self.config = hydra_context, config
+        # KEYS stays last. The jobs of another process, which a killed search may have left, are waited for.
+        own = config.hydra.overrides.hydra
+        self._common = list(own[:-1])
+        self._keys = own[-1]
+        self.settings = read_settings(config)
+        self._set_common(test=False)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def _set_common(self, test: bool) -> None:
+        prune = self.settings.pruner != "none" and not test
+        more = ["sweep.wait=true", f"sweep.test={str(test).lower()}", f"sweep.prune={str(prune).lower()}"]
+        self.config.hydra.overrides.hydra = [*self._common, *more, self._keys]
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the search to its end.
+
+        Raises:
+            RunFailedError: if too many trials failed, or none completed.
+            UserError, StoppedError, SweepInterrupt: what ended a job and the search with it.
+        """
+        from nin.sweeps.space import read_space, silence_optuna
+        from nin.sweeps.study import Store
+
+        silence_optuna()
+        space, self.fixed = read_space(self.params, arguments)
+        self.plan = read_plan(self.config, space, self.fixed, self.settings)
+        self.total = count_trials(self.plan, self.settings)
+        self.folder = Path(self.config.hydra.sweep.dir)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.store: Store = Store(self.plan, self.folder, self.settings.storage)
+        self._write_description()
+        if self.total < self.settings.n_trials:
+            print(f"the grid has {self.total} points, so there are {self.total} trials")
+        self._run_trials()
+        self._finish()
+
+    def _write_description(self) -> None:
+        """Writes what ``nin report`` needs; readable by the user only, because the storage may have a password."""
+        path = self.folder / "search.json"
+        final_seeds = self.settings.final_seeds
+        content = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
+        content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
+        text = json.dumps(content, indent=2) + "\n"
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_atomically(path, text)
+            path.chmod(0o600)
+
+    def _run_trials(self) -> None:
+        shared = False
+        while True:
+            with self.store.claims.lock():
+                trials = self.store.trials()
+                self._require_few_failures(trials)
+                batch, start = self._take(trials)
+                trials = self.store.trials()
+            if batch:
+                self._run_batch(batch, start, trials)
+            elif len(trials) >= self.total and all(trial.state.is_finished() for trial in trials[: self.total]):
+                return
+            else:
+                if not shared:
+                    print("the other trials are run by another process; waiting for them", flush=True)
+                    shared = True
+                time.sleep(_POLL_SECONDS)
+
+    def _take(self, trials: Sequence["FrozenTrial"]) -> tuple[list[int], int]:
+        """Claims the trials of the first batch that has some to run, and proposes those that it lacks.
+
+        Returns:
+            Their numbers, and the number with which the batch starts.
+        """
+        from nin.sweeps.study import propose, visible
+
+        known = list(trials)
+        for start in range(0, self.total, self.plan.batch_size):
+            taken = []
+            for number in range(start, min(start + self.plan.batch_size, self.total)):
+                if number == len(known):
+                    known.append(propose(self.plan, visible(known, start, number)))
+                    self.store.add(known[-1])
+                if not known[number].state.is_finished() and self.store.claims.claim(number):
+                    taken.append(number)
+            if taken:
+                return taken, start
+        return [], 0
+
+    def _run_batch(self, batch: list[int], start: int, trials: Sequence["FrozenTrial"]) -> None:
+        jobs: dict[int, list[str]] = {}
+        for number in batch:
+            if words := self._prepare(number, start, trials):
+                jobs[number] = words
+        ended = {}
+        if jobs:
+            ended = dict(zip(jobs, self._launch(list(jobs.values()), min(jobs)), strict=True))
+        for number in batch:  # in this order, whichever ended first
+            folder = self._run_folder(number)
+            if not folder.result_status():
+                self._record_refusal(folder, jobs[number], ended[number])
+            self._record(number, folder)
+            self.store.claims.release(number)
+
+    def _run_folder(self, number: int) -> RunFolder:
+        from nin.sweeps.study import trial_name
+
+        return RunFolder(self.folder / trial_name(number))
+
+    def _prepare(self, number: int, start: int, trials: Sequence["FrozenTrial"]) -> list[str] | None:
+        """The overrides of a trial's job; None if it has ended already, or its configuration is refused."""
+        from nin.sweeps.space import overrides_of
+        from nin.sweeps.study import visible
+        from nin.training.pruning import write_comparison
+
+        folder, own = self._run_folder(number), overrides_of(trials[number].params)
+        if folder.result_status():  # the search was killed before it was recorded
+            return None
+        words = [*self.fixed, *own]
+        try:
+            compose_settings(words)
+        except UserError as error:
+            self._write_failure(folder, words, error)
+            return None
+        if self.plan.pruner != "none":
+            earlier = visible(trials, start, number)
+            write_comparison(folder.path, self.plan.name, self.plan.pruner, self.plan.max_epochs, earlier)
+        print(f"trial {number}: {' '.join(own)}", flush=True)
+        return [*words, f"hydra.sweep.subdir={folder.path.name}"]
+
+    def _launch(self, jobs: list[list[str]], first: int) -> Sequence[Any]:
+        assert self.launcher is not None
+        return self.launcher.launch(jobs, initial_job_idx=first)
+
+    def _record_refusal(self, folder: RunFolder, words: list[str], ended: Any) -> None:
+        """A job that left no result was stopped, or refused by what only the run itself can check.
+
+        Raises:
+            StoppedError, UserError, RunFailedError: if it is not the trial's own failure.
+        """
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # Hydra prints the job's overrides; it has printed why
+                assert ended.return_value is None
+        except UserError as error:
+            if folder.has_progress():  # of another experiment, which is not overwritten
+                raise
+            self._write_failure(folder, words[:-1], error)
+            return
+        raise RunFailedError(f"{folder.path}: has no result")
+
+    def _write_failure(self, folder: RunFolder, words: list[str], error: UserError) -> None:
+        write_atomically(folder.overrides, json.dumps(words) + "\n")  # JSON is YAML
+        folder.write_result({"status": "failed", "error": str(error), "overrides": words})
+
+    def _record(self, number: int, folder: RunFolder) -> None:
+        from optuna.trial import TrialState
+
+        from nin.training.pruning import TrialPruner
+
+        result: dict[str, Any] = folder.read_result() or {}
+        scores = {int(row["epoch"]): row["val/acc"] for row in folder.read_epochs() if "val/acc" in row}
+        rungs: dict[str, float] = {}
+        if scores and self.plan.pruner != "none":
+            pruner = TrialPruner(folder.path)
+            pruner.report(scores)
+            rungs = pruner.rungs
+        with self.store.claims.lock():
+            match result["status"]:
+                case "failed":
+                    error = str(result.get("error", ""))
+                    print(f"trial {number} failed: {error}", flush=True)
+                    self.store.finish(number, TrialState.FAIL, None, scores, {}, error)
+                case "pruned":
+                    print(f"trial {number} was pruned after {len(scores)} epochs", flush=True)
+                    self.store.finish(number, TrialState.PRUNED, scores[max(scores)], scores, rungs)
+                case _:
+                    self.store.finish(number, TrialState.COMPLETE, result["metrics"]["val/acc"], scores, rungs)
+
+    def _require_few_failures(self, trials: Sequence["FrozenTrial"]) -> None:
+        failed = sum(trial.state.name == "FAIL" for trial in trials)
+        if self.settings.max_failures is not None and failed >= self.settings.max_failures:
+            raise RunFailedError(self._give_up(f"{failed} trials have failed (hydra.sweeper.max_failures)"))
+
+    def _give_up(self, reason: str) -> str:
+        print(f"the search ends: {reason}", flush=True)
+        return reason
+
+    def _finish(self) -> None:
+        """Tests the best trial, or trains its configuration anew with the final seeds."""
+        from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
+        from nin.sweeps.space import overrides_of
+
+        trials = self.store.trials()[: self.total]
+        best = best_trial(trials)
+        if best is None:
+            raise RunFailedError(self._give_up("no trial completed"))
+        if self.plan.max_epochs:
+            self.store.note("epochs_saved", count_saved_epochs(trials, self.plan.max_epochs))
+        if self.settings.final_seeds is None:
+            with self.store.claims.lock():
+                test_best(self.folder, best)
+            return
+        self._set_common(test=True)
+        words = [*(w for w in self.fixed if not w.startswith("seed=")), *overrides_of(best.params)]
+        jobs = [
+            [*words, f"seed={seed}", f"hydra.sweep.subdir=final-{best.number:04d}-seed={seed}"]
+            for seed in self.settings.final_seeds
+        ]
+        for ended in self._launch(jobs, self.total):
+            assert ended.return_value is None or isinstance(ended.return_value, float)  # raises what ended the job

@@ -1,0 +1,147 @@
+"""What a search needs is checked before anything is written."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, ValidationError
+
+from nin.config.composition import compose_settings
+from nin.config.errors import format_errors
+from nin.config.networks import Positive, Section
+from nin.config.schema import MAY_CHANGE, Settings, UserError, is_within
+from nin.sweeps.checks import check_jobs
+
+if TYPE_CHECKING:
+    from nin.sweeps.study import Plan
+
+_PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "sklearn": "scikit-learn"}
+
+
+class SearchSettings(Section):
+    """``hydra.sweeper`` of a search."""
+
+    n_trials: Positive
+    n_jobs: Positive
+    sampler: Literal["tpe", "random", "cmaes", "qmc", "grid"]
+    pruner: Literal["none", "median", "hyperband"]
+    storage: Annotated[str, Field(pattern=r"^postgresql(\+\w+)?://")] | None
+    max_failures: Positive | None
+    final_seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] | None
+
+
+def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> tuple[list[Settings], int]:
+    """Checks a search before anything is written.
+
+    Args:
+        config: as Hydra composed it for a multirun.
+        task: the command line's overrides.
+
+    Returns:
+        Settings of one point of the space, and the number of trials.
+
+    Raises:
+        UserError: lists every error that is found.
+    """
+    settings = read_settings(config)
+    if missing := [name for module, name in _PACKAGES.items() if not importlib.util.find_spec(module)]:
+        raise UserError(
+            f"hydra/sweeper=optuna: not installed: {', '.join(missing)}; run: python3 -m pip install "
+            f"{' '.join(_PACKAGES.values())}"
+        )
+    from nin.sweeps.space import read_space
+    from nin.sweeps.study import JOURNAL, open_database, open_journal, require_same_plan
+
+    if config.sweep.fail_fast:
+        raise UserError("sweep.fail_fast=true: of a search, give hydra.sweeper.max_failures=1 instead")
+    space, fixed = read_space(config.hydra.sweeper.params, task)
+    if not space:
+        raise UserError(
+            "a search has no space: give at least one key as in 'optimizer.lr=tag(log, interval(1e-4, 1e-1))', "
+            "model.dropout='interval(0, 0.8)' or model.norm=none,batch"
+        )
+    if "seed" in space:
+        raise UserError(
+            "seed: is not searched, because the best one says nothing; use hydra.sweeper.final_seeds=[0,1,2]"
+        )
+    checked = _check_space(space, fixed, on_this_machine)
+    _require_held_out_images(checked[0])
+    plan = read_plan(config, space, fixed, settings)
+    folder = Path(config.hydra.sweep.dir)
+    if settings.storage is not None:
+        require_same_plan(open_database(settings.storage), plan)
+    elif (folder / JOURNAL).exists():
+        require_same_plan(open_journal(folder / JOURNAL), plan)
+    return checked, count_trials(plan, settings)
+
+
+def read_settings(config: DictConfig) -> SearchSettings:
+    plain = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    assert isinstance(plain, dict)
+    own = {str(key): value for key, value in plain.items() if key not in ("_target_", "params")}
+    try:
+        return SearchSettings.model_validate(own)
+    except ValidationError as error:
+        raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
+
+
+def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: SearchSettings) -> "Plan":
+    from nin.sweeps.study import Plan
+
+    may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
+    words = [word for word in fixed if not is_within(word.partition("=")[0], [*may_change, "hydra"])]
+    max_epochs = config.trainer.max_epochs
+    return Plan(
+        name=str(config.name),
+        space=space,
+        sampler=settings.sampler,
+        seed=config.seed,
+        pruner=settings.pruner,
+        batch_size=settings.n_jobs,
+        fixed=tuple(sorted(words)),
+        max_epochs=max_epochs if isinstance(max_epochs, int) and max_epochs > 0 else None,
+    )
+
+
+def count_trials(plan: "Plan", settings: SearchSettings) -> int:
+    """The number of trials; of a grid, at most as many as it has points."""
+    from nin.sweeps.space import grid_size
+
+    return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
+
+
+def _check_space(space: Any, fixed: list[str], on_this_machine: bool) -> list[Settings]:
+    """Validates points at the ends of the space. A combination that is refused there may be accepted elsewhere.
+
+    Raises:
+        UserError: with the errors of the first point if all are refused, or of the keys that can't have a value.
+    """
+    from nin.sweeps.space import overrides_of, sample_corners
+
+    errors: list[tuple[str, ...]] = []
+    checked: list[Settings] = []
+    for point in sample_corners(space):
+        try:
+            if checked:  # the data and the devices are the same
+                compose_settings([*fixed, *overrides_of(point)])
+            else:
+                checked = check_jobs([[*fixed, *overrides_of(point)]], on_this_machine)
+        except UserError as error:
+            errors.append(error.errors)
+    outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in space)]
+    if outside:
+        raise UserError(*dict.fromkeys(outside))
+    if not checked:
+        raise UserError(*errors[0])
+    return checked
+
+
+def _require_held_out_images(settings: Settings) -> None:
+    data = settings.data
+    if data.score_each_epoch != "val" or not data.val_size or settings.trainer.limit_val_batches == 0:
+        raise UserError(
+            "a search compares val/acc on held-out images: it needs data.score_each_epoch=val, data.val_size above 0 "
+            "and trainer.limit_val_batches above 0"
+        )

@@ -1,0 +1,296 @@
+"""The answer of a search: its best trial, what mattered, and how the best does on test images."""
+
+import contextlib
+import csv
+import io
+import json
+import shlex
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from optuna.trial import FrozenTrial, TrialState
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nin.config.schema import CONF, UserError
+from nin.config.validation import validate_plain
+from nin.data.sources import prepare
+from nin.runs.console import log_to
+from nin.runs.folder import RunFolder, write_atomically
+from nin.runs.results import format_path
+from nin.sweeps.space import overrides_of, silence_optuna
+from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
+
+_MAX_ROWS = 10
+_OPTIMISM = (
+    "The search's own figure is optimistic: it is the highest of many on the same held-out images, which chose it."
+)
+
+
+def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The completed trial with the highest val/acc, among equal ones the first; None if none completed."""
+    completed = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return max(completed, key=lambda trial: (trial.value, -trial.number), default=None)
+
+
+def count_saved_epochs(trials: Sequence[FrozenTrial], max_epochs: int) -> int:
+    """The number of epochs that pruned trials were not trained for."""
+    pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
+    return sum(max(0, max_epochs - len(trial.intermediate_values)) for trial in pruned)
+
+
+def test_best(folder: Path, best: FrozenTrial) -> None:
+    """Tests the best trial's best checkpoint once; ``best.json`` has the result."""
+    path = folder / "best.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads(path.read_text(encoding="utf-8"))["trial"] == best.number:
+            return
+    run = RunFolder(folder / trial_name(best.number))
+    config = run.read_request()
+    if config is None or not run.best.exists():
+        print(f"trial {best.number} ran on another machine: its checkpoint can be tested there, with nin eval")
+        return
+    with log_to(None):
+        from nin.checkpoints.files import read
+        from nin.training.experiment import evaluate
+
+        settings = validate_plain(config)
+        prepare(settings.data)
+        metrics, confusion = evaluate(settings, read(run.best))
+    content = {"trial": best.number, "metrics": metrics, "test_images": int(confusion.sum())}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def report_search(folder: Path) -> None:
+    """Prints the answer of the search in ``folder`` and writes its summary and ``best.yaml``.
+
+    Raises:
+        UserError: if the storage can't be read.
+    """
+    silence_optuna()
+    description = _read_description(folder)
+    url = description.get("storage")
+    storage = open_database(url) if url else open_journal(folder / JOURNAL)
+    try:
+        study = optuna.load_study(study_name=description["name"], storage=storage)
+    except KeyError:
+        raise UserError(f"{folder}: its storage has no study {description['name']}") from None
+    trials = study.get_trials(deepcopy=False)
+    title = f"{description['name']}: {_count(trials, description['n_trials'])}; best val/acc first"
+    console = Console(highlight=False)
+    console.print(title, style="italic", soft_wrap=True)
+    rows = [_header(trials), *(_row(trial) for trial in _sorted(trials))]
+    _print_table(console, rows[: _MAX_ROWS + 1])
+    if len(rows) > _MAX_ROWS + 1:
+        print(f"the other {len(rows) - 1 - _MAX_ROWS} trials are in summary.csv")
+    for trial in trials:
+        if trial.state == TrialState.FAIL:
+            print(f"failed: {trial_name(trial.number)}: {trial.user_attrs.get('error', '').splitlines()[:1]}")
+    notes = describe_answer(folder, description, trials, study)
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    try:
+        _write(folder, description, title, rows, notes, study)
+    except OSError as error:
+        print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
+    print(f"dashboards: tensorboard --logdir {format_path(folder)}")
+    if not url:
+        print(f"            optuna-dashboard {format_path(folder)}/{JOURNAL}")
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / "search.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        return description if description["name"] and description["n_trials"] else {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
+
+
+def _count(trials: Sequence[FrozenTrial], total: int) -> str:
+    """As in "38 of 40 trials, 5 pruned, 1 failed"."""
+    states = [trial.state for trial in trials]
+    text = f"{sum(state.is_finished() for state in states)} of {max(total, len(trials))} trials"
+    for state, name in ((TrialState.PRUNED, "pruned"), (TrialState.FAIL, "failed")):
+        text += f", {states.count(state)} {name}" if state in states else ""
+    return text
+
+
+def _sorted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Completed trials, the best first, then the others by their numbers."""
+    return sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0), t.number))
+
+
+def _header(trials: Sequence[FrozenTrial]) -> list[str]:
+    return ["trial", "val/acc", "epochs", "status", *(trials[0].params if trials else [])]
+
+
+def _short(header: list[str]) -> list[str]:
+    """Keys without their sections, where that is unique, for the table in the terminal."""
+    last = [key.rpartition(".")[2] for key in header]
+    return [name if last.count(name) == 1 else key for key, name in zip(header, last, strict=True)]
+
+
+def _row(trial: FrozenTrial) -> list[str]:
+    names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
+    value = "" if trial.value is None else f"{trial.value:.4f}"
+    state = names.get(trial.state, trial.state.name.lower())
+    return [str(trial.number), value, str(len(trial.intermediate_values)), state, *map(str, trial.params.values())]
+
+
+def _print_table(console: Console, rows: list[list[str]]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in _short(rows[0]):
+        table.add_column(name, overflow="fold")
+    for row in rows[1:]:
+        table.add_row(
+            *(f"{float(cell):.4g}" if i > 3 and _is_long_number(cell) else cell for i, cell in enumerate(row))
+        )
+    console.print(table)
+
+
+def _is_long_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return len(text) > 8
+
+
+def describe_answer(
+    folder: Path, description: dict[str, Any], trials: Sequence[FrozenTrial], study: optuna.Study
+) -> list[str]:
+    """The lines of the answer: the best trial and its command, its test, what mattered, what pruning saved."""
+    best = best_trial(trials)
+    if best is None:
+        return ["no trial has completed yet"]
+    words = [word for word in description["fixed"] if not word.startswith(("name=", "sweep=", "hydra"))]
+    words += overrides_of(best.params)
+    name = f"{description['name']}-best"
+    command = shlex.join(["nin", "train", f"name={name}", *words])
+    notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {command}"]
+    notes.append(f"    nin train --config-dir {format_path(folder)} --config-name best    (the same)")
+    notes += _describe_test(folder, best)
+    if importances := _importances(study):
+        shown = ", ".join(f"{key} {share:.2f}" for key, share in importances.items())
+        notes.append(f"importance for val/acc (fANOVA): {shown}")
+    if description["max_epochs"] and any(trial.state == TrialState.PRUNED for trial in trials):
+        saved = count_saved_epochs(trials, description["max_epochs"])
+        notes.append(f"pruning saved {saved} of {len(trials) * description['max_epochs']} epochs")
+    return notes
+
+
+def _describe_test(folder: Path, best: FrozenTrial) -> list[str]:
+    finals = []
+    for path in sorted(folder.glob(f"final-{best.number:04d}-seed=*")):
+        result = RunFolder(path).read_result() or {}
+        if result.get("status") == "finished":
+            finals.append(result["metrics"]["test/acc"])
+    if finals:
+        std = f" ± {statistics.stdev(finals):.4f}" if len(finals) > 1 else ""
+        seeds = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
+        text = f"trained anew with {seeds}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
+        return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        tested = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+        if tested["trial"] == best.number:
+            acc = tested["metrics"]["test/acc"]
+            return [f"tested once: test/acc {acc:.4f}; the search's figure: {best.value:.4f}", _OPTIMISM]
+    return []
+
+
+def _importances(study: optuna.Study) -> dict[str, float]:
+    """The importance of each key by fANOVA; empty if there are too few trials."""
+    from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+
+    with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):
+        warnings.simplefilter("ignore")
+        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
+    return {}
+
+
+def best_config(name: str, fixed: Sequence[str], best: FrozenTrial) -> str:
+    """The best configuration as a file that ``--config-name`` takes: only what differs from ``conf/train.yaml``."""
+    groups, values = [], OmegaConf.create()
+    for override in OverridesParser.create().parse_overrides([*fixed, *overrides_of(best.params)]):
+        key = override.key_or_group
+        if key.split(".")[0] in ("name", "sweep", "hydra") or key.startswith("hydra/") or override.is_delete():
+            continue
+        if "." not in key and (CONF / key).is_dir():
+            groups.append(f"  - override {key}: {override.value()}\n")
+        else:
+            OmegaConf.update(values, key, override.value(), force_add=True)
+    OmegaConf.update(values, "name", f"{name}-best")
+    header = (
+        f"# The best of the search {name}: {trial_name(best.number)}, val/acc {best.value:.4f}.\n# @package _global_\n"
+    )
+    return f"{header}defaults:\n  - train\n{''.join(groups)}  - _self_\n{OmegaConf.to_yaml(values)}"
+
+
+def _write(
+    folder: Path,
+    description: dict[str, Any],
+    title: str,
+    rows: list[list[str]],
+    notes: list[str],
+    study: optuna.Study,
+) -> None:
+    trials = study.get_trials(deepcopy=False)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomically(folder / "summary.csv", text.getvalue())
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
+    answer = [line for note in notes for line in ("", note)]
+    content = [f"# {title}", *answer, "", *table, "", "![](summary.png)", ""]
+    write_atomically(folder / "summary.md", "\n".join(content))
+    if best := best_trial(trials):
+        write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
+    draw_study(study, folder / "summary.png")
+    print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png, best.yaml")
+
+
+def draw_study(study: optuna.Study, path: Path) -> None:
+    """Optuna's own pictures, one after another in one file: history, importances, parallel coordinates."""
+    from matplotlib import image, pyplot, rc_context
+    from matplotlib.figure import Figure
+    from optuna.importance import FanovaImportanceEvaluator
+    from optuna.visualization import matplotlib as pictures
+
+    evaluator = FanovaImportanceEvaluator(seed=0)
+    plots = (
+        lambda: pictures.plot_optimization_history(study, target_name="val/acc"),
+        lambda: pictures.plot_param_importances(study, evaluator=evaluator, target_name="val/acc"),
+        lambda: pictures.plot_parallel_coordinate(study, target_name="val/acc"),
+    )
+    parts = []
+    pyplot.switch_backend("Agg")
+    with warnings.catch_warnings(), rc_context():  # they change matplotlib's style
+        warnings.simplefilter("ignore")  # Optuna's pictures are marked experimental
+        for plot in plots:
+            with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError, IndexError):  # too few trials
+                figure = plot().figure
+                figure.set_size_inches(9, 5)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+                parts.append(image.imread(io.BytesIO(buffer.getvalue())))
+        pyplot.close("all")
+    heights = [part.shape[0] / part.shape[1] for part in parts] or [0.5]
+    whole = Figure(figsize=(9, 9 * sum(heights)), layout="constrained")
+    for axes, part in zip(
+        whole.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat, parts, strict=False
+    ):
+        axes.imshow(part)
+    for axes in whole.axes:
+        axes.axis("off")
+    temporary = path.with_name(".summary.png.tmp")
+    whole.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

@@ -1,0 +1,170 @@
+"""The space of a search: Hydra's syntax for sweeps as Optuna's distributions."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import optuna
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from nin.config.schema import UserError
+
+_TAGS = {"log", "int", "float"}
+_MAX_VALUES = 10_000  # of one key
+
+Space = dict[str, BaseDistribution]
+
+
+def read_space(params: Mapping[str, Any], task: Iterable[str]) -> tuple[Space, list[str]]:
+    """The distribution of every searched key, and the overrides that all trials share.
+
+    Args:
+        params: ``hydra.sweeper.params``.
+        task: the command line's overrides.
+
+    Raises:
+        UserError: lists every space that is empty, inverted or not defined.
+    """
+    words = [*(f"{key}={value}" for key, value in params.items()), *task]
+    hydra = GlobalHydra.instance().hydra
+    parser = OverridesParser.create(hydra.config_loader if hydra else None)
+    space, fixed, errors = {}, [], []
+    for word in words:
+        try:
+            override = parser.parse_override(word)
+            if override.is_sweep_override():
+                space[override.get_key_element()] = _distribution(override)
+            else:
+                fixed.append(word)
+        except (HydraException, ValueError) as error:
+            errors.append(f"{word}: not a space ({str(error).splitlines()[0]})")
+        except UserError as error:
+            errors += error.errors
+    if errors:
+        raise UserError(*errors)
+    return space, fixed
+
+
+def _distribution(override: Override) -> BaseDistribution:
+    value, given = override.value(), override.input_line
+    tags = set(getattr(value, "tags", ()))
+    if unknown := sorted(tags - _TAGS):
+        raise UserError(f"{given}: no such tag {unknown[0]}; there are: {', '.join(sorted(_TAGS))}")
+    if isinstance(value, IntervalSweep):
+        return _interval(value, tags, given)
+    if isinstance(value, RangeSweep) and not value.shuffle:
+        return _range(value, tags, given)
+    if tags:
+        raise UserError(f"{given}: {' and '.join(sorted(tags))} is for interval and range; leave the tag out")
+    texts = [str(text) for text in override.sweep_string_iterator()]
+    if not texts:
+        raise UserError(f"{given}: has no values; give at least one")
+    if len(set(texts)) < len(texts):
+        raise UserError(f"{given}: has a value twice; give each once")
+    return CategoricalDistribution(texts)
+
+
+def _interval(value: IntervalSweep, tags: set[str], given: str) -> BaseDistribution:
+    low, high = value.start, value.end
+    assert low is not None  # Hydra's interval() has both
+    assert high is not None
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise UserError(f"{given}: both ends must be finite")
+    if low >= high:
+        problem = "empty" if low == high else "inverted"
+        raise UserError(f"{given}: the interval is {problem}; its first end must be less than its second")
+    if "log" in tags and low <= 0:
+        raise UserError(f"{given}: the logarithm of {low:g} does not exist; with log, both ends must be above 0")
+    if "int" in tags or (isinstance(low, int) and isinstance(high, int)):
+        if low != int(low) or high != int(high):
+            raise UserError(f"{given}: with int, both ends must be integers")
+        if "log" in tags and low < 1:
+            raise UserError(f"{given}: with int and log, both ends must be 1 or more")
+        return IntDistribution(int(low), int(high), log="log" in tags)
+    return FloatDistribution(low, high, log="log" in tags)
+
+
+def _range(value: RangeSweep, tags: set[str], given: str) -> BaseDistribution:
+    """The numbers that Hydra's own sweep would enumerate: without ``stop``."""
+    if not value.step:
+        raise UserError(f"{given}: the step must not be 0")
+    if "log" in tags:
+        raise UserError(f"{given}: a range has steps; use tag(log, interval(…)) or tag(log, int, interval(…))")
+    assert value.start is not None  # Hydra's range() has both
+    assert value.stop is not None
+    count = math.ceil((value.stop - value.start) / value.step)
+    if count <= 0:
+        raise UserError(f"{given}: the range has no values; its first end must come before its second")
+    if count > _MAX_VALUES:
+        raise UserError(f"{given}: the range has {count:,} values; give at most {_MAX_VALUES:,}, or an interval")
+    low, high = sorted((value.start, value.start + (count - 1) * value.step))
+    if all(isinstance(number, int) for number in (value.start, value.stop, value.step)):
+        return IntDistribution(int(low), int(high), step=abs(int(value.step)))
+    return FloatDistribution(low, high, step=abs(value.step))
+
+
+def format_value(value: Any) -> str:
+    """A proposed value as the right side of an override that Hydra reads back to the last digit."""
+    return value if isinstance(value, str) else repr(value)
+
+
+def overrides_of(params: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={format_value(value)}" for key, value in params.items()]
+
+
+def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
+    """All values of a distribution, for a grid.
+
+    Raises:
+        UserError: if there are infinitely many.
+    """
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    if isinstance(distribution, IntDistribution) and not distribution.log:
+        return list(range(distribution.low, distribution.high + 1, distribution.step))
+    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
+        count = round((distribution.high - distribution.low) / distribution.step) + 1
+        return [distribution.low + i * distribution.step for i in range(count)]
+    raise UserError(f"{key}: hydra.sweeper.sampler=grid needs choices or a range, not an interval")
+
+
+def grid_size(space: Space) -> int:
+    return math.prod(len(enumerate_values(key, distribution)) for key, distribution in space.items())
+
+
+def sample_corners(space: Space) -> list[dict[str, str]]:
+    """A few points of the space as text, each key at one of its ends: to find errors before the search starts."""
+    ends = {key: ends_of(distribution) for key, distribution in space.items()}
+    points = [
+        {key: values[pick(i) % len(values)] for i, (key, values) in enumerate(ends.items())}
+        for pick in (lambda i: 0, lambda i: -1, lambda i: i, lambda i: i + 1)
+    ]
+    return [point for i, point in enumerate(points) if point not in points[:i]]
+
+
+def ends_of(distribution: BaseDistribution) -> list[str]:
+    if isinstance(distribution, CategoricalDistribution):
+        return [str(choice) for choice in distribution.choices]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return [format_value(distribution.low), format_value(distribution.high)]
+
+
+def describe(distribution: BaseDistribution) -> str:
+    """A distribution as Hydra writes it, for messages."""
+    if isinstance(distribution, CategoricalDistribution):
+        return ",".join(map(str, distribution.choices))
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    if distribution.step is not None and (isinstance(distribution, FloatDistribution) or distribution.step > 1):
+        return f"range({distribution.low}, …, {distribution.high}, {distribution.step})"
+    tags = [*(["log"] if distribution.log else []), *(["int"] if isinstance(distribution, IntDistribution) else [])]
+    text = f"interval({distribution.low}, {distribution.high})"
+    return f"tag({', '.join(tags)}, {text})" if tags else text
+
+
+def silence_optuna() -> None:
+    """Optuna logs every trial to standard error; the search prints its own lines."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -1,0 +1,279 @@
+"""The study of a search: what is proposed for a trial, and the storage that has all trials.
+
+A proposal depends on the search's seed, the trial's number and the trials of earlier batches, and on nothing else: a
+new sampler is built for each trial and sees a copy of these trials in the order of their numbers. A search that was
+killed therefore proposes the same trials when it is run again.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from filelock import FileLock
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, CmaEsSampler, GridSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState, create_trial
+
+from nin.config.schema import UserError
+from nin.sweeps.claims import DatabaseClaims, FileClaims
+from nin.sweeps.space import Space, describe, enumerate_values
+from nin.training.pruning import build_pruner, without_scores
+
+_STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
+_PLAN = "nin:plan"  # the study's key for what the search is
+JOURNAL = "study.journal"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a search is. Under one name, all of it stays the same; only the number of trials may grow.
+
+    Args:
+        name: of the search and of its study.
+        batch_size: number of trials that are proposed from the same earlier trials.
+        fixed: the overrides that all trials share.
+        max_epochs: of a trial; None if it is not known.
+    """
+
+    name: str
+    space: Space
+    sampler: str
+    seed: int
+    pruner: str
+    batch_size: int
+    fixed: tuple[str, ...]
+    max_epochs: int | None
+
+    def describe(self) -> dict[str, str]:
+        """The keys and values that must not change."""
+        searched = {key: describe(distribution) for key, distribution in self.space.items()}
+        fixed = dict(word.partition("=")[::2] for word in self.fixed)
+        own = {"sampler": self.sampler, "pruner": self.pruner, "n_jobs": str(self.batch_size)}
+        return searched | fixed | {"seed": str(self.seed)} | {f"hydra.sweeper.{k}": v for k, v in own.items()}
+
+
+def build_sampler(plan: Plan, number: int) -> BaseSampler:
+    """The sampler for trial ``number``, whose random state depends on the search's seed and on this number only."""
+    seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
+    match plan.sampler:
+        case "random":
+            return RandomSampler(seed)
+        case "cmaes":
+            return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        case "qmc":  # one sequence, of which trial n is the n-th point
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                return QMCSampler(seed=plan.seed, warn_independent_sampling=False)
+        case "grid":  # one order of the grid's points
+            return GridSampler({k: enumerate_values(k, v) for k, v in plan.space.items()}, seed=plan.seed)
+    return TPESampler(seed=seed)
+
+
+def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
+    """The trial that follows ``trials``, in the state RUNNING.
+
+    Args:
+        trials: all trials of a lower number, as `visible` returns them.
+    """
+    storage = InMemoryStorage()
+    pruner = build_pruner(plan.pruner, plan.max_epochs)  # samplers look at the trials of one Hyperband bracket only
+    study = optuna.create_study(
+        storage=storage,
+        study_name=plan.name,
+        direction="maximize",
+        sampler=build_sampler(plan, len(trials)),
+        pruner=pruner,
+    )
+    study_id = storage.get_study_id_from_name(plan.name)
+    for trial in trials:
+        study.add_trial(trial)
+    for key, value in (trials[-1].system_attrs.get(_STUDY, {}) if trials else {}).items():
+        storage.set_study_system_attr(study_id, key, value)
+    study.ask(plan.space)
+    proposed = study.get_trials(deepcopy=True)[-1]
+    return create_trial(
+        state=TrialState.RUNNING,
+        params=proposed.params,
+        distributions=proposed.distributions,
+        system_attrs=proposed.system_attrs | {_STUDY: storage.get_study_system_attrs(study_id)},
+        user_attrs={"folder": trial_name(len(trials))},
+    )
+
+
+def visible(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> list[FrozenTrial]:
+    """The trials before ``number`` as its proposal and its pruner see them: scores of earlier batches only."""
+    return [
+        trial if i < batch_start and trial.state.is_finished() else without_scores(trial)
+        for i, trial in enumerate(trials[:number])
+    ]
+
+
+def trial_name(number: int) -> str:
+    """The name of a trial's folder."""
+    return f"trial-{number:04d}"
+
+
+class JournalLock:
+    """The lock of the journal file. The system releases it when a process ends, however it ends.
+
+    Whoever acquires it removes an incomplete last line, which a process that was killed has left: the next line would
+    be appended to it, and the journal could not be read any more.
+    """
+
+    def __init__(self, journal: Path):
+        self.journal, self.lock = journal, FileLock(f"{journal}.lock")
+
+    def acquire(self) -> bool:
+        self.lock.acquire()
+        with self.journal.open("rb+") as file:
+            content = file.read()
+            if (end := content.rfind(b"\n") + 1) < len(content):
+                file.truncate(end)
+        return True
+
+    def release(self) -> None:
+        self.lock.release()
+
+
+class Store:
+    """The storage of a search's trials: its journal file, or a database that several machines share.
+
+    Args:
+        folder: the search's folder.
+        url: of the database; None for the journal file.
+
+    Raises:
+        UserError: if the storage can't be reached or read, or has another search under this name.
+    """
+
+    def __init__(self, plan: Plan, folder: Path, url: str | None):
+        self.plan, self.folder = plan, folder
+        if url is None:
+            self.claims: FileClaims | DatabaseClaims = FileClaims(folder)
+            self.storage: BaseStorage = open_journal(folder / JOURNAL)
+        else:
+            self.storage, self.claims = open_database(url), DatabaseClaims(url, plan.name)
+        with self.claims.lock():
+            names = {study.study_name for study in self.storage.get_all_studies()}
+            if plan.name not in names:
+                optuna.create_study(storage=self.storage, study_name=plan.name, direction="maximize")
+            self.study_id = self.storage.get_study_id_from_name(plan.name)
+            require_same_plan(self.storage, plan)
+            if _PLAN not in self.storage.get_study_user_attrs(self.study_id):
+                self.storage.set_study_user_attr(self.study_id, _PLAN, plan.describe())
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, in the order of their numbers."""
+        return self.storage.get_all_trials(self.study_id, deepcopy=False)
+
+    def add(self, trial: FrozenTrial) -> None:
+        """Adds a proposed trial, in one write."""
+        self.storage.create_new_trial(self.study_id, trial)
+
+    def finish(
+        self,
+        number: int,
+        state: TrialState,
+        value: float | None,
+        scores: Mapping[int, float],
+        rungs: Mapping[str, float],
+        error: str = "",
+    ) -> None:
+        """Records a trial's end. Killed within, the same values are written again by the next call."""
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
+        if self.storage.get_trial(trial_id).state.is_finished():
+            return
+        for epoch, score in scores.items():
+            self.storage.set_trial_intermediate_value(trial_id, epoch, score)
+        for key, rung in rungs.items():
+            self.storage.set_trial_system_attr(trial_id, key, rung)
+        if error:
+            self.storage.set_trial_user_attr(trial_id, "error", error)
+        self.storage.set_trial_state_values(trial_id, state, None if value is None else [value])
+
+    def note(self, key: str, value: Any) -> None:
+        """Sets an attribute of the study, which ``optuna-dashboard`` shows."""
+        if self.storage.get_study_user_attrs(self.study_id).get(key) != value:
+            self.storage.set_study_user_attr(self.study_id, key, value)
+
+    def study(self) -> optuna.Study:
+        return optuna.load_study(study_name=self.plan.name, storage=self.storage)
+
+
+def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
+    """Checks that a study of this name, if there is one, is the same search.
+
+    Raises:
+        UserError: names what differs.
+    """
+    found = [study for study in storage.get_all_studies() if study.study_name == plan.name]
+    others = [study.study_name for study in storage.get_all_studies() if study.study_name != plan.name]
+    if not found:
+        if others and isinstance(storage, JournalStorage):
+            raise UserError(f"{JOURNAL}: the study of another search, {others[0]}; give another name=…")
+        return
+    study_id = storage.get_study_id_from_name(plan.name)
+    there = storage.get_study_user_attrs(study_id).get(_PLAN)
+    if there is None:
+        if storage.get_n_trials(study_id):
+            raise UserError(f"{plan.name}: a study that is not from nin train; give another name=…")
+        return
+    now = plan.describe()
+    differing = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
+    if differing:
+        lines = [f"{key}: {there.get(key, 'not given')} there, {now.get(key, 'not given')} now" for key in differing]
+        header = f"{plan.name}: another search has this name; give another name=…, or what it has:"
+        raise UserError("\n  ".join([header, *lines]))
+
+
+# What Optuna raises for lines that are JSON and no journal.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
+
+
+def open_journal(path: Path) -> JournalStorage:
+    """The journal file at ``path``, which is created if it does not exist.
+
+    Raises:
+        UserError: if the file is damaged or something else.
+    """
+    try:
+        tail = path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+        start = b'{"op_code":'
+        if tail[: len(start)] != start[: len(tail)]:  # of a write that was interrupted
+            raise ValueError(f"its last line is {tail[:20]!r}")
+        # Optuna's base class of locks is private; what it calls is acquire() and release().
+        return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalLock(path)))  # type: ignore[arg-type]
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror}); give another name=…") from error
+    except _DAMAGED as error:
+        raise UserError(
+            f"{path}: damaged, or not the journal of a study ({type(error).__name__}: {error}); restore it, or give "
+            "another name=…"
+        ) from error
+
+
+def open_database(url: str) -> RDBStorage:
+    """The study storage in a PostgreSQL database.
+
+    Raises:
+        UserError: if it can't be reached, or a package is missing.
+    """
+    from sqlalchemy.exc import SQLAlchemyError
+
+    shown = url.rpartition("@")[2]  # without the password
+    try:
+        return RDBStorage(url, engine_kwargs={"connect_args": {"connect_timeout": 10}})
+    except ImportError as error:
+        raise UserError(
+            "hydra.sweeper.storage: its packages are not installed; run: python3 -m pip install sqlalchemy "
+            f"psycopg2-binary ({error})"
+        ) from error
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
+        raise UserError(f"hydra.sweeper.storage={shown}: can't be reached ({reason})") from error
