@@ -39,7 +39,8 @@ class Search(Sweeper):
         self.stopped = False
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
+        self.hydra_context = hydra_context
+        self.config: DictConfig = config
         # KEYS stays last. The jobs of another process, which a killed search may have left, are waited for.
         own = config.hydra.overrides.hydra
         self._common = list(own[:-1])
@@ -82,7 +83,7 @@ class Search(Sweeper):
         """Writes what ``nin report`` needs; readable by the user only, because the storage may have a password."""
         path = self.folder / "search.json"
         final_seeds = self.settings.final_seeds
-        content = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
+        content: dict[str, Any] = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
         content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
         text = json.dumps(content, indent=2) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:

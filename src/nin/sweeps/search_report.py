@@ -277,7 +277,8 @@ def draw_study(study: optuna.Study, path: Path) -> None:
         warnings.simplefilter("ignore")  # Optuna's pictures are marked experimental
         for plot in plots:
             with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError, IndexError):  # too few trials
-                figure = plot().figure
+                figure = plot().get_figure(root=True)
+                assert figure is not None
                 figure.set_size_inches(9, 5)
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")

@@ -50,7 +50,7 @@ def read_space(params: Mapping[str, Any], task: Iterable[str]) -> tuple[Space, l
 
 
 def _distribution(override: Override) -> BaseDistribution:
-    value, given = override.value(), override.input_line
+    value, given = override.value(), str(override.input_line)
     tags = set(getattr(value, "tags", ()))
     if unknown := sorted(tags - _TAGS):
         raise UserError(f"{given}: no such tag {unknown[0]}; there are: {', '.join(sorted(_TAGS))}")

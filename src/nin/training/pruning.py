@@ -101,7 +101,7 @@ class TrialPruner:
                 )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
-        self._trial = study.ask()
+        self._study, self._trial = study, study.ask()
         self._reported: set[int] = set()
         self.is_pruned = False
 
@@ -116,4 +116,5 @@ class TrialPruner:
     @property
     def rungs(self) -> dict[str, float]:
         """The values at the rungs of successive halving that the trial has reached, for later trials."""
-        return {key: value for key, value in self._trial.system_attrs.items() if key.startswith(_RUNG)}
+        stored = self._study.get_trials(deepcopy=False)[-1].system_attrs
+        return {key: value for key, value in stored.items() if key.startswith(_RUNG)}

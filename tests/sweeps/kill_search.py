@@ -1,0 +1,187 @@
+"""Kills searches at their writes and compares them with undisturbed ones. ``python kill_search.py KILLS``.
+
+Only the training is replaced: a job writes the files that a run writes, with val/acc computed from its overrides. Each
+search is a forked process that kills itself at a random write, also with half a line of the journal written, and is
+started again. Prints, as JSON, the number of kills and of trials that differ, ran twice or are lost.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from hydra.types import HydraContext, RunMode
+from optuna.storages.journal import JournalFileBackend
+
+from nin.commands import train
+from nin.runs.folder import RunFolder, write_atomically
+from nin.sweeps import search
+from nin.sweeps.study import JOURNAL, open_journal
+from nin.training.pruning import TrialPruner
+from nin.training.run import RunFailedError
+
+EPOCHS, TRIALS = 4, 14
+SPACE = ["optimizer.lr=tag(log, interval(1e-4, 1e-1))", "model.dropout=interval(0, 0.8)", "model.norm=none,batch"]
+SCENARIOS = [
+    *itertools.product(("random", "tpe"), ("none", "median"), (1, 3)),
+    ("tpe", "hyperband", 1),
+    ("cmaes", "none", 1),
+    ("qmc", "none", 3),
+]
+
+
+def val_acc(words: list[str], epoch: int) -> float:
+    digits = hashlib.sha256(json.dumps(words).encode()).hexdigest()
+    lr = float(dict(word.split("=", 1) for word in words)["optimizer.lr"])
+    level = 1 / (1 + (math.log10(lr) + 2.5) ** 2) + int(digits[:4], 16) / 2**20
+    return round(level * (1 - 0.5**epoch), 7)
+
+
+class Jobs:
+    """Hydra's launcher: the jobs of a batch advance by one epoch in a random order, as if they ran at once."""
+
+    def launch(self, jobs: list[list[str]], initial_job_idx: int) -> list[Any]:
+        order = [job for job in jobs for _ in range(EPOCHS + 1)]
+        random.shuffle(order)
+        for job in order:
+            self.advance([word for word in job if "hydra.sweep" not in word], Path("search", job[-1].split("=")[1]))
+        return [None] * len(jobs)
+
+    def advance(self, words: list[str], path: Path) -> None:
+        folder = RunFolder(path)
+        if folder.result.exists():
+            return
+        write_atomically(folder.overrides, json.dumps(words))
+        rows = folder.read_epochs()
+        pruner = TrialPruner(path) if (path / ".hydra" / "comparison.json").exists() else None
+        scores = {int(row["epoch"]): row["val/acc"] for row in rows}
+        ended = bool(pruner and scores and pruner.report(scores))
+        failed = len(rows) == 2 and val_acc(words, 9) * 1e7 % 5 < 1
+        if ended or failed or len(rows) == EPOCHS:
+            status = "pruned" if ended else "failed" if failed else "finished"
+            scored = {"val/acc": max(scores.values()), "val/loss": 1.0}
+            folder.write_result({"status": status, "error": "diverged", "metrics": scored})
+            with Path("ended").open("a") as file:
+                file.write(f"{path.name}\n")
+            return
+        epoch = len(rows) + 1
+        scores[epoch] = val_acc(words, epoch)
+        lines = [f"{number},{score}" for number, score in scores.items()]
+        write_atomically(folder.metrics, "\n".join(["epoch,val/acc", *lines, ""]))
+
+
+def kill_at(event: int) -> None:
+    """Kills this process at the ``event``-th write from now: before it, within or after it."""
+    left, real_append, real_fsync = event, JournalFileBackend.append_logs, os.fsync
+
+    def is_due() -> bool:
+        nonlocal left
+        left -= 1
+        return left == 0
+
+    def fsync(descriptor: int) -> None:
+        if is_due():
+            os.kill(os.getpid(), signal.SIGKILL)
+        real_fsync(descriptor)
+
+    def append(backend: JournalFileBackend, logs: list[dict[str, Any]]) -> None:
+        if is_due():
+            backend._lock.acquire()  # dies with the lock
+            line = json.dumps(logs[0], separators=(",", ":"))
+            with Path("search", JOURNAL).open("a") as file:
+                file.write(line[: random.randrange(len(line))])
+            os.kill(os.getpid(), signal.SIGKILL)
+        real_append(backend, logs)
+
+    os.fsync, JournalFileBackend.append_logs = fsync, append
+
+
+def run(config: Any, event: int) -> int:
+    """A search in a process of its own, in the working directory; returns its exit status, negative if killed."""
+    sys.stdout.flush()
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    status = 70
+    try:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+        random.seed()
+        kill_at(event)
+        sweeper = search.Search(params=config.hydra.sweeper.params)
+        sweeper.setup(hydra_context=HydraContext(None, None), task_function=None, config=config)
+        sweeper.launcher = Jobs()
+        sweeper.sweep(list(config.hydra.overrides.task))
+        status = 0
+    except RunFailedError:
+        status = 1
+    finally:
+        os._exit(status)
+
+
+def describe(folder: Path) -> dict[int, Any]:
+    """All that a study has of each trial, except times, and CMA-ES's pickled state: equal states have several forms."""
+    storage = open_journal(folder / JOURNAL)
+    (study,) = storage.get_all_studies()
+    return {
+        trial.number: [
+            trial.state.name, trial.value, trial.params, trial.intermediate_values, trial.user_attrs,
+            {key: value for key, value in trial.system_attrs.items() if not key.startswith("cma:optimizer")},
+        ]
+        for trial in storage.get_all_trials(study._study_id)
+    }  # fmt: skip
+
+
+def compare(sampler: str, pruner: str, n_jobs: int, kills: int) -> dict[str, int]:
+    """Runs one search undisturbed, and others that are killed until there were ``kills`` kills."""
+    words = [*SPACE, "name=search", f"hydra.sweeper.n_trials={TRIALS}", f"hydra.sweeper.n_jobs={n_jobs}"]
+    words += ["hydra/sweeper=optuna", "hydra.sweep.dir=search", f"trainer.max_epochs={EPOCHS}"]
+    args = train.parse_arguments(["-m", *words, f"hydra.sweeper.sampler={sampler}", f"hydra.sweeper.pruner={pruner}"])
+    counts = dict.fromkeys(("kills", "differing", "twice", "lost", "pruned", "failed"), 0)
+    with train.open_hydra() as app:
+        config = train.compose(app, args, RunMode.MULTIRUN)
+        config.hydra.overrides.hydra.append("sweep.keys=[]")
+        config.hydra.sweeper.params = {}
+
+        def search_once(is_killed: bool) -> dict[int, Any]:
+            with tempfile.TemporaryDirectory() as folder:
+                os.chdir(folder)
+                while (status := run(config, random.randint(1, 60) if is_killed else 0)) == -signal.SIGKILL:
+                    counts["kills"] += 1
+                assert status == 0, status
+                found = describe(Path("search"))
+                ended = Path("ended").read_text().split()
+                counts["twice"] += len(ended) - len(set(ended))
+                os.chdir("/")
+            return found
+
+        expected = search_once(False)
+        states = [trial[0] for trial in expected.values()]
+        counts["pruned"], counts["failed"] = states.count("PRUNED"), states.count("FAIL")
+        assert len(expected) == TRIALS
+        while counts["kills"] < kills:
+            found = search_once(True)
+            counts["lost"] += len(expected.keys() - found.keys())
+            counts["differing"] += sum(found.get(number) != trial for number, trial in expected.items())
+            counts["differing"] += len(found.keys() - expected.keys())
+    return counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kills", type=int, help="of each scenario")
+    parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="only the first so many")
+    args = parser.parse_args()
+    search.compose_settings = lambda words: None  # what a run would refuse is not under test
+    search.Search._finish = lambda self: None  # it tests the best trial's checkpoint
+    search.Plugins = SimpleNamespace(instance=lambda: SimpleNamespace(instantiate_launcher=lambda **_: None))
+    counts = {"/".join(map(str, scenario)): compare(*scenario, args.kills) for scenario in SCENARIOS[: args.scenarios]}
+    print(json.dumps(counts, indent=1))
