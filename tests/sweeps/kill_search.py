@@ -112,7 +112,7 @@ def run(config: Any, event: int) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 70
     try:
-        with open(os.devnull, "w") as null:
+        with Path(os.devnull).open("w") as null:
             os.dup2(null.fileno(), 1)
         random.seed()
         kill_at(event)
