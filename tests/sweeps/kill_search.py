@@ -7,7 +7,6 @@ started again. Prints, as JSON, the number of kills and of trials that differ, r
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -32,7 +31,8 @@ from nin.training.run import RunFailedError
 EPOCHS, TRIALS = 4, 14
 SPACE = ["optimizer.lr=tag(log, interval(1e-4, 1e-1))", "model.dropout=interval(0, 0.8)", "model.norm=none,batch"]
 SCENARIOS = [
-    *itertools.product(("random", "tpe"), ("none", "median"), (1, 3)),
+    ("tpe", "median", 3),
+    *((sampler, pruner, n) for sampler in ("random", "tpe") for pruner in ("none", "median") for n in (1, 3)),
     ("tpe", "hyperband", 1),
     ("cmaes", "none", 1),
     ("qmc", "none", 3),

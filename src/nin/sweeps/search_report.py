@@ -93,7 +93,7 @@ def report_search(folder: Path) -> None:
         print(f"the other {len(rows) - 1 - _MAX_ROWS} trials are in summary.csv")
     for trial in trials:
         if trial.state == TrialState.FAIL:
-            print(f"failed: {trial_name(trial.number)}: {trial.user_attrs.get('error', '').splitlines()[:1]}")
+            print(f"failed: {trial_name(trial.number)}: {trial.user_attrs.get('error', 'unknown error')}")
     notes = describe_answer(folder, description, trials, study)
     for note in notes:
         console.print(note, soft_wrap=True)

@@ -271,8 +271,8 @@ def open_database(url: str) -> RDBStorage:
         return RDBStorage(url, engine_kwargs={"connect_args": {"connect_timeout": 10}})
     except ImportError as error:
         raise UserError(
-            "hydra.sweeper.storage: its packages are not installed; run: python3 -m pip install sqlalchemy "
-            f"psycopg2-binary ({error})"
+            "hydra.sweeper.storage: its packages are not installed; run: python3 -m pip install "
+            f"'sqlalchemy>=2.1' 'psycopg[binary]' ({error})"
         ) from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)

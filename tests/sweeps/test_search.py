@@ -1,0 +1,317 @@
+"""Searches: what is proposed, what is refused, what is resumed."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from hydra.types import RunMode
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from helpers import SMALL, nin, start, wait_for
+from nin.commands import train
+from nin.config.composition import compose_config
+from nin.config.schema import Settings, UserError
+from nin.config.validation import validate
+from nin.runs.folder import RunFolder
+from nin.sweeps import search_checks
+from nin.sweeps.launch import Sweep
+from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs
+from nin.sweeps.space import read_space
+from nin.sweeps.study import JOURNAL, JournalLock, Plan, build_sampler, open_journal, propose, visible
+from nin.training import experiment
+from nin.training.pruning import TrialPruner, write_comparison
+
+KILL_SEARCH = Path(__file__).parent / "kill_search.py"
+LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
+
+
+@pytest.mark.parametrize(
+    ("word", "distribution"),
+    [
+        (LR, FloatDistribution(1e-4, 1e-1, log=True)),
+        ("model.dropout=interval(0, 0.8)", FloatDistribution(0.0, 0.8)),
+        ("model.last_width=tag(int, interval(16, 64))", IntDistribution(16, 64)),
+        ("model.last_width=int(interval(16, 64))", IntDistribution(16, 64)),
+        ("model.last_width=tag(log, int, interval(16, 64))", IntDistribution(16, 64, log=True)),
+        ("model.last_width=range(16, 65, 16)", IntDistribution(16, 64, step=16)),
+        ("model.last_width=range(1, 4)", IntDistribution(1, 3)),
+        ("model.dropout=range(0, 1, 0.25)", FloatDistribution(0.0, 0.75, step=0.25)),
+        ("model.norm=none,batch", CategoricalDistribution(["none", "batch"])),
+        ("model.widths=[8,16],[16,32]", CategoricalDistribution(["[8,16]", "[16,32]"])),
+        ("model.norm=choice(none, batch)", CategoricalDistribution(["none", "batch"])),
+    ],
+)
+def test_hydras_syntax_becomes_optunas_distributions(word: str, distribution: BaseDistribution) -> None:
+    key = word.partition("=")[0]
+    assert read_space({}, [word, "seed=1"]) == ({key: distribution}, ["seed=1"])
+    assert read_space({key: word.partition("=")[2]}, []) == ({key: distribution}, [])
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.dropout=interval(0.8, 0)", "the interval is inverted"),
+        ("model.dropout=interval(0.5, 0.5)", "the interval is empty"),
+        ("model.dropout=interval(0, inf)", "both ends must be finite"),
+        ("optimizer.lr=tag(log, interval(0, 0.1))", "the logarithm of 0 does not exist"),
+        ("optimizer.lr=tag(lg, interval(1, 2))", "no such tag lg; there are: float, int, log"),
+        ("model.last_width=range(5, 5)", "the range has no values"),
+        ("model.last_width=range(5, 1)", "the range has no values"),
+        ("model.last_width=tag(int, interval(1.5, 3))", "both ends must be integers"),
+        ("model.last_width=tag(log, range(1, 3))", "a range has steps; use tag"),
+        ("model.norm=none,none", "has a value twice"),
+    ],
+)
+def test_a_space_without_values_is_refused(word: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_space({}, [word])
+
+
+def plan(sampler: str = "tpe", batch_size: int = 1, **more: Any) -> Plan:
+    words = [LR, "model.dropout=interval(0, 0.8)", "model.norm=none,batch"]
+    if sampler == "grid":
+        words = ["optimizer.lr=0.1,0.01", "model.dropout=range(0, 1, 0.25)"]
+    space = read_space({}, words)[0]
+    given = {"seed": 7, "pruner": "none", "fixed": (), "max_epochs": 4} | more
+    return Plan("s", space, sampler, batch_size=batch_size, **given)
+
+
+def objective(params: dict[str, Any]) -> float:
+    return -abs(np.log10(float(params["optimizer.lr"])) + 2) - float(params["model.dropout"])
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+@pytest.mark.parametrize("sampler", ["tpe", "random", "cmaes", "qmc", "grid"])
+def test_proposals_are_those_of_plain_optuna_with_the_same_seeds(sampler: str) -> None:
+    given, count = plan(sampler), 8 if sampler == "grid" else 25
+    trials: list[optuna.trial.FrozenTrial] = []
+    for number in range(count):
+        proposed = propose(given, visible(trials, number, number))
+        trials.append(
+            create_trial(
+                params=proposed.params,
+                distributions=proposed.distributions,
+                system_attrs=proposed.system_attrs,
+                value=objective(proposed.params),
+            )
+        )
+    study = optuna.create_study(study_name="s", direction="maximize")
+    for number in range(count):
+        seed = int(np.random.SeedSequence([7, number]).generate_state(1)[0])
+        study.sampler = {
+            "tpe": lambda seed=seed: optuna.samplers.TPESampler(seed=seed),
+            "random": lambda seed=seed: optuna.samplers.RandomSampler(seed=seed),
+            "cmaes": lambda seed=seed: optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False),
+            "qmc": lambda: optuna.samplers.QMCSampler(seed=7, warn_independent_sampling=False),
+            "grid": lambda: build_sampler(given, 0),
+        }[sampler]()
+        trial = study.ask(given.space)
+        if number < count - 1:  # the end of a grid would stop a loop that is not there
+            study.tell(trial, objective(trial.params))
+    assert [trial.params for trial in trials] == [trial.params for trial in study.trials]
+    assert len({json.dumps(trial.params) for trial in trials}) == count
+
+
+def test_a_proposal_does_not_depend_on_trials_of_its_own_batch() -> None:
+    given = plan(batch_size=3)
+    finished = [create_trial(value=float(i), params={}, distributions={}) for i in range(2)]
+    running = create_trial(state=TrialState.RUNNING, params={}, distributions={}, system_attrs={"grid_id": 1})
+    seen = visible([finished[0], finished[1], running], 0, 2)
+    assert [trial.state for trial in seen] == [TrialState.RUNNING] * 2
+    proposals = [propose(given, visible(two, 0, 2)).params for two in ([*finished], [running, running])]
+    assert proposals[0] == proposals[1]
+
+
+def test_an_incomplete_last_line_is_removed_before_the_next_one_is_written(tmp_path: Path) -> None:
+    path = tmp_path / JOURNAL
+    optuna.create_study(storage=open_journal(path), study_name="s")
+    complete = path.read_bytes()
+    path.write_bytes(complete + b'{"op_code":4,"wor')
+    lock = JournalLock(path)
+    lock.acquire()
+    assert path.read_bytes() == complete
+    lock.release()
+    path.write_bytes(complete + b"something else")
+    with pytest.raises(UserError, match=r"study.journal: damaged, or not the journal of a study"):
+        open_journal(path)
+
+
+@pytest.mark.parametrize("content", [b"\x00\x01\n\x02\n", b"[]\n", b'{"a": 1}\n{"b": 2}\n', b"hello"])
+def test_a_damaged_journal_is_refused_in_one_message(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged, or not the journal of a study"):
+        open_journal(tmp_path / JOURNAL)
+    assert (tmp_path / JOURNAL).read_bytes() == content
+
+
+def check(*words: str) -> Sweep:
+    args = train.parse_arguments(["-m", "hydra/sweeper=optuna", *words])
+    with train.open_hydra() as app:
+        return Sweep(train.compose(app, args, RunMode.MULTIRUN))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a search has no space"),
+        (["model.dropout=interval(0.8,0)"], "the interval is inverted"),
+        (["model.dropuot=interval(0,0.8)"], "model.dropuot.*did you mean dropout"),
+        (["model.dropout=interval(0,1.5)"], "model.dropout=1.5: must be less than 1"),
+        (["model.norm=none,layer"], "model.norm=.*layer"),
+        (["seed=0,1,2"], "seed: is not searched.*final_seeds"),
+        ([LR, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be greater than or equal to 1"),
+        ([LR, "hydra.sweeper.sampler=tpa"], "hydra.sweeper.sampler=.*'tpe'"),
+        ([LR, "hydra.sweeper.sampler=grid"], "sampler=grid needs choices or a range"),
+        ([LR, "hydra.sweeper.storage=mysql://x"], "hydra.sweeper.storage"),
+        ([LR, "hydra.sweeper.storage=postgresql://u:secret@localhost:1/x"], "localhost:1/x: can't be reached"),
+        ([LR, "data.score_each_epoch=test"], "a search compares val/acc on held-out images"),
+        ([LR, "sweep.fail_fast=true"], "hydra.sweeper.max_failures=1"),
+    ],
+)
+def test_bad_input_is_refused_in_one_message_and_nothing_is_written(
+    words: list[str], message: str, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as refused:
+        check(*(word for word in SMALL if "dropout" not in word), f"data.root={data_root}", "name=bad", *words)
+    assert "secret" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_checks.importlib.util, "find_spec", lambda name: None if name == "optuna" else True)
+    with pytest.raises(UserError, match=r"not installed: optuna; run: python3 -m pip install optuna cmaes scipy"):
+        check(*SMALL, LR)
+
+
+def test_a_combination_that_is_refused_does_not_end_the_check(data_root: Path) -> None:
+    # momentum=0 with nesterov=true is refused; the first point of the space has it.
+    words = ["optimizer=sgd", "optimizer.nesterov=true,false", "optimizer.momentum=0.0,0.9", "schedule=constant"]
+    assert check(*SMALL, f"data.root={data_root}", *words).is_search
+
+
+def later(settings: Callable[..., Settings], tmp_path: Path, values: list[float]) -> RunFolder:
+    """The folder of a trial that follows others, each of which had one of ``values`` after every epoch."""
+    earlier = [create_trial(value=v, intermediate_values={1: v, 2: v}) for v in values]
+    write_comparison(tmp_path, "s", "median", 2, earlier)
+    return RunFolder(tmp_path)
+
+
+def test_a_trial_below_the_median_is_pruned_and_never_tested(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    given = settings("sweep.prune=true", "sweep.test=false", "callbacks=none")
+    pruned = experiment.train(given, later(settings, tmp_path / "low", [0.99] * 5))
+    assert (pruned["status"], pruned["epochs"], pruned["metrics"]["test/acc"]) == ("pruned", 1, None)
+    assert "test_images" not in pruned
+    # Resumed, it ends at once with the same result.
+    again = experiment.train(given, RunFolder(tmp_path / "low"))
+    assert {k: again[k] for k in ("status", "epochs", "steps")} == {k: pruned[k] for k in ("status", "epochs", "steps")}
+    assert again["weights_sha256"] == pruned["weights_sha256"]
+    kept = experiment.train(given, later(settings, tmp_path / "high", [0.0] * 5))
+    assert (kept["status"], kept["epochs"], kept["metrics"]["test/acc"]) == ("finished", 2, None)
+
+
+def test_a_pruner_decides_the_same_when_the_epochs_are_reported_again(tmp_path: Path) -> None:
+    write_comparison(tmp_path, "s", "hyperband", 9, [create_trial(value=0.9, intermediate_values={1: 0.9})] * 3)
+    scores = {epoch: epoch / 10 for epoch in range(1, 6)}
+    at_once, one_by_one = TrialPruner(tmp_path), TrialPruner(tmp_path)
+    at_once.report(scores)
+    for epoch in scores:
+        one_by_one.report({e: s for e, s in scores.items() if e <= epoch})
+    assert (at_once.is_pruned, at_once.rungs) == (one_by_one.is_pruned, one_by_one.rungs)
+    assert at_once.rungs
+
+
+def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_path: Path) -> None:
+    given = plan()
+    proposed = [propose(given, []), propose(given, [create_trial(value=0.0)])]
+    trials = [
+        create_trial(params=p.params, distributions=p.distributions, value=v)
+        for p, v in zip([proposed[0], *proposed], (0.1, 0.5, 0.5), strict=True)
+    ]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    best = best_trial(trials)
+    assert best is trials[1]
+    assert best_trial([create_trial(state=TrialState.FAIL)]) is None
+    (tmp_path / "best.yaml").write_text(best_config("s", ["experiment=cpu", "name=s", "data.batch_size=64"], best))
+    with train.open_hydra(str(tmp_path)) as app:
+        args = train.parse_arguments(["--config-dir", str(tmp_path), "--config-name", "best"])
+        config = train.compose(app, args, RunMode.RUN)
+        found = validate(config.copy() if "hydra" not in config else _without_hydra(config))
+    words = [f"{key}={value}" for key, value in best.params.items()]
+    expected = validate(compose_config(["experiment=cpu", "data.batch_size=64", "name=s-best", *words]))
+    assert found == expected
+
+
+def _without_hydra(config: Any) -> Any:
+    return type(config)({key: config._get_node(key) for key in config if key != "hydra"})
+
+
+def test_pruning_says_how_many_epochs_it_saved() -> None:
+    pruned = create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.1, 2: 0.1})
+    assert count_saved_epochs([pruned, create_trial(value=0.5, intermediate_values={1: 0.5}), pruned], 10) == 16
+
+
+def count_kills(*arguments: str) -> list[dict[str, int]]:
+    done = subprocess.run([sys.executable, KILL_SEARCH, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(json.loads(done.stdout).values())
+
+
+def test_searches_that_are_killed_propose_the_same_trials() -> None:
+    (counts,) = count_kills("4", "--scenarios", "1")
+    assert counts["kills"] >= 4
+    assert counts["pruned"] > 0
+    assert [counts[key] for key in ("differing", "twice", "lost")] == [0, 0, 0]
+
+
+@pytest.mark.long
+def test_two_hundred_kills() -> None:
+    found = count_kills("19")
+    assert sum(counts["kills"] for counts in found) >= 200
+    assert [[counts[key] for key in ("differing", "twice", "lost")] for counts in found] == [[0, 0, 0]] * len(found)
+    assert all(sum(counts[key] for counts in found) > 0 for key in ("pruned", "failed"))
+
+
+def read_study(folder: Path) -> list[list[Any]]:
+    study = optuna.load_study(study_name="tune", storage=open_journal(folder / JOURNAL))
+    return [[trial.state, trial.value, trial.params, trial.intermediate_values] for trial in study.trials]
+
+
+@pytest.mark.long
+def test_a_search_with_real_runs_is_killed_and_ends_with_the_same_best(tmp_path: Path, data_root: Path) -> None:
+    words = [word for word in SMALL if "max_epochs" not in word and "dropout" not in word]
+    words += ["callbacks=none", "trainer.max_epochs=3", "checkpoint.every_n_steps=2", "hydra.sweeper.pruner=hyperband"]
+    command = ["train", "-m", "hydra/sweeper=optuna", "name=tune", *words, LR, "model.dropout=interval(0, 0.8)"]
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    for folder in (alone, killed):
+        folder.mkdir()
+    there = {"NIN_DATA": str(data_root)}
+    sweep = killed / "outputs/sweeps/tune"
+    for file in ("trial-0000/checkpoints/last.ckpt", "trial-0001/nin.log", "trial-0002/checkpoints/last.ckpt"):
+        process = start(*command, "hydra.sweeper.n_trials=4", cwd=killed, **there)
+        wait_for(sweep / file, process)
+        process.kill()
+        process.communicate()
+    # Twenty more are added later; here two.
+    first, second = (
+        nin(*command, "hydra.sweeper.n_trials=4", cwd=killed, **there),
+        nin(*command, "hydra.sweeper.n_trials=6", cwd=killed, **there),
+    )
+    undisturbed = nin(*command, "hydra.sweeper.n_trials=6", cwd=alone, **there)
+    assert [first.returncode, second.returncode, undisturbed.returncode] == [0, 0, 0], second.stderr
+    assert read_study(sweep) == read_study(alone / "outputs/sweeps/tune")
+    for name in ("best.json", "best.yaml"):
+        assert (sweep / name).read_text() == (alone / "outputs/sweeps/tune" / name).read_text()
+    results = [json.loads(path.read_text()) for path in sweep.glob("trial-*/result.json")]
+    assert [result["metrics"]["test/acc"] for result in results] == [None] * 6
+    other = nin(*command, "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler=random", cwd=killed, **there)
+    assert other.returncode == 2
+    assert "hydra.sweeper.sampler: tpe there, random now" in other.stderr
