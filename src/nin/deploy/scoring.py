@@ -34,9 +34,7 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.memmap(cache.path / "images.bin", np.uint8, "r", shape=cache.shape)
         return pixels[rows], cache.labels()[rows]
     if not isinstance(data, Data):
-        raise UserError(
-            f"data: images of {data.target} need that class; use the run or its checkpoint"
-        )
+        raise UserError(f"data: images of {data.target} need that class; use the run or its checkpoint")
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         path = raw_folder(data) / f"{'train' if part == 'train' else 't10k'}-{kind}-ubyte"

@@ -23,9 +23,8 @@ from rich.table import Table
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import log_to
+from nin.runs.console import format_path, log_to
 from nin.runs.folder import RunFolder, write_atomically
-from nin.runs.results import format_path
 from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
 
