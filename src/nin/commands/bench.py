@@ -47,6 +47,8 @@ def main(arguments: list[str]) -> int:
     prepare(settings.data)
     progress = Console(stderr=True, highlight=False).print
     progress("loading torch and Lightning …")
+    import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
+
     try:
         with log_to(None):
             results = run_benchmarks(settings, args.seconds, args.rounds, progress)

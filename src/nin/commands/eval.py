@@ -50,10 +50,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) -> tuple[Settings, dict[str, Any], Any]:
-    with log_to(None):
-        from nin.checkpoints.files import read, settings_of
-        from nin.training.experiment import evaluate
+    # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
+    from nin.checkpoints.files import read, settings_of
+    from nin.training.experiment import evaluate
 
+    with log_to(None):
         checkpoint = read(path)
         stored = ignore_stored_paths(settings_of(checkpoint, path, allowed))
         settings = apply_overrides(stored, overrides, MAY_CHANGE)
