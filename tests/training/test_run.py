@@ -26,6 +26,9 @@ class FakeExperiment:
         self.checkpoint = {} if self.folder.checkpoints.exists() else None
         self.run_id = self.folder.read_state().get("run_id")
 
+    def describe_start(self) -> str:
+        return "nothing is trained"
+
     def run(self, resumes: int = 0) -> dict[str, Any]:
         self.folder.checkpoints.mkdir(exist_ok=True)
         during_training()
