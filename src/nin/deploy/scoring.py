@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from nin.config.schema import Data, FolderData, Settings, UserError
+from nin.data import cifar10
 from nin.data.decoding import ImageError
 from nin.data.sources import raw_folder
 from nin.data.splits import open_folder, split_folder
@@ -35,6 +36,8 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
         return pixels[rows], cache.labels()[rows]
     if not isinstance(data, Data):
         raise UserError(f"data: images of {data.target} need that class; use the run or its checkpoint")
+    if data.name == "cifar10":
+        return cifar10.read(raw_folder(data) / cifar10.ARCHIVE, "train" if part == "train" else "t10k")
     found = []
     for kind in ("images-idx3", "labels-idx1"):
         path = raw_folder(data) / f"{'train' if part == 'train' else 't10k'}-{kind}-ubyte"
