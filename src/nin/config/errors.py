@@ -24,7 +24,9 @@ def format_errors(error: ValidationError, section: type[Section], plain: dict, p
 def _key(error: ErrorDetails, plain: dict) -> str:
     """The config key of an error. The error's path also names the members of unions, which are not part of the key."""
     path, node = [], plain
-    for part in error["loc"]:
+    for place, part in enumerate(error["loc"], start=1):
+        if part == "_target_" and place < len(error["loc"]):
+            continue  # the member of a union for classes of the user's own
         if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int)):
             path.append(str(part))
             node = node[part]
@@ -46,6 +48,8 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
         case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key
             return f"{key}: {first['ctx']['error']}"
+        case "string_pattern_mismatch" if key.endswith("_target_"):
+            return f"{key}={shorten(json.dumps(first['input']))}: must be a module and a class in it, as in my_net.Net"
         case "string_pattern_mismatch":
             rule = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
             return f"{key}={shorten(json.dumps(first['input']))}: must be {rule}"

@@ -1,0 +1,87 @@
+import pytest
+
+from nin.config import own
+from nin.config.composition import compose_config
+from nin.config.networks import OwnModel
+from nin.config.schema import OwnSchedule, Settings, UserError
+from nin.config.trust import require_allowed_classes
+from nin.config.validation import validate, validate_plain
+
+
+class Thing:
+    def __init__(self, first: int, width: int, image_size: int = 0):
+        if width > 9:
+            raise ValueError("too wide")
+        self.values = first, width, image_size
+
+
+def thing(**arguments: object) -> OwnModel:
+    return OwnModel.model_validate({"_target_": f"{__name__}.Thing", "input_size": 28, **arguments})
+
+
+def settings_with(**sections: dict[str, object]) -> Settings:
+    plain = validate(compose_config(["experiment=quickstart"])).model_dump(mode="json")
+    return validate_plain(plain | sections)
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own, "get_class", lambda target: {"Thing": Thing, "int": int}[target.rpartition(".")[2]])
+
+
+def test_the_signature_decides_what_is_given() -> None:
+    built = own.build("model", thing(width=3), Thing, 7, image_size=28, num_classes=10)
+    assert built.values == (7, 3, 28)
+    assert own.build("model", thing(width=3, image_size=5), Thing, 7, image_size=28).values == (7, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"widht": 3}, r"model.widht: .*Thing has no such argument; did you mean width\?"),
+        ({}, "model: .*Thing: missing a required argument: 'width'"),
+        ({"width": 10}, "model: .*Thing: too wide"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        own.build("model", thing(**arguments), Thing, 7)
+
+
+def test_another_kind_of_class_is_refused() -> None:
+    with pytest.raises(UserError, match=r"_target_=.*Thing: must be a subclass of builtins.int"):
+        own.build("model", thing(), int)
+
+
+def test_classes_of_the_users_own_are_part_of_the_settings() -> None:
+    schedule = {"_target_": "torch.optim.lr_scheduler.StepLR", "step_size": 3}
+    settings = settings_with(model={"_target_": "mine.Net", "input_size": 28, "width": 3}, schedule=schedule)
+    assert (settings.model.name, settings.model.arguments) == ("mine.Net", {"width": 3})
+    assert isinstance(settings.schedule, OwnSchedule)
+    stored = settings.model_dump(mode="json")
+    assert stored["model"] == {"_target_": "mine.Net", "input_size": 28, "width": 3}
+    assert validate_plain(stored) == settings
+
+
+def test_a_network_needs_an_input_size_and_a_class() -> None:
+    with pytest.raises(UserError) as raised:
+        settings_with(model={"_target_": "print", "width": 3})
+    assert 'model._target_="print": must be a module and a class in it, as in my_net.Net' in raised.value.errors
+    assert any(error.startswith("model.input_size: missing") for error in raised.value.errors)
+
+
+def test_a_stored_class_is_called_only_if_its_module_is_allowed() -> None:
+    settings = settings_with(
+        model={"_target_": "mine.Net", "input_size": 28},
+        optimizer={"_target_": "torch.optim.RMSprop", "lr": 0.1},
+        schedule={"_target_": "os.system", "command": "true"},
+    )
+    with pytest.raises(UserError) as raised:
+        require_allowed_classes(settings, [])
+    assert [error.partition(":")[0] for error in raised.value.errors] == [
+        "model._target_=mine.Net", "schedule._target_=os.system",
+    ]  # fmt: skip
+    assert "add --allow mine" in raised.value.errors[0]
+    require_allowed_classes(settings, ["mine", "os"])
+    with pytest.raises(UserError):
+        require_allowed_classes(settings, ["min", "os"])  # a part of a name is no module
