@@ -2,6 +2,7 @@
 
 import logging
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from nin.config import own
 from nin.config.networks import OwnModel
 from nin.config.schema import OwnOptimizer, OwnSchedule, Schedule, Settings
+from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network
 
@@ -51,7 +53,11 @@ class Classifier(LightningModule):
 
     def __init__(self, settings: Settings | dict[str, Any], class_names: Sequence[str], in_channels: int = 1):
         super().__init__()
-        self.settings = settings if isinstance(settings, Settings) else Settings.model_validate(settings)
+        if not isinstance(settings, Settings):
+            settings = Settings.model_validate(settings)
+            # Of a checkpoint: it imports no module, but may name a class of one that the program has imported.
+            require_allowed_classes(settings, list(sys.modules))
+        self.settings = settings
         self.class_names, self.in_channels = tuple(class_names), in_channels
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
         plain = {
