@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 # A whole run in a second or two: two epochs of six batches of the garments at 28x28.
@@ -21,6 +22,14 @@ SMALL = (
     "model.dropout=0.2",
 )
 
+
+def merge(overrides: Iterable[object]) -> list[str]:
+    """Overrides with the last value of each key: a key with two values is refused."""
+    words = [str(word) for word in overrides]
+    keys = [word.partition("=")[0] for word in words]
+    return [word for i, word in enumerate(words) if "=" not in word or keys[i] not in keys[i + 1 :]]
+
+
 # Without cached bytecode every process would compile torch and Lightning anew.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYTHONDONTWRITEBYTECODE")}
 
@@ -28,7 +37,7 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYT
 def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the program as a person would, warnings being errors."""
     return subprocess.run(
-        [sys.executable, "-m", "nin", *map(str, arguments)],
+        [sys.executable, "-m", "nin", *merge(arguments)],
         cwd=cwd,
         env=ENVIRONMENT | environment,
         capture_output=True,
@@ -39,7 +48,7 @@ def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
 
 def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """As ``nin``, and goes on while it runs."""
-    command = [sys.executable, "-m", "nin", *map(str, arguments)]
+    command = [sys.executable, "-m", "nin", *merge(arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

@@ -6,6 +6,7 @@ resumed wrongly.
 
 import ast
 import importlib.metadata
+import inspect
 import re
 import sys
 import tomllib
@@ -31,6 +32,7 @@ PRIVATE = {
     "_data_fetcher": "Lightning's fit loop",
     "_experiment": "Lightning's TensorBoardLogger",
     "_get_file_writer": "torch's SummaryWriter",
+    "_inductor": "torch",
     "_internal": "hydra",
     "_jit_clear_class_registry": "torch._C",
     "_should_accumulate": "Lightning's epoch loop",
@@ -50,7 +52,7 @@ def names(tree: ast.AST) -> tuple[set[str], set[str]]:
                 ast.Attribute(attr=name) | ast.Name(id=name, ctx=ast.Store()) | ast.AnnAssign(target=ast.Name(id=name))
             ):
                 defined.add(name)
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 defined.add(name)
             case ast.ImportFrom(module=str(module)):
                 used |= {*module.split("."), *(alias.name for alias in node.names)}
@@ -221,7 +223,13 @@ def test_summary_writer_get_file_writer(tmp_path: Path) -> None:
 
 
 # The import name of a distribution, where it is another one.
-DISTRIBUTIONS = {"hydra": "hydra-core", "PIL": "pillow", "yaml": "pyyaml", "pydantic_core": "pydantic-core"}
+DISTRIBUTIONS = {
+    "prometheus_client": "prometheus-client",
+    "hydra": "hydra-core",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic-core",
+}
 
 
 def test_tensorboard_logger_experiment(tmp_path: Path) -> None:
@@ -230,6 +238,13 @@ def test_tensorboard_logger_experiment(tmp_path: Path) -> None:
     assert logger._experiment is not logger.experiment
     assert logger._experiment is logger.experiment
     logger.experiment.close()
+
+
+def test_torch_inductor_packages() -> None:
+    from torch._inductor import aoti_compile_and_package, aoti_load_package
+
+    assert "package_path" in inspect.signature(aoti_compile_and_package).parameters
+    assert callable(aoti_load_package)
 
 
 def test_every_imported_package_is_declared() -> None:

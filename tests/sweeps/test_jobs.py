@@ -268,7 +268,7 @@ def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:
 
 @pytest.mark.parametrize("path", sorted((CONF / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> None:
-    params = yaml.safe_load(path.read_text().partition("\n\n")[0])["hydra"]["sweeper"]["params"]
+    params = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
     on_a_cpu = ["experiment=cpu", *(["data.image_size=67"] if path.stem == "networks" else [])]
     for task in ([], on_a_cpu):
         jobs = sweep.expand_jobs(params, task)

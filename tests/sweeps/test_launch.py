@@ -21,7 +21,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from helpers import SMALL, nin, start, wait_for
+from helpers import SMALL, merge, nin, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
 from nin.config.schema import CONF, Settings, UserError
@@ -176,7 +176,7 @@ def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
 def torchrun(*arguments: str, cwd: Path, data_root: Path, **more: Any) -> subprocess.Popen[str]:
     """Starts two processes of ``nin`` as on a machine with two devices."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", *arguments],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "nin", *merge(arguments)],
         cwd=cwd,
         env=os.environ | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"},
         text=True,
@@ -277,6 +277,7 @@ def test_twenty_jobs_in_one_process_leave_nothing_behind(tmp_path: Path, data_ro
 import logging, os, sys, threading
 from nin.commands import train
 from nin.sweeps import launch
+from nin.sweeps import launch
 
 run = launch.run_sweep_job
 
@@ -296,7 +297,7 @@ sys.exit(train.main(sys.argv[1:]))
     # The second ten fail: their tracebacks must not hold their networks.
     asked = [*SMALL, "schedule=constant", "model.norm=none", "optimizer.lr=0.001,1e30", "seed=range(0,10)"]
     done = subprocess.run(
-        [sys.executable, "-c", watched, "-m", "name=flat", *asked],
+        [sys.executable, "-c", watched, *merge(["-m", "name=flat", *asked])],
         cwd=tmp_path,
         env=os.environ | {"NIN_DATA": str(data_root)},
         capture_output=True,
@@ -370,7 +371,7 @@ def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
 ) -> None:
     # Without experiment=quickstart, which has a name.
     asked = ["model=nin_small", "data=garments", "trainer=cpu", *ON_SLURM[2:], "optimizer.lr=0.01"]
-    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nin", "train", *asked])
+    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nin", "train", *merge(asked)])
     sent = subprocess.run(
         ["sbatch", "--parsable", "--requeue", f"--chdir={tmp_path}", "--wrap", f"srun {line}"],
         env=os.environ | {"NIN_DATA": str(data_root)},

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -259,7 +260,8 @@ class RunFolder:
 
 def _read(path: Path) -> str:
     """The text of a file; ``read_text`` would wait for ever for a named pipe."""
-    if path.exists() and not path.is_file():
+    # One look: another process may replace or remove the file in the meantime.
+    if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a file", str(path))
     return path.read_text(encoding="utf-8")
 
