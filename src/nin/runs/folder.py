@@ -109,10 +109,10 @@ class RunFolder:
                 raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
         written = (self.log, self.metrics, self.result, *self.path.glob(".hydra/*"), *self.tensorboard.glob("events.*"))
         for path in written:
-            if path.exists() and not path.is_file():
+            if _is_other_than(stat.S_ISREG, path):
                 raise UserError(f"{path}: not a file; remove it")
         for path in (self.config.parent, self.checkpoints, self.tensorboard):
-            if path.exists() and not path.is_dir():
+            if _is_other_than(stat.S_ISDIR, path):
                 raise UserError(f"{path}: not a folder; remove it")
 
     def is_claimed(self) -> bool:
@@ -256,6 +256,14 @@ class RunFolder:
                 os.truncate(path, sizes[path.name])
         there = self.event_file_sizes()
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
+
+
+def _is_other_than(kind: Callable[[int], bool], path: Path) -> bool:
+    """Whether something of another kind is at ``path``. One look: another process may remove it in the meantime."""
+    try:
+        return not kind(path.stat().st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _read(path: Path) -> str:
