@@ -226,7 +226,8 @@ class Classifier(LightningModule):
             scores["test/top5_acc"] = self.top5_acc.compute()
             self.top5_acc.reset()
         # Lightning logs at this step; its own count of batches is one too high after some resumes.
-        scores["step"] = torch.tensor(float(self.trainer.global_step), device=self.device)
+        if self.trainer.global_step:  # after training
+            scores["step"] = torch.tensor(float(self.trainer.global_step), device=self.device)
         with warnings.catch_warnings():
             # `Trainer.test` returns what is logged with logger=True, also if there is no logger.
             warnings.filterwarnings("ignore", message="You called `self.log")
