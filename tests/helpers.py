@@ -47,7 +47,7 @@ def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
 
 
 def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
-    """As ``nin``, and goes on while it runs."""
+    """Starts the program and returns while it runs."""
     command = [sys.executable, "-m", "nin", *merge(arguments)]
     return subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -34,7 +34,7 @@ PARENT_VARIABLE = "NIN_SWEEP_PROCESS"
 
 
 class SweepInterrupt(BaseException):
-    """Ends a sweep whose jobs run one after another; not an Exception, because Hydra goes on after those."""
+    """Ends a sweep whose jobs run one after another; not an Exception, because Hydra continues after those."""
 
     def __init__(self, exit_status: int):
         super().__init__(exit_status)

@@ -102,10 +102,12 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
             int((maps.amax((0, 2, 3)) == 0).sum()) for maps in block
         )
 
-    (told,) = [record.getMessage() for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
-    assert "training is at chance at step 3 (epoch 1): the loss is 2.3" in told
-    assert f"{silent} of 10 classes are dead on these 2 training images, in eval mode (" in told
-    assert "Try experiment=robust" in told
+    (warning,) = [
+        record.getMessage() for record in caplog.records if record.name == "nin.training.callbacks.dead_units"
+    ]
+    assert "training is at chance at step 3 (epoch 1): the loss is 2.3" in warning
+    assert f"{silent} of 10 classes are dead on these 2 training images, in eval mode (" in warning
+    assert "Try experiment=robust" in warning
 
 
 def test_a_network_that_learns_is_told_nothing(
