@@ -109,7 +109,8 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["train", "data.image_size=40", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
+        (["train", "data.batch_size=0", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
+        (["train", "data.image_size=40"], "nin train: data.image_size=40: nin needs at least 67 pixels a side"),
         (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
         (["train", "trainer=gpu", "data=garments"], "nin train: trainer.accelerator=gpu: this machine has no GPU"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),

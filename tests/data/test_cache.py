@@ -66,6 +66,7 @@ def test_parallel_processes_write_what_one_process_does(tmp_path: Path, monkeypa
     one = pixels(open_cache(data))
     shutil.rmtree(tmp_path / "root.cache")
     monkeypatch.setattr(parallel, "_CHUNK", 2)
+    monkeypatch.setattr(parallel, "_FEW_BYTES", 0)
     monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     assert np.array_equal(pixels(open_cache(data)), one)
 

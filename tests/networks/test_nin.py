@@ -109,7 +109,7 @@ def test_every_class_map_starts_positive_and_has_gradients_with_kaiming_dirac(se
     torch.manual_seed(seed)
     network, images = NiN(image_size=67, head=head), torch.rand(8, 1, 67, 67)
     random_state = torch.get_rng_state()
-    initialize(network, "kaiming_dirac", score_maps=network[7])
+    initialize(network, "kaiming_dirac")
     identities = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1)]
     assert len(identities) == 8
     for layer in identities:

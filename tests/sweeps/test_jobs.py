@@ -248,9 +248,9 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(t
     assert (folder / "optimizer.lr=0.002,seed=1" / "result.json").exists()
 
     # A mistake in any job is found before the first begins; another fixed setting is refused by name.
-    mistaken = nin(*command, "optimizer.lr=0.003,-1", "data.image_size=28,3", **there)
+    mistaken = nin(*command, "optimizer.lr=0.003,-1", "data.image_size=28,0", **there)
     assert mistaken.returncode == 2
-    assert mistaken.stderr.startswith("nin train: 2 errors\n  data.image_size=3: nin needs at least")
+    assert mistaken.stderr.startswith("nin train: 2 errors\n  data.image_size=0: must be")
     assert not list(folder.glob("optimizer.lr=0.003*"))
     other = nin(*command, "optimizer.lr=0.001,0.002", "seed=0,1", "model.dropout=0.3", **there)
     assert other.returncode == 1

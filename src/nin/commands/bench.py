@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nin.config.composition import compose_settings
-from nin.config.schema import Settings, UserError
-from nin.config.validation import is_single_process
+from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to
 from nin.runs.folder import write_atomically

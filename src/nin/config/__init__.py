@@ -2,11 +2,14 @@
 
 A module imports only from the modules below it:
 
-    trust        what a stored config must not do
-    composition  Hydra's composition; every error of a command line in one message
-    validation   the composed config to `Settings`; rules on several keys
-    own          classes of the user's own
-    errors       messages about a config
-    schema       types and ranges of all keys
-    networks     types and ranges of the keys of each network
+    trust                what a stored config must not do
+    composition          Hydra's composition; every error of a command line in one message
+    validation           the composed config to `Settings`
+    rules                rules on several keys at once
+    batches              those on numbers of images and batches
+    own                  classes of the user's own
+    errors               messages about a config
+    schema               types and ranges of all keys
+    data_sets, networks  types and ranges of the keys of each data set, and of each network, from its signature
+    types                base classes of sections; types with a range
 """

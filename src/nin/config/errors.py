@@ -9,8 +9,8 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nin.config.networks import OwnClass, Section
 from nin.config.schema import Settings
+from nin.config.types import OwnClass, Section
 
 
 def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:

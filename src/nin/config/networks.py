@@ -1,123 +1,83 @@
-"""The typed config of each network. Imports no torch."""
+"""The typed config of each network, read from the signature of its class. Imports no torch.
 
-from typing import Annotated, Any, ClassVar, Literal
+A network of the project is a file ``networks/<name>.py`` with a class of the same name in any case, such as ``LeNet``
+in ``lenet.py``, whose constructor takes ``in_channels``, ``num_classes`` and ``image_size``. All other arguments are
+keys of the config, and their annotations are the types and ranges. The file is parsed and not imported, because
+importing it imports torch.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+import ast
+import functools
+import operator
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from pydantic import Field, create_model
 
-class Section(BaseModel):
-    """A section of the config. Strict: ``"1"`` and ``true`` are not accepted for 1, and unknown keys are refused."""
+from nin.config import types
+from nin.config.types import Init, OwnClass, Positive, Section
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-# Of a kernel, stride or image, in pixels. More than any image has would only take time and memory to refuse.
-Pixels = Annotated[int, Field(ge=1, le=1024)]
-Width = Annotated[int, Field(ge=1, le=65_536)]
-# Kernel size, stride and padding of the layers that reduce height and width, in order.
-Windows = list[tuple[int, int, int]]
-Init = Literal["xavier_uniform", "kaiming_normal", "kaiming_dirac", "torch"]
-
-
-class NiN(Section):
-    """Network in Network (Lin et al. 2013) as the notebooks build it; ``nin_small`` is the same at 28x28."""
-
-    name: Literal["nin"]
-    input_size: Positive
-    # One entry per block: the number of output channels of all its layers, or a list with each layer's number.
-    widths: Annotated[list[Width | list[Width]], Field(min_length=1)]
-    last_width: Width | None
-    kernel_sizes: list[Pixels]
-    first_stride: Pixels
-    first_padding: Annotated[int, Field(ge=0)]
-    conv1x1_layers: Annotated[int, Field(ge=0, le=100)]
-    conv1x1_relu: bool
-    head: Literal["gap", "fc", "mlp"]
-    head_width: Width
-    dropout: Share
-    dropout_between: bool
-    norm: Literal["none", "batch"]
-    init: Init
-    final_relu: bool
+# The arguments that come from the data, not from the config.
+FROM_DATA = {"in_channels", "num_classes", "image_size"}
+# What an annotation may name. A sequence is a list in YAML.
+_NAMES = {**vars(typing), **vars(types), "Sequence": list}
 
 
-class LeNet(Section):
-    """LeNet-5 as the notebooks' book defines it (Dive into Deep Learning, section 7.6)."""
+class Model(Section):
+    """The keys that all networks of the project have."""
 
-    name: Literal["lenet"]
+    name: str
+    # The default of data.image_size.
     input_size: Positive
     init: Init
-
-    windows: ClassVar[Windows] = [(5, 1, 2), (2, 2, 0), (5, 1, 0), (2, 2, 0)]
-
-
-class AlexNet(Section):
-    """AlexNet as the notebooks' book defines it (Dive into Deep Learning, section 8.1)."""
-
-    name: Literal["alexnet"]
-    input_size: Positive
-    dropout: Share
-    init: Init
-
-    windows: ClassVar[Windows] = [
-        (11, 4, 1),
-        (3, 2, 0),
-        (5, 1, 2),
-        (3, 2, 0),
-        (3, 1, 1),
-        (3, 1, 1),
-        (3, 1, 1),
-        (3, 2, 0),
-    ]
-
-
-class VGG(Section):
-    """VGG-11 as the notebooks' book defines it (Dive into Deep Learning, section 8.2)."""
-
-    name: Literal["vgg"]
-    input_size: Positive
-    dropout: Share
-    init: Init
-
-    # The 3x3 convolutions keep the size; five 2x2 poolings halve it.
-    windows: ClassVar[Windows] = [(2, 2, 0)] * 5
-
-
-class OwnClass(Section):
-    """A class of the user's own, named by ``_target_``; all other keys are its arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False, serialize_by_alias=True)
-
-    target: Annotated[str, Field(alias="_target_", pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
-
-    @property
-    def name(self) -> str:
-        """The class with its module, in place of the name of a network or data set of this project."""
-        return self.target
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
 
 
 class OwnModel(OwnClass):
     """Any ``nn.Module`` that maps ``(batch, channels, image_size, image_size)`` to logits ``(batch, classes)``."""
 
-    # The default of data.image_size.
     input_size: Positive
 
-    windows: ClassVar[Windows] = []
+
+def read_networks(folder: Path) -> dict[str, type[Model]]:
+    """The section of each network in ``folder``, by the network's name. A section has the name of the network's class.
+
+    Raises:
+        TypeError: names an argument without an annotation, or with one that can't be used.
+    """
+    found: dict[str, type[Model]] = {}
+    for path in sorted(folder.glob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.ClassDef) or node.name.lower() != path.stem.replace("_", ""):
+                continue
+            arguments = _constructor_arguments(node)
+            if {argument.arg for argument in arguments} >= FROM_DATA:
+                keys = {a.arg: (_evaluate(a, path), ...) for a in arguments if a.arg not in FROM_DATA}
+                keys["name"] = (Literal[path.stem], ...)
+                found[path.stem] = create_model(node.name, __base__=Model, **keys)  # type: ignore[call-overload]
+    return found
 
 
-class MLP(Section):
-    """A multilayer perceptron with one wide hidden layer."""
+def _constructor_arguments(node: ast.ClassDef) -> list[ast.arg]:
+    for function in node.body:
+        if isinstance(function, ast.FunctionDef) and function.name == "__init__":
+            return [*function.args.args[1:], *function.args.kwonlyargs]
+    return []
 
-    name: Literal["mlp"]
-    input_size: Positive
-    hidden_width: Positive
-    dropout: Share
-    init: Init
 
-    windows: ClassVar[Windows] = []
+def _evaluate(argument: ast.arg, path: Path) -> Any:
+    """The type that an argument's annotation names."""
+    if argument.annotation is None:
+        raise TypeError(f"{path}: {argument.arg} has no annotation, which is the type of the config key")
+    try:
+        return eval(compile(ast.Expression(argument.annotation), str(path), "eval"), dict(_NAMES))
+    except NameError as error:
+        raise TypeError(f"{path}: {argument.arg}: {error}; use names of typing and nin.config.types") from error
+
+
+NETWORKS = read_networks(Path(__file__).parents[1] / "networks")
+
+if TYPE_CHECKING:
+    TypedModel = Model
+else:
+    TypedModel = Annotated[functools.reduce(operator.or_, NETWORKS.values()), Field(discriminator="name")]

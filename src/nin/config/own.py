@@ -7,8 +7,8 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 
 from nin.config.errors import did_you_mean
-from nin.config.networks import OwnClass
 from nin.config.schema import UserError
+from nin.config.types import OwnClass
 
 
 def import_class(key: str, config: OwnClass, kind: type) -> type:

@@ -1,28 +1,18 @@
 """The typed config. Imports no torch, so that errors in a config are reported before heavy imports.
 
-``conf/`` has every default value. This module and ``networks`` have the type and range of every key; ``validation``
-turns a composed config into `Settings`.
+``conf/`` has every default value. This module, ``data_sets`` and ``networks`` have the type and range of every key;
+``validation`` turns a composed config into `Settings`.
 """
 
 import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from nin.config.networks import (
-    MLP,
-    VGG,
-    AlexNet,
-    LeNet,
-    NiN,
-    OwnClass,
-    OwnModel,
-    Pixels,
-    Positive,
-    Section,
-    Share,
-)
+from nin.config.data_sets import Data, FolderData, OwnData
+from nin.config.networks import OwnModel, TypedModel
+from nin.config.types import NonNegative, OwnClass, Positive, Section, Share
 
 _PACKAGE = Path(__file__).parents[1]
 # The directory of the config groups: inside the installed package, or at the top of a checkout.
@@ -40,70 +30,6 @@ class UserError(Exception):
         if len(self.errors) == 1:
             return self.errors[0]
         return "\n  ".join([f"{len(self.errors)} errors", *self.errors])
-
-
-# The sizes of the training set, before data.val_size images are held out, and of the test set. Those of data=folder are
-# known when the folder has been read.
-TRAINING_IMAGES = {
-    "fashion_mnist": 60_000, "mnist": 60_000, "kmnist": 60_000, "garments": 10_000, "cifar10": 50_000,
-}  # fmt: skip
-TEST_IMAGES = {
-    "fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000, "cifar10": 10_000,
-}  # fmt: skip
-
-
-# Absolute: a checkpoint can be evaluated from another working directory than that of its run.
-Folder = Annotated[str, Field(min_length=1), AfterValidator(lambda root: str(Path(root).expanduser().absolute()))]
-
-
-class Images(Section):
-    """The keys that all data sets have."""
-
-    root: Folder
-    image_size: Pixels
-    batch_size: Positive
-    # The images on which metrics are computed after every epoch. "test" is the notebooks' protocol; the best
-    # checkpoint is then not chosen by these metrics.
-    score_each_epoch: Literal["val", "test"]
-    augment: Literal["none", "flip", "flip_shift", "trivial"]
-    # Whether the network's input has mean 0 and standard deviation 1 over the training images, for each channel.
-    normalize: bool
-    # Whether predictions are the mean of the probabilities for the image and for its mirror image.
-    test_time_flip: bool
-
-
-class Data(Images):
-    name: Literal["fashion_mnist", "mnist", "kmnist", "garments", "cifar10"]
-    val_size: Annotated[int, Field(ge=0)]
-    # Base URLs for downloading missing files, tried in this order. garments are generated, not downloaded.
-    mirrors: list[str]
-
-
-class FolderData(Images):
-    name: Literal["folder"]
-    # Training images that are held out, where the folder has no val/ or no test/: a number, or a share of them.
-    val_size: Annotated[int, Field(ge=0)] | Share
-    test_size: Annotated[int, Field(ge=0)] | Share
-    stored_size: Pixels
-    fit: Literal["crop", "pad", "stretch"]
-    # "auto": 3 if any training image has color.
-    channels: Literal[1, 3, "auto"]
-    skip_broken: bool
-    # The folder of the decoded images; None: beside the root.
-    cache: Folder | None
-    # More decoded images than this are read from disk by batch, and not kept in memory.
-    memory_limit_mib: Annotated[int, Field(ge=0)]
-
-
-class OwnData(OwnClass):
-    """A LightningDataModule of the user's own, with attributes ``class_names`` and ``channels``."""
-
-    image_size: Pixels
-    batch_size: Positive
-    score_each_epoch: Literal["val", "test"] = "val"
-    test_time_flip: bool = False
-
-    normalize: ClassVar[bool] = False
 
 
 class SGD(Section):
@@ -153,9 +79,9 @@ class Trainer(Section):
     precision: int | str | None
     fast_dev_run: int | bool
     max_epochs: Annotated[int, Field(ge=-1)] | None
-    min_epochs: Annotated[int, Field(ge=0)] | None
+    min_epochs: NonNegative | None
     max_steps: Annotated[int, Field(ge=-1)]
-    min_steps: Annotated[int, Field(ge=0)] | None
+    min_steps: NonNegative | None
     max_time: str | dict[str, int] | None
     limit_train_batches: Limit
     limit_val_batches: Limit
@@ -179,9 +105,16 @@ class Trainer(Section):
     detect_anomaly: bool
     barebones: bool
     sync_batchnorm: bool
-    reload_dataloaders_every_n_epochs: Annotated[int, Field(ge=0)]
+    reload_dataloaders_every_n_epochs: NonNegative
     model_registry: str | None
     enable_autolog_hparams: bool
+
+
+def is_single_process(trainer: Trainer) -> bool:
+    """Whether ``trainer`` uses one device, and so one process: Lightning starts one process per device."""
+    devices = trainer.devices
+    one = len(devices) == 1 if isinstance(devices, list) else devices in (1, "1")
+    return one and trainer.num_nodes == 1 and trainer.strategy in ("auto", "single_device")
 
 
 class Speed(Section):
@@ -200,7 +133,7 @@ class Speed(Section):
 
 class Checkpoint(Section):
     every_n_steps: Positive | None
-    keep: Annotated[int, Field(ge=0)]
+    keep: NonNegative
 
 
 class Sweep(Section):
@@ -221,7 +154,7 @@ class EarlyStopping(Section):
 
     monitor: str
     min_delta: float = 0.0
-    patience: Annotated[int, Field(ge=0)] = 3
+    patience: NonNegative = 3
     verbose: bool = False
     mode: Literal["min", "max"] = "min"
     strict: bool = True
@@ -278,8 +211,7 @@ class Settings(Section):
     # and crashes with a segmentation fault when the system refuses that many threads.
     threads: Annotated[int, Field(ge=1, le=1024)] | None
     model: Annotated[
-        Annotated[NiN | LeNet | AlexNet | VGG | MLP, Field(discriminator="name"), Tag("typed")]
-        | Annotated[OwnModel, Tag("_target_")],
+        Annotated[TypedModel, Tag("typed")] | Annotated[OwnModel, Tag("_target_")],
         OWN_OR_TYPED,
     ]
     data: Annotated[

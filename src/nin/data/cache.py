@@ -149,7 +149,9 @@ def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
 
 
 def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=path.parent) as new:
+    for left_over in path.parent.glob(f".new-{path.name}-*"):  # of a process that was killed; its lock is ours now
+        shutil.rmtree(left_over, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".new-{path.name}-", dir=path.parent) as new:
         images = Path(new) / "images.bin"
         channels, broken = decode_folder(data, listing, images)
         broken = dict(sorted({**listing.broken, **broken}.items()))

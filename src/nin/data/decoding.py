@@ -1,9 +1,13 @@
-"""Decodes image files with Pillow to uint8 arrays: the images of a folder, and images to predict. Imports no torch."""
+"""Decodes image files with Pillow to uint8 arrays: the images of a folder, and images to predict.
+
+Imports NumPy and Pillow only, since each process that decodes imports this module.
+"""
 
 import contextlib
 import io
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,7 +30,7 @@ class ImageTooLargeError(ImageError):
 
 
 def decode(
-    content: bytes | BinaryIO | Path,
+    content: bytes | BinaryIO | Path | str,
     channels: int,
     max_pixels: int = MAX_PIXELS,
     size: int | None = None,
@@ -48,7 +52,7 @@ def decode(
     return to_array(open_image(content, max_pixels), channels, size, fit)
 
 
-def open_image(content: bytes | BinaryIO | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads the header of an image; `to_array` reads its pixels. Raises as `decode` does."""
     with _name_errors():
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
@@ -69,7 +73,7 @@ def to_array(image: Image.Image, channels: int, size: int | None = None, fit: st
 def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop") -> Image.Image:
     """An opened image in mode "L" if its own mode has no color, otherwise "RGB", brought to ``size``; closes it."""
     with _name_errors(), image:
-        if size:
+        if size and min(image.size) >= 4 * size:
             # Decodes a JPEG file at 1/2, 1/4 or 1/8 of its size, several times faster, where that is at least twice
             # the requested one.
             image.draft(None, (2 * size, 2 * size))
@@ -79,8 +83,12 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop") ->
 
 def convert(image: Image.Image, channels: int) -> np.ndarray:
     """An image in mode "L" or "RGB" as ``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3."""
+    return np.array(_to_mode(image, channels))
+
+
+def _to_mode(image: Image.Image, channels: int) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
-    return np.array(image if image.mode == mode else image.convert(mode))
+    return image if image.mode == mode else image.convert(mode)
 
 
 def has_color(image: Image.Image) -> bool:
@@ -143,3 +151,47 @@ def _fit(image: Image.Image, size: int, fit: str) -> Image.Image:
     inner = image.resize((width, height), Image.Resampling.BILINEAR)
     padded.paste(inner, ((size - width) // 2, (size - height) // 2))
     return padded
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some files of a folder, which one process decodes one after the other.
+
+    Attributes:
+        root: the folder.
+        names: of the files, relative to ``root``; empty ones are left out.
+        images: the file to which the pixels are written, ``(size, size, channels)`` for each name; None: nowhere.
+        start: the row of ``images`` that is the first one's.
+        search: the number of images, the first ones, that are searched for color.
+    """
+
+    root: str
+    names: list[str]
+    images: Path | None
+    start: int
+    size: int
+    fit: str
+    channels: int
+    search: int
+
+
+def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
+    """Decodes the files of ``chunk``; returns the broken ones with the reason, and whether any image has color."""
+    row = chunk.size**2 * chunk.channels
+    pixels = bytearray(len(chunk.names) * row)
+    broken, color = {}, False
+    for i, name in enumerate(chunk.names):
+        if not name:
+            continue
+        try:
+            image = to_pixels(open_image(f"{chunk.root}/{name}"), chunk.size, chunk.fit)
+        except ImageError as error:
+            broken[name] = str(error)
+            continue
+        color = color or (i < chunk.search and has_color(image))
+        pixels[i * row : (i + 1) * row] = _to_mode(image, chunk.channels).tobytes()
+    if chunk.images is not None:
+        with chunk.images.open("r+b") as file:
+            file.seek(chunk.start * row)
+            file.write(pixels)
+    return broken, color

@@ -9,6 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from nin.config.schema import FolderData, UserError
 
@@ -19,8 +20,7 @@ _SHOWN = 200  # of the faults of one folder; a message of thousands of lines hel
 REMEDY = "repair or remove the files, or leave them out with data.skip_broken=true"
 
 
-@dataclass(frozen=True)
-class ImageFile:
+class ImageFile(NamedTuple):
     """One file as it was when the folder was listed.
 
     Attributes:

@@ -5,49 +5,48 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import threading
+from collections.abc import Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nin.config.schema import FolderData, UserError
-from nin.data.decoding import ImageError, convert, has_color, open_image, to_pixels
+from nin.data.decoding import Chunk, decode_chunk
 from nin.data.folder import PARTS, Listing, printable
 
-_CHUNK = 256  # images per task of a process
+_CHUNK = 256  # images per chunk, at most
+_FEW_BYTES = 2 * 2**20  # files of fewer bytes in all are decoded sooner than a process starts
 _SAMPLE = 32  # images from which the number of channels is guessed
 
 
 def decode_folder(data: FolderData, listing: Listing, images: Path) -> tuple[int, dict[str, str]]:
     """Decodes all files of ``listing`` into ``images``; returns the number of channels and the broken files."""
     files = [file for part in PARTS for file in listing.files.get(part, [])]
-    names = [file.name for file in files]
+    names = ["" if file.name in listing.broken else file.name for file in files]
+    processes = 1 if sum(file.size for file in files) < _FEW_BYTES else _count_cores()
     train = len(listing.files["train"])
-    skipped = frozenset(listing.broken)
     if data.channels != "auto":
-        return data.channels, decode_files(data, names, skipped, images, data.channels, 0)[0]
-    sample = names[:train][:: max(1, train // _SAMPLE)]
-    sample = [name for name in sample if name not in skipped]
-    task = (data.root, sample, None, 0, data.stored_size, data.fit, 3, len(sample))
-    if not decode_chunk(*task)[1]:
-        broken, color = decode_files(data, names, skipped, images, 1, train)
+        return data.channels, decode_files(data, names, images, data.channels, 0, processes)[0]
+    sample = [name for name in names[:train][:: max(1, train // _SAMPLE)] if name]
+    if not decode_chunk(Chunk(data.root, sample, None, 0, data.stored_size, data.fit, 3, len(sample)))[1]:
+        broken, color = decode_files(data, names, images, 1, train, processes)
         if not color:
             return 1, broken
-    return 3, decode_files(data, names, skipped, images, 3, 0)[0]
+    return 3, decode_files(data, names, images, 3, 0, processes)[0]
 
 
 def decode_files(
-    data: FolderData, names: list[str], skipped: frozenset[str], images: Path, channels: int, color_until: int
+    data: FolderData, names: list[str], images: Path, channels: int, color_until: int, processes: int
 ) -> tuple[dict[str, str], bool]:
     """Decodes files in parallel processes, each of which writes its rows of ``images``.
 
     Args:
-        skipped: names that are not read.
+        names: empty ones are left out.
         color_until: the first this many images are searched for color, if ``channels`` is 1.
 
     Returns:
@@ -55,37 +54,50 @@ def decode_files(
     """
     with images.open("wb") as file:
         file.truncate(len(names) * data.stored_size**2 * channels)
-    tasks = []
-    for start in range(0, len(names), _CHUNK):
-        chunk = ["" if name in skipped else name for name in names[start : start + _CHUNK]]
-        search = max(0, color_until - start)
-        tasks.append((data.root, chunk, images, start, data.stored_size, data.fit, channels, search))
+    # Several chunks for each process, so that all end at about the same time.
+    length = min(_CHUNK, 1 + len(names) // (8 * processes))
+    chunks = [
+        Chunk(
+            data.root, names[start : start + length], images, start, data.stored_size, data.fit, channels,
+            max(0, color_until - start),
+        )
+        for start in range(0, len(names), length)
+    ]  # fmt: skip
     broken: dict[str, str] = {}
     color = False
-    with _progress(len(names), data.root) as advance:
-        for count, errors, found in _run(tasks):
+    with _progress(len(names), data.root) as advance, contextlib.closing(_run(chunks, processes)) as results:
+        for chunk, errors, found in results:
             broken |= errors
             color |= found
-            advance(count)
+            advance(len(chunk.names))
             if found and channels == 1:
                 break  # all are decoded again with 3 channels
     return broken, color
 
 
-def _run(tasks: list[tuple[Any, ...]]) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """Yields the number of images, the errors and whether there is color for each task, as they end."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if len(tasks) <= 2 or cores == 1:  # starting processes would take longer
-        for task in tasks:
-            yield len(task[1]), *decode_chunk(*task)
+def _count_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run(chunks: list[Chunk], processes: int) -> Generator[tuple[Chunk, dict[str, str], bool], None, None]:
+    """Yields each chunk with its errors and whether it has color, as they end. This process decodes as well."""
+    if processes == 1:
+        for chunk in chunks:
+            yield chunk, *decode_chunk(chunk)
         return
-    # Started anew, and not forked: the parent has threads.
+    # Started anew, and not forked: this process has threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(cores, len(tasks)), context, initializer=_ignore_interrupts)
+    pool = ProcessPoolExecutor(processes - 1, context, initializer=_follow_parent)
     try:
-        futures = {pool.submit(decode_chunk, *task): len(task[1]) for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], *future.result()
+        waiting = {pool.submit(decode_chunk, chunk): chunk for chunk in chunks}
+        while waiting:
+            # The last one that no other process has taken.
+            own = next((future for future in reversed(waiting) if future.cancel()), None)
+            if own is not None:
+                chunk = waiting.pop(own)
+                yield chunk, *decode_chunk(chunk)
+            for future in wait(waiting, None if own is None else 0, FIRST_COMPLETED).done:
+                yield waiting.pop(future), *future.result()
     except BrokenProcessPool as error:
         raise UserError(
             "a process that decodes images was killed, or could not start: there may be too little memory; a Python "
@@ -95,39 +107,16 @@ def _run(tasks: list[tuple[Any, ...]]) -> Iterator[tuple[int, dict[str, str], bo
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    """Ctrl-C interrupts all processes of a terminal; the parent ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _follow_parent() -> None:
+    """A process ends when its parent does, also when that is killed; only the parent reacts to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all processes
+    parent: Any = multiprocessing.parent_process()
 
+    def end() -> None:
+        parent.join()
+        os._exit(1)
 
-def decode_chunk(
-    root: str, names: list[str], images: Path | None, start: int, size: int, fit: str, channels: int, search: int
-) -> tuple[dict[str, str], bool]:
-    """Decodes some files and writes them to ``images`` from row ``start`` on.
-
-    Args:
-        names: relative to ``root``; empty ones are left out.
-        images: None to write nothing.
-        search: the number of images, the first ones, that are searched for color.
-    """
-    row = size * size * channels
-    pixels = np.zeros(len(names) * row, dtype=np.uint8)
-    broken, color = {}, False
-    for i, name in enumerate(names):
-        if not name:
-            continue
-        try:
-            image = to_pixels(open_image(Path(root, name)), size, fit)
-        except ImageError as error:
-            broken[name] = str(error)
-            continue
-        color = color or (i < search and has_color(image))
-        pixels[i * row : (i + 1) * row] = convert(image, channels).reshape(-1)
-    if images is not None:
-        with images.open("r+b") as file:
-            file.seek(start * row)
-            file.write(pixels.data)
-    return broken, color
+    threading.Thread(target=end, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -2,9 +2,9 @@
 
 A module imports only from the modules below it:
 
-    build                          builds a network by name, and initializes its weights
-    nin, alexnet, lenet, vgg, mlp  the networks
-    sequential, layers, speed      their base class; table of layers; the same function, computed faster
-    score_maps                     where in an image each class is recognized
-    normalize                      a first layer that normalizes the input
+    build                      builds a network by name, and initializes its weights
+    <network>                  the networks, one file each: nin, lenet, alexnet, vgg, mlp
+    sequential, layers, speed  their base class; table of layers; the same function, computed faster
+    score_maps                 where in an image each class is recognized
+    normalize                  a first layer that normalizes the input
 """

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from nin.config.types import Share
 from nin.networks.sequential import Network
 
 
@@ -16,7 +17,7 @@ class AlexNet(Network):
         in_channels: int = 1,
         num_classes: int = 10,
         image_size: int = 224,
-        dropout: float = 0.5,
+        dropout: Share = 0.5,
     ):
         size = (image_size + 2 - 11) // 4 + 1
         for _ in range(3):

@@ -1,29 +1,60 @@
 """Builds a network by its name and initializes its weights."""
 
+import importlib
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TypeGuard
 
 import torch
 from torch import nn
 
 from nin.config import own
-from nin.config.networks import OwnModel
+from nin.config.networks import NETWORKS, Model, OwnModel
 from nin.config.schema import Settings, UserError
-from nin.networks.alexnet import AlexNet
-from nin.networks.lenet import LeNet
-from nin.networks.mlp import MLP
-from nin.networks.nin import NiN, NiNBlock
 from nin.networks.normalize import Normalize
-from nin.networks.vgg import VGG
+from nin.networks.score_maps import has_score_maps
 
-NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
-    "nin": NiN,
-    "lenet": LeNet,
-    "alexnet": AlexNet,
-    "vgg": VGG,
-    "mlp": MLP,
-}
+_LARGEST = 1024  # pixels per side; the maximum of data.image_size
+
+
+def require_large_enough_images(settings: Settings) -> None:
+    """Checks that the project's network can be built, and that every layer has an output, without computing anything.
+
+    A network of the user's own is checked when it is built: its size may depend on the data.
+
+    Raises:
+        UserError: names arguments of the network that don't fit each other, or the smallest size of images.
+    """
+    model, size = settings.model, settings.data.image_size
+    if isinstance(model, OwnModel) or _accepts(model, size):
+        return
+    if not _accepts(model, _LARGEST):
+        raise UserError(f"model: {model.name} needs images of more than {_LARGEST} pixels a side, which is the maximum")
+    too_small, smallest = size, _LARGEST
+    while smallest - too_small > 1:
+        middle = (too_small + smallest) // 2
+        too_small, smallest = (too_small, middle) if _accepts(model, middle) else (middle, smallest)
+    small = ", or model=nin_small, which is made for 28" if size >= 28 else ""
+    raise UserError(
+        f"data.image_size={size}: {model.name} needs at least {smallest} pixels a side; choose data.image_size="
+        f"{smallest} or more{small}"
+    )
+
+
+def _accepts(model: Model, image_size: int) -> bool:
+    """Whether the network maps images of this size to logits, found on the "meta" device, where tensors have no values.
+
+    Raises:
+        UserError: if the constructor refuses its arguments.
+    """
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about layers without weights
+        try:
+            network = _construct(model, image_size, in_channels=1, num_classes=10).eval()
+            return network(torch.empty(1, 1, image_size, image_size)).shape == (1, 10)
+        except RuntimeError:  # a layer whose output would be empty
+            return False
 
 
 def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.Sequential:
@@ -32,22 +63,30 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
     Args:
         in_channels: number of channels in the input images.
         num_classes: number of logits in the output.
+
+    Raises:
+        UserError: if it can't be built, or the images are too small for it.
     """
-    model = settings.model
+    model, size = settings.model, settings.data.image_size
     if isinstance(model, OwnModel):
-        network = _build_own(model, settings.data.image_size, in_channels, num_classes)
-        return _with_normalization(network, in_channels) if settings.data.normalize else network
-    network = NETWORKS[model.name](
-        in_channels=in_channels,
-        num_classes=num_classes,
-        image_size=settings.data.image_size,
-        **model.model_dump(exclude={"name", "input_size", "init"}),
-    )
-    blocks = [layer for layer in network if isinstance(layer, NiNBlock)]
-    # With head=mlp fully connected layers take the place of the block with one map per class.
-    has_score_maps = model.name == "nin" and model.head != "mlp"
-    initialize(network, model.init, blocks[-1] if has_score_maps else None)
+        network = _build_own(model, size, in_channels, num_classes)
+    else:
+        require_large_enough_images(settings)
+        network = _construct(model, size, in_channels, num_classes)
+        initialize(network, model.init)
     return _with_normalization(network, in_channels) if settings.data.normalize else network
+
+
+def _construct(model: Model, image_size: int, in_channels: int, num_classes: int) -> nn.Sequential:
+    """A network of the project: the class in ``networks/<name>.py`` from whose signature the section was read."""
+    module = importlib.import_module(f"nin.networks.{model.name}")
+    arguments = model.model_dump(exclude={"name", "input_size", "init"})
+    try:
+        return getattr(module, NETWORKS[model.name].__name__)(
+            in_channels=in_channels, num_classes=num_classes, image_size=image_size, **arguments
+        )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error
 
 
 def _with_normalization(network: nn.Sequential, in_channels: int) -> nn.Sequential:
@@ -80,20 +119,17 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     return nn.Sequential(OrderedDict([("own", network.train())]))
 
 
-def initialize(network: nn.Module, init: str, score_maps: nn.Module | None = None) -> None:
+def initialize(network: nn.Module, init: str) -> None:
     """Initializes the weights of every convolution and fully connected layer, in place.
 
     * "xavier_uniform" (Glorot & Bengio 2010), used by the notebooks: weights only, biases as torch initializes them.
     * "kaiming_normal" (He et al. 2015), for layers followed by ReLU: biases are zero.
     * "kaiming_dirac": as "kaiming_normal", with changes with which a deep NiN trains for every seed. 1x1
-      convolutions with as many outputs as inputs start as the identity. The last convolution of ``score_maps`` that
-      is drawn at random gets 0.3 times the weights and biases of one, so that the ReLU on the classes' score maps is
-      positive for every class and image. A fully connected layer on the score maps starts as their average: with
-      random weights its first gradients are large, and drive all maps below zero.
+      convolutions with as many outputs as inputs start as the identity. In the block that ends in one map per class,
+      the last convolution that is drawn at random gets 0.3 times the weights and biases of one, so that the ReLU on
+      the score maps is positive for every class and image. A fully connected layer on the score maps starts as their
+      average: with random weights its first gradients are large, and drive all maps below zero.
     * "torch": as torch initializes them.
-
-    Args:
-        score_maps: the part of the network that ends in one map per class; None if it has no such part.
 
     Raises:
         ValueError: if ``init`` is none of these.
@@ -111,9 +147,10 @@ def initialize(network: nn.Module, init: str, score_maps: nn.Module | None = Non
                 nn.init.zeros_(layer.bias)
     if init == "kaiming_dirac":
         _start_as_identity(network.modules())
-        if score_maps is not None:
+        if has_score_maps(network):
+            *_, score_maps, _, last = network.children()
             _start_near_one(score_maps)
-            _start_as_average(list(network.modules())[-1])
+            _start_as_average(last)
 
 
 def _start_as_identity(modules: Iterable[nn.Module]) -> None:

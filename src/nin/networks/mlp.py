@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from nin.config.types import Positive, Share
 from nin.networks.sequential import Network
 
 
@@ -16,8 +17,8 @@ class MLP(Network):
         in_channels: int = 1,
         num_classes: int = 10,
         image_size: int = 28,
-        hidden_width: int = 4096,
-        dropout: float = 0.0,
+        hidden_width: Positive = 4096,
+        dropout: Share = 0.0,
     ):
         super().__init__(
             nn.Flatten(),  # (batch, 784) at 28x28

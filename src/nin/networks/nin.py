@@ -1,9 +1,12 @@
 """Network in Network (Lin et al. 2013), in the AlexNet-sized form of Dive into Deep Learning, section 8.3."""
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
+from pydantic import Field
 from torch import nn
 
+from nin.config.types import NonNegative, Pixels, Share, Width
 from nin.networks.sequential import Network
 
 
@@ -64,6 +67,9 @@ class NiN(Network):
         dropout: probability of zeroing a value before the last block; with ``head="mlp"`` after each hidden layer.
         dropout_between: whether dropout is applied before every block but the first, as in the paper (section 4).
         final_relu: whether the class maps pass a ReLU, as in the notebooks.
+
+    Raises:
+        ValueError: if the arguments don't fit each other.
     """
 
     def __init__(
@@ -71,20 +77,21 @@ class NiN(Network):
         in_channels: int = 1,
         num_classes: int = 10,
         image_size: int = 224,
-        widths: Sequence[int | Sequence[int]] = (96, 256, 384),
-        last_width: int | None = None,
-        kernel_sizes: Sequence[int] = (11, 5, 3, 3),
-        first_stride: int = 4,
-        first_padding: int = 0,
-        conv1x1_layers: int = 2,
+        widths: Annotated[Sequence[Width | Sequence[Width]], Field(min_length=1)] = (96, 256, 384),
+        last_width: Width | None = None,
+        kernel_sizes: Sequence[Pixels] = (11, 5, 3, 3),
+        first_stride: Pixels = 4,
+        first_padding: NonNegative = 0,
+        conv1x1_layers: Annotated[int, Field(ge=0, le=100)] = 2,
         conv1x1_relu: bool = True,
-        head: str = "gap",
-        head_width: int = 4096,
-        dropout: float = 0.5,
+        head: Literal["gap", "fc", "mlp"] = "gap",
+        head_width: Width = 4096,
+        dropout: Share = 0.5,
         dropout_between: bool = False,
-        norm: str = "none",
+        norm: Literal["none", "batch"] = "none",
         final_relu: bool = True,
     ):
+        _require_fitting_blocks(widths, kernel_sizes, first_padding, conv1x1_layers)
         layers: list[nn.Module] = []
         size = image_size
         for i, (width, kernel) in enumerate(zip(widths, kernel_sizes[:-1], strict=True)):  # at 224x224:
@@ -106,6 +113,29 @@ class NiN(Network):
             layers.append(NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu, conv1x1_relu))
             layers += _head(head, num_classes, size)  # from maps (batch, 10, 5, 5)
         super().__init__(*layers)
+
+
+def _require_fitting_blocks(
+    widths: Sequence[int | Sequence[int]], kernel_sizes: Sequence[int], first_padding: int, conv1x1_layers: int
+) -> None:
+    if len(kernel_sizes) != len(widths) + 1:
+        raise ValueError(
+            f"kernel_sizes has {len(kernel_sizes)} entries and widths {len(widths)}: give one kernel size per block, "
+            "that is one more than widths (the last block's width is the number of classes)"
+        )
+    if even := [kernel for kernel in kernel_sizes[1:] if kernel % 2 == 0]:
+        raise ValueError(f"kernel_sizes={list(kernel_sizes)}: {even[0]} is even; all but the first must be odd")
+    if first_padding >= kernel_sizes[0]:
+        raise ValueError(
+            f"first_padding={first_padding}: must be less than the first kernel size, {kernel_sizes[0]}, or the "
+            "convolution has windows that hold nothing but padding"
+        )
+    layers = 1 + conv1x1_layers
+    if other := [width for width in widths if not isinstance(width, int) and len(width) != layers]:
+        raise ValueError(
+            f"widths has {list(other[0])} for a block of {layers} layers (the convolution and conv1x1_layers="
+            f"{conv1x1_layers}): give one width per layer, or one number for all"
+        )
 
 
 def _head(head: str, num_classes: int, size: int) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from nin.config.types import Share
 from nin.networks.sequential import Network
 
 
@@ -16,7 +17,7 @@ class VGG(Network):
         in_channels: int = 1,
         num_classes: int = 10,
         image_size: int = 224,
-        dropout: float = 0.5,
+        dropout: Share = 0.5,
     ):
         layers: list[nn.Module] = []
         for convolutions, width in ((1, 64), (1, 128), (2, 256), (2, 512), (2, 512)):

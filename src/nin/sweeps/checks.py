@@ -1,11 +1,11 @@
 """The jobs of a sweep are checked before the first one starts."""
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 from nin.config.composition import compose_settings
-from nin.config.schema import Settings, Trainer, UserError
-from nin.config.validation import is_single_process
+from nin.config.schema import Settings, Trainer, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import log_to
 from nin.system.devices import require_accelerator
@@ -37,7 +37,8 @@ def require_launcher(target: str) -> None:
 
 
 def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
-    """Composes and validates all jobs, prepares their data, and has Lightning check their Trainer arguments.
+    """Composes and validates all jobs, tries their networks, prepares their data, and has Lightning check their Trainer
+    arguments.
 
     Args:
         jobs: the overrides of each job.
@@ -52,21 +53,26 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
         try:
             settings = compose_settings(job)
             _require_one_process(settings.trainer)
-            prepare(settings.data)
             checked.append(settings)
         except UserError as error:
             errors |= dict.fromkeys(error.errors)
-    tried: list[Any] = []
-    for settings in checked if on_this_machine and not errors else []:
-        parts = (settings.trainer, settings.logger, settings.callbacks)
-        if parts in tried:
-            continue
-        tried.append(parts)
-        try:
-            require_accelerator(settings.trainer)
-            _require_accepted_by_lightning(settings)
-        except UserError as error:
-            errors |= dict.fromkeys(error.errors)
+    # What takes torch, a download or a second is done once for the jobs that have it in common.
+    checks: list[tuple[Callable[[Settings], None], Callable[[Settings], Any]]] = [
+        (_try_network, lambda job: (job.model, job.data.image_size)),
+        (lambda job: prepare(job.data), lambda job: job.data),
+    ]
+    if on_this_machine:
+        checks.append((_try_trainer, lambda job: (job.trainer, job.logger, job.callbacks)))
+    for check, parts_of in checks:
+        tried: list[Any] = []
+        for settings in checked if not errors else []:
+            if (parts := parts_of(settings)) in tried:
+                continue
+            tried.append(parts)
+            try:
+                check(settings)
+            except UserError as error:
+                errors |= dict.fromkeys(error.errors)
     if errors:
         raise UserError(*errors)
     if not jobs:
@@ -84,8 +90,15 @@ def _require_one_process(trainer: Trainer) -> None:
         )
 
 
-def _require_accepted_by_lightning(settings: Settings) -> None:
+def _try_network(settings: Settings) -> None:
+    from nin.networks.build import require_large_enough_images
+
+    require_large_enough_images(settings)
+
+
+def _try_trainer(settings: Settings) -> None:
     from nin.training.experiment import build_trainer
 
+    require_accelerator(settings.trainer)
     with log_to(None):
         build_trainer(settings, None)

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationError
 
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
-from nin.config.networks import Positive, Section
 from nin.config.schema import MAY_CHANGE, OwnData, Settings, UserError, is_within
+from nin.config.types import Positive, Section
 from nin.sweeps.checks import check_jobs
 
 if TYPE_CHECKING:

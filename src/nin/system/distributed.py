@@ -4,8 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nin.config.schema import Trainer, UserError
-from nin.config.validation import is_single_process
+from nin.config.schema import Trainer, UserError, is_single_process
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
 

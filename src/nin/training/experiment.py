@@ -19,8 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import OwnData, Settings, UserError
-from nin.config.validation import is_single_process
+from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.data.sources import prepare
