@@ -60,7 +60,7 @@ def test_all_faults_of_the_layout_are_in_one_message(tmp_path: Path) -> None:
     ):
         assert re.search(line, message), (line, message)
     assert (
-        "7 faults of the layout; correct them, and 1 broken files; repair" in message
+        "7 faults of the layout; correct the folder, and 1 broken file; repair" in message
     )  # the class that is not UTF-8 is empty, too
 
 

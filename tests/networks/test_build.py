@@ -28,7 +28,7 @@ def refused(*overrides: str) -> str:
     [
         ("model=nin", 67),
         ("model=nin model.first_padding=1", 65),
-        ("model=nin_small", 10),
+        ("model=nin_small", 11),
         ("model=lenet", 12),
         ("model=alexnet", 65),
         ("model=vgg", 32),

@@ -73,8 +73,8 @@ def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -
     """
     files = [] if data.skip_broken else [f"{printable(name)}: {reason}" for name, reason in broken.items()]
     if faults := [*listing.faults, *files]:
-        remedies = [f"{len(listing.faults)} faults of the layout; correct them"] if listing.faults else []
-        remedies += [f"{len(files)} broken files; {REMEDY}"] if files else []
+        remedies = [f"{_count(listing.faults, 'fault')} of the layout; correct the folder"] if listing.faults else []
+        remedies += [f"{_count(files, 'broken file')}; {REMEDY}"] if files else []
         raise folder_error(data.root, [*faults[:_SHOWN], *_more(faults)], ", and ".join(remedies))
     left = {file.label for file in listing.files["train"] if file.name not in broken}
     empty = [f"train/{printable(name)}: no usable image" for i, name in enumerate(listing.class_names) if i not in left]
@@ -93,6 +93,10 @@ def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
 def printable(name: str) -> str:
     """``name`` with escapes in place of what is not UTF-8 and of control characters."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _count(faults: list[str], noun: str) -> str:
+    return f"{len(faults)} {noun}{'s' * (len(faults) > 1)}"
 
 
 def _more(faults: list[str]) -> list[str]:
@@ -145,10 +149,11 @@ class _Scan:
         files: list[ImageFile] = []
         for name in names:
             found: list[ImageFile] = []
+            faults = len(self.faults)
             if name in self.listing.class_names:
                 label = self.listing.class_names.index(name)
                 found = list(self._images(f"{part}/{name}", label, frozenset([_identity(self.root / part)])))
-                if part == "train" and not found:
+                if part == "train" and not found and len(self.faults) == faults:  # an unreadable folder is named once
                     self.faults.append(f"train/{printable(name)}: no images; a class needs training images")
             else:
                 self.faults.append(f"{part}/{printable(name)}: a class without training images (it is not in train/)")
@@ -187,6 +192,8 @@ class _Scan:
             return ImageFile(name, label, 0, 0)
         if not stat.S_ISREG(state.st_mode):  # reading a pipe would wait forever
             self.listing.broken[name] = "not a regular file"
+        elif not state.st_size:
+            self.listing.broken[name] = "has no bytes"
         return ImageFile(name, label, state.st_size, state.st_mtime_ns)
 
     def _entries(self, folder: str) -> Iterator[tuple[os.DirEntry, bool]]:

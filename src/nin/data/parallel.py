@@ -20,6 +20,7 @@ from nin.data.decoding import Chunk, decode_chunk
 from nin.data.folder import PARTS, Listing, printable
 
 _CHUNK = 256  # images per chunk, at most
+_CHUNK_PIXELS = 2**24  # the same in pixels: 64 MiB in each process
 _FEW_BYTES = 2 * 2**20  # files of fewer bytes in all are decoded sooner than a process starts
 _SAMPLE = 32  # images from which the number of channels is guessed
 
@@ -55,7 +56,7 @@ def decode_files(
     with images.open("wb") as file:
         file.truncate(len(names) * data.stored_size**2 * channels)
     # Several chunks for each process, so that all end at about the same time.
-    length = min(_CHUNK, 1 + len(names) // (8 * processes))
+    length = min(_CHUNK, 1 + len(names) // (8 * processes), max(1, _CHUNK_PIXELS // data.stored_size**2))
     chunks = [
         Chunk(
             data.root, names[start : start + length], images, start, data.stored_size, data.fit, channels,

@@ -1,0 +1,136 @@
+"""A run on a folder of images that is killed, while it decodes or while it trains, ends with the same weights."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import ENVIRONMENT, SMALL, merge, nin, wait_for
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
+
+RUN = (*SMALL, "data=folder", "data.batch_size=4", "data.image_size=28", "data.augment=flip_shift", "threads=1")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Large enough that several processes decode them."""
+    draw = np.random.default_rng(0)
+    for name, gray in (("dark", 60), ("light", 180)):
+        folder = tmp_path / "photos" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(30):
+            pixels = (gray + draw.integers(-50, 50, (160, 160, 3))).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+class Killed:
+    """A process of Python that is killed at the end of the block, and the processes that it starts."""
+
+    def __init__(self, *arguments: str, cwd: Path):
+        self.process = subprocess.Popen(
+            [sys.executable, *arguments], cwd=cwd, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def __enter__(self) -> "subprocess.Popen[str]":
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()  # not its children: they have to notice
+        self.process.communicate()
+        deadline = time.monotonic() + 60
+        while _is_alive(self.process.pid):
+            assert time.monotonic() < deadline, "processes that decode are left over"
+            time.sleep(0.01)
+
+
+def _is_alive(group: int) -> bool:
+    """Whether any process of the group runs; one that has ended and waits for its parent does not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, pgrp = path.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has just ended
+            continue
+        if int(pgrp) == group and state != "Z":
+            return True
+    return False
+
+
+def cache_folders(photos: Path) -> list[Path]:
+    return [path for path in photos.with_name("photos.cache").glob(".new-*") if path.is_dir()]
+
+
+def wait_until(condition: Callable[[], Any], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.fixture
+def expected(photos: Path, settings: Callable[..., Settings], tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """The result of a run on the same images that nothing interrupts, with a cache of its own."""
+    keys = (*RUN[len(SMALL) :], f"data.root={photos}", f"data.cache={tmp_path / 'other'}", "checkpoint.every_n_steps=1")
+    chosen = settings(*(word for word in keys if not word.startswith("trainer")))
+    return experiment.train(chosen, RunFolder(tmp_path / "whole"), [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+def test_killed_while_decoding_and_while_training(photos: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    command = merge([*RUN, f"data.root={photos}", "checkpoint.every_n_steps=1", "name=killed"])
+    decode = "import sys; from nin.config.composition import compose_settings; from nin.data.cache import open_cache; "
+    decode += "__name__ == '__main__' and open_cache(compose_settings(sys.argv[1:]).data)"  # what the run itself does
+    with Killed("-c", decode, *command, cwd=tmp_path) as process:
+        wait_until(lambda: any((path / "images.bin").exists() for path in cache_folders(photos)), process)
+    assert len(cache_folders(photos)) == 1  # left by the killed process
+    with Killed("-m", "nin", "train", *command, cwd=tmp_path) as process:
+        wait_for(tmp_path / "outputs/runs/killed/checkpoints/last.ckpt", process)
+    assert cache_folders(photos) == []
+    done = nin("train", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "decoding" not in done.stderr
+    assert "resuming from" in done.stdout
+    result = json.loads((tmp_path / "outputs/runs/killed/result.json").read_text())
+    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+
+
+@pytest.mark.long
+def test_killed_at_random(photos: Path, expected: dict[str, Any], tmp_path: Path) -> None:
+    command = merge([*RUN, f"data.root={photos}", "checkpoint.every_n_steps=1", "name=killed"])
+    draw, deaths = random.Random(0), {"decoding": 0, "training": 0}
+    folder = tmp_path / "outputs/runs/killed"
+    for _ in range(8):
+        with Killed("-m", "nin", "train", *command, cwd=tmp_path) as process:
+            wait_until(lambda: cache_folders(photos), process)
+            time.sleep(draw.uniform(0, 0.2))
+        decoded = any(photos.with_name("photos.cache").glob("[0-9a-f]*/about.json"))
+        deaths["training" if decoded else "decoding"] += 1
+        if decoded:
+            break
+    for _ in range(8):
+        with Killed("-m", "nin", "train", *command, cwd=tmp_path) as process:
+            log = folder / "nin.log"
+            begun = log.read_text().count("resume #") if log.exists() else -1
+            wait_until(lambda: log.exists() and log.read_text().count("resume #") > begun, process)  # noqa: B023
+            time.sleep(draw.uniform(0, 0.5))
+            deaths["training"] += process.poll() is None
+    done = nin("train", *command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert cache_folders(photos) == []
+    assert min(deaths.values()) >= 1, deaths
