@@ -5,8 +5,12 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nin.config.schema import Settings, Trainer, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # A sweep's first process sets it for its workers: the number of threads of a run that has the machine to itself.
 THREADS_VARIABLE = "NIN_THREADS"
@@ -58,6 +62,15 @@ def cpu_has_bfloat16() -> bool:
 
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def device_name(device: "torch.device") -> str:
+    """The name of a GPU, or the processor and its number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def default_threads() -> int:

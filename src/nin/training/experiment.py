@@ -1,16 +1,13 @@
 """One experiment: build the module, the data and the Trainer, fit, test the best checkpoint, describe the result."""
 
 import contextlib
-import hashlib
 import logging
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
@@ -19,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.files import weights_sha256
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.validation import is_single_process
 from nin.data.module import ImageDataModule
@@ -26,7 +24,7 @@ from nin.data.own import build_own_data
 from nin.data.sources import prepare
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
+from nin.system.devices import default_threads, device_name, resolve_precision, retain_freed_memory, set_threads
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.normalization import InputStatistics
@@ -53,7 +51,7 @@ class Experiment:
         self.resume_path, self.checkpoint = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
-        self.data = _build_data(self.settings)
+        self.data = build_data(self.settings)
         retain_freed_memory()
         set_threads(self.settings)
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
@@ -202,7 +200,7 @@ class Experiment:
         }
 
 
-def _build_data(settings: Settings) -> Any:
+def build_data(settings: Settings) -> Any:
     """The LightningDataModule, for files that are prepared."""
     if isinstance(settings.data, OwnData):
         return build_own_data(settings.data)
@@ -283,32 +281,6 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str] | None = N
     return Experiment(RunRequest(settings, folder, overrides or [])).run()
 
 
-def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Tests a checkpoint's weights.
-
-    Returns:
-        The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
-
-    Raises:
-        UserError: if the weights are not those of the network, or not finite.
-    """
-    set_threads(settings)
-    data = _build_data(settings)
-    if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
-        found = ", ".join(data.class_names)
-        raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
-    module = Classifier(settings, data.class_names, data.channels)
-    checkpoint_files.require_matching_weights(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
-    one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
-    trainer = settings.trainer.model_copy(update={**one, "profiler": None})
-    settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
-    with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
-    bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
-    return test(build_trainer(settings, None, bar), module, data)
-
-
 def test(
     trainer: lightning.Trainer, module: Classifier, data: lightning.LightningDataModule
 ) -> tuple[dict[str, Any], Tensor]:
@@ -319,18 +291,3 @@ def test(
     right, total = confusion.diag().tolist(), confusion.sum(1).tolist()
     by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, total, strict=True)}
     return scores | {"test/acc_by_class": by_class}, confusion
-
-
-def weights_sha256(network: torch.nn.Module) -> str:
-    """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU, or the processor and its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
