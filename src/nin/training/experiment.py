@@ -24,7 +24,7 @@ from nin.data.own import build_own_data
 from nin.data.sources import prepare
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.devices import default_threads, device_name, resolve_precision, retain_freed_memory, set_threads
+from nin.system import devices
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.normalization import InputStatistics
@@ -52,8 +52,8 @@ class Experiment:
         self.settings = self._with_threads(request.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
         self.data = build_data(self.settings)
-        retain_freed_memory()
-        set_threads(self.settings)
+        devices.retain_freed_memory()
+        devices.set_threads(self.settings)
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
@@ -64,6 +64,7 @@ class Experiment:
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         callbacks = [self.metrics, *own, self.checkpoints, LongRunWarner()]
         self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
+        devices.require_working_gpu(self.trainer.strategy.root_device)
         self._require_resumable()
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Experiment:
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
         epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
-        device = device_name(trainer.strategy.root_device)
+        device = devices.device_name(trainer.strategy.root_device)
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
             f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {device}, precision {trainer.precision}"
@@ -137,7 +138,7 @@ class Experiment:
         if settings.threads or not is_single_process(settings.trainer):
             return settings  # Lightning chooses for several processes
         saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
-        return settings.model_copy(update={"threads": saved or default_threads()})
+        return settings.model_copy(update={"threads": saved or devices.default_threads()})
 
     def _require_resumable(self) -> None:
         if self.checkpoint is None:
@@ -195,7 +196,7 @@ class Experiment:
             "weights_sha256": final_weights,
             "best_weights_sha256": weights_sha256(self.module.network),
             "seed": self.settings.seed,
-            "device": device_name(self.trainer.strategy.root_device),
+            "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
 
@@ -224,7 +225,7 @@ def build_trainer(
         UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
     """
     arguments = settings.trainer.model_dump()
-    arguments["precision"] = resolve_precision(settings.trainer)
+    arguments["precision"] = devices.resolve_precision(settings.trainer)
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
     loggers = _build_loggers(settings, folder, resume_step)
     callbacks = [*callbacks, *_build_callbacks(settings)]
