@@ -62,10 +62,10 @@ def test_a_killed_run_ends_with_the_same_weights(
 def test_bfloat16_is_the_default_where_the_gpu_has_it_and_learns_as_float32_does(
     data_root: Path, tmp_path: Path
 ) -> None:
-    results = {p: train(tmp_path / p, data_root, f"trainer.precision={p}") for p in ("null", "bf16-mixed", "32-true")}
+    ran = nin("train", *RUN, f"data.root={data_root}", f"hydra.run.dir={tmp_path / 'null'}", cwd=tmp_path)
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    log = (tmp_path / "null" / "nin.log").read_text()
-    assert ("bfloat16" in log.lower() or "bf16" in log.lower()) is native
+    assert f"precision {'bf16-mixed' if native else '32-true'}" in ran.stdout
+    results = {p: train(tmp_path / p, data_root, f"trainer.precision={p}") for p in ("bf16-mixed", "32-true")}
     for precision in results:
         assert results[precision]["metrics"]["test/acc"] == pytest.approx(
             results["32-true"]["metrics"]["test/acc"], abs=0.03
@@ -81,8 +81,8 @@ def test_cuda_graphs_give_the_losses_of_the_network_that_is_not_compiled(
         losses = []
         for compiled in ("true", "false"):
             chosen = settings(
-                "trainer=gpu", "trainer.precision=32-true", "model.dropout=0", f"compile={compiled}", "logger=none",
-                "callbacks=none", f"trainer.accumulate_grad_batches={accumulated}", "trainer.log_every_n_steps=1",
+                "trainer.accelerator=gpu", "trainer.precision=32-true", "model.dropout=0", f"compile={compiled}",
+                "logger=none", "callbacks=none", f"trainer.accumulate_grad_batches={accumulated}", "trainer.log_every_n_steps=1",
             )  # fmt: skip
             folder = RunFolder(tmp_path / f"{compiled}-{accumulated}")
             experiment.train(chosen, folder)
@@ -104,7 +104,8 @@ def test_nothing_waits_for_the_gpu_between_two_loggings(settings: Callable[..., 
     build = experiment.build_trainer
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Watch()], *rest))
-        chosen = settings("trainer=gpu", "compile=false", "data.augment=flip_shift", "callbacks=none", "logger=none")
+        words = ("compile=false", "data.augment=flip_shift", "callbacks=none", "logger=none")
+        chosen = settings("trainer.accelerator=gpu", *words)
         experiment.train(chosen, RunFolder(tmp_path))
 
 

@@ -1,7 +1,7 @@
 """What runs on a GPU in a training step and in validation, with fake CUDA tensors: no GPU and no driver is needed.
 
 A fake tensor has a shape, a type and a device, and no values. An operation on tensors of two devices fails, and so
-does everything that reads a value back, for which a GPU would wait in every step. Copies from the device are refused
+does everything that reads a value back, for which the CPU would wait in every step. Copies between devices are refused
 too. The backward pass and the optimizer need a driver: `tests/test_gpu.py`.
 """
 
@@ -35,21 +35,20 @@ GPU_SETTINGS = ("data.augment=flip_shift", "data.normalize=true", "data.test_tim
                 "callbacks=none", "logger=none")  # fmt: skip
 
 
-class CopiedFromTheDeviceError(Exception):
+class CopiedError(Exception):
     pass
 
 
 class NoCopies(TorchDispatchMode):
-    """Refuses copies from CUDA to the CPU, for which a GPU waits."""
+    """Refuses copies between CUDA and the CPU, in both directions: for either, the CPU waits for the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        tensors = [value for value in args if isinstance(value, Tensor)]
         # `_to_copy` makes a new tensor, `copy_` fills its first argument.
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default) and (
-            tensors[-1].device.type == "cuda" and out.device.type == "cpu"
-        ):
-            raise CopiedFromTheDeviceError(str(func))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = [value for value in args if isinstance(value, Tensor)][-1]
+            if source.device.type != out.device.type:
+                raise CopiedError(f"{func} from {source.device} to {out.device}")
         return out
 
 
@@ -81,8 +80,7 @@ def step(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict
             data = ImageDataModule(chosen.data, chosen.seed, is_prepared=True)
             data.trainer = module.trainer = trainer
             data.setup("fit")
-            with NoCopies():
-                return train_and_validate(trainer, module, data)
+            return train_and_validate(trainer, module, data)
 
     return run
 
@@ -96,8 +94,8 @@ def train_and_validate(trainer: Any, module: Classifier, data: ImageDataModule) 
     for batch in data.train_dataloader():
         assert {part.device for part in batch} == {CUDA}  # no batch is copied to the GPU
         sizes.append(len(batch[1]))
-        prepared = data.on_after_batch_transfer(batch, 0)
-        with trainer.precision_plugin.train_step_context():
+        with NoCopies(), trainer.precision_plugin.train_step_context():
+            prepared = data.on_after_batch_transfer(batch, 0)
             seen["loss"] = module.training_step(prepared, 0)
     seen["train/loss"], seen["train/acc"] = module.train_loss.compute(), module.train_acc.compute()
     trainer.state.stage = RunningStage.VALIDATING
@@ -105,9 +103,10 @@ def train_and_validate(trainer: Any, module: Classifier, data: ImageDataModule) 
     with torch.no_grad(), trainer.precision_plugin.val_step_context():
         for batch in data.val_dataloader():
             sizes.append(len(batch[1]))
-            prepared = data.on_after_batch_transfer(batch, 0)
-            module.validation_step(prepared, 0)
-            seen["probabilities"] = module.predict_step(prepared, 0)
+            with NoCopies():
+                prepared = data.on_after_batch_transfer(batch, 0)
+                module.validation_step(prepared, 0)
+                seen["probabilities"] = module.predict_step(prepared, 0)
     assert sizes == [32, 13, 32, 13]
     return seen | module._compute_scores("val")
 
@@ -173,7 +172,7 @@ def test_a_tensor_that_is_moved_to_the_cpu_is_found(
     stage: str, step: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = spoil(stage, monkeypatch, lambda tensor: tensor.cpu())
-    with pytest.raises(CopiedFromTheDeviceError):
+    with pytest.raises(CopiedError):
         step(prepare=prepare)
 
 
@@ -200,7 +199,7 @@ def test_metrics_that_read_values_are_found(
         update = used.update
         used.update = lambda value, *rest: update(change(value), *rest)
 
-    with pytest.raises((CopiedFromTheDeviceError, DataDependentOutputException)):
+    with pytest.raises((CopiedError, DataDependentOutputException)):
         step(prepare=prepare)
 
 
