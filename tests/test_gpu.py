@@ -82,7 +82,8 @@ def test_cuda_graphs_give_the_losses_of_the_network_that_is_not_compiled(
         for compiled in ("true", "false"):
             chosen = settings(
                 "trainer.accelerator=gpu", "trainer.precision=32-true", "model.dropout=0", f"compile={compiled}",
-                "logger=none", "callbacks=none", f"trainer.accumulate_grad_batches={accumulated}", "trainer.log_every_n_steps=1",
+                "logger=none", "callbacks=none", f"trainer.accumulate_grad_batches={accumulated}",
+                "trainer.log_every_n_steps=1",
             )  # fmt: skip
             folder = RunFolder(tmp_path / f"{compiled}-{accumulated}")
             experiment.train(chosen, folder)

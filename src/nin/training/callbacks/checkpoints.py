@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
@@ -75,10 +75,13 @@ class ResumableCheckpoint(Checkpoint):
         if _can_save_in_validation(trainer) and not is_stopping(trainer) and self._is_due(trainer):
             self._save(trainer, SavePoint.BEFORE_VALIDATION)
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         if not _can_save_in_validation(trainer) or not self._stop_requested(trainer):
             return
         if not is_stopping(trainer):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)  # the trained weights instead of their average
             self._save(trainer, SavePoint.BEFORE_VALIDATION)  # and stops
         # Lightning can't start the last validation again: steps that no checkpoint has yet are saved after it.
         elif self.saved_step >= trainer.global_step - 1:
