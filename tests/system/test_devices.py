@@ -1,11 +1,17 @@
 """What a machine lacks is reported before training."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from helpers import SMALL, merge
+from nin import cli
 from nin.config.composition import compose_settings
 from nin.config.schema import UserError
-from nin.system.devices import require_accelerator
+from nin.system.devices import add_remedy, require_accelerator, require_working_gpu
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
 
 
 def test_batch_norm_is_synchronized_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +22,49 @@ def test_batch_norm_is_synchronized_on_gpus_only(monkeypatch: pytest.MonkeyPatch
         require_accelerator(trainer)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     require_accelerator(trainer)
+
+
+def test_hidden_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES='' hides others, unset it to use them; use trainer=cpu"):
+        require_accelerator(compose_settings(["trainer=gpu"]).trainer)
+
+
+@without_gpu
+@pytest.mark.parametrize("trainer", ["gpu", "auto"])
+def test_a_gpu_that_the_driver_counts_and_torch_cannot_use_is_refused(
+    trainer: str,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As with a driver that is too old. Here there is no driver, with which torch fails at the same place."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    words = merge([*SMALL, f"trainer={trainer}", f"data.root={data_root}", "callbacks=none", "logger=none"])
+    assert cli.run("train", words) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"nin train: trainer: torch {torch.__version__} can't use cuda: ")
+    assert f"; update the driver, which must support CUDA {torch.version.cuda}, or install a build of" in message
+    assert message.endswith("or train without it: trainer=cpu\n")
+    assert message.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has …")
+
+    monkeypatch.setattr(torch, "ones", full)
+    with pytest.raises(UserError, match=r"cuda:0: CUDA out of memory; end the other programs .*nvidia-smi"):
+        require_working_gpu(torch.device("cuda", 0))
+
+
+def test_the_error_of_a_full_gpu_has_its_remedy() -> None:
+    full, other = torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("something else")
+    for error in (full, other):
+        add_remedy(error, compose_settings(["data.batch_size=512"]))
+    assert "too little free memory for data.batch_size=512: end other programs" in full.__notes__[0]
+    assert not hasattr(other, "__notes__")

@@ -25,7 +25,9 @@ from nin.data.sources import load
 from nin.data.transforms import resize
 from nin.runs.folder import RunFolder
 from nin.training import experiment
-from nin.training.classifier import Classifier, NonFiniteLossError
+from nin.training.classifier import Classifier
+from nin.training.evaluation import evaluate
+from nin.training.loss import NonFiniteLossError
 
 CLASSES = tuple("abcdefghij")
 
@@ -66,7 +68,7 @@ def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, di
     last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
     module = Classifier(checkpoint_files.settings_of(last, folder.last), CLASSES)
     module.load_state_dict(last["state_dict"])
-    assert experiment.weights_sha256(module.network) == result["weights_sha256"]
+    assert checkpoint_files.weights_sha256(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
     assert scores["val/acc"] == result["metrics"]["val/acc"]
 
@@ -75,7 +77,7 @@ def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, A
     folder, result = run
     for path in (folder.path, folder.best):
         checkpoint = checkpoint_files.read(find_checkpoint(path))
-        metrics, confusion = experiment.evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
+        metrics, confusion = evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
         assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
         assert confusion.sum() == 64
 

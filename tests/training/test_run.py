@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
@@ -119,3 +120,18 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert run.git_commit() == git("rev-parse", "HEAD")
     source.write_text("2")
     assert run.git_commit() == git("rev-parse", "HEAD") + "+"
+
+
+def test_too_little_memory_of_a_gpu_fails_with_its_remedy(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setitem(globals(), "during_training", full)
+    started = request_of()
+    with pytest.raises(run.RunFailedError):  # exit status 1
+        run.execute_run(started)
+    for text in (started.folder.log.read_text(), capsys.readouterr().err, started.folder.read_result()["error"]):
+        assert "Tried to allocate 20.00 GiB." in text
+        assert "start another run with a smaller data.batch_size" in text

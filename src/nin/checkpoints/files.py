@@ -167,6 +167,14 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint of a run; None if none was ever saved. Damaged files are skipped.
 

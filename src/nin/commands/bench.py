@@ -66,8 +66,8 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Ca
     from nin.bench.memory import measure_memory
     from nin.bench.overhead import measure_overhead
     from nin.bench.turns import count_operations, measure_rates
-    from nin.system.devices import set_threads
-    from nin.training.experiment import build_trainer, device_name
+    from nin.system.devices import device_name, set_threads
+    from nin.training.experiment import build_trainer
     from nin.training.run import versions
 
     set_threads(settings)

@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) -> tuple[Settings, dict[str, Any], Any]:
     # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
     from nin.checkpoints.files import read, settings_of
-    from nin.training.experiment import evaluate
+    from nin.training.evaluation import evaluate
 
     with log_to(None):
         checkpoint = read(path)

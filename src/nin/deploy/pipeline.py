@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.files import weights_sha256
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
-from nin.training.experiment import weights_sha256
 from nin.training.run import versions
 
 

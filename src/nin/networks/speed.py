@@ -1,5 +1,6 @@
 """The same function of the same weights, computed faster: nothing here changes a result by more than rounding."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -7,8 +8,40 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from nin.config.networks import OwnModel
+from nin.config.schema import Settings
+
+log = logging.getLogger(__name__)
+
 # A micro-batch's largest feature maps are at most this many bytes, so that the next layer finds them in a CPU's cache.
 _CACHED = 18 * 2**20
+
+
+def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "tuple[int | None, list[Dropout]]":
+    """Applies ``settings.speed`` to ``network``, in place.
+
+    Args:
+        in_channels: number of channels of the images.
+
+    Returns:
+        The number of images per micro-batch on a CPU, None for full batches; and the dropout layers, whose `begin` is
+        to be called before each batch.
+    """
+    options = settings.speed
+    if options.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    if isinstance(settings.model, OwnModel):
+        # What lies within the user's own module is not known: where it may be split, its dropout, its ReLUs.
+        log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
+        return (options.micro_batch if isinstance(options.micro_batch, int) else None), []
+    shapes = output_shapes(network, in_channels, settings.data.image_size)
+    micro_batch = micro_batch_size(network, shapes)
+    if micro_batch and options.micro_batch != "auto":
+        micro_batch = options.micro_batch
+    dropouts = replace_dropout(network, shapes)
+    if options.relu_after_pooling:
+        move_relu_after_pooling(network)
+    return micro_batch, dropouts
 
 
 class Dropout(nn.Dropout):

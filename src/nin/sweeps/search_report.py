@@ -59,7 +59,7 @@ def test_best(folder: Path, best: FrozenTrial) -> None:
         return
     with log_to(None):
         from nin.checkpoints.files import read
-        from nin.training.experiment import evaluate
+        from nin.training.evaluation import evaluate
 
         settings = validate_plain(config)
         prepare(settings.data)

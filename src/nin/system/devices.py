@@ -5,8 +5,12 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from nin.config.schema import Settings, Trainer, UserError
+
+if TYPE_CHECKING:
+    import torch
 
 # A sweep's first process sets it for its workers: the number of threads of a run that has the machine to itself.
 THREADS_VARIABLE = "NIN_THREADS"
@@ -30,10 +34,51 @@ def require_accelerator(trainer: Trainer) -> None:
     if {"gpu": bool(cuda or mps), "cuda": bool(cuda), "mps": mps}.get(trainer.accelerator, True):
         return
     found = f"{cuda} CUDA GPU(s)" if cuda else "an Apple GPU" if mps else "no GPU that torch can use, only the CPU"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hidden = f"; CUDA_VISIBLE_DEVICES={visible!r} hides others, unset it to use them" if visible is not None else ""
     raise UserError(
-        f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}); "
+        f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}){hidden}; "
         f"use trainer={'gpu' if cuda else 'mps' if mps else 'cpu'}, or trainer=auto for the best one available"
     )
+
+
+def require_working_gpu(device: "torch.device") -> None:
+    """Checks that torch can use ``device``, if it is a CUDA GPU: the driver also counts GPUs that torch can't use.
+
+    Raises:
+        UserError: if the driver is too old, or the GPU is in use or has no free memory.
+    """
+    import torch
+
+    if device.type != "cuda":
+        return
+    try:
+        torch.ones(1, device=device)  # a kernel: a build of torch has those of some generations of GPUs
+    except RuntimeError as error:  # also out of memory
+        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        remedy = (
+            "end the other programs that use the GPU (nvidia-smi lists them), choose another with CUDA_VISIBLE_DEVICES"
+            if isinstance(error, torch.OutOfMemoryError) or "busy" in reason
+            else f"update the driver, which must support CUDA {torch.version.cuda}, or install a build of torch for "
+            "this driver and GPU"
+        )
+        raise UserError(
+            f"trainer: torch {torch.__version__} can't use {device}: {reason}; {remedy}, or train without it: "
+            "trainer=cpu"
+        ) from error
+
+
+def add_remedy(error: Exception, settings: Settings) -> None:
+    """Adds what to try to the error of a GPU with too little memory, below its traceback."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        error.add_note(
+            f"The GPU has too little free memory for data.batch_size={settings.data.batch_size}: end other programs "
+            "that use it (nvidia-smi lists them); or start another run with a smaller data.batch_size, "
+            "trainer.accumulate_grad_batches=2 to keep the number of images per step, trainer.precision=bf16-mixed, or "
+            "compile=false"
+        )
 
 
 def resolve_precision(trainer: Trainer) -> int | str | None:
@@ -47,6 +92,8 @@ def resolve_precision(trainer: Trainer) -> int | str | None:
     if trainer.precision not in (None, "auto"):
         return trainer.precision
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        require_working_gpu(torch.device("cuda"))
     on_cpu = not on_gpu and trainer.accelerator in ("auto", "cpu") and trainer.precision == "auto"
     native = (on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)) or (on_cpu and cpu_has_bfloat16())
     return "bf16-mixed" if native else None
@@ -58,6 +105,15 @@ def cpu_has_bfloat16() -> bool:
 
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def device_name(device: "torch.device") -> str:
+    """The name of a GPU, or the processor and its number of threads."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def default_threads() -> int:

@@ -3,7 +3,9 @@
 A module imports only from the modules below it:
 
     run            from request to result: claims the folder, records the request and the result
+    evaluation     tests the weights of a checkpoint
     experiment     builds the module, the data and the Trainer; fits, tests the best checkpoint
     callbacks      what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
-    classifier, pruning  the LightningModule: loss, metrics, optimizer, schedule; the pruner of a search
+    classifier, pruning  the LightningModule: metrics, optimizer, schedule; the pruner of a search
+    loss           the loss of a batch: in micro-batches, weighted among processes, required to be finite
 """

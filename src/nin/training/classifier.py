@@ -1,6 +1,5 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
-import logging
 import math
 import sys
 import warnings
@@ -23,20 +22,14 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin.config import own
-from nin.config.networks import OwnModel
 from nin.config.schema import OwnOptimizer, OwnSchedule, Schedule, Settings
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network
-
-log = logging.getLogger(__name__)
+from nin.training.loss import backward_micro_batches, process_weight, require_finite
 
 # With more classes than this, the test also reports whether the label is among the five most probable classes.
 TOP5_CLASSES = 30
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: the message names the step, the learning rate and what to try."""
 
 
 class Classifier(LightningModule):
@@ -67,9 +60,9 @@ class Classifier(LightningModule):
         }
         self.save_hyperparameters(plain, logger=False)
         self.network = build_network(self.settings, in_channels, self.num_classes)
-        self.dropouts: list[speed.Dropout] = []
-        self.micro_batch_size = self._optimize_network()
-        # Accumulated on the device, and read once per logging interval or epoch. `require_finite` checks for NaN;
+        self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
+        # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for
+        # NaN;
         # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
         # weights as well, therefore `update` is given one loss per image.
         self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
@@ -89,26 +82,6 @@ class Classifier(LightningModule):
     def _accuracy(self, top_k: int = 1) -> MulticlassAccuracy:
         """The share of all images that are classified correctly."""
         return MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro", validate_args=False)
-
-    def _optimize_network(self) -> int | None:
-        """Applies the ``speed`` settings in place; returns the micro-batch size on a CPU, None for full batches."""
-        options = self.settings.speed
-        if isinstance(self.settings.model, OwnModel):
-            # What lies within the user's own module is not known: where it may be split, its dropout, its ReLUs.
-            log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
-            if options.channels_last:
-                self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            return options.micro_batch if isinstance(options.micro_batch, int) else None
-        shapes = speed.output_shapes(self.network, self.in_channels, self.settings.data.image_size)
-        micro_batch = speed.micro_batch_size(self.network, shapes)
-        if micro_batch and options.micro_batch != "auto":
-            micro_batch = options.micro_batch
-        self.dropouts = speed.replace_dropout(self.network, shapes)
-        if options.relu_after_pooling:
-            speed.move_relu_after_pooling(self.network)
-        if options.channels_last:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
-        return micro_batch
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of images ``(batch, channels, image_size, image_size)`` from 0 to 1."""
@@ -132,7 +105,8 @@ class Classifier(LightningModule):
         for dropout in self.dropouts:
             dropout.begin(len(labels), labels.device)
         if (micro_batch := self.micro_batch(len(labels))) < len(labels):
-            loss, batch_loss, logits = self._backward_micro_batches(images, labels, micro_batch)
+            accumulated = self.trainer.accumulate_grad_batches
+            loss, batch_loss, logits = backward_micro_batches(self.network, images, labels, micro_batch, accumulated)
         else:
             # The compiled network has static shapes: those of a full batch.
             full = len(labels) == self.settings.data.batch_size
@@ -140,10 +114,10 @@ class Classifier(LightningModule):
             loss = functional.cross_entropy(logits, labels)
             batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
-                loss = loss * self._share(len(labels))
+                loss = loss * process_weight(self.trainer.strategy, len(labels), self.device)
         # Reading the loss would synchronize a GPU in every step; there, it is checked when metrics are logged.
         if not batch_loss.is_cuda:
-            self.require_finite(batch_loss.item())
+            require_finite(self, batch_loss.item())
         self.train_loss.update(batch_loss.expand(len(labels)))
         self.train_acc.update(logits, labels)
         return loss
@@ -154,51 +128,12 @@ class Classifier(LightningModule):
             return min(self.micro_batch_size, images)
         return max(images, 1)
 
-    def _backward_micro_batches(self, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Accumulates the gradients of all micro-batches but the last, for which Lightning calls backward.
-
-        Returns:
-            The loss of the last micro-batch, weighted by its share of the batch; the mean loss of the batch; the
-            logits ``(batch, classes)``.
-        """
-        losses: list[Tensor] = []
-        logits = []
-        for micro_images, micro_labels in zip(images.split(size), labels.split(size), strict=True):
-            if losses:
-                (losses[-1] / self.trainer.accumulate_grad_batches).backward()
-                losses[-1] = losses[-1].detach()
-            output = self.network(micro_images)
-            # Every image has the same weight, also where the last micro-batch is smaller.
-            losses.append(functional.cross_entropy(output, micro_labels) * (len(micro_labels) / len(labels)))
-            logits.append(output.detach())
-        return losses[-1], torch.stack([loss.detach() for loss in losses]).sum(), torch.cat(logits)
-
-    def _share(self, images: int) -> Tensor:
-        """The weight of this process's mean loss where the images of a batch are not divided equally among processes.
-
-        DDP averages gradients over processes; weighted by ``images`` of this process divided by the mean number per
-        process, the average is the gradient of the mean loss over all images of the batch.
-        """
-        mean = self.trainer.strategy.reduce(torch.tensor(float(images), device=self.device), reduce_op="mean")
-        return images / mean
-
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Does nothing: Lightning calls it after the first micro-batches of a batch. See `optimizer_step`."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()
-
-    def require_finite(self, loss: float) -> None:
-        """Raises NonFiniteLossError if ``loss`` is NaN or infinite."""
-        if math.isfinite(loss):
-            return
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        raise NonFiniteLossError(
-            f"the loss is {loss} at step {self.global_step} (epoch {self.current_epoch}), learning rate {lr:g}: "
-            "training diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
-            "model.norm=batch"
-        )
 
     def train_metrics_state(self) -> dict[str, Tensor]:
         """The state of the training metrics of this process since the last logging, on the CPU."""

@@ -1,16 +1,13 @@
 """One experiment: build the module, the data and the Trainer, fit, test the best checkpoint, describe the result."""
 
 import contextlib
-import hashlib
 import logging
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
@@ -19,13 +16,14 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.files import weights_sha256
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.data.sources import prepare
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.devices import default_threads, resolve_precision, retain_freed_memory, set_threads
+from nin.system import devices
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.normalization import InputStatistics
@@ -52,9 +50,9 @@ class Experiment:
         self.resume_path, self.checkpoint = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
-        self.data = _build_data(self.settings)
-        retain_freed_memory()
-        set_threads(self.settings)
+        self.data = build_data(self.settings)
+        devices.retain_freed_memory()
+        devices.set_threads(self.settings)
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
@@ -65,6 +63,7 @@ class Experiment:
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         callbacks = [self.metrics, *own, self.checkpoints, LongRunWarner()]
         self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
+        devices.require_working_gpu(self.trainer.strategy.root_device)
         self._require_resumable()
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
@@ -101,7 +100,7 @@ class Experiment:
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
         epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
-        device = device_name(trainer.strategy.root_device)
+        device = devices.device_name(trainer.strategy.root_device)
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
             f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {device}, precision {trainer.precision}"
@@ -138,7 +137,7 @@ class Experiment:
         if settings.threads or not is_single_process(settings.trainer):
             return settings  # Lightning chooses for several processes
         saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
-        return settings.model_copy(update={"threads": saved or default_threads()})
+        return settings.model_copy(update={"threads": saved or devices.default_threads()})
 
     def _require_resumable(self) -> None:
         if self.checkpoint is None:
@@ -196,12 +195,12 @@ class Experiment:
             "weights_sha256": final_weights,
             "best_weights_sha256": weights_sha256(self.module.network),
             "seed": self.settings.seed,
-            "device": device_name(self.trainer.strategy.root_device),
+            "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
 
 
-def _build_data(settings: Settings) -> Any:
+def build_data(settings: Settings) -> Any:
     """The LightningDataModule, for files that are prepared."""
     if isinstance(settings.data, OwnData):
         return build_own_data(settings.data)
@@ -225,7 +224,7 @@ def build_trainer(
         UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
     """
     arguments = settings.trainer.model_dump()
-    arguments["precision"] = resolve_precision(settings.trainer)
+    arguments["precision"] = devices.resolve_precision(settings.trainer)
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
     loggers = _build_loggers(settings, folder, resume_step)
     callbacks = [*callbacks, *_build_callbacks(settings)]
@@ -282,32 +281,6 @@ def train(settings: Settings, folder: RunFolder, overrides: list[str] | None = N
     return Experiment(RunRequest(settings, folder, overrides or [])).run()
 
 
-def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Tests a checkpoint's weights.
-
-    Returns:
-        The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
-
-    Raises:
-        UserError: if the weights are not those of the network, or not finite.
-    """
-    set_threads(settings)
-    data = _build_data(settings)
-    if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
-        found = ", ".join(data.class_names)
-        raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
-    module = Classifier(settings, data.class_names, data.channels)
-    checkpoint_files.require_matching_weights(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
-    # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
-    one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
-    trainer = settings.trainer.model_copy(update={**one, "profiler": None})
-    settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
-    with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
-    bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
-    return test(build_trainer(settings, None, bar), module, data)
-
-
 def test(
     trainer: lightning.Trainer, module: Classifier, data: lightning.LightningDataModule
 ) -> tuple[dict[str, Any], Tensor]:
@@ -318,18 +291,3 @@ def test(
     right, total = confusion.diag().tolist(), confusion.sum(1).tolist()
     by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, total, strict=True)}
     return scores | {"test/acc_by_class": by_class}, confusion
-
-
-def weights_sha256(network: torch.nn.Module) -> str:
-    """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU, or the processor and its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"

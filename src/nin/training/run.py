@@ -18,7 +18,7 @@ from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import print_result
-from nin.system.devices import require_accelerator
+from nin.system.devices import add_remedy, require_accelerator
 from nin.system.signals import StoppedError
 
 log = logging.getLogger(__name__)
@@ -158,8 +158,10 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
                 folder.log.unlink(missing_ok=True)
             raise
         except Exception as error:
+            add_remedy(error, request.settings)
             log.exception("the run failed")
-            failed = {"status": "failed", "error": f"{type(error).__name__}: {error}", "overrides": request.overrides}
+            reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+            failed = {"status": "failed", "error": reason, "overrides": request.overrides}
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
@@ -75,10 +75,12 @@ class ResumableCheckpoint(Checkpoint):
         if _can_save_in_validation(trainer) and not is_stopping(trainer) and self._is_due(trainer):
             self._save(trainer, SavePoint.BEFORE_VALIDATION)
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         if not _can_save_in_validation(trainer) or not self._stop_requested(trainer):
             return
         if not is_stopping(trainer):
+            for average in _averages(trainer):
+                average.on_validation_epoch_end(trainer, pl_module)  # exchanges the average for the trained weights
             self._save(trainer, SavePoint.BEFORE_VALIDATION)  # and stops
         # Lightning can't start the last validation again: steps that no checkpoint has yet are saved after it.
         elif self.saved_step >= trainer.global_step - 1:
@@ -93,6 +95,11 @@ class ResumableCheckpoint(Checkpoint):
         if better:
             self.best = scores
         self._save(trainer, SavePoint.EPOCH_END, better)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Classifier) -> None:
+        # Lightning does not call it where a resumed run has no step left.
+        for average in _averages(trainer):
+            average.on_train_end(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.stop.listen()
@@ -152,6 +159,11 @@ class ResumableCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
         self.best, self.saved_step = state_dict["best"], state_dict["saved_step"]
+
+
+def _averages(trainer: Trainer) -> list[WeightAveraging]:
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
 
 
 def _is_accumulating(trainer: Trainer) -> bool:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from nin.runs.folder import write_atomically
 from nin.training.classifier import Classifier, rounded
+from nin.training.loss import require_finite
 
 COLUMNS = (
     "epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc",
@@ -79,7 +80,7 @@ class MetricsLogger(Callback):
 
     def _close_window(self, trainer: Trainer, pl_module: Classifier) -> None:
         values = self.read_window(trainer, pl_module)
-        pl_module.require_finite(values["train/loss"])
+        require_finite(pl_module, values["train/loss"])
         pl_module.train_loss.reset()
         pl_module.train_acc.reset()
         # Of all processes: they may not have equal numbers of images in the last batch of an epoch.

@@ -1,0 +1,42 @@
+"""Tests the weights of a checkpoint, as ``nin eval`` does."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nin.checkpoints import files as checkpoint_files
+from nin.config.schema import Settings, UserError
+from nin.config.validation import is_single_process
+from nin.system.devices import set_threads
+from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.classifier import Classifier
+from nin.training.experiment import build_data, build_trainer, test
+
+
+def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """Tests a checkpoint's weights.
+
+    Returns:
+        The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
+
+    Raises:
+        UserError: if the weights are not those of the network, or not finite.
+    """
+    set_threads(settings)
+    data = build_data(settings)
+    if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
+        found = ", ".join(data.class_names)
+        raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
+    module = Classifier(settings, data.class_names, data.channels)
+    checkpoint_files.require_matching_weights(module, checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
+    one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
+    trainer = settings.trainer.model_copy(update={**one, "profiler": None})
+    settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
+    with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
+    bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
+    return test(build_trainer(settings, None, bar), module, data)

@@ -1,0 +1,60 @@
+"""The loss of a batch: in micro-batches, weighted among processes, and required to be finite."""
+
+import math
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite: the message names the step, the learning rate and what to try."""
+
+
+def backward_micro_batches(
+    network: nn.Module, images: Tensor, labels: Tensor, size: int, accumulated: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Accumulates the gradients of all micro-batches but the last, for which Lightning calls backward.
+
+    Args:
+        size: images per micro-batch.
+        accumulated: batches whose gradients are accumulated for one optimizer step (``accumulate_grad_batches``).
+
+    Returns:
+        The loss of the last micro-batch, weighted by its share of the batch; the mean loss of the batch; the
+        logits ``(batch, classes)``.
+    """
+    losses: list[Tensor] = []
+    logits = []
+    for micro_images, micro_labels in zip(images.split(size), labels.split(size), strict=True):
+        if losses:
+            (losses[-1] / accumulated).backward()
+            losses[-1] = losses[-1].detach()
+        output = network(micro_images)
+        # Every image has the same weight, also where the last micro-batch is smaller.
+        losses.append(functional.cross_entropy(output, micro_labels) * (len(micro_labels) / len(labels)))
+        logits.append(output.detach())
+    return losses[-1], torch.stack([loss.detach() for loss in losses]).sum(), torch.cat(logits)
+
+
+def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:
+    """The weight of this process's mean loss where the images of a batch are not divided equally among processes.
+
+    DDP averages gradients over processes; weighted by ``images`` of this process divided by the mean number per
+    process, the average is the gradient of the mean loss over all images of the batch.
+    """
+    return images / strategy.reduce(torch.tensor(float(images), device=device), reduce_op="mean")
+
+
+def require_finite(module: LightningModule, loss: float) -> None:
+    """Raises NonFiniteLossError if ``loss`` is NaN or infinite."""
+    if math.isfinite(loss):
+        return
+    lr = module.trainer.optimizers[0].param_groups[0]["lr"]
+    raise NonFiniteLossError(
+        f"the loss is {loss} at step {module.global_step} (epoch {module.current_epoch}), learning rate {lr:g}: "
+        "training diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
+        "model.norm=batch"
+    )

@@ -1,0 +1,123 @@
+"""The network as it is compiled on a GPU, traced without a GPU: one graph, and no second trace.
+
+The backend "eager" runs the traced graph as it is. On a GPU the same graph becomes CUDA graphs.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch._dynamo.utils import counters
+
+from helpers import SMALL, merge
+from nin.config.composition import compose_config
+from nin.config.schema import Settings
+from nin.config.validation import validate
+from nin.runs.folder import RunFolder
+from nin.training import experiment
+
+# As on a GPU, but for its device: full batches, bfloat16 under autocast. 110 images: batches of 32, 32, 32 and 14.
+GPU_SETTINGS = (
+    "compile=true", "speed.micro_batch=null", "trainer.precision=bf16-mixed", "data.val_size=9890", "data.augment=flip",
+    "trainer.limit_train_batches=1.0", "trainer.log_every_n_steps=2",
+)  # fmt: skip
+# They also run the network, with hooks and in eval mode, in the middle of an epoch.
+CALLBACKS = ("callbacks.dead_units.images=32", "callbacks.images.wrong_images=1", "callbacks.images.sample_images=1")
+
+
+class StoppedHereError(Exception):
+    pass
+
+
+class StopAt(Callback):
+    """Ends the run without a word after a number of batches, as a kill does."""
+
+    def __init__(self, batches: int):
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.batches -= 1
+        if not self.batches:
+            raise StoppedHereError
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Compiles with the backend "eager"; the arguments of every call of `compile`."""
+    calls: list[dict[str, Any]] = []
+    original = torch.nn.Module.compile
+
+    def traced_only(module: torch.nn.Module, **arguments: Any) -> None:
+        calls.append(arguments)
+        original(module, backend="eager", fullgraph=True, dynamic=arguments["dynamic"])
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced_only)
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield calls
+    torch._dynamo.reset()
+
+
+def compose(data_root: Path, *overrides: str) -> Settings:
+    small = [word for word in SMALL if not ("model=nin" in overrides and word.startswith("model."))]
+    return validate(compose_config(merge([*small, f"data.root={data_root}", *GPU_SETTINGS, *overrides])))
+
+
+def require_one_graph() -> None:
+    assert counters["stats"]["unique_graphs"] == 1
+    assert dict(counters["graph_break"]) == {}
+
+
+def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
+    data_root: Path, tmp_path: Path, traced: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = compose(data_root, "checkpoint.every_n_steps=1", "data.normalize=true", *CALLBACKS)
+    whole = experiment.train(chosen, RunFolder(tmp_path / "whole"))
+    require_one_graph()
+
+    build = experiment.build_trainer
+    folder = RunFolder(tmp_path / "resumed")
+    for batches in (2, 4):  # in the first epoch, and in its last, smaller batch
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                experiment, "build_trainer", lambda s, f, c, *rest, n=batches: build(s, f, [*c, StopAt(n)], *rest)
+            )
+            with pytest.raises(StoppedHereError):
+                experiment.train(chosen, folder)
+        torch._dynamo.reset()  # a resumed run is another process
+        counters.clear()
+    resumed = experiment.train(chosen, folder)
+    require_one_graph()
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert {call["dynamic"] for call in traced} == {False}
+
+
+def test_the_notebooks_network_is_one_graph(data_root: Path, tmp_path: Path, traced: list[dict[str, Any]]) -> None:
+    small = ("model=nin", "model.dropout=0.5", "data.image_size=67", "data.batch_size=4", "data.val_size=9990")
+    experiment.train(compose(data_root, *small, "trainer.max_epochs=1", "logger=none", *CALLBACKS), RunFolder(tmp_path))
+    require_one_graph()
+
+
+@pytest.mark.parametrize("broken", ["graph", "shape"])
+def test_a_network_that_is_traced_again_is_found(
+    broken: str, data_root: Path, tmp_path: Path, traced: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nin.networks.speed import Dropout
+
+    forward: Callable[..., torch.Tensor] = Dropout.forward
+
+    def breaks(self: Dropout, images: torch.Tensor) -> torch.Tensor:
+        torch._dynamo.graph_break()
+        return forward(self, images)
+
+    def counts(self: Dropout, images: torch.Tensor) -> torch.Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return forward(self, images) * self.calls
+
+    monkeypatch.setattr(Dropout, "forward", breaks if broken == "graph" else counts)
+    with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.RecompileError)):
+        experiment.train(compose(data_root, "callbacks=none", "logger=none"), RunFolder(tmp_path))
