@@ -66,7 +66,7 @@ def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -
     ("argument", "value"),
     [
         ("duration", "/etc"), ("duration", "a/../../b"), ("duration", "~/x"), ("duration", "https://example.org"),
-        ("dirpath", "src"),
+        ("dirpath", "src"), ("exclude_batches_path", "README.md"), ("tracking_uri", "example.org"), ("sub_dir", "src"),
     ],
 )  # fmt: skip
 def test_paths_and_addresses_outside_the_run_are_refused(
@@ -74,6 +74,11 @@ def test_paths_and_addresses_outside_the_run_are_refused(
 ) -> None:
     message = refusal(stored(settings, _target_=CLASS, **{argument: value}))
     assert message.startswith(f"callbacks.x.{argument}={value}: leads out of the run's folder")
+
+
+def test_an_argument_given_by_its_position_may_be_a_path(settings: Callable[..., Settings]) -> None:
+    message = refusal(stored(settings, _target_="lightning.pytorch.callbacks.ModelCheckpoint", _args_=["src"]))
+    assert message.startswith("callbacks.x._args_.0=src: leads out of the run's folder")
 
 
 def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
@@ -103,10 +108,39 @@ def test_an_interpolation_is_not_resolved(
     )
 
 
-def test_overrides_of_a_foreign_run_import_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:
+def test_overrides_of_a_foreign_run_are_not_composed(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "resolved")
+    foreign = [
+        *("hydra.searchpath=[pkg://this]", "+hydra.x=1", "+callbacks.x._target_=this.s", "+logger.x={_target_:this.s}"),
+        *(r"trainer.accelerator=$\{oc.env:SECRET\}", "seed=0"),
+    ]
     folder = RunFolder(tmp_path)
-    folder.write_request(settings().model_dump(mode="json"), ["hydra.searchpath=[pkg://this]", "+hydra.x=1", "seed=0"])
-    resumed, overrides = resume.read_settings(folder, ["trainer.max_epochs=3"], [])
-    assert resumed.trainer.max_epochs == 3
-    assert overrides[-2:] == ["seed=0", "trainer.max_epochs=3"]
-    assert "this" not in sys.modules
+    folder.write_request(settings().model_dump(mode="json"), [])
+    folder.overrides.write_text("".join(f"- '{word}'\n" for word in foreign))
+    for own in (["trainer.max_epochs=3"], ["callbacks=default", "logger=csv", "trainer=cpu"]):
+        resumed, overrides = resume.read_settings(folder, own, [])
+        assert overrides == [*foreign, *own]
+        assert "this.s" not in str(resumed)
+        assert "this" not in sys.modules
+        assert resumed.trainer.accelerator == "cpu"
+        assert resumed.trainer.max_epochs == (3 if len(own) == 1 else 2)
+
+
+def test_a_key_that_only_the_runs_own_config_has_can_be_changed(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    chosen = settings("callbacks=early_stopping", f"+callbacks.x._target_={CLASS}", "+callbacks.x.duration=00:01:00:00")
+    folder.write_request(chosen.model_dump(mode="json"), [])
+    own = ["callbacks.early_stopping.patience=7", "callbacks.x.duration=00:02:00:00", "~callbacks.dead_units"]
+    callbacks = resume.read_settings(folder, own, [])[0].callbacks
+    assert callbacks["early_stopping"]["patience"] == 7
+    assert callbacks["x"]["duration"] == "00:02:00:00"
+    assert "dead_units" not in callbacks
+    assert resume.read_settings(folder, ["~callbacks.early_stopping"], [])[0].callbacks.keys() == {
+        "images", "dead_units", "x",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"callbacks.early_stopping.patienc=7: no such key"):
+        resume.read_settings(folder, ["callbacks.early_stopping.patienc=7"], [])

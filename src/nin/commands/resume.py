@@ -64,11 +64,6 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = ignore_stored_actions(validate_plain(config))
     require_trusted_targets(stored, allowed)
-    previous = folder.read_overrides()
-    # Only for the keys that the groups of the first start add: Hydra's own settings would import (hydra.searchpath).
-    groups = [word for word in previous if not word.lstrip("+~").startswith("hydra") and "${" not in word]
-    try:
-        settings = apply_overrides(stored, overrides, MAY_CHANGE, groups)
-    except UserError:  # the earlier overrides may need a --config-dir that is not given here
-        settings = apply_overrides(stored, overrides, MAY_CHANGE)
-    return settings.model_copy(update={"resume": "auto"}), [*previous, *overrides]
+    settings = apply_overrides(stored, overrides, MAY_CHANGE)
+    # The stored overrides are only recorded, not composed: they may name anything.
+    return settings.model_copy(update={"resume": "auto"}), [*folder.read_overrides(), *overrides]

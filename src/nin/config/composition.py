@@ -55,28 +55,27 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         return compose("train", overrides=extra + overrides)
 
 
-def apply_overrides(
-    settings: Settings, overrides: list[str], may_change: tuple[str, ...], first: list[str] | None = None
-) -> Settings:
+def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
     """Returns ``settings`` of an earlier run with some keys overridden.
 
     ``trainer=cpu`` overrides where the run trains (accelerator, strategy, devices), and not for how long.
 
     Args:
         may_change: the keys, or prefixes of keys, that may be overridden.
-        first: the overrides with which the earlier run was started: its config groups may have keys that others lack.
 
     Raises:
         UserError: lists every error, or names a key that is not among ``may_change``.
     """
+    config = OmegaConf.create(settings.model_dump(mode="json"))
+    words = overrides
     try:
-        requested = compose_config([*(first or []), *overrides])
         parsed = OverridesParser.create().parse_overrides(overrides)
+        words = [word for override in parsed if (word := _for_defaults(override, config))]
+        requested = compose_config(words)
     except COMPOSITION_ERRORS as error:
-        raise collect_errors(error, overrides) from None
+        raise collect_errors(error, words) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
-    config = OmegaConf.create(settings.model_dump(mode="json"))
     for override in parsed:
         device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
         for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
@@ -90,6 +89,17 @@ def apply_overrides(
             else:
                 OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
     return validate(config)
+
+
+def _for_defaults(override: Override, earlier: DictConfig) -> str | None:
+    """``override`` as it applies to the default config, which may lack a key that the ``earlier`` run's config has."""
+    word, (parent, _, last) = override.input_line or "", override.key_or_group.rpartition(".")
+    section = OmegaConf.select(earlier, parent) if parent else None
+    if not isinstance(section, DictConfig) or last not in section:
+        return word
+    if override.is_delete():
+        return None
+    return word if word.startswith("+") else f"++{word}"
 
 
 def collect_errors(first: Exception, overrides: list[str], config_dir: str | None = None) -> UserError:

@@ -1,5 +1,6 @@
 """Stored configs are data: what a run folder or a checkpoint from elsewhere must not make the program do."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,22 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
                             f"{key}={value}: this run's config is not allowed to call it; if you trust it, add "
                             f"--allow {module}"
                         )
-                elif isinstance(value, str) and value and _leads_out(key.rpartition(".")[2], value):
+                elif isinstance(value, str) and value and _leads_out(key, value):
                     errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
     if errors:
         raise UserError(*errors)
 
 
-def _leads_out(argument: str, value: str) -> bool:
+# Names of arguments that are a folder, a file or an address: dirpath, save_dir, exclude_batches_path, tracking_uri.
+_PLACE = re.compile(r"(dir|path|file|location|uri|url|host)$")
+
+
+def _leads_out(key: str, value: str) -> bool:
     """Whether a logger or callback would write outside the run's folder, or to another machine."""
-    path = Path(value)
-    # A relative path is one in the working directory.
-    is_folder = argument in ("save_dir", "dirpath", "root_dir", "log_dir")
-    return is_folder or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
+    path, argument = Path(value), key.rpartition(".")[2]
+    # A relative path is one in the working directory. An argument given by its position may be one.
+    is_place = bool(_PLACE.search(argument)) or "._args_." in key
+    return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
 def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
