@@ -20,6 +20,9 @@ from yaml import YAMLError
 
 from nin.config.schema import UserError
 
+# Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
+_UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
+
 STATUSES = ("finished", "failed", "pruned")
 
 
@@ -107,13 +110,18 @@ class RunFolder:
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
-        written = (self.log, self.metrics, self.result, *self.path.glob(".hydra/*"), *self.tensorboard.glob("events.*"))
-        for path in written:
-            if _is_other_than(stat.S_ISREG, path):
+            # Opened for writing, a named pipe would be waited for.
+            if _is_other_than(stat.S_ISREG, path) and _is_other_than(stat.S_ISDIR, path):
                 raise UserError(f"{path}: not a file; remove it")
         for path in (self.config.parent, self.checkpoints, self.tensorboard):
             if _is_other_than(stat.S_ISDIR, path):
                 raise UserError(f"{path}: not a folder; remove it")
+        written = [self.log, self.metrics, self.result, self.fresh]
+        for pattern in (".hydra/*", "tensorboard/events.*", "*/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp"):
+            written += self.path.glob(pattern)
+        for path in written:
+            if _is_other_than(stat.S_ISREG, path):
+                raise UserError(f"{path}: not a file; remove it")
 
     def is_claimed(self) -> bool:
         """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
@@ -125,16 +133,16 @@ class RunFolder:
             os.kill(state["pid"], 0)
         except PermissionError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             return False
         return True
 
     def read_state(self) -> dict[str, Any]:
         """The run's identity, the process that has claimed it, and each start: what no checkpoint can know."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, RecursionError):
             state = json.loads(_read(self.state))
             if isinstance(state, dict):
-                return state
+                return {key: value for key, value in state.items() if _is_of_state(key, value)}
         return {}
 
     def update_state(self, **values: Any) -> dict[str, Any]:
@@ -159,7 +167,7 @@ class RunFolder:
             return None
         try:
             config = OmegaConf.load(io.StringIO(_read(self.config)))
-        except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self.config}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(config, DictConfig) or not config:
             raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
@@ -175,7 +183,7 @@ class RunFolder:
             return []
         try:
             overrides = OmegaConf.to_container(OmegaConf.load(io.StringIO(_read(self.overrides))))
-        except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
+        except _UNREADABLE as error:
             raise UserError(f"{self.overrides}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
             raise UserError(f"{self.overrides}: not a list of overrides (key=value); remove the file")
@@ -199,7 +207,7 @@ class RunFolder:
             result = json.loads(_read(self.result))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             result = None
         if not isinstance(result, dict) or result.get("status") not in STATUSES:
             raise UserError(f"{self.result}: not the result of a run; remove it and run the command again")
@@ -256,6 +264,16 @@ class RunFolder:
                 os.truncate(path, sizes[path.name])
         there = self.event_file_sizes()
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
+
+
+_STATE = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
+
+
+def _is_of_state(key: str, value: Any) -> bool:
+    """Whether ``value`` is of the type that the key has in the state; ``starts`` are dictionaries."""
+    if not isinstance(value, _STATE.get(key, ())):
+        return False
+    return key != "starts" or (len(value) > 0 and all(isinstance(start, dict) for start in value))
 
 
 def _is_other_than(kind: Callable[[int], bool], path: Path) -> bool:
