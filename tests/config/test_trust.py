@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Timer
 
 from nin.commands import resume
 from nin.config.schema import Settings, UserError
 from nin.config.trust import ignore_stored_actions, ignore_stored_paths, require_trusted_targets
+from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 
 CLASS = "lightning.pytorch.callbacks.Timer"
@@ -55,6 +57,35 @@ def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(setting
     require_trusted_targets(settings(), [])  # the defaults
     require_trusted_targets(stored(settings, _target_="my_package.part.Callback"), ["my_package"])
     assert "my_package_of_another" in refusal(stored(settings, _target_="my_package_of_another.X"), "my_package")
+
+
+def test_a_class_of_another_package_is_not_trusted_because_a_trusted_one_imports_it(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = type("Foreign", (Timer,), {"__module__": "somewhere"})
+    monkeypatch.setattr("lightning.pytorch.callbacks.Foreign", foreign, raising=False)
+    assert "add --allow lightning" in refusal(stored(settings, _target_="lightning.pytorch.callbacks.Foreign"))
+
+
+@pytest.mark.parametrize(
+    ("group", "entry"),
+    [
+        ("model", {"_target_": "this.s", "input_size": 28}),
+        ("data", {"_target_": "this.s", "image_size": 28, "batch_size": 2}),
+        ("optimizer", {"_target_": "this.s"}),
+        ("schedule", {"_target_": "torch.hub.load"}),
+    ],
+)
+def test_classes_of_the_network_and_the_data_need_permission(
+    settings: Callable[..., Settings], group: str, entry: dict[str, Any]
+) -> None:
+    foreign = validate_plain(settings().model_dump(mode="json") | {group: entry})
+    module = entry["_target_"].partition(".")[0]
+    assert refusal(foreign) == (
+        f"{group}._target_={entry['_target_']}: this run's config is not allowed to call it; if you trust it, add "
+        f"--allow {module}"
+    )
+    require_trusted_targets(foreign, [module])
 
 
 def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -> None:
@@ -126,6 +157,19 @@ def test_overrides_of_a_foreign_run_are_not_composed(
         assert "this" not in sys.modules
         assert resumed.trainer.accelerator == "cpu"
         assert resumed.trainer.max_epochs == (3 if len(own) == 1 else 2)
+
+
+def test_a_data_set_is_not_written_into_a_folder_that_a_stored_config_names(
+    settings: Callable[..., Settings], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIN_DATA", str(tmp_path / "own"))
+    folder = RunFolder(tmp_path / "run")
+    # Where the data set is, it is used: the run's folder is the user's own.
+    for root, expected in ((tmp_path / "foreign", tmp_path / "own"), (data_root, data_root)):
+        folder.write_request(
+            settings().model_dump(mode="json") | {"data": settings(f"data.root={root}").data.model_dump()}, []
+        )
+        assert resume.read_settings(folder, [], [])[0].data.root == str(expected)
 
 
 def test_a_key_that_only_the_runs_own_config_has_can_be_changed(

@@ -131,14 +131,19 @@ def ignore_stored_actions(stored: Settings) -> Settings:
 
 
 def ignore_stored_paths(stored: Settings) -> Settings:
-    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks.
+    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks."""
+    stored = ignore_stored_root(ignore_stored_actions(stored))
+    return stored.model_copy(update={"logger": {}, "callbacks": {}})
+
+
+def ignore_stored_root(stored: Settings) -> Settings:
+    """``stored`` with this machine's own ``data.root``.
 
     A folder of images has no default place: the stored one is kept, unless another is given.
     """
-    stored = ignore_stored_actions(stored)
     data: Data | FolderData | OwnData = stored.data
-    if isinstance(data, Data):
-        defaults = compose_settings([f"data={data.name}", "model=nin_small"])
-        assert isinstance(defaults.data, Data)
-        data = data.model_copy(update={"root": defaults.data.root})
-    return stored.model_copy(update={"data": data, "logger": {}, "callbacks": {}})
+    if not isinstance(data, Data):
+        return stored
+    defaults = compose_settings([f"data={data.name}", "model=nin_small"])
+    assert isinstance(defaults.data, Data)
+    return stored.model_copy(update={"data": data.model_copy(update={"root": defaults.data.root})})
