@@ -132,7 +132,7 @@ def _name_with_changes(config: DictConfig) -> str | None:
     None if the command line gives the name, if the experiment has none, or if nothing is changed that makes it another
     experiment.
     """
-    words = {word.lstrip("+~").partition("=")[0]: word for word in config.hydra.overrides.task}
+    words = {word.lstrip("+~").partition("=")[0]: word for word in _task_overrides(config)}
     if "name" in words or OmegaConf.is_interpolation(config, "name"):
         return None
     # The group `trainer` chooses where a run trains.
@@ -145,6 +145,11 @@ def _name_with_changes(config: DictConfig) -> str | None:
     from nin.sweeps.jobs import job_folder
 
     return job_folder(",".join([config.name, *changes]))
+
+
+def _task_overrides(config: DictConfig) -> list[str]:
+    """The command line's overrides as they were given: OmegaConf would resolve ``${…}`` in their texts too."""
+    return OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # type: ignore[return-value]
 
 
 def run_once(app: Hydra, config: DictConfig) -> int:
@@ -184,7 +189,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
 
 def _check(config: DictConfig) -> RunRequest:
-    if errors := find_override_errors(list(config.hydra.overrides.task)):
+    if errors := find_override_errors(_task_overrides(config)):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     require_matching_start(settings.trainer)
@@ -193,7 +198,7 @@ def _check(config: DictConfig) -> RunRequest:
     broadcast_run_dir(config.hydra.run.dir)
     rank = global_rank(settings.trainer)
     folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
-    return RunRequest(settings, folder, list(config.hydra.overrides.task), rank=rank)
+    return RunRequest(settings, folder, _task_overrides(config), rank=rank)
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:

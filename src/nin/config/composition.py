@@ -166,6 +166,9 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     except HydraException:
         if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
             return f"{given}: remove the space before ="
+        if "LexerNoViableAlt" in str(error):
+            key, _, value = override.partition("=")
+            return f"{given}: has characters that must be quoted, as in " + shlex.quote(shorten(f'{key}="{value}"'))
         return f"{given}: not of the form key=value ({_first_line(error)})"
     except ValueError:
         return f"{given}: a number of too many digits"
@@ -173,13 +176,16 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
+        options = options or sorted(path.stem for path in (CONF / key).glob("*.yaml"))
         return f"{given}: no such {key}; {did_you_mean(override.partition('=')[2], options)}"
     if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
     if isinstance(error, ValueError) and "Config group override" in first:
         return f"{given}: {key} is a config group, and its value an option; {_list_options(key)}"
-    if first.startswith(("Could not override", "Key '")):
+    if first.startswith(("Could not override", "Key '")) or "does not exist" in first:
         return f"{given}: no such key" + _suggest_key(key, config)
+    if first.startswith(("Could not append", "Multiple values")) and override.startswith("+"):
+        return f"{given}: is in the config already; leave out the +, as in {shlex.quote(given.lstrip('+'))}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
@@ -203,7 +209,9 @@ def _suggest_key(key: str, config: DictConfig) -> str:
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):
         known = [str(name) for name in node]
-        return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}"
+        return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}" + (
+            f"; to add an argument of {node._target_}: +{key}=…" if "_target_" in node else ""
+        )
     close = did_you_mean(key, keys)
     return f"; {close.partition('?')[0]}?" if close.startswith("did") else ""
 

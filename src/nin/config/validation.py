@@ -35,15 +35,21 @@ BATCHES = (
 )  # fmt: skip
 
 
+# Hydra would merge several options into one.
+_ONE_OPTION = ("model", "data", "optimizer", "schedule", "trainer")
+
+
 def find_override_errors(overrides: list[str]) -> list[str]:
     """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
     errors: list[str] = []
     values: dict[str, object] = {}
     for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.get_key_element(), override.value()
+        key, value = override.get_key_element().lstrip("+~"), override.value()
         if key in values and values[key] != value:
             errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
         values[key] = value
+        if isinstance(value, list) and key in _ONE_OPTION:
+            errors.append(f"{override.input_line}: {key} is a config group of which one option applies; give one")
         if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
             options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")
@@ -220,6 +226,14 @@ def require_an_end_of_training(settings: Settings) -> Iterator[str]:
         yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
 
 
+def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
+    trainer = settings.trainer
+    for unit in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if least and most not in (-1, None) and least > most:
+            yield f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, which is {most}"
+
+
 def require_work(settings: Settings) -> Iterator[str]:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(settings.trainer, key) == 0:
@@ -343,6 +357,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] =
     (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
     (("data.name", "data.val_size", "data.score_each_epoch"), require_images_for_selection),
     (("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "schedule"), require_an_end_of_training),
+    (
+        ("trainer.min_epochs", "trainer.max_epochs", "trainer.min_steps", "trainer.max_steps"),
+        require_minimum_below_maximum,
+    ),
     (
         ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_test_batches"),
         require_work,

@@ -62,7 +62,7 @@ class Sweep:
         remove_left_over_ranks()  # before lightning is imported; no job has several processes
         if (request := self.folder / "multirun.yaml").is_symlink():
             raise UserError(f"{request}: a symbolic link, which would be written through; replace it by its target")
-        task = list(config.hydra.overrides.task)
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
         self.is_search = config.hydra.sweeper._target_ == TARGET
