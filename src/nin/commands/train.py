@@ -92,10 +92,12 @@ def open_hydra(config_dir: str | None = None, config_path: str | None = None) ->
         config_path: replaces ``conf/`` (``--config-path``).
 
     Raises:
-        UserError: if ``config_dir`` is not a folder.
+        UserError: if one of them is not a folder.
     """
     if config_dir and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
+    if config_path and not Path(config_path).is_dir():
+        raise UserError(f"--config-path {config_path}: no such folder")
     hydra.version.setbase("1.3")
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else CONF))
@@ -195,6 +197,8 @@ def _check(config: DictConfig) -> RunRequest:
     require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
+    if not config.hydra.run.dir.strip():
+        raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
     rank = global_rank(settings.trainer)
     folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)

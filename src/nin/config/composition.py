@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import shlex
 import warnings
 
@@ -166,12 +167,16 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     except HydraException:
         if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
             return f"{given}: remove the space before ="
-        if "LexerNoViableAlt" in str(error):
-            key, _, value = override.partition("=")
+        key, _, value = override.partition("=")
+        if "LexerNoViableAlt" not in str(error):
+            return f"{given}: not of the form key=value ({_first_line(error)})"
+        if value and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in " + shlex.quote(shorten(f'{key}="{value}"'))
-        return f"{given}: not of the form key=value ({_first_line(error)})"
+        return f"{given}: not of the form key=value"
     except ValueError:
         return f"{given}: a number of too many digits"
+    if not key:
+        return f"{given}: not of the form key=value"
     first = _first_line(error)
     if "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….

@@ -52,6 +52,8 @@ class Sweep:
 
     def __init__(self, config: DictConfig):
         OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)  # of conf/train.yaml
+        if not config.hydra.sweep.dir.strip():
+            raise UserError("hydra.sweep.dir: is empty; leave it out, or give the sweep's folder")
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
