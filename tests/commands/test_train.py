@@ -48,6 +48,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
         (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
          "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'"),
+        (["+callbacks.x._target_=no_such.X"], "callbacks.x._target_=no_such.X: can't be imported (ModuleNotFound"),
         (["+callbacks.x._target_=builtins.dict"], "callbacks.x: its _target_ must be a subclass of"),
     ],
 )  # fmt: skip

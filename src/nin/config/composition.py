@@ -1,6 +1,7 @@
 """Composes ``conf/`` outside ``hydra.main``, and reports all errors of a command line at once."""
 
 import contextlib
+import json
 import math
 import re
 import shlex
@@ -171,7 +172,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         if "LexerNoViableAlt" not in str(error):
             return f"{given}: not of the form key=value ({_first_line(error)})"
         if value and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
-            return f"{given}: has characters that must be quoted, as in " + shlex.quote(shorten(f'{key}="{value}"'))
+            quoted = shorten(f"{key}={json.dumps(value, ensure_ascii=False)}")
+            return f"{given}: has characters that must be quoted, as in {shlex.quote(quoted)}"
         return f"{given}: not of the form key=value"
     except ValueError:
         return f"{given}: a number of too many digits"

@@ -279,7 +279,13 @@ def _instantiate(key: str, config: dict[str, Any], kind: type, **extra: Any) -> 
     try:
         instance = instantiate(config, **extra)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{key}: {error}") from error
+        if "Error locating target" not in str(error):
+            raise UserError(f"{key}: {error}") from error
+        where, *reasons = str(error.__cause__ or error).splitlines()
+        raise UserError(
+            f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of its "
+            "file in PYTHONPATH?"
+        ) from error
     if not isinstance(instance, kind):
         raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
     return instance
