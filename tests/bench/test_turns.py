@@ -1,10 +1,25 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from nin.bench import turns
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
 from nin.networks.build import build_network
 from nin.networks.layers import layers
+
+
+def test_the_rate_of_training_is_images_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: now))
+    measured = turns.Turns({"other": lambda: 7.0}, seconds=40, rounds=2, progress=lambda _: None)
+    trainer, module = SimpleNamespace(should_stop=False), SimpleNamespace(device=torch.device("cpu"))
+    while not trainer.should_stop:
+        now += 10
+        measured.on_train_batch_end(trainer, module, None, (None, torch.zeros(32)), 0)
+    assert measured.steps == 4  # 40 s of 10 s each
+    assert measured.rates == {"training": [3.2, 3.2], "other": [7.0, 7.0]}
 
 
 @pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])

@@ -1,3 +1,5 @@
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -5,7 +7,9 @@ from hydra.types import RunMode
 
 from helpers import SMALL
 from nin import cli
+from nin.commands import train
 from nin.commands.train import compose, open_hydra, parse_arguments
+from nin.runs.request import RunRequest
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +40,15 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "hydra.sweeper.params={seed:1}"], "hydra.sweeper.params={seed:1}: hydra.sweeper.params can't have"),
         (["trainer.num_nodes=2"], "trainer.num_nodes=2: this process was started on one node only"),
         (["seed=1,2"], "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2"),
+        (["hydra.run.dir="], "hydra.run.dir: is empty; leave it out, or give the run's folder"),
+        (["-m", "hydra.sweep.dir=", "seed=1,2"], "hydra.sweep.dir: is empty; leave it out, or give the sweep's"),
+        (["--config-path", "nowhere"], "--config-path nowhere: no such folder"),
+        (["name=${nosuch}"], "name: Interpolation key 'nosuch' not found"),
+        (["-m", "optimizer.lr=${nosuch}", "seed=1,2"], "optimizer.lr: Interpolation key 'nosuch' not found"),
         (["trainer.devices=0"], "trainer: `Trainer(devices=0)` value is not a valid input"),
         (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
          "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'"),
+        (["+callbacks.x._target_=no_such.X"], "callbacks.x._target_=no_such.X: can't be imported (ModuleNotFound"),
         (["+callbacks.x._target_=builtins.dict"], "callbacks.x: its _target_ must be a subclass of"),
     ],
 )  # fmt: skip
@@ -50,6 +60,22 @@ def test_a_refused_command_line_is_one_message_and_leaves_nothing(
     printed = capsys.readouterr()
     assert printed.err.startswith(f"nin train: {message}")
     assert (printed.out, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    trained: list[RunRequest] = []
+
+    def execute(request: RunRequest) -> None:
+        print("… " * 10_000, flush=True)
+        trained.append(request)
+
+    monkeypatch.setattr(train, "execute_run", execute)
+    with os.fdopen(writer, "w", encoding="ascii") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert cli.run("train", ["data=garments", "name=x"]) == 0
+    assert [request.settings.name for request in trained] == ["x"]
 
 
 @pytest.mark.parametrize(

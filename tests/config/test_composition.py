@@ -66,6 +66,24 @@ def test_values_that_hydra_ends_with_a_traceback() -> None:
     )
 
 
+def test_a_remedy_for_what_hydra_refuses() -> None:
+    assert errors_of("name=ä", "++seed=1", "seed=2", "+seed=1", "~nosuch", "+experiment=cpu", "model=../nin_smal") == (
+        "name=ä: has characters that must be quoted, as in 'name=\"ä\"'",
+        "+seed=1: is in the config already; leave out the +, as in seed=1",
+        "~nosuch: no such key; there are: seed, name, resume, threads, speed, compile, checkpoint, sweep, model, data, "
+        "optimizer, schedule, trainer, logger, callbacks, experiment",
+        "+experiment=cpu: is in the config already; leave out the +, as in experiment=cpu",
+        f"model=../nin_smal: no such model; did you mean nin_small? There are: {MODELS}",
+        "seed: has two values, 1 and 2; give it once",
+    )
+    assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(
+        f"{word}: not of the form key=value" for word in ("seed:1", ".seed=1", "=5", "[seed=1]")
+    )
+    (error,) = errors_of("callbacks.dead_units.image=1")
+    assert error.endswith("; to add an argument of nin.training.callbacks.dead_units.DeadUnitMonitor: "
+                          "+callbacks.dead_units.image=…")  # fmt: skip
+
+
 def test_options_are_not_abbreviated() -> None:
     assert errors_of("--experiment", "cpu") == (
         "--experiment: no such option; settings are given without dashes, as in seed=1",
@@ -79,6 +97,13 @@ def test_several_values_need_a_sweep() -> None:
         "threads=range(1000000000): has several values; add -m for a sweep, as in nin train -m "
         "'threads=range(1000000000)'",
     )
+
+
+def test_a_group_has_one_option() -> None:
+    assert errors_of("model=[nin_small,lenet]", "seed=1") == (
+        "model=[nin_small,lenet]: model is a config group of which one option applies; give one",
+    )
+    assert len(compose_settings(["logger=[tensorboard,csv]"]).logger) == 2
 
 
 def test_a_key_has_one_value_and_an_option_is_in_its_group() -> None:

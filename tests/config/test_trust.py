@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.pytorch.callbacks import Timer
 
 from nin.commands import resume
 from nin.config.schema import Settings, UserError
 from nin.config.trust import ignore_stored_actions, ignore_stored_paths, require_trusted_targets
+from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 
 CLASS = "lightning.pytorch.callbacks.Timer"
@@ -57,6 +59,35 @@ def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(setting
     assert "my_package_of_another" in refusal(stored(settings, _target_="my_package_of_another.X"), "my_package")
 
 
+def test_a_class_of_another_package_is_not_trusted_because_a_trusted_one_imports_it(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = type("Foreign", (Timer,), {"__module__": "somewhere"})
+    monkeypatch.setattr("lightning.pytorch.callbacks.Foreign", foreign, raising=False)
+    assert "add --allow lightning" in refusal(stored(settings, _target_="lightning.pytorch.callbacks.Foreign"))
+
+
+@pytest.mark.parametrize(
+    ("group", "entry"),
+    [
+        ("model", {"_target_": "this.s", "input_size": 28}),
+        ("data", {"_target_": "this.s", "image_size": 28, "batch_size": 2}),
+        ("optimizer", {"_target_": "this.s"}),
+        ("schedule", {"_target_": "torch.hub.load"}),
+    ],
+)
+def test_classes_of_the_network_and_the_data_need_permission(
+    settings: Callable[..., Settings], group: str, entry: dict[str, Any]
+) -> None:
+    foreign = validate_plain(settings().model_dump(mode="json") | {group: entry})
+    module = entry["_target_"].partition(".")[0]
+    assert refusal(foreign) == (
+        f"{group}._target_={entry['_target_']}: this run's config is not allowed to call it; if you trust it, add "
+        f"--allow {module}"
+    )
+    require_trusted_targets(foreign, [module])
+
+
 def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -> None:
     nested = {"_target_": CLASS, "_args_": [{"_target_": CLASS}]}
     assert refusal(stored(settings, **nested)).startswith(f"callbacks.x._args_.0._target_={CLASS}: this run's config")
@@ -66,7 +97,7 @@ def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -
     ("argument", "value"),
     [
         ("duration", "/etc"), ("duration", "a/../../b"), ("duration", "~/x"), ("duration", "https://example.org"),
-        ("dirpath", "src"),
+        ("dirpath", "src"), ("exclude_batches_path", "README.md"), ("tracking_uri", "example.org"), ("sub_dir", "src"),
     ],
 )  # fmt: skip
 def test_paths_and_addresses_outside_the_run_are_refused(
@@ -74,6 +105,11 @@ def test_paths_and_addresses_outside_the_run_are_refused(
 ) -> None:
     message = refusal(stored(settings, _target_=CLASS, **{argument: value}))
     assert message.startswith(f"callbacks.x.{argument}={value}: leads out of the run's folder")
+
+
+def test_an_argument_given_by_its_position_may_be_a_path(settings: Callable[..., Settings]) -> None:
+    message = refusal(stored(settings, _target_="lightning.pytorch.callbacks.ModelCheckpoint", _args_=["src"]))
+    assert message.startswith("callbacks.x._args_.0=src: leads out of the run's folder")
 
 
 def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
@@ -103,10 +139,52 @@ def test_an_interpolation_is_not_resolved(
     )
 
 
-def test_overrides_of_a_foreign_run_import_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:
+def test_overrides_of_a_foreign_run_are_not_composed(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "resolved")
+    foreign = [
+        *("hydra.searchpath=[pkg://this]", "+hydra.x=1", "+callbacks.x._target_=this.s", "+logger.x={_target_:this.s}"),
+        *(r"trainer.accelerator=$\{oc.env:SECRET\}", "seed=0"),
+    ]
     folder = RunFolder(tmp_path)
-    folder.write_request(settings().model_dump(mode="json"), ["hydra.searchpath=[pkg://this]", "+hydra.x=1", "seed=0"])
-    resumed, overrides = resume.read_settings(folder, ["trainer.max_epochs=3"], [])
-    assert resumed.trainer.max_epochs == 3
-    assert overrides[-2:] == ["seed=0", "trainer.max_epochs=3"]
-    assert "this" not in sys.modules
+    folder.write_request(settings().model_dump(mode="json"), [])
+    folder.overrides.write_text("".join(f"- '{word}'\n" for word in foreign))
+    for own in (["trainer.max_epochs=3"], ["callbacks=default", "logger=csv", "trainer=cpu"]):
+        resumed, overrides = resume.read_settings(folder, own, [])
+        assert overrides == [*foreign, *own]
+        assert "this.s" not in str(resumed)
+        assert "this" not in sys.modules
+        assert resumed.trainer.accelerator == "cpu"
+        assert resumed.trainer.max_epochs == (3 if len(own) == 1 else 2)
+
+
+def test_a_data_set_is_not_written_into_a_folder_that_a_stored_config_names(
+    settings: Callable[..., Settings], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIN_DATA", str(tmp_path / "own"))
+    folder = RunFolder(tmp_path / "run")
+    # Where the data set is, it is used: the run's folder is the user's own.
+    for root, expected in ((tmp_path / "foreign", tmp_path / "own"), (data_root, data_root)):
+        folder.write_request(
+            settings().model_dump(mode="json") | {"data": settings(f"data.root={root}").data.model_dump()}, []
+        )
+        assert resume.read_settings(folder, [], [])[0].data.root == str(expected)
+
+
+def test_a_key_that_only_the_runs_own_config_has_can_be_changed(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    chosen = settings("callbacks=early_stopping", f"+callbacks.x._target_={CLASS}", "+callbacks.x.duration=00:01:00:00")
+    folder.write_request(chosen.model_dump(mode="json"), [])
+    own = ["callbacks.early_stopping.patience=7", "callbacks.x.duration=00:02:00:00", "~callbacks.dead_units"]
+    callbacks = resume.read_settings(folder, own, [])[0].callbacks
+    assert callbacks["early_stopping"]["patience"] == 7
+    assert callbacks["x"]["duration"] == "00:02:00:00"
+    assert "dead_units" not in callbacks
+    assert resume.read_settings(folder, ["~callbacks.early_stopping"], [])[0].callbacks.keys() == {
+        "images", "dead_units", "x",
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"callbacks.early_stopping.patienc=7: no such key"):
+        resume.read_settings(folder, ["callbacks.early_stopping.patienc=7"], [])

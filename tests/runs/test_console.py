@@ -1,10 +1,13 @@
 import io
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra.utils import get_class
 
 from nin.runs import console
 from nin.runs.console import tolerate_output_errors
@@ -42,6 +45,18 @@ def test_characters_that_the_encoding_lacks_are_replaced(
         tolerate_output_errors()
         print("… é x", flush=True)
     assert (tmp_path / "out").read_bytes() == written
+
+
+def test_an_error_that_hydra_raises_is_not_logged_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hydra.utils"), "level", logging.NOTSET)  # restored after the test
+    logging.getLogger("hydra.utils").manager._clear_cache()
+    with warnings.catch_warnings():
+        console.silence_known_warnings()
+    with pytest.raises(ImportError):
+        get_class("no.such.Class")
+    assert caplog.text == ""
 
 
 def test_a_stream_without_a_file_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

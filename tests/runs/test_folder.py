@@ -1,4 +1,5 @@
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -40,8 +41,12 @@ def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Pat
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize(
-    "name", ["nin.log", "metrics.csv", "result.json", "tensorboard/events.x", ".hydra/config.yaml", ".hydra/state.json"]
-)
+    "name",
+    [
+        "nin.log", "metrics.csv", "result.json", "tensorboard/events.x", "tensorboard/hparams.yaml", "csv/metrics.csv",
+        ".hydra/config.yaml", ".hydra/state.json", "checkpoints/.fresh.ckpt", "checkpoints/..fresh.ckpt.tmp",
+    ],
+)  # fmt: skip
 def test_something_else_in_the_place_of_a_file_is_refused(
     folder: RunFolder, make: Callable[[Path], None], name: str
 ) -> None:
@@ -53,6 +58,13 @@ def test_something_else_in_the_place_of_a_file_is_refused(
     assert str(refused.value) == f"{path}: not a file; remove it"
 
 
+def test_a_named_pipe_anywhere_is_refused(folder: RunFolder) -> None:
+    (folder.path / "mine").mkdir(parents=True)
+    os.mkfifo(pipe := folder.path / "mine" / "notes")
+    with pytest.raises(UserError, match=f"^{pipe}: not a file; remove it$"), folder.claim():
+        pass
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "tensorboard", ".hydra"])
 def test_a_file_in_the_place_of_a_folder_is_refused(folder: RunFolder, name: str) -> None:
     folder.path.mkdir()
@@ -61,7 +73,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(folder: RunFolder, name: str
         pass
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "5", "", "{", '{"status": 3}', '{"status": "done"}', "é"])
+@pytest.mark.parametrize("content", ["{}", "[]", "5", "", "{", "[" * 10**5, '{"status": 3}', '{"status": "done"}', "é"])
 def test_another_result_is_named(folder: RunFolder, content: str) -> None:
     folder.path.mkdir()
     folder.result.write_bytes(content.encode("latin-1"))
@@ -70,7 +82,30 @@ def test_another_result_is_named(folder: RunFolder, content: str) -> None:
     assert str(refused.value) == f"{folder.result}: not the result of a run; remove it and run the command again"
 
 
-@pytest.mark.parametrize("content", ["3", "foo", "a: 1", "- [1]", "- 1", "[", "- ${x", "\x00"])
+@pytest.mark.parametrize(
+    ("content", "state"),
+    [
+        ('{"starts": 5, "resumes": "x", "run_id": [], "pid": "1", "host": null, "more": 1}', {}),
+        ('{"starts": [1], "resumes": 2, "run_id": "a", "pid": 1}', {"resumes": 2, "run_id": "a", "pid": 1}),
+        ('{"starts": []}', {}),
+        ('{"starts": [{"git_commit": null}]}', {"starts": [{"git_commit": None}]}),
+        ("[1]", {}),
+        ("{", {}),
+        ("[" * 10**5, {}),
+    ],
+)
+def test_a_state_of_another_type_is_left_out(folder: RunFolder, content: str, state: dict) -> None:
+    folder.state.parent.mkdir(parents=True)
+    folder.state.write_text(content)
+    assert folder.read_state() == state
+
+
+def test_a_process_id_that_no_process_can_have_is_of_none(folder: RunFolder) -> None:
+    folder.update_state(pid=10**30, host=socket.gethostname())
+    assert not folder.is_claimed()
+
+
+@pytest.mark.parametrize("content", ["3", "foo", "a: 1", "- [1]", "- 1", "[", "- ${x", "\x00", "&a [*a]", "[" * 3000])
 def test_other_overrides_are_named(folder: RunFolder, content: str) -> None:
     folder.overrides.parent.mkdir(parents=True)
     folder.overrides.write_text(content)
@@ -78,7 +113,7 @@ def test_other_overrides_are_named(folder: RunFolder, content: str) -> None:
         folder.read_overrides()
 
 
-@pytest.mark.parametrize("content", ["3", "- 1", "", "[", "a: ${x", "\x00"])
+@pytest.mark.parametrize("content", ["3", "- 1", "", "[", "a: ${x", "\x00", "a: &a [*a]", "[" * 3000])
 def test_another_config_is_named(folder: RunFolder, content: str) -> None:
     folder.config.parent.mkdir(parents=True)
     folder.config.write_text(content)

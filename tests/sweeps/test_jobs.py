@@ -169,6 +169,7 @@ def test_a_folder_whose_overrides_are_something_else_is_no_job(tmp_path: Path, c
         ("multirun.yaml", "hydra: {sweeper: {}, overrides: {task: ['seed=range(1000000000)']}}"),
         ("seed=0/.hydra/config.yaml", "5"),
         ("seed=0/.hydra/config.yaml", "sweep: 5"),
+        ("seed=0/.hydra/config.yaml", "[" * 3000),
         ("seed=0/metrics.csv", "epoch,val/acc\n1,high\n"),
         ("seed=0/metrics.csv", "epoch\n1,2,3\n"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
@@ -274,8 +275,8 @@ def test_bfloat16_on_a_cpu_is_asked_for_and_native(
 def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
     chosen = settings("callbacks=early_stopping")
     trainer = experiment.build_trainer(chosen, None, [])
-    assert chosen.callbacks["early_stopping"]["monitor"] == "val/acc"
-    assert any(type(callback).__name__ == "EarlyStopping" for callback in trainer.callbacks)
+    (stopping,) = (callback for callback in trainer.callbacks if isinstance(callback, EarlyStopping))
+    assert (stopping.monitor, stopping.mode, stopping.patience) == ("val/acc", "max", 3)
 
 
 @pytest.mark.parametrize(

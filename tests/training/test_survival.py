@@ -373,6 +373,28 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
     assert experiment.Experiment(RunRequest(asked, folder)).run_id == "b" * 32
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"optimizer_states": [{"state": {}, "param_groups": [{"a": 1}]}]},
+        {"loops__fit_loop__epoch_loop.val_loop.batch_progress": 1.5},
+        {"callbacks__ResumableCheckpoint__processes": [{"random_state": {"python": 5}, "metrics": {}}]},
+    ],
+)
+def test_a_state_that_can_not_be_restored_is_named(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]], changed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, folder, whole = half_done
+    change(folder.last, **changed)
+    caplog.set_level("INFO")
+    with pytest.raises(UserError, match=r"last.ckpt: can't be resumed: its state could not be restored \(\w+Error: "):
+        experiment.train(asked, folder, [])
+    assert "Traceback" in caplog.text
+    folder.last.unlink()  # as the message says
+    result = experiment.train(asked, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
 def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:

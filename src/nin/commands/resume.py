@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import MAY_CHANGE, Settings, UserError
-from nin.config.trust import ignore_stored_actions, require_trusted_targets
+from nin.config.schema import MAY_CHANGE, Data, Settings, UserError
+from nin.config.trust import ignore_stored_actions, ignore_stored_root, require_trusted_targets
 from nin.config.validation import validate_plain
+from nin.data.sources import raw_folder
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
@@ -64,11 +65,9 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = ignore_stored_actions(validate_plain(config))
     require_trusted_targets(stored, allowed)
-    previous = folder.read_overrides()
-    # Only for the keys that the groups of the first start add: Hydra's own settings would import (hydra.searchpath).
-    groups = [word for word in previous if not word.lstrip("+~").startswith("hydra") and "${" not in word]
-    try:
-        settings = apply_overrides(stored, overrides, MAY_CHANGE, groups)
-    except UserError:  # the earlier overrides may need a --config-dir that is not given here
-        settings = apply_overrides(stored, overrides, MAY_CHANGE)
-    return settings.model_copy(update={"resume": "auto"}), [*previous, *overrides]
+    # Missing files are downloaded or drawn, and not into a folder that only the stored config names.
+    if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
+        stored = ignore_stored_root(stored)
+    settings = apply_overrides(stored, overrides, MAY_CHANGE)
+    # The stored overrides are only recorded, not composed: they may name anything.
+    return settings.model_copy(update={"resume": "auto"}), [*folder.read_overrides(), *overrides]

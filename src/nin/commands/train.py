@@ -92,10 +92,12 @@ def open_hydra(config_dir: str | None = None, config_path: str | None = None) ->
         config_path: replaces ``conf/`` (``--config-path``).
 
     Raises:
-        UserError: if ``config_dir`` is not a folder.
+        UserError: if one of them is not a folder.
     """
     if config_dir and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir {config_dir}: no such folder")
+    if config_path and not Path(config_path).is_dir():
+        raise UserError(f"--config-path {config_path}: no such folder")
     hydra.version.setbase("1.3")
     GlobalHydra.instance().clear()
     search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else CONF))
@@ -132,7 +134,7 @@ def _name_with_changes(config: DictConfig) -> str | None:
     None if the command line gives the name, if the experiment has none, or if nothing is changed that makes it another
     experiment.
     """
-    words = {word.lstrip("+~").partition("=")[0]: word for word in config.hydra.overrides.task}
+    words = {word.lstrip("+~").partition("=")[0]: word for word in _task_overrides(config)}
     if "name" in words or OmegaConf.is_interpolation(config, "name"):
         return None
     # The group `trainer` chooses where a run trains.
@@ -145,6 +147,11 @@ def _name_with_changes(config: DictConfig) -> str | None:
     from nin.sweeps.jobs import job_folder
 
     return job_folder(",".join([config.name, *changes]))
+
+
+def _task_overrides(config: DictConfig) -> list[str]:
+    """The command line's overrides as they were given: OmegaConf would resolve ``${…}`` in their texts too."""
+    return OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # type: ignore[return-value]
 
 
 def run_once(app: Hydra, config: DictConfig) -> int:
@@ -184,16 +191,18 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
 
 def _check(config: DictConfig) -> RunRequest:
-    if errors := find_override_errors(list(config.hydra.overrides.task)):
+    if errors := find_override_errors(_task_overrides(config)):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
     require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
+    if not config.hydra.run.dir.strip():
+        raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
     rank = global_rank(settings.trainer)
     folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
-    return RunRequest(settings, folder, list(config.hydra.overrides.task), rank=rank)
+    return RunRequest(settings, folder, _task_overrides(config), rank=rank)
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:

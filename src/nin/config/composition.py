@@ -1,7 +1,9 @@
 """Composes ``conf/`` outside ``hydra.main``, and reports all errors of a command line at once."""
 
 import contextlib
+import json
 import math
+import re
 import shlex
 import warnings
 
@@ -55,28 +57,27 @@ def compose_config(overrides: list[str], config_dir: str | None = None) -> DictC
         return compose("train", overrides=extra + overrides)
 
 
-def apply_overrides(
-    settings: Settings, overrides: list[str], may_change: tuple[str, ...], first: list[str] | None = None
-) -> Settings:
+def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
     """Returns ``settings`` of an earlier run with some keys overridden.
 
     ``trainer=cpu`` overrides where the run trains (accelerator, strategy, devices), and not for how long.
 
     Args:
         may_change: the keys, or prefixes of keys, that may be overridden.
-        first: the overrides with which the earlier run was started: its config groups may have keys that others lack.
 
     Raises:
         UserError: lists every error, or names a key that is not among ``may_change``.
     """
+    config = OmegaConf.create(settings.model_dump(mode="json"))
+    words = overrides
     try:
-        requested = compose_config([*(first or []), *overrides])
         parsed = OverridesParser.create().parse_overrides(overrides)
+        words = [word for override in parsed if (word := _for_defaults(override, config))]
+        requested = compose_config(words)
     except COMPOSITION_ERRORS as error:
-        raise collect_errors(error, overrides) from None
+        raise collect_errors(error, words) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
-    config = OmegaConf.create(settings.model_dump(mode="json"))
     for override in parsed:
         device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
         for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
@@ -90,6 +91,17 @@ def apply_overrides(
             else:
                 OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
     return validate(config)
+
+
+def _for_defaults(override: Override, earlier: DictConfig) -> str | None:
+    """``override`` as it applies to the default config, which may lack a key that the ``earlier`` run's config has."""
+    word, (parent, _, last) = override.input_line or "", override.key_or_group.rpartition(".")
+    section = OmegaConf.select(earlier, parent) if parent else None
+    if not isinstance(section, DictConfig) or last not in section:
+        return word
+    if override.is_delete():
+        return None
+    return word if word.startswith("+") else f"++{word}"
 
 
 def collect_errors(first: Exception, overrides: list[str], config_dir: str | None = None) -> UserError:
@@ -156,20 +168,31 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     except HydraException:
         if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
             return f"{given}: remove the space before ="
-        return f"{given}: not of the form key=value ({_first_line(error)})"
+        key, _, value = override.partition("=")
+        if "LexerNoViableAlt" not in str(error):
+            return f"{given}: not of the form key=value ({_first_line(error)})"
+        if value and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
+            quoted = shorten(f"{key}={json.dumps(value, ensure_ascii=False)}")
+            return f"{given}: has characters that must be quoted, as in {shlex.quote(quoted)}"
+        return f"{given}: not of the form key=value"
     except ValueError:
         return f"{given}: a number of too many digits"
+    if not key:
+        return f"{given}: not of the form key=value"
     first = _first_line(error)
     if "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
+        options = options or sorted(path.stem for path in (CONF / key).glob("*.yaml"))
         return f"{given}: no such {key}; {did_you_mean(override.partition('=')[2], options)}"
     if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
     if isinstance(error, ValueError) and "Config group override" in first:
         return f"{given}: {key} is a config group, and its value an option; {_list_options(key)}"
-    if first.startswith(("Could not override", "Key '")):
+    if first.startswith(("Could not override", "Key '")) or "does not exist" in first:
         return f"{given}: no such key" + _suggest_key(key, config)
+    if first.startswith(("Could not append", "Multiple values")) and override.startswith("+"):
+        return f"{given}: is in the config already; leave out the +, as in {shlex.quote(given.lstrip('+'))}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
@@ -193,7 +216,9 @@ def _suggest_key(key: str, config: DictConfig) -> str:
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):
         known = [str(name) for name in node]
-        return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}"
+        return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}" + (
+            f"; to add an argument of {node._target_}: +{key}=…" if "_target_" in node else ""
+        )
     close = did_you_mean(key, keys)
     return f"; {close.partition('?')[0]}?" if close.startswith("did") else ""
 

@@ -32,6 +32,14 @@ def require_an_end_of_training(settings: Settings) -> Iterator[str]:
         yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
 
 
+def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
+    trainer = settings.trainer
+    for unit in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if least and most not in (-1, None) and least > most:
+            yield f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, which is {most}"
+
+
 def require_work(settings: Settings) -> Iterator[str]:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(settings.trainer, key) == 0:
@@ -87,6 +95,10 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] =
     (("data.name", "data.val_size", "data.batch_size"), batches.require_one_full_batch),
     (("data.name", "data.val_size", "data.score_each_epoch"), batches.require_images_for_selection),
     (("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "schedule"), require_an_end_of_training),
+    (
+        ("trainer.min_epochs", "trainer.max_epochs", "trainer.min_steps", "trainer.max_steps"),
+        require_minimum_below_maximum,
+    ),
     (
         ("trainer.max_epochs", "trainer.max_steps", "trainer.limit_train_batches", "trainer.limit_test_batches"),
         require_work,

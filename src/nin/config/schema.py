@@ -133,7 +133,8 @@ class Speed(Section):
 
 class Checkpoint(Section):
     every_n_steps: Positive | None
-    keep: NonNegative
+    # Each save renames them all.
+    keep: Annotated[int, Field(ge=0, le=1000)]
 
 
 class Sweep(Section):

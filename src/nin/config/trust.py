@@ -1,5 +1,6 @@
 """Stored configs are data: what a run folder or a checkpoint from elsewhere must not make the program do."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,18 +34,22 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
                             f"{key}={value}: this run's config is not allowed to call it; if you trust it, add "
                             f"--allow {module}"
                         )
-                elif isinstance(value, str) and value and _leads_out(key.rpartition(".")[2], value):
+                elif isinstance(value, str) and value and _leads_out(key, value):
                     errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
     if errors:
         raise UserError(*errors)
 
 
-def _leads_out(argument: str, value: str) -> bool:
+# Names of arguments that are a folder, a file or an address: dirpath, save_dir, exclude_batches_path, tracking_uri.
+_PLACE = re.compile(r"(dir|path|file|location|uri|url|host)$")
+
+
+def _leads_out(key: str, value: str) -> bool:
     """Whether a logger or callback would write outside the run's folder, or to another machine."""
-    path = Path(value)
-    # A relative path is one in the working directory.
-    is_folder = argument in ("save_dir", "dirpath", "root_dir", "log_dir")
-    return is_folder or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
+    path, argument = Path(value), key.rpartition(".")[2]
+    # A relative path is one in the working directory. An argument given by its position may be one.
+    is_place = bool(_PLACE.search(argument)) or "._args_." in key
+    return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
 def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
@@ -126,14 +131,19 @@ def ignore_stored_actions(stored: Settings) -> Settings:
 
 
 def ignore_stored_paths(stored: Settings) -> Settings:
-    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks.
+    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks."""
+    stored = ignore_stored_root(ignore_stored_actions(stored))
+    return stored.model_copy(update={"logger": {}, "callbacks": {}})
+
+
+def ignore_stored_root(stored: Settings) -> Settings:
+    """``stored`` with this machine's own ``data.root``.
 
     A folder of images has no default place: the stored one is kept, unless another is given.
     """
-    stored = ignore_stored_actions(stored)
     data: Data | FolderData | OwnData = stored.data
-    if isinstance(data, Data):
-        defaults = compose_settings([f"data={data.name}", "model=nin_small"])
-        assert isinstance(defaults.data, Data)
-        data = data.model_copy(update={"root": defaults.data.root})
-    return stored.model_copy(update={"data": data, "logger": {}, "callbacks": {}})
+    if not isinstance(data, Data):
+        return stored
+    defaults = compose_settings([f"data={data.name}", "model=nin_small"])
+    assert isinstance(defaults.data, Data)
+    return stored.model_copy(update={"data": data.model_copy(update={"root": defaults.data.root})})

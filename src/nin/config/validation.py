@@ -12,16 +12,21 @@ from nin.config.errors import construct_unchecked, did_you_mean, format_errors, 
 from nin.config.rules import find_errors
 from nin.config.schema import CONF, EarlyStopping, Settings, UserError
 
+# Hydra would merge several options into one.
+_ONE_OPTION = ("model", "data", "optimizer", "schedule", "trainer")
+
 
 def find_override_errors(overrides: list[str]) -> list[str]:
     """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
     errors: list[str] = []
     values: dict[str, object] = {}
     for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.get_key_element(), override.value()
+        key, value = override.get_key_element().lstrip("+~"), override.value()
         if key in values and values[key] != value:
             errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
         values[key] = value
+        if isinstance(value, list) and key in _ONE_OPTION:
+            errors.append(f"{override.input_line}: {key} is a config group of which one option applies; give one")
         if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
             options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
             errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")

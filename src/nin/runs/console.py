@@ -116,3 +116,4 @@ def silence_known_warnings() -> None:
     """Silences warnings of Lightning and Hydra that appear in every run of this project."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # `get_class` raises what it logs

@@ -2,13 +2,11 @@
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import os
 import shutil
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.schema import UserError
+from nin.runs.regular_files import read_text, require_files, require_folders, require_no_links_or_pipes
+
+# Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
+_UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
 
 STATUSES = ("finished", "failed", "pruned")
 
@@ -104,16 +106,11 @@ class RunFolder:
 
     def _require_regular_files(self) -> None:
         """A folder from elsewhere must not direct writes to files outside it. Checkpoints are checked when read."""
-        for path in self.path.rglob("*"):
-            if path.is_symlink():
-                raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
-        written = (self.log, self.metrics, self.result, *self.path.glob(".hydra/*"), *self.tensorboard.glob("events.*"))
-        for path in written:
-            if _is_other_than(stat.S_ISREG, path):
-                raise UserError(f"{path}: not a file; remove it")
-        for path in (self.config.parent, self.checkpoints, self.tensorboard):
-            if _is_other_than(stat.S_ISDIR, path):
-                raise UserError(f"{path}: not a folder; remove it")
+        require_no_links_or_pipes(self.path)
+        require_folders(self.config.parent, self.checkpoints, self.tensorboard)
+        patterns = (".hydra/*", "tensorboard/events.*", "*/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp")
+        written = [path for pattern in patterns for path in self.path.glob(pattern)]
+        require_files(self.log, self.metrics, self.result, self.fresh, *written)
 
     def is_claimed(self) -> bool:
         """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
@@ -125,16 +122,16 @@ class RunFolder:
             os.kill(state["pid"], 0)
         except PermissionError:
             return True
-        except OSError:
+        except (OSError, OverflowError):
             return False
         return True
 
     def read_state(self) -> dict[str, Any]:
         """The run's identity, the process that has claimed it, and each start: what no checkpoint can know."""
-        with contextlib.suppress(OSError, ValueError):
-            state = json.loads(_read(self.state))
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            state = json.loads(read_text(self.state))
             if isinstance(state, dict):
-                return state
+                return {key: value for key, value in state.items() if _is_of_state(key, value)}
         return {}
 
     def update_state(self, **values: Any) -> dict[str, Any]:
@@ -158,8 +155,8 @@ class RunFolder:
         if not self.config.exists():
             return None
         try:
-            config = OmegaConf.load(io.StringIO(_read(self.config)))
-        except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
+            config = OmegaConf.load(io.StringIO(read_text(self.config)))
+        except _UNREADABLE as error:
             raise UserError(f"{self.config}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(config, DictConfig) or not config:
             raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
@@ -174,8 +171,8 @@ class RunFolder:
         if not self.overrides.exists():
             return []
         try:
-            overrides = OmegaConf.to_container(OmegaConf.load(io.StringIO(_read(self.overrides))))
-        except (OSError, YAMLError, ValueError, OmegaConfBaseException) as error:
+            overrides = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_text(self.overrides))))
+        except _UNREADABLE as error:
             raise UserError(f"{self.overrides}: can't be read ({str(error).splitlines()[0]})") from error
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
             raise UserError(f"{self.overrides}: not a list of overrides (key=value); remove the file")
@@ -196,10 +193,10 @@ class RunFolder:
             UserError: if the file is not a result.
         """
         try:
-            result = json.loads(_read(self.result))
+            result = json.loads(read_text(self.result))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             result = None
         if not isinstance(result, dict) or result.get("status") not in STATUSES:
             raise UserError(f"{self.result}: not the result of a run; remove it and run the command again")
@@ -217,7 +214,7 @@ class RunFolder:
     def read_epochs(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys."""
         with contextlib.suppress(OSError, ValueError):
-            rows = csv.DictReader(_read(self.metrics).splitlines())
+            rows = csv.DictReader(read_text(self.metrics).splitlines())
             return [{k: float(v) for k, v in row.items() if v} for row in rows]
         return []
 
@@ -258,20 +255,14 @@ class RunFolder:
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
 
 
-def _is_other_than(kind: Callable[[int], bool], path: Path) -> bool:
-    """Whether something of another kind is at ``path``. One look: another process may remove it in the meantime."""
-    try:
-        return not kind(path.stat().st_mode)
-    except FileNotFoundError:
+_STATE = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
+
+
+def _is_of_state(key: str, value: Any) -> bool:
+    """Whether ``value`` is of the type that the key has in the state; ``starts`` are dictionaries."""
+    if not isinstance(value, _STATE.get(key, ())):
         return False
-
-
-def _read(path: Path) -> str:
-    """The text of a file; ``read_text`` would wait for ever for a named pipe."""
-    # One look: another process may replace or remove the file in the meantime.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return path.read_text(encoding="utf-8")
+    return key != "starts" or (len(value) > 0 and all(isinstance(start, dict) for start in value))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -243,7 +243,7 @@ def _fill_in(job: Job, keys: Iterable[str]) -> None:
 
 def _read_yaml(path: Path) -> Any:
     """The content of a YAML file, None if it can't be read."""
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         if path.is_file():  # not a named pipe, which would be waited for
             return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     return None

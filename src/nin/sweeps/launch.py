@@ -52,6 +52,8 @@ class Sweep:
 
     def __init__(self, config: DictConfig):
         OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)  # of conf/train.yaml
+        if not config.hydra.sweep.dir.strip():
+            raise UserError("hydra.sweep.dir: is empty; leave it out, or give the sweep's folder")
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
@@ -62,7 +64,7 @@ class Sweep:
         remove_left_over_ranks()  # before lightning is imported; no job has several processes
         if (request := self.folder / "multirun.yaml").is_symlink():
             raise UserError(f"{request}: a symbolic link, which would be written through; replace it by its target")
-        task = list(config.hydra.overrides.task)
+        task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
         self.is_search = config.hydra.sweeper._target_ == TARGET

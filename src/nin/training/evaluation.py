@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings, UserError
-from nin.config.validation import is_single_process
+from nin.config.schema import Settings, UserError, is_single_process
 from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar

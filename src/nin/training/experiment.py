@@ -80,7 +80,7 @@ class Experiment:
                 if isinstance(logger, SingleFileTensorBoardLogger):
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
-            self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
+            self._fit()
             final_weights = weights_sha256(self.module.network)
             self._load_best()
             pruned = any(callback.is_pruned for callback in self.pruning)
@@ -176,6 +176,19 @@ class Experiment:
         if incomplete := self.folder.truncate_event_files(sizes):
             log.warning("curves have a gap before step %d: %s", self.checkpoint["global_step"], ", ".join(incomplete))
 
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
+        # What Lightning, torch and callbacks raise about a state of another type.
+        except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            if self.checkpoint is None or self.checkpoints.is_restored:
+                raise
+            log.info("the checkpoint's state could not be restored", exc_info=error)
+            raise UserError(
+                f"{self.resume_path}: can't be resumed: its state could not be restored ({type(error).__name__}: "
+                f"{error}, see nin.log); remove it to resume from the checkpoint before it, or give another name=…"
+            ) from error
+
     def _load_best(self) -> None:
         """Loads the weights of ``best.ckpt``; if it is missing or damaged, no other weights are tested instead."""
         best = checkpoint_files.read(self.folder.best)
@@ -264,7 +277,13 @@ def _instantiate(key: str, config: dict[str, Any], kind: type, **extra: Any) -> 
     try:
         instance = instantiate(config, **extra)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{key}: {error}") from error
+        if "Error locating target" not in str(error):
+            raise UserError(f"{key}: {error}") from error
+        where, *reasons = str(error.__cause__ or error).splitlines()
+        raise UserError(
+            f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of its "
+            "file in PYTHONPATH?"
+        ) from error
     if not isinstance(instance, kind):
         raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
     return instance

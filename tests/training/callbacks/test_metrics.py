@@ -63,9 +63,13 @@ def test_images_per_second_are_images_by_seconds(
             monkeypatch.setattr(time, "perf_counter", lambda: clock() + now)
 
     add_callback(monkeypatch, Slow())
-    experiment.train(settings("logger=none", "callbacks=none"), folder := RunFolder(tmp_path), [])
-    for row in folder.read_epochs():
-        assert row["images_per_second"] == pytest.approx(0.3, abs=0.051)  # 32 images in 100 s, with one decimal
+    result = experiment.train(settings("callbacks=none"), folder := RunFolder(tmp_path), [])
+    # 32 images in 100 s, with one decimal.
+    for rate in (result["images_per_second"], *(row["images_per_second"] for row in folder.read_epochs())):
+        assert rate == pytest.approx(0.3, abs=0.051)
+    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    rates = [event.value for event in events.Scalars("images_per_second")]
+    assert rates == pytest.approx([0.32] * 4, rel=0.05)
 
 
 @pytest.mark.parametrize(

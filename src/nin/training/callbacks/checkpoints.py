@@ -41,6 +41,7 @@ class ResumableCheckpoint(Checkpoint):
         self.folder, self.every_n_steps, self.metrics, self.stop = folder, every_n_steps, metrics, stop
         self.best: dict[str, float] = {}
         self.saved_step = 0
+        self.is_restored = False  # whether the first batch after resuming was reached
         self._loaded: dict[str, Any] | None = None
         self._save_point = SavePoint.EPOCH_END
 
@@ -55,6 +56,11 @@ class ResumableCheckpoint(Checkpoint):
             set_random_state(own["random_state"], pl_module.device)
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
             self._loaded = None
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.is_restored = True
+
+    on_validation_batch_start = on_train_batch_start
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`

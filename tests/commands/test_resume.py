@@ -1,0 +1,64 @@
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nin import cli
+from nin.commands import resume
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+
+
+@pytest.fixture
+def run(settings: Callable[..., Settings], tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    folder.write_request(settings().model_dump(mode="json"), ["seed=0"])
+    return folder
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[RunRequest]:
+    """What would be trained; nothing is."""
+    found: list[RunRequest] = []
+
+    def execute(request: RunRequest) -> None:
+        print("… " * 10_000, flush=True)
+        found.append(request)
+
+    monkeypatch.setattr(resume, "execute_run", execute)
+    return found
+
+
+def test_a_config_from_elsewhere_is_refused_until_its_module_is_allowed(
+    run: RunFolder,
+    settings: Callable[..., Settings],
+    requests: list[RunRequest],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    foreign = settings().model_dump(mode="json") | {"callbacks": {"x": {"_target_": "this.s"}}}
+    run.write_request(foreign, [])
+    assert cli.run("resume", [str(run.path)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "nin resume: callbacks.x._target_=this.s: this run's config is not allowed to call it; if you trust it, add "
+        "--allow this\n"
+    )
+    assert (printed.out, requests) == ("", [])
+    assert cli.run("resume", [str(run.path), "--allow", "this"]) == 0
+    assert requests[0].settings.callbacks == foreign["callbacks"]
+    assert "this" not in sys.modules
+
+
+def test_a_run_is_continued_though_nobody_reads_what_it_prints(
+    run: RunFolder, requests: list[RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", encoding="ascii") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert cli.run("resume", [str(run.path), "trainer.max_epochs=3"]) == 0
+    assert requests[0].settings.trainer.max_epochs == 3
+    assert requests[0].overrides == ["seed=0", "trainer.max_epochs=3"]
