@@ -19,8 +19,8 @@ def folder(tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     "name",
     [
-        "nin.log", "metrics.csv", "result.json", "checkpoints", "checkpoints/last.ckpt", "tensorboard",
-        "tensorboard/events.out.tfevents.1", ".hydra", ".hydra/config.yaml", ".hydra/lock", "csv/metrics.csv",
+        "nin.log", "metrics.csv", "result.json", "checkpoints", "checkpoints/last.ckpt",
+        "events.out.tfevents.1", ".hydra", ".hydra/config.yaml", ".hydra/lock", "csv/metrics.csv",
     ],
 )  # fmt: skip
 def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Path, name: str) -> None:
@@ -40,7 +40,8 @@ def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Pat
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize(
-    "name", ["nin.log", "metrics.csv", "result.json", "tensorboard/events.x", ".hydra/config.yaml", ".hydra/state.json"]
+    "name",
+    ["nin.log", "metrics.csv", "result.json", "events.out.tfevents.1", ".hydra/config.yaml", ".hydra/state.json"],
 )
 def test_something_else_in_the_place_of_a_file_is_refused(
     folder: RunFolder, make: Callable[[Path], None], name: str
@@ -53,7 +54,7 @@ def test_something_else_in_the_place_of_a_file_is_refused(
     assert str(refused.value) == f"{path}: not a file; remove it"
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", ".hydra"])
+@pytest.mark.parametrize("name", ["checkpoints", ".hydra"])
 def test_a_file_in_the_place_of_a_folder_is_refused(folder: RunFolder, name: str) -> None:
     folder.path.mkdir()
     (folder.path / name).touch()
@@ -147,12 +148,13 @@ def test_two_claims_are_never_held_at_once(folder: RunFolder) -> None:
 
 
 def test_event_files_are_cut_to_their_sizes_and_incomplete_ones_are_named(folder: RunFolder) -> None:
-    folder.tensorboard.mkdir(parents=True)
-    for name, size in (("events.long", 10), ("events.short", 3), ("events.new", 5)):
-        (folder.tensorboard / name).write_bytes(b"x" * size)
-    sizes = {"events.long": 8, "events.short": 8, "events.lost": 8}
-    assert folder.truncate_event_files(sizes) == ["events.short", "events.lost"]
-    assert folder.event_file_sizes() == {"events.long": 8, "events.short": 3}
+    folder.path.mkdir()
+    long, short, new, lost = (f"events.out.tfevents.{i}" for i in range(4))
+    for name, size in ((long, 10), (short, 3), (new, 5), ("events.csv", 20)):
+        (folder.path / name).write_bytes(b"x" * size)
+    assert folder.truncate_event_files({long: 8, short: 8, lost: 8}) == [short, lost]
+    assert folder.event_file_sizes() == {long: 8, short: 3}
+    assert (folder.path / "events.csv").stat().st_size == 20  # not TensorBoard's
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])

@@ -44,7 +44,6 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.fresh = self.checkpoints / ".fresh.ckpt"  # just saved; `publish` renames it to last.ckpt
-        self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "nin.log"
         self.result = self.path / "result.json"
@@ -107,11 +106,11 @@ class RunFolder:
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
-        written = (self.log, self.metrics, self.result, *self.path.glob(".hydra/*"), *self.tensorboard.glob("events.*"))
+        written = (self.log, self.metrics, self.result, *self.path.glob(".hydra/*"), *self.event_files())
         for path in written:
             if _is_other_than(stat.S_ISREG, path):
                 raise UserError(f"{path}: not a file; remove it")
-        for path in (self.config.parent, self.checkpoints, self.tensorboard):
+        for path in (self.config.parent, self.checkpoints):
             if _is_other_than(stat.S_ISDIR, path):
                 raise UserError(f"{path}: not a folder; remove it")
 
@@ -240,16 +239,20 @@ class RunFolder:
         self.fresh.replace(self.last)
         sync_folder(self.checkpoints)
 
+    def event_files(self) -> list[Path]:
+        """TensorBoard's event files. They are in the run's folder itself, whose name TensorBoard shows."""
+        return list(self.path.glob("events.out.tfevents.*"))
+
     def event_file_sizes(self) -> dict[str, int]:
         """The size of each TensorBoard event file, in bytes."""
-        return {p.name: p.stat().st_size for p in self.tensorboard.glob("events.*")}
+        return {path.name: path.stat().st_size for path in self.event_files()}
 
     def truncate_event_files(self, sizes: dict[str, int]) -> list[str]:
         """Cuts event files to ``sizes``: a process that died wrote what follows, and it is written again.
 
         Returns the names of the files that are missing or shorter than ``sizes`` says.
         """
-        for path in self.tensorboard.glob("events.*"):
+        for path in self.event_files():
             if path.name not in sizes:
                 path.unlink()
             elif path.stat().st_size > sizes[path.name]:

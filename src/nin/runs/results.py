@@ -26,7 +26,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     print(f"run folder: {format_path(folder.path)}")
-    if folder.tensorboard.exists():
+    if folder.event_files():
         print(f"curves:     {tensorboard_command(folder.path)}")
 
 

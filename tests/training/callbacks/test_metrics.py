@@ -42,9 +42,9 @@ def test_lr_and_gradient_norm_are_those_of_the_step(
     add_callback(monkeypatch, steps := Steps())
     chosen = settings("schedule=one_cycle", "trainer.log_every_n_steps=1", "callbacks=none", "speed.micro_batch=12")
     experiment.train(chosen, folder := RunFolder(tmp_path), [])
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
-    assert [e.step for e in events.Scalars("lr")] == list(range(1, 13))
-    assert [e.value for e in events.Scalars("lr")] == pytest.approx(steps.rates)
+    events = EventAccumulator(str(folder.path)).Reload()
+    assert [e.step for e in events.Scalars("train/lr")] == list(range(1, 13))
+    assert [e.value for e in events.Scalars("train/lr")] == pytest.approx(steps.rates)
     assert [e.value for e in events.Scalars("train/grad_norm")] == pytest.approx(steps.norms, rel=1e-5)
     assert len(set(steps.rates)) == 12
     rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))

@@ -9,7 +9,8 @@ from tensorboard.plugins.hparams import metadata
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training import experiment
-from nin.training.callbacks.tensorboard import draw_curves, hyperparameters, most_confused
+from nin.training.callbacks.figures import draw_curves, most_confused
+from nin.training.callbacks.tensorboard import hyperparameters
 
 
 def test_the_most_confused_classes_come_first() -> None:
@@ -39,7 +40,7 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     folder = RunFolder(tmp_path / "first")
     chosen = settings("callbacks.images.sample_images=4", "trainer.max_epochs=1")
     result = experiment.train(chosen, folder, ["experiment=quickstart", "name=my run"])
-    events = EventAccumulator(str(folder.tensorboard), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(folder.path), size_guidance={"tensors": 0}).Reload()
 
     def text(tag: str) -> str:
         return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -47,14 +48,25 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     assert text("command") == "    nin train experiment=quickstart 'name=my run'\n"
     assert "    optimizer:\n      name: adamw\n      lr: 0.005\n" in text("config")
     assert f"| metrics.test/acc | {result['metrics']['test/acc']:.4f} |" in text("result")
-    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong", "curves"}
+    assert set(events.Tags()["images"]) == {
+        "train/samples",
+        *(f"when_finished/{name}" for name in ("confusion", "wrong", "curves")),
+    }
     assert events.Images("train/samples")[0].width == 4 * (28 + 2) + 2
-    assert not [tag for tag in events.Tags()["scalars"] if "best" in tag or tag == "epoch"]
+    groups = sorted({tag.partition("/")[0] for kind in ("scalars", "images") for tag in events.Tags()[kind]})
+    assert groups == ["train", "val", "when_finished", "zero_units"]
     start = metadata.parse_session_start_info_plugin_data(
         events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     )
     assert start.group_name == "first"
-    assert start.hparams["best val/acc"].number_value == pytest.approx(result["metrics"]["val/acc"])
+    assert "optimizer.lr" in start.hparams
+    columns = metadata.parse_experiment_plugin_data(
+        events.summary_metadata["_hparams_/experiment"].plugin_data.content
+    ).metric_infos
+    assert [column.display_name for column in columns] == ["test/acc", "test/loss", "val/acc", "val/loss"]
+    for column in columns:
+        (event,) = events.Scalars(column.name.tag)
+        assert event.value == pytest.approx(result["metrics"][column.display_name])
 
 
 def test_training_and_validation_are_two_kinds_of_lines() -> None:
