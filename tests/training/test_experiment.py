@@ -116,8 +116,8 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
     events = EventAccumulator(str(folder.path), size_guidance={"scalars": 0}).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     windows = [4, 6, 8, 12]
-    expected = dict.fromkeys(("loss", "acc", "grad_norm", "lr", "images_per_second"), windows)
-    expected = {f"train/{name}": steps_logged for name, steps_logged in expected.items()}
+    others = [f"while_training/{name}" for name in ("grad_norm", "lr", "images_per_second")]
+    expected = dict.fromkeys(("train/loss", "train/acc", *others), windows)
     expected |= {tag: [6, 12] for tag in ("val/loss", "val/acc")}
     expected |= {f"when_finished/{name}": [12] for name in ("test/loss", "test/acc", "val/loss", "val/acc")}
     counts = ["dead_classes", *(f"dead_channels/block{i}" for i in (1, 2, 3))]
@@ -125,7 +125,7 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
     assert steps == expected
     assert events.Scalars("when_finished/test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
     assert set(events.Tags()["images"]) == {
-        "train/samples",
+        "while_training/samples",
         *(f"when_finished/{name}" for name in ("confusion", "wrong", "curves")),
     }
     assert events.Tags()["graph"]

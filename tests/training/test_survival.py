@@ -92,7 +92,7 @@ def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPat
 
 def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
     """metrics.csv and every scalar curve, without what a clock measured."""
-    clocks = ("seconds", "images_per_second", "train/images_per_second")
+    clocks = ("seconds", "images_per_second", "while_training/images_per_second")
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

@@ -43,9 +43,9 @@ def test_lr_and_gradient_norm_are_those_of_the_step(
     chosen = settings("schedule=one_cycle", "trainer.log_every_n_steps=1", "callbacks=none", "speed.micro_batch=12")
     experiment.train(chosen, folder := RunFolder(tmp_path), [])
     events = EventAccumulator(str(folder.path)).Reload()
-    assert [e.step for e in events.Scalars("train/lr")] == list(range(1, 13))
-    assert [e.value for e in events.Scalars("train/lr")] == pytest.approx(steps.rates)
-    assert [e.value for e in events.Scalars("train/grad_norm")] == pytest.approx(steps.norms, rel=1e-5)
+    assert [e.step for e in events.Scalars("while_training/lr")] == list(range(1, 13))
+    assert [e.value for e in events.Scalars("while_training/lr")] == pytest.approx(steps.rates)
+    assert [e.value for e in events.Scalars("while_training/grad_norm")] == pytest.approx(steps.norms, rel=1e-5)
     assert len(set(steps.rates)) == 12
     rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
     assert [float(row["lr"]) for row in rows] == pytest.approx([steps.rates[5], steps.rates[11]])

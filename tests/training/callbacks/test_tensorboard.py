@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from nin.config.schema import Settings
@@ -49,22 +50,37 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     assert "    optimizer:\n      name: adamw\n      lr: 0.005\n" in text("config")
     assert f"| metrics.test/acc | {result['metrics']['test/acc']:.4f} |" in text("result")
     assert set(events.Tags()["images"]) == {
-        "train/samples",
+        "while_training/samples",
         *(f"when_finished/{name}" for name in ("confusion", "wrong", "curves")),
     }
-    assert events.Images("train/samples")[0].width == 4 * (28 + 2) + 2
+    assert events.Images("while_training/samples")[0].width == 4 * (28 + 2) + 2
     groups = sorted({tag.partition("/")[0] for kind in ("scalars", "images") for tag in events.Tags()[kind]})
-    assert groups == ["train", "val", "when_finished", "zero_units"]
+    assert groups == ["train", "val", "when_finished", "while_training", "zero_units"]
+    (layout,) = events.Tensors("custom_scalars__config__")
+    categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    charts = [chart for category in categories for chart in category.chart]
+    # A chart has one color per run: with two curves of a run they would look alike.
+    assert [list(chart.multiline.tag) for chart in charts] == [["train/loss"], ["val/loss"], ["train/acc"], ["val/acc"]]
     start = metadata.parse_session_start_info_plugin_data(
         events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     )
     assert start.group_name == "first"
     assert "optimizer.lr" in start.hparams
-    columns = metadata.parse_experiment_plugin_data(
-        events.summary_metadata["_hparams_/experiment"].plugin_data.content
-    ).metric_infos
-    assert [column.display_name for column in columns] == ["test/acc", "test/loss", "val/acc", "val/loss"]
-    for column in columns:
+    # TensorBoard would show the columns of one run for all runs in a folder, and other runs have other keys.
+    assert "_hparams_/experiment" not in events.summary_metadata
+
+
+def test_the_jobs_of_a_sweep_have_their_keys_and_the_final_metrics_as_columns(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "lr" / "optimizer.lr=0.1")
+    chosen = settings("callbacks=none", "trainer.max_steps=1", "sweep.keys=[optimizer.lr]", "optimizer.lr=0.1")
+    result = experiment.train(chosen, folder, ["optimizer.lr=0.1"])
+    events = EventAccumulator(str(folder.path)).Reload()
+    columns = metadata.parse_experiment_plugin_data(events.summary_metadata["_hparams_/experiment"].plugin_data.content)
+    assert [column.name for column in columns.hparam_infos] == ["optimizer.lr"]
+    assert [column.display_name for column in columns.metric_infos] == ["test/acc", "test/loss", "val/acc", "val/loss"]
+    for column in columns.metric_infos:
         (event,) = events.Scalars(column.name.tag)
         assert event.value == pytest.approx(result["metrics"][column.display_name])
 

@@ -23,8 +23,6 @@ _MATRIX_CLASSES = 30
 def draw_curves(rows: list[dict[str, Any]]) -> Figure:
     """Loss and accuracy over the steps: training dashed, with one point per epoch, validation or test as full lines.
 
-    A custom chart has one color per run; here the curves of one run differ in color, line and legend.
-
     Args:
         rows: of ``metrics.csv``, one per epoch; the training metrics are means over the epoch.
     """

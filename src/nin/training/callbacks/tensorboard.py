@@ -1,7 +1,7 @@
 """What TensorBoard shows: curves, images, the graph, the request and the result of a run, hyperparameters.
 
-TensorBoard sorts tags by name. The groups of curves are ``train`` and ``val``; what is written once, when the run is
-finished, is in ``when_finished``, which comes after them.
+TensorBoard sorts tags by name, and opens on the first ones. So ``train`` and ``val`` have loss and accuracy only;
+what else is logged in training is in ``while_training``, and what is logged once, at the end, in ``when_finished``.
 """
 
 import shlex
@@ -24,8 +24,12 @@ from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
-# The metrics without a group of their own, which TensorBoard would sort before ``train``.
-_TAGS = {"lr": "train/lr", "images_per_second": "train/images_per_second"}
+# Metrics whose tags are not their names.
+_TAGS = {
+    "lr": "while_training/lr",
+    "images_per_second": "while_training/images_per_second",
+    "train/grad_norm": "while_training/grad_norm",
+}
 
 
 class SingleFileTensorBoardLogger(TensorBoardLogger):
@@ -47,7 +51,7 @@ class SingleFileTensorBoardLogger(TensorBoardLogger):
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Logs scalars at ``step``, except ``epoch``, which Lightning adds, and metrics of the final test.
 
-        ``lr`` and ``images_per_second`` are logged as ``train/lr`` and ``train/images_per_second``.
+        ``lr``, ``images_per_second`` and ``train/grad_norm`` are logged in the group ``while_training``.
         """
         scalars = {_TAGS.get(tag, tag): value for tag, value in metrics.items() if tag != "epoch"}
         if not self.has_test_curves:
@@ -70,7 +74,8 @@ class SingleFileTensorBoardLogger(TensorBoardLogger):
 class ImageLogger(Callback):
     """Logs to TensorBoard: training images, the network's graph, the confusion matrix, wrongly classified images.
 
-    ``train/samples`` are the first images of the first batch as the network receives them: resized and augmented.
+    ``while_training/samples`` are the first images of the first batch as the network receives them: resized and
+    augmented.
 
     Args:
         wrong_images: number of wrongly classified test images, the first in the order of the files.
@@ -107,7 +112,7 @@ class ImageLogger(Callback):
             return
         for logger in _tensorboard_loggers(trainer):
             grid = make_grid(batch[0][: self.sample_images].float().cpu(), nrow=8, pad_value=0.5)
-            logger.experiment.add_image("train/samples", grid, 0)
+            logger.experiment.add_image("while_training/samples", grid, 0)
 
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.wrong = []
@@ -151,10 +156,10 @@ def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
 def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
     """Logs what a run is started with: the command and the config as text, and the layout of the custom charts."""
     split = "test" if settings.data.score_each_epoch == "test" else "val"
+    # Side by side: a chart has one color per run, so that two curves of a run in one chart would look alike.
     layout = {
-        "train": {name: ["Multiline", [f"train/{tag}"]] for name, tag in CURVES.items()},
-        split: {name: ["Multiline", [f"{split}/{tag}"]] for name, tag in CURVES.items()},
-        f"train and {split}": {name: ["Multiline", [f"train/{tag}", f"{split}/{tag}"]] for name, tag in CURVES.items()},
+        name: {f"{part}/{tag}": ["Multiline", [f"{part}/{tag}"]] for part in ("train", split)}
+        for name, tag in CURVES.items()
     }
     config = OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
     for logger in _tensorboard_loggers(trainer):
@@ -180,10 +185,13 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
             if not trainer.is_global_zero:
                 continue
             logger.log_metrics({f"when_finished/{name}": value for name, value in finals.items()}, result["steps"])
-            shown = [hparams.HParam(name) for name in values]
-            metric_columns = [hparams.Metric(f"when_finished/{name}", display_name=name) for name in _FINALS]
             writer = logger.experiment._get_file_writer()  # noqa: SLF001  # torch's add_hparams adds a run to the list
-            writer.add_summary(hparams.hparams_config_pb(shown, metric_columns))
+            if settings.sweep.keys:
+                # TensorBoard takes the columns of one run for all. Those of a sweep have the same; for single runs it
+                # collects the columns itself.
+                shown = [hparams.HParam(name) for name in values]
+                metric_columns = [hparams.Metric(f"when_finished/{name}", display_name=name) for name in _FINALS]
+                writer.add_summary(hparams.hparams_config_pb(shown, metric_columns))
             writer.add_summary(hparams.hparams_pb(values, trial_id=_run_name(settings, logger)))
             logger.experiment.add_text("result", _table(result), result["steps"])
             if metrics.rows:
