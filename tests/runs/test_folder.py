@@ -20,8 +20,8 @@ def folder(tmp_path: Path) -> RunFolder:
 @pytest.mark.parametrize(
     "name",
     [
-        "nin.log", "metrics.csv", "result.json", "checkpoints", "checkpoints/last.ckpt", "tensorboard",
-        "tensorboard/events.out.tfevents.1", ".hydra", ".hydra/config.yaml", ".hydra/lock", "csv/metrics.csv",
+        "nin.log", "metrics.csv", "result.json", "checkpoints", "checkpoints/last.ckpt",
+        "events.out.tfevents.1", ".hydra", ".hydra/config.yaml", ".hydra/lock", "csv/metrics.csv",
     ],
 )  # fmt: skip
 def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Path, name: str) -> None:
@@ -43,7 +43,7 @@ def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Pat
 @pytest.mark.parametrize(
     "name",
     [
-        "nin.log", "metrics.csv", "result.json", "tensorboard/events.x", "tensorboard/hparams.yaml", "csv/metrics.csv",
+        "nin.log", "metrics.csv", "result.json", "events.out.tfevents.1", "hparams.yaml", "csv/metrics.csv",
         ".hydra/config.yaml", ".hydra/state.json", "checkpoints/.fresh.ckpt", "checkpoints/..fresh.ckpt.tmp",
     ],
 )  # fmt: skip
@@ -65,7 +65,7 @@ def test_a_named_pipe_anywhere_is_refused(folder: RunFolder) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tensorboard", ".hydra"])
+@pytest.mark.parametrize("name", ["checkpoints", ".hydra"])
 def test_a_file_in_the_place_of_a_folder_is_refused(folder: RunFolder, name: str) -> None:
     folder.path.mkdir()
     (folder.path / name).touch()
@@ -182,12 +182,13 @@ def test_two_claims_are_never_held_at_once(folder: RunFolder) -> None:
 
 
 def test_event_files_are_cut_to_their_sizes_and_incomplete_ones_are_named(folder: RunFolder) -> None:
-    folder.tensorboard.mkdir(parents=True)
-    for name, size in (("events.long", 10), ("events.short", 3), ("events.new", 5)):
-        (folder.tensorboard / name).write_bytes(b"x" * size)
-    sizes = {"events.long": 8, "events.short": 8, "events.lost": 8}
-    assert folder.truncate_event_files(sizes) == ["events.short", "events.lost"]
-    assert folder.event_file_sizes() == {"events.long": 8, "events.short": 3}
+    folder.path.mkdir()
+    long, short, new, lost = (f"events.out.tfevents.{i}" for i in range(4))
+    for name, size in ((long, 10), (short, 3), (new, 5), ("events.csv", 20)):
+        (folder.path / name).write_bytes(b"x" * size)
+    assert folder.truncate_event_files({long: 8, short: 8, lost: 8}) == [short, lost]
+    assert folder.event_file_sizes() == {long: 8, short: 3}
+    assert (folder.path / "events.csv").stat().st_size == 20  # not TensorBoard's
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])

@@ -153,6 +153,13 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_stored_images_without_their_data_module_are_refused(settings: Callable[..., Settings]) -> None:
+    stored = DataLoader(TensorDataset(torch.zeros(4, 28, 28, dtype=torch.uint8)), batch_size=4)
+    with pytest.raises(TypeError, match=r"the images are \(4, 28, 28\), uint8, .* give the data module to the Trainer"):
+        Trainer(**QUIET).predict(Classifier(settings(), CLASSES), stored)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_top5_accuracy_with_more_than_30_classes(settings: Callable[..., Settings]) -> None:
     module = Classifier(settings(), [f"c{i}" for i in range(31)])
     images, labels = torch.rand(62, 1, 28, 28), torch.arange(62) % 31

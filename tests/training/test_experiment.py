@@ -116,17 +116,21 @@ def test_metrics_csv_has_one_row_an_epoch(run: tuple[RunFolder, dict[str, Any]])
 
 def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, result = run
-    events = EventAccumulator(str(folder.tensorboard), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folder.path), size_guidance={"scalars": 0}).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     windows = [4, 6, 8, 12]
-    expected = dict.fromkeys(("train/loss", "train/acc", "train/grad_norm", "lr", "images_per_second"), windows)
+    others = [f"while_training/{name}" for name in ("grad_norm", "lr", "images_per_second")]
+    expected = dict.fromkeys(("train/loss", "train/acc", *others), windows)
     expected |= {tag: [6, 12] for tag in ("val/loss", "val/acc")}
-    expected |= {tag: [12] for tag in ("test/loss", "test/acc")}
+    expected |= {f"when_finished/{name}": [12] for name in ("test/loss", "test/acc", "val/loss", "val/acc")}
     counts = ["dead_classes", *(f"dead_channels/block{i}" for i in (1, 2, 3))]
     expected |= {f"zero_units/{count}": [0, 2, 3, 5, 6, 8, 9, 11, 12] for count in counts}
     assert steps == expected
-    assert events.Scalars("test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
-    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong", "curves"}
+    assert events.Scalars("when_finished/test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
+    assert set(events.Tags()["images"]) == {
+        "while_training/samples",
+        *(f"when_finished/{name}" for name in ("confusion", "wrong", "curves")),
+    }
     assert events.Tags()["graph"]
     assert "custom_scalars__config__" in events.Tags()["tensors"]
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
@@ -138,7 +142,7 @@ def test_with_other_loggers_metrics_csv_is_there_too(settings: Callable[..., Set
     folder = RunFolder(tmp_path / "csv")
     experiment.train(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder, [])
     assert (folder.path / "csv" / "metrics.csv").exists()
-    assert not folder.tensorboard.exists()
+    assert not folder.event_files()
     # Five steps of two batches each: an epoch of six batches, and two thirds of another, which is validated too.
     rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
     assert [row["step"] for row in rows] == ["3", "5"]
@@ -155,18 +159,19 @@ def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
     assert last["global_step"] == best["global_step"] == 12
     rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
     assert float(rows[-1]["test/acc"]) == result["metrics"]["test/acc"]
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    events = EventAccumulator(str(folder.path)).Reload()
     assert [event.step for event in events.Scalars("test/acc")] == [6, 12]
 
 
-def test_the_final_test_is_in_the_curves_where_the_last_epoch_was_not_scored(
+def test_the_final_test_is_logged_where_the_last_epoch_was_not_scored(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
     asked = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
     experiment.train(asked, folder, [])
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    events = EventAccumulator(str(folder.path)).Reload()
     assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
+    assert [event.step for event in events.Scalars("when_finished/test/acc")] == [18]
 
 
 def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(

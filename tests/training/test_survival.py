@@ -92,9 +92,9 @@ def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPat
 
 def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
     """metrics.csv and every scalar curve, without what a clock measured."""
-    clocks = ("seconds", "images_per_second")
+    clocks = ("seconds", "images_per_second", "while_training/images_per_second")
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     return [{k: v for k, v in row.items() if k not in clocks} for row in rows], {
         tag: [(step, 0.0 if tag in clocks else value) for step, value in curve] for tag, curve in curves.items()
@@ -316,7 +316,7 @@ def test_lost_and_shortened_event_files_are_reported(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
     asked, folder, whole = half_done
-    (events,) = folder.tensorboard.glob("events.*")
+    (events,) = folder.event_files()
     os.truncate(events, events.stat().st_size // 2)
     step = checkpoint_files.read(folder.last)["global_step"]
     result = experiment.train(asked, folder, [])

@@ -98,8 +98,9 @@ def format_path(path: Path) -> str:
 
 
 def tensorboard_command(folder: Path) -> str:
-    """The command that opens TensorBoard on ``folder``, with a program that the user's shell finds.
+    """The command that opens TensorBoard on a folder of runs, with a program that the user's shell finds.
 
+    TensorBoard names a run by its folder, relative to the one that it is opened on: a run's own folder is only ".".
     ``uv run`` adds the environment to PATH for its own process only; then the program is given by its path.
     """
     program = Path(sys.executable).with_name("tensorboard")

@@ -46,7 +46,6 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.fresh = self.checkpoints / ".fresh.ckpt"  # just saved; `publish` renames it to last.ckpt
-        self.tensorboard = self.path / "tensorboard"
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "nin.log"
         self.result = self.path / "result.json"
@@ -107,10 +106,10 @@ class RunFolder:
     def _require_regular_files(self) -> None:
         """A folder from elsewhere must not direct writes to files outside it. Checkpoints are checked when read."""
         require_no_links_or_pipes(self.path)
-        require_folders(self.config.parent, self.checkpoints, self.tensorboard)
-        patterns = (".hydra/*", "tensorboard/events.*", "*/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp")
+        require_folders(self.config.parent, self.checkpoints)
+        patterns = (".hydra/*", "hparams.yaml", "*/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp")
         written = [path for pattern in patterns for path in self.path.glob(pattern)]
-        require_files(self.log, self.metrics, self.result, self.fresh, *written)
+        require_files(self.log, self.metrics, self.result, self.fresh, *self.event_files(), *written)
 
     def is_claimed(self) -> bool:
         """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
@@ -237,16 +236,20 @@ class RunFolder:
         self.fresh.replace(self.last)
         sync_folder(self.checkpoints)
 
+    def event_files(self) -> list[Path]:
+        """TensorBoard's event files. They are in the run's folder itself, whose name TensorBoard shows."""
+        return list(self.path.glob("events.out.tfevents.*"))
+
     def event_file_sizes(self) -> dict[str, int]:
         """The size of each TensorBoard event file, in bytes."""
-        return {p.name: p.stat().st_size for p in self.tensorboard.glob("events.*")}
+        return {path.name: path.stat().st_size for path in self.event_files()}
 
     def truncate_event_files(self, sizes: dict[str, int]) -> list[str]:
         """Cuts event files to ``sizes``: a process that died wrote what follows, and it is written again.
 
         Returns the names of the files that are missing or shorter than ``sizes`` says.
         """
-        for path in self.tensorboard.glob("events.*"):
+        for path in self.event_files():
             if path.name not in sizes:
                 path.unlink()
             elif path.stat().st_size > sizes[path.name]:

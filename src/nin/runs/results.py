@@ -11,7 +11,7 @@ from nin.runs.folder import RunFolder
 
 
 def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
-    """Prints the result of a finished run, its folder and the command that opens TensorBoard on it."""
+    """Prints the result of a finished run, its folder, and the command that opens TensorBoard on the runs around it."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     for name in ("test/acc", "test/loss", "val/acc", "val/loss"):
@@ -26,8 +26,8 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     console.print(table)
     print(f"run folder: {format_path(folder.path)}")
-    if folder.tensorboard.exists():
-        print(f"curves:     {tensorboard_command(folder.path)}")
+    if folder.event_files():
+        print(f"curves:     {tensorboard_command(folder.path.parent)}")
 
 
 def print_test(metrics: dict[str, Any], confusion: Any) -> None:

@@ -173,7 +173,7 @@ class Classifier(LightningModule):
         """Class probabilities ``(batch, classes)``.
 
         Args:
-            batch: images ``(batch, channels, image_size, image_size)``, or a tuple of images and labels.
+            batch: float images ``(batch, channels, image_size, image_size)``, or a tuple of images and labels.
         """
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self._logits(images).float().softmax(1)
@@ -188,6 +188,12 @@ class Classifier(LightningModule):
         return logits
 
     def _logits(self, images: Tensor) -> Tensor:
+        if images.dtype == torch.uint8:
+            raise TypeError(
+                f"the images are {tuple(images.shape)}, uint8, as the data module stores them; give the data module to "
+                "the Trainer, which then scales and resizes them (trainer.predict(module, data)), or float images "
+                "(batch, channels, height, width) from 0 to 1"
+            )
         return torch.cat([self.score(micro_images) for micro_images in images.split(self.micro_batch(len(images)))])
 
     def score(self, images: Tensor) -> Tensor:

@@ -163,8 +163,7 @@ class Experiment:
         if self.request.rank != 0:
             return
         if self.checkpoint is None:
-            if self.folder.tensorboard.exists():  # of a process that was killed before its first checkpoint
-                self.folder.truncate_event_files({})
+            self.folder.truncate_event_files({})  # of a process that was killed before its first checkpoint
             self.folder.metrics.unlink(missing_ok=True)
             log_request(self.trainer, self.settings, self.request.overrides)
             return
@@ -260,6 +259,8 @@ def _build_loggers(settings: Settings, folder: Path | None, resume_step: int | N
         target = str(config.get("_target_", ""))
         if resume_step and target.endswith("TensorBoardLogger"):
             extra["purge_step"] = resume_step  # TensorBoard discards what it has read of the steps that are repeated
+        if target.endswith("SingleFileTensorBoardLogger"):
+            extra["score_each_epoch"] = settings.data.score_each_epoch
         version = config.get("version")  # without one, CSVLogger itself uses the next number
         if resume_step and version is not None and target.endswith("CSVLogger"):
             extra["version"] = f"{version}-{resume_step}"  # CSVLogger would delete the existing file

@@ -134,7 +134,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
     new_log = not folder.log.exists()
     place = f"run folder: {format_path(folder.path)}"
     if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
-        place += f", curves: {tensorboard_command(folder.path)}"
+        place += f", curves: {tensorboard_command(folder.path.parent)}"
     with log_to(folder.log, request.label):
         try:
             experiment = Experiment(request)

@@ -82,7 +82,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     with caplog.at_level(logging.WARNING, "nin"):
         experiment.train(chosen, folder := RunFolder(tmp_path), [])
 
-    events = EventAccumulator(str(folder.tensorboard)).Reload()
+    events = EventAccumulator(str(folder.path)).Reload()
     logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("zero_units/")}
     assert set(logged) == {"zero_units/dead_classes", *(f"zero_units/dead_channels/block{i}" for i in range(1, 5))}
     # Of six batches an epoch; the last look is at the weights that are saved.
@@ -117,7 +117,7 @@ def test_a_network_that_learns_is_told_nothing(
         "trainer.log_every_n_steps=1", "callbacks.dead_units.patience_steps=6", "trainer.limit_train_batches=1.0"
     )
     experiment.train(chosen, RunFolder(tmp_path), [])
-    assert EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("zero_units/dead_classes")
+    assert EventAccumulator(str(tmp_path)).Reload().Scalars("zero_units/dead_classes")
     assert not [record for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
 
 
@@ -127,7 +127,7 @@ def test_looking_changes_nothing(settings: Callable[..., Settings], tmp_path: Pa
         folder = RunFolder(tmp_path / str(times))
         chosen = settings(*LOTTERY, f"callbacks.dead_units.checks_per_epoch={times}", "trainer.max_steps=9")
         hashes.add(experiment.train(chosen, folder, [])["weights_sha256"])
-        logged = EventAccumulator(str(folder.tensorboard)).Reload().Scalars("zero_units/dead_classes")
+        logged = EventAccumulator(str(folder.path)).Reload().Scalars("zero_units/dead_classes")
         looks[times] = [event.step for event in logged]
     assert len(hashes) == 1
     assert looks == {1: [0, 6, 9], 6: list(range(10))}

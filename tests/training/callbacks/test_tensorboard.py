@@ -4,12 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training import experiment
-from nin.training.callbacks.tensorboard import draw_curves, hyperparameters, most_confused
+from nin.training.callbacks.figures import draw_curves, most_confused
+from nin.training.callbacks.tensorboard import hyperparameters
 
 
 def test_the_most_confused_classes_come_first() -> None:
@@ -39,7 +41,7 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     folder = RunFolder(tmp_path / "first")
     chosen = settings("callbacks.images.sample_images=4", "trainer.max_epochs=1")
     result = experiment.train(chosen, folder, ["experiment=quickstart", "name=my run"])
-    events = EventAccumulator(str(folder.tensorboard), size_guidance={"tensors": 0}).Reload()
+    events = EventAccumulator(str(folder.path), size_guidance={"tensors": 0}).Reload()
 
     def text(tag: str) -> str:
         return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
@@ -47,14 +49,40 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     assert text("command") == "    nin train experiment=quickstart 'name=my run'\n"
     assert "    optimizer:\n      name: adamw\n      lr: 0.005\n" in text("config")
     assert f"| metrics.test/acc | {result['metrics']['test/acc']:.4f} |" in text("result")
-    assert set(events.Tags()["images"]) == {"train/samples", "test/confusion", "test/wrong", "curves"}
-    assert events.Images("train/samples")[0].width == 4 * (28 + 2) + 2
-    assert not [tag for tag in events.Tags()["scalars"] if "best" in tag or tag == "epoch"]
+    assert set(events.Tags()["images"]) == {
+        "while_training/samples",
+        *(f"when_finished/{name}" for name in ("confusion", "wrong", "curves")),
+    }
+    assert events.Images("while_training/samples")[0].width == 4 * (28 + 2) + 2
+    groups = sorted({tag.partition("/")[0] for kind in ("scalars", "images") for tag in events.Tags()[kind]})
+    assert groups == ["train", "val", "when_finished", "while_training", "zero_units"]
+    (layout,) = events.Tensors("custom_scalars__config__")
+    categories = layout_pb2.Layout.FromString(layout.tensor_proto.string_val[0]).category
+    charts = [chart for category in categories for chart in category.chart]
+    # A chart has one color per run: with two curves of a run they would look alike.
+    assert [list(chart.multiline.tag) for chart in charts] == [["train/loss"], ["val/loss"], ["train/acc"], ["val/acc"]]
     start = metadata.parse_session_start_info_plugin_data(
         events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     )
     assert start.group_name == "first"
-    assert start.hparams["best val/acc"].number_value == pytest.approx(result["metrics"]["val/acc"])
+    assert "optimizer.lr" in start.hparams
+    # TensorBoard would show the columns of one run for all runs in a folder, and other runs have other keys.
+    assert "_hparams_/experiment" not in events.summary_metadata
+
+
+def test_the_jobs_of_a_sweep_have_their_keys_and_the_final_metrics_as_columns(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "lr" / "optimizer.lr=0.1")
+    chosen = settings("callbacks=none", "trainer.max_steps=1", "sweep.keys=[optimizer.lr]", "optimizer.lr=0.1")
+    result = experiment.train(chosen, folder, ["optimizer.lr=0.1"])
+    events = EventAccumulator(str(folder.path)).Reload()
+    columns = metadata.parse_experiment_plugin_data(events.summary_metadata["_hparams_/experiment"].plugin_data.content)
+    assert [column.name for column in columns.hparam_infos] == ["optimizer.lr"]
+    assert [column.display_name for column in columns.metric_infos] == ["test/acc", "test/loss", "val/acc", "val/loss"]
+    for column in columns.metric_infos:
+        (event,) = events.Scalars(column.name.tag)
+        assert event.value == pytest.approx(result["metrics"][column.display_name])
 
 
 def test_training_and_validation_are_two_kinds_of_lines() -> None:

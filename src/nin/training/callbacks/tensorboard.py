@@ -1,16 +1,17 @@
-"""What TensorBoard shows besides curves: images, the graph, the request and the result of a run, hyperparameters."""
+"""What TensorBoard shows: curves, images, the graph, the request and the result of a run, hyperparameters.
 
-import math
+TensorBoard sorts tags by name, and opens on the first ones. So ``train`` and ``val`` have loss and accuracy only;
+what else is logged in training is in ``while_training``, and what is logged once, at the end, in ``when_finished``.
+"""
+
 import shlex
 import warnings
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
@@ -18,31 +19,52 @@ from torchvision.utils import make_grid
 
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, flat
-from nin.data.pictures import blend, draw_image, strongest
 from nin.networks.score_maps import forward_with_maps, has_score_maps
+from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw_curves, draw_wrong
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
-Mistake = tuple[np.ndarray, int, int, np.ndarray | None]
-
-# The confusion matrix of more classes shows the most confused ones only.
-_MATRIX_CLASSES = 30
+# Metrics whose tags are not their names.
+_TAGS = {
+    "lr": "while_training/lr",
+    "images_per_second": "while_training/images_per_second",
+    "train/grad_norm": "while_training/grad_norm",
+}
 
 
 class SingleFileTensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger with one event file per process, and without the curve ``epoch``.
+    """Lightning's TensorBoardLogger with one event file per process, without ``hparams.yaml`` beside it.
 
     Lightning closes the file after training, and the test would open another one; TensorBoard reads files in the order
     of their names, which contain the time in seconds only.
+
+    Args:
+        score_each_epoch: "test" if the test images are scored after every epoch, so that ``test/`` are curves;
+            otherwise they are single points of the final test, which ``log_results`` writes.
+        arguments: those of Lightning's logger.
     """
 
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Logs scalars at ``step``, except ``epoch``, which Lightning adds to test metrics."""
-        super().log_metrics({tag: value for tag, value in metrics.items() if tag != "epoch"}, step)
+    def __init__(self, save_dir: str, score_each_epoch: str = "val", **arguments: Any):
+        super().__init__(save_dir, **arguments)
+        self.has_test_curves = score_each_epoch == "test"
 
-    def finalize(self, status: str) -> None:
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Logs scalars at ``step``, except ``epoch``, which Lightning adds, and metrics of the final test.
+
+        ``lr``, ``images_per_second`` and ``train/grad_norm`` are logged in the group ``while_training``.
+        """
+        scalars = {_TAGS.get(tag, tag): value for tag, value in metrics.items() if tag != "epoch"}
+        if not self.has_test_curves:
+            scalars = {tag: value for tag, value in scalars.items() if not tag.startswith("test/")}
+        super().log_metrics(scalars, step)
+
+    def save(self) -> None:
+        """Writes what was logged to disk. The config is in ``.hydra/config.yaml``, and in the Text tab."""
         if self._experiment is not None:
             self._experiment.flush()
+
+    def finalize(self, status: str) -> None:
+        self.save()
 
     def close(self) -> None:
         if self._experiment is not None:
@@ -52,7 +74,8 @@ class SingleFileTensorBoardLogger(TensorBoardLogger):
 class ImageLogger(Callback):
     """Logs to TensorBoard: training images, the network's graph, the confusion matrix, wrongly classified images.
 
-    ``train/samples`` are the first images of the first batch as the network receives them: resized and augmented.
+    ``while_training/samples`` are the first images of the first batch as the network receives them: resized and
+    augmented.
 
     Args:
         wrong_images: number of wrongly classified test images, the first in the order of the files.
@@ -89,7 +112,7 @@ class ImageLogger(Callback):
             return
         for logger in _tensorboard_loggers(trainer):
             grid = make_grid(batch[0][: self.sample_images].float().cpu(), nrow=8, pad_value=0.5)
-            logger.experiment.add_image("train/samples", grid, 0)
+            logger.experiment.add_image("while_training/samples", grid, 0)
 
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.wrong = []
@@ -118,42 +141,9 @@ class ImageLogger(Callback):
         counts = pl_module.confusion.compute().cpu()
         for logger in _tensorboard_loggers(trainer):
             step = trainer.global_step
-            logger.experiment.add_figure("test/confusion", _draw_confusion(counts, pl_module.class_names), step)
+            logger.experiment.add_figure("when_finished/confusion", draw_confusion(counts, pl_module.class_names), step)
             if self.wrong:
-                logger.experiment.add_figure("test/wrong", _draw_wrong(self.wrong, pl_module.class_names), step)
-
-
-def most_confused(counts: Tensor, limit: int) -> list[int]:
-    """The labels, ascending, of the ``limit`` classes with the most errors, as true and as predicted class.
-
-    Args:
-        counts: confusion matrix ``(classes, classes)``; rows are true classes.
-    """
-    errors = counts - counts.diag().diag()
-    order = (errors.sum(0) + errors.sum(1)).argsort(descending=True, stable=True)
-    return sorted(order[:limit].tolist())
-
-
-def _draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
-    shown = list(range(len(class_names)))
-    title = "test images"
-    if len(class_names) > _MATRIX_CLASSES:
-        shown = most_confused(counts, _MATRIX_CLASSES)
-        title = f"test images: the {_MATRIX_CLASSES} most confused of {len(class_names)} classes"
-    side = max(7.5, 0.45 * len(shown))
-    figure = Figure(figsize=(side + 0.5, side), layout="constrained")
-    axes = figure.subplots()
-    part = counts[shown][:, shown].numpy()
-    axes.imshow(part, cmap="Blues")
-    names = [class_names[i] for i in shown]
-    axes.set_xticks(range(len(shown)), names, rotation=90)
-    axes.set_yticks(range(len(shown)), names)
-    for (row, column), count in np.ndenumerate(part):
-        if count:
-            color = "white" if count > part.max() / 2 else "black"
-            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-    return figure
+                logger.experiment.add_figure("when_finished/wrong", draw_wrong(self.wrong, pl_module.class_names), step)
 
 
 def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
@@ -163,69 +153,19 @@ def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
     return forward_with_maps(pl_module.network, images)[1].float().cpu()
 
 
-def _draw_wrong(wrong: list[Mistake], class_names: tuple[str, ...]) -> Figure:
-    """Each image; where there are score maps, beside it those of the true and the predicted class over it."""
-    with_maps = wrong[0][3] is not None
-    columns = 3 if with_maps else 6
-    rows = math.ceil(len(wrong) / columns)
-    figure = Figure(figsize=(columns * (4.4 if with_maps else 1.6), rows * 1.9), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, (values, label, predicted, maps) in zip(figure.axes, wrong, strict=False):
-        image = (
-            (values.transpose(1, 2, 0).clip(0, 1) * 255)
-            .round()
-            .astype(np.uint8)
-            .squeeze(-1 if len(values) == 1 else ())
-        )
-        if maps is not None:
-            limit = strongest(maps)
-            image = np.concatenate([blend(image, part, limit) for part in (np.zeros_like(maps[0]), *maps)], axis=1)
-        draw_image(axes, image)
-        places = (" (middle)", " (right)") if with_maps else ("", "")
-        title = f"{class_names[label]}{places[0]}\npredicted: {class_names[predicted]}{places[1]}"
-        axes.set_title(title, fontsize=8)
-    return figure
-
-
-def draw_curves(rows: list[dict[str, Any]]) -> Figure:
-    """Loss and accuracy over the steps: training dashed, with one point per epoch, validation or test as full lines.
-
-    A custom chart has one color per run; here the curves of one run differ in color, line and legend.
-
-    Args:
-        rows: of ``metrics.csv``, one per epoch; the training metrics are means over the epoch.
-    """
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    for axes, (name, tag) in zip(figure.subplots(1, 2), _CHARTS.items(), strict=True):
-        for split, style in (("train", "--"), ("val", "-"), ("test", "-")):
-            points = [(row["step"], row[f"{split}/{tag}"]) for row in rows if f"{split}/{tag}" in row]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{split}/{tag}")
-        axes.set(xlabel="step", ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return figure
-
-
 def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
     """Logs what a run is started with: the command and the config as text, and the layout of the custom charts."""
     split = "test" if settings.data.score_each_epoch == "test" else "val"
+    # Side by side: a chart has one color per run, so that two curves of a run in one chart would look alike.
     layout = {
-        "train": {name: ["Multiline", [f"train/{tag}"]] for name, tag in _CHARTS.items()},
-        split: {name: ["Multiline", [f"{split}/{tag}"]] for name, tag in _CHARTS.items()},
-        f"train and {split}": {
-            name: ["Multiline", [f"train/{tag}", f"{split}/{tag}"]] for name, tag in _CHARTS.items()
-        },
+        name: {f"{part}/{tag}": ["Multiline", [f"{part}/{tag}"]] for part in ("train", split)}
+        for name, tag in CURVES.items()
     }
     config = OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
     for logger in _tensorboard_loggers(trainer):
         logger.experiment.add_custom_scalars(layout)
         logger.experiment.add_text("command", _code(shlex.join(["nin", "train", *overrides])), 0)
         logger.experiment.add_text("config", _code(config), 0)
-
-
-_CHARTS = {"loss": "loss", "accuracy": "acc"}
 
 
 def _code(text: str) -> str:
@@ -236,27 +176,32 @@ def _code(text: str) -> str:
 def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], metrics: MetricsLogger) -> None:
     """Logs the result as text, and the hyperparameters with the final metrics for TensorBoard's HParams tab.
 
-    Test metrics are curves with one point, which Lightning has logged. The validation metrics of the best checkpoint
-    would be single points beside the curves ``val/``; they are columns of the HParams table only.
+    The metrics are those of the tested checkpoint: single points in the group ``when_finished``.
     """
     values = hyperparameters(settings, result["overrides"])
-    best = {f"best {name}": v for name, v in result["metrics"].items() if name.startswith("val/") and v is not None}
+    finals = {name: value for name, value in result["metrics"].items() if isinstance(value, float)}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             if not trainer.is_global_zero:
                 continue
-            columns = values | best
-            shown = [hparams.HParam(name) for name in columns]
-            finals = [hparams.Metric(name) for name in ("test/acc", "test/loss")]
+            logger.log_metrics({f"when_finished/{name}": value for name, value in finals.items()}, result["steps"])
             writer = logger.experiment._get_file_writer()  # noqa: SLF001  # torch's add_hparams adds a run to the list
-            writer.add_summary(hparams.hparams_config_pb(shown, finals))
-            writer.add_summary(hparams.hparams_pb(columns, trial_id=_run_name(settings, logger)))
+            if settings.sweep.keys:
+                # TensorBoard takes the columns of one run for all. Those of a sweep have the same; for single runs it
+                # collects the columns itself.
+                shown = [hparams.HParam(name) for name in values]
+                metric_columns = [hparams.Metric(f"when_finished/{name}", display_name=name) for name in _FINALS]
+                writer.add_summary(hparams.hparams_config_pb(shown, metric_columns))
+            writer.add_summary(hparams.hparams_pb(values, trial_id=_run_name(settings, logger)))
             logger.experiment.add_text("result", _table(result), result["steps"])
             if metrics.rows:
-                logger.experiment.add_figure("curves", draw_curves(metrics.rows), result["steps"])
+                logger.experiment.add_figure("when_finished/curves", draw_curves(metrics.rows), result["steps"])
         else:
             logger.log_hyperparams(values)
         logger.finalize("success")
+
+
+_FINALS = ("test/acc", "test/loss", "val/acc", "val/loss")
 
 
 def _run_name(settings: Settings, logger: TensorBoardLogger) -> str:

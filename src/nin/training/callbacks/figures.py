@@ -1,0 +1,96 @@
+"""Figures of a run: its curves, the confusion matrix, wrongly classified images."""
+
+import math
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from nin.data.pictures import blend, draw_image, strongest
+
+# The name of each chart of training curves, and that of its metrics after ``train/`` or ``val/``.
+CURVES = {"loss": "loss", "accuracy": "acc"}
+
+# An image ``(channels, height, width)`` from 0 to 1, its label, the predicted class, and where there are score maps
+# those of both classes, ``(2, height, width)``.
+Mistake = tuple[np.ndarray, int, int, np.ndarray | None]
+
+# The confusion matrix of more classes shows the most confused ones only.
+_MATRIX_CLASSES = 30
+
+
+def draw_curves(rows: list[dict[str, Any]]) -> Figure:
+    """Loss and accuracy over the steps: training dashed, with one point per epoch, validation or test as full lines.
+
+    Args:
+        rows: of ``metrics.csv``, one per epoch; the training metrics are means over the epoch.
+    """
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (name, tag) in zip(figure.subplots(1, 2), CURVES.items(), strict=True):
+        for split, style in (("train", "--"), ("val", "-"), ("test", "-")):
+            points = [(row["step"], row[f"{split}/{tag}"]) for row in rows if f"{split}/{tag}" in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, marker=".", label=f"{split}/{tag}")
+        axes.set(xlabel="step", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
+    shown = list(range(len(class_names)))
+    title = "test images"
+    if len(class_names) > _MATRIX_CLASSES:
+        shown = most_confused(counts, _MATRIX_CLASSES)
+        title = f"test images: the {_MATRIX_CLASSES} most confused of {len(class_names)} classes"
+    side = max(7.5, 0.45 * len(shown))
+    figure = Figure(figsize=(side + 0.5, side), layout="constrained")
+    axes = figure.subplots()
+    part = counts[shown][:, shown].numpy()
+    axes.imshow(part, cmap="Blues")
+    names = [class_names[i] for i in shown]
+    axes.set_xticks(range(len(shown)), names, rotation=90)
+    axes.set_yticks(range(len(shown)), names)
+    for (row, column), count in np.ndenumerate(part):
+        if count:
+            color = "white" if count > part.max() / 2 else "black"
+            axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    return figure
+
+
+def most_confused(counts: Tensor, limit: int) -> list[int]:
+    """The labels, ascending, of the ``limit`` classes with the most errors, as true and as predicted class.
+
+    Args:
+        counts: confusion matrix ``(classes, classes)``; rows are true classes.
+    """
+    errors = counts - counts.diag().diag()
+    order = (errors.sum(0) + errors.sum(1)).argsort(descending=True, stable=True)
+    return sorted(order[:limit].tolist())
+
+
+def draw_wrong(wrong: list[Mistake], class_names: tuple[str, ...]) -> Figure:
+    """Each image; where there are score maps, beside it those of the true and the predicted class over it."""
+    with_maps = wrong[0][3] is not None
+    columns = 3 if with_maps else 6
+    rows = math.ceil(len(wrong) / columns)
+    figure = Figure(figsize=(columns * (4.4 if with_maps else 1.6), rows * 1.9), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (values, label, predicted, maps) in zip(figure.axes, wrong, strict=False):
+        image = (
+            (values.transpose(1, 2, 0).clip(0, 1) * 255)
+            .round()
+            .astype(np.uint8)
+            .squeeze(-1 if len(values) == 1 else ())
+        )
+        if maps is not None:
+            limit = strongest(maps)
+            image = np.concatenate([blend(image, part, limit) for part in (np.zeros_like(maps[0]), *maps)], axis=1)
+        draw_image(axes, image)
+        places = (" (middle)", " (right)") if with_maps else ("", "")
+        title = f"{class_names[label]}{places[0]}\npredicted: {class_names[predicted]}{places[1]}"
+        axes.set_title(title, fontsize=8)
+    return figure
