@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.errors import did_you_mean, shorten
-from nin.config.schema import CONF, Settings, UserError, flat, is_within
+from nin.config.schema import CONF, FolderData, Settings, UserError, flat, is_within
 from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
@@ -65,12 +65,15 @@ def apply_overrides(
     Args:
         may_change: the keys, or prefixes of keys, that may be overridden.
         first: the overrides with which the earlier run was started: its config groups may have keys that others lack.
+            None: only the group of its data set is known.
 
     Raises:
         UserError: lists every error, or names a key that is not among ``may_change``.
     """
+    if first is None:
+        first = [f"data={settings.data.name}"] if isinstance(settings.data, FolderData) else []
     try:
-        requested = compose_config([*(first or []), *overrides])
+        requested = compose_config([*first, *overrides])
         parsed = OverridesParser.create().parse_overrides(overrides)
     except COMPOSITION_ERRORS as error:
         raise collect_errors(error, overrides) from None

@@ -1,6 +1,7 @@
 """Decodes image files with Pillow to uint8 arrays: the images of a folder, and images to predict. Imports no torch."""
 
 import contextlib
+import functools
 import io
 import warnings
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ def decode(
 def open_image(content: bytes | BinaryIO | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads the header of an image; `to_array` reads its pixels. Raises as `decode` does."""
     with _name_errors():
-        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
         width, height = image.size
         if width * height > max_pixels:
             megapixels = f"{width}x{height} pixels are {width * height / 1e6:.0f} megapixels"
@@ -59,6 +60,14 @@ def open_image(content: bytes | BinaryIO | Path, max_pixels: int = MAX_PIXELS) -
         if not width * height:
             raise ImageError("has no pixels")
         return image
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Pillow's formats, without PostScript: Pillow starts Ghostscript for it, and a file must not be a program."""
+    Image.preinit()  # the common ones are tried first
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def to_array(image: Image.Image, channels: int, size: int | None = None, fit: str = "crop") -> np.ndarray:

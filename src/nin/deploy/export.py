@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nin.config.composition import apply_overrides
 from nin.config.schema import UserError
 from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
@@ -26,6 +27,7 @@ TOLERANCE = 1e-5
 # How much accuracy an int8 file may lose.
 INT8_LOSS = 0.003
 BATCH_IMAGES = 128
+MAY_CHANGE = ("data.root", "data.cache", "data.mirrors")
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,14 +43,24 @@ class Exporter:
         path: the checkpoint.
         run: the folder whose best checkpoint it is.
         progress: called with what is done, the number of images done, and of all.
+        overrides: where the data set is: `MAY_CHANGE`.
+        allow: modules whose classes the checkpoint may name.
     """
 
-    def __init__(self, path: Path, run: RunFolder | None, progress: Progress):
+    def __init__(
+        self,
+        path: Path,
+        run: RunFolder | None,
+        progress: Progress,
+        overrides: Sequence[str] = (),
+        allow: Sequence[str] = (),
+    ):
         require("onnx", "onnxscript", "onnxruntime")
-        self.module, self.description = read_checkpoint(path, run)
+        self.module, self.description = read_checkpoint(path, run, allow)
         self.pipeline = pipeline_of(self.module, self.description)
         self.settings, self.progress = self.module.settings, progress
-        self.here = ignore_stored_paths(self.settings)  # with this machine's own place of the data
+        # With this machine's own place of the data.
+        self.here = apply_overrides(ignore_stored_paths(self.settings), list(overrides), MAY_CHANGE)
         prepare(self.here.data)
         self.images, self.labels = load_part(self.here, "test")
 
