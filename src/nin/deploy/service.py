@@ -217,6 +217,7 @@ class Service:
                 "class_names": known.class_names,
                 "channels": known.channels,
                 "image_size": known.image_size,
+                "fit": known.fit or "stretch",
                 "maps": known.maps != "none",
                 "key": self.key is not None,
                 **known.more,
