@@ -1,16 +1,20 @@
 """The examples of docs/extending.md: its files are written as they stand there, and its commands run."""
 
 import json
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import nin
 from helpers import SMALL
 from nin.commands import eval as evaluation
+from nin.commands import export as exporting
 from nin.commands import train
 from pictures import write_folder
 
@@ -55,6 +59,13 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
             evaluation.main(["outputs/runs/tiny"])
         evaluation.main(["--allow", "my_net", "outputs/runs/tiny", *FEW_STEPS])
         assert "my_net.TinyNet" in capsys.readouterr().out
+        image = [np.zeros((28, 28), np.uint8)]
+        with pytest.raises(Exception, match="add --allow my_net"):
+            nin.load("outputs/runs/tiny")
+        expected = nin.load("outputs/runs/tiny", allow=["my_net"]).predict(image)
+        assert exporting.main(["outputs/runs/tiny", "--allow", "my_net", f"data.root={os.environ['NIN_DATA']}"]) == 0
+        # The export needs no class of yours.
+        np.testing.assert_allclose(nin.load("outputs/runs/tiny/export/model.onnx").predict(image), expected, atol=1e-6)
     if "data=stripes" in command:
         assert list(result["metrics"]["test/acc_by_class"]) == ["horizontal", "vertical"]
     if "PrintSteps" in command:

@@ -17,7 +17,7 @@ def test_results_are_printed_and_written(
     ]  # fmt: skip
     assert cli.run("bench", [*overrides, "--seconds", "0.2", "--rounds", "1", "--out", str(out)]) == 0
     results = json.loads(out.read_text())
-    assert set(results["rates"]) == {"training", "notebooks", "data", "scoring", "matrix product"}
+    assert set(results["rates"]) == {"training", "notebooks", "data", "scoring", "export", "matrix product"}
     assert min(results["rates"].values()) > 0
     assert set(results["milliseconds_per_step"]) == {"plain loop", "bare Trainer", "nin train"}
     printed = capsys.readouterr()
@@ -27,6 +27,14 @@ def test_results_are_printed_and_written(
     assert f"{results['rates']['training'] / results['rates']['notebooks']:.2f}" in rows["nin train"]
     share = results["rates"]["training"] * results["operations"]["training"] / results["rates"]["matrix product"]
     assert f"{share:.2f}" in rows["nin train"]
+    share = results["rates"]["export"] * results["operations"]["scoring"] / results["rates"]["matrix product"]
+    expected = [
+        f"{results['rates']['export']:,.1f}",
+        "",
+        f"{results['operations']['scoring'] / 1e9:.3g}",
+        f"{share:.2f}",
+    ]
+    assert [cell.strip() for cell in rows["export (model.onnx)"].split("│")[2:6]] == expected
     assert f"written: {out}" in printed.out
     assert "round 1 of 1" in printed.err
     # Only the activations depend on the batch size.

@@ -6,7 +6,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nin.config.composition import apply_overrides, compose_config, compose_settings, count_sweep_values
-from nin.config.schema import CONF, UserError
+from nin.config.schema import CONF, FolderData, UserError
 from nin.config.validation import validate
 from nin.networks.build import build_network
 
@@ -161,6 +161,11 @@ def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:
     )
     assert (changed.trainer.accelerator, changed.trainer.max_epochs, changed.data.root) == ("auto", 3, "/x")
     assert (changed.model, changed.optimizer) == (earlier.model, earlier.optimizer)
+    # Keys that only the earlier run's data set has.
+    folder = validate(compose_config(["model=nin_small", "data=folder", "data.root=/x", "data.cache=/y"]))
+    moved = apply_overrides(folder, ["data.cache=/z"], ("data.cache",)).data
+    assert isinstance(moved, FolderData)
+    assert (moved.root, moved.cache) == ("/x", "/z")
     assert "dead_units" in earlier.callbacks
     assert "dead_units" not in apply_overrides(earlier, ["~callbacks.dead_units"], ("callbacks",)).callbacks
     without = validate(compose_config(["model=nin_small", "callbacks=none"]))

@@ -112,3 +112,16 @@ def test_the_reason_is_named(tmp_path: Path) -> None:
         decode(bomb(8000), 3)
     with pytest.raises(ImageError, match="No such file"):
         decode(tmp_path / "none.png", 3)
+
+
+def test_no_program_is_started_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow reads PostScript with Ghostscript, which runs it."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    with pytest.raises(ImageError, match="not an image in a format that Pillow can read"):
+        decode(eps, 1)
+    assert not (tmp_path / "started").exists()

@@ -48,6 +48,13 @@ class Page:
             assert time.monotonic() < begun + 60
             time.sleep(0.1)
 
+    def drag(self, points: list[tuple[float, float]]) -> None:
+        """Presses the mouse at the first point of the page, moves it over the others, and releases it."""
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1), "mouseReleased"]
+        for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
+            buttons = 0 if kind == "mouseReleased" else 1
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1)
+
     def screenshot(self, path: Path) -> None:
         found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
         path.write_bytes(base64.b64decode(found["data"]))

@@ -109,6 +109,19 @@ def test_weights_outside_of_the_file_are_refused(export: Path, tmp_path: Path, m
             load_onnx(_change(export, tmp_path / "m.onnx", refer))
 
 
+def test_an_export_without_maps_says_so(export: Path, tmp_path: Path) -> None:
+    """That of a network whose maps need gradients."""
+
+    def drop_maps(model: "onnx.ModelProto") -> None:
+        del model.graph.output[2]
+
+    network = load_onnx(_change(export, tmp_path / "m.onnx", drop_maps))
+    images = np.zeros((2, 28, 28), np.uint8)
+    assert network.predict(images).shape == (2, 10)
+    with pytest.raises(UserError, match=r"this export has no score maps: .* give the run or its checkpoint instead"):
+        network.maps(images)
+
+
 def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tmp_path: Path) -> None:
     def custom(model: "onnx.ModelProto") -> None:
         model.graph.node[0].domain = "evil"

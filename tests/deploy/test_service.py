@@ -2,7 +2,9 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import io
+import select
 import signal
 import socket
 import time
@@ -79,6 +81,8 @@ def test_what_is_refused(server: Server) -> None:
         (413, "POST", "/predict", bytes(2_000_001)),
         (413, "POST", "/predict", (bytes(100_000) for _ in range(1000))),  # of no declared length
         (404, "GET", "/nowhere", None),
+        (404, "POST", "/predict/", None),
+        (400, "POST", "/predict", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"),
         (404, "GET", "/../../etc/passwd", None),
         (405, "GET", "/predict", None),
     ]
@@ -108,6 +112,17 @@ def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(server: S
         assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
         with slow.makefile("rb") as answer:  # to the end: the server closes the connection
             assert answer.read().startswith(b"HTTP/1.1 408")
+
+
+def test_an_endless_head_is_refused(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), 30) as client:
+        client.sendall(b"GET /health HTTP/1.1\r\nX-Long: ")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(1000):  # ten megabytes at most
+                client.sendall(b"a" * 10_000)
+                if select.select([client], [], [], 0)[0]:
+                    break
+        assert client.recv(1000).startswith(b"HTTP/1.1 431")
 
 
 def test_clients_that_vanish_leave_nothing_behind(server: Server, test_images: np.ndarray) -> None:
@@ -158,7 +173,8 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(export: Path, test_ima
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with serve(export) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
         client.sendall(head.encode() + body[:-1])
-        server.request("GET", "/health")  # by now the request has begun
+        malformed = server.request("POST", "/predict", b"--y--", {"Content-Type": "multipart/form-data; boundary=x"})
+        assert malformed[0] == 400  # by now the other request has begun
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         client.sendall(body[-1:])

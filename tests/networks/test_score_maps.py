@@ -1,5 +1,7 @@
 """Score maps: their means are the logits, exactly for one linear layer after the maps, to first order otherwise."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 from nin.config.schema import UserError
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
-from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
+from nin.networks.score_maps import ends_with_pooling, forward_with_maps, grad_cam, has_score_maps
 
 SMALL = {"image_size": 28, "widths": (8, 12), "kernel_sizes": (3, 3, 3), "first_stride": 2, "first_padding": 2}
 
@@ -36,6 +38,25 @@ def test_with_a_fully_connected_layer_mean_and_bias_are_the_logit(images: Tensor
     before = nn.Sequential(*list(network)[:-2])(images)
     weights = network[-1].weight[4].view(10, 3, 3)[:, 1, 2]
     torch.testing.assert_close(maps[0, 4, 1, 2], (before[0, :, 1, 2] * weights).sum() * 9)
+
+
+def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
+    pytest.importorskip("captum")
+
+    def as_built(*layers: nn.Module) -> nn.Sequential:
+        """As `build_network` wraps a network of the user's own, with data.normalize=true."""
+        return nn.Sequential(OrderedDict(normalize=nn.Identity(), own=nn.Sequential(*layers))).eval()
+
+    pooled = as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    assert ends_with_pooling(pooled)
+    logits, maps = forward_with_maps(pooled, images)
+    torch.testing.assert_close(maps.mean((2, 3)), pooled(images))
+    assert torch.equal(logits, pooled(images))
+    deep = as_built(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 8), nn.ReLU(), nn.Linear(8, 5))
+    assert not has_score_maps(deep)
+    assert grad_cam(deep, images).shape == (3, 5, 26, 26)
+    # Means of four quarters are no logits of one class each.
+    assert not has_score_maps(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
 
 
 def test_grad_cam_is_exact_where_one_linear_layer_follows_average_pooling() -> None:

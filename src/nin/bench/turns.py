@@ -5,7 +5,7 @@ Each round measures all of them, so that their ratios hold while other programs 
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,12 +83,17 @@ class Turns(Callback):
             self.images, self.started = 0, time.perf_counter()
 
 
-def measure_rates(settings: Settings, seconds: float, rounds: int, progress: Progress) -> dict[str, float]:
+def measure_rates(
+    settings: Settings, seconds: float, rounds: int, progress: Progress, more: Mapping[str, Callable[[], float]]
+) -> dict[str, float]:
     """Median rates over ``rounds`` of about ``seconds`` each.
+
+    Args:
+        more: further measurements, by name: functions that return a rate per second.
 
     Returns:
         Images per second: "training", "notebooks", "data" (reading and resizing batches only), "scoring"; and FLOP per
-        second: "matrix product".
+        second: "matrix product". And those of ``more``.
     """
     with prepare_training(settings) as (module, data, build):
         data.trainer = trainer = build([])
@@ -104,6 +109,7 @@ def measure_rates(settings: Settings, seconds: float, rounds: int, progress: Pro
             "data": lambda: _data_rate(data, module, seconds / 4),
             "scoring": lambda: _scoring_rate(data, module, trainer, seconds),
             "matrix product": lambda: measure_matrix_product(device, dtype, seconds / 2),
+            **more,
         }
         turns = Turns(others, seconds, rounds, progress)
         build([turns]).fit(module, data)

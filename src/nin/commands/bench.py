@@ -66,18 +66,24 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Ca
     from nin.bench.memory import measure_memory
     from nin.bench.overhead import measure_overhead
     from nin.bench.turns import count_operations, measure_rates
+    from nin.deploy.export import measure_untrained
     from nin.system.devices import device_name, set_threads
     from nin.training.experiment import build_trainer
     from nin.training.run import versions
 
     set_threads(settings)
+    more = {}
+    try:
+        more["export"] = measure_untrained(settings, seconds)
+    except UserError as error:
+        progress(f"the export is left out: {error}")
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
         "device": device_name(build_trainer(settings, None, []).strategy.root_device),
         "versions": versions(),
         "settings": settings.model_dump(mode="json"),
         "operations": count_operations(settings),
-        "rates": measure_rates(settings, seconds, rounds, progress),
+        "rates": measure_rates(settings, seconds, rounds, progress, more),
         "milliseconds_per_step": measure_overhead(settings, rounds, progress),
         "memory": {size: measure_memory(settings, size, progress) for size in dict.fromkeys(sizes)},
     }
@@ -111,10 +117,14 @@ def _rates_table(results: dict[str, Any]) -> Table:
         ("nin train", "training", operations["training"]),
         ("the notebooks' loop", "notebooks", operations["training"]),
         ("scoring (nin eval)", "scoring", operations["scoring"]),
+        # By onnxruntime on the CPU, in float32, with the resizing.
+        ("export (model.onnx)", "export", operations["scoring"] if results["device"].startswith("cpu") else None),
         ("data only", "data", None),
     ):
+        if name not in rates:
+            continue
         share = [f"{flop / 1e9:.3g}", f"{rates[name] * flop / rates['matrix product']:.2f}"] if flop else ["", ""]
-        ratio = f"{rates[name] / rates['notebooks']:.2f}" if name != "scoring" else ""
+        ratio = f"{rates[name] / rates['notebooks']:.2f}" if name not in ("scoring", "export") else ""
         table.add_row(row, f"{rates[name]:,.1f}", ratio, *share)
     return table
 

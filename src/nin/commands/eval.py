@@ -15,7 +15,7 @@ from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.results import print_test
 
-MAY_CHANGE = ("data.root", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
+MAY_CHANGE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
 
 def main(arguments: list[str]) -> None:
@@ -68,7 +68,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     from nin.deploy.scoring import evaluate, load_part
 
     stored = ignore_stored_paths(settings_of(load_onnx(path).description, path))
-    settings = apply_overrides(stored, overrides, ("data.root", "data.mirrors", "data.batch_size", "threads"))
+    settings = apply_overrides(stored, overrides, (*(key for key in MAY_CHANGE if key.startswith("data.")), "threads"))
     with log_to(None):
         prepare(settings.data)
     images, labels = load_part(settings, "test")

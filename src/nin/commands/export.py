@@ -36,8 +36,13 @@ def main(arguments: list[str]) -> int:
         "AOTInductor package for C++; triton: a model repository for Triton or KServe",
     )
     parser.add_argument("--int8", action="store_true", help="also a file in int8, if it loses at most 0.3 points")
+    parser.add_argument("overrides", nargs="*", help="where the data set is: data.root=…, data.cache=…, data.mirrors=…")
+    parser.add_argument(
+        "--allow", metavar="MODULE", action="append", default=[],
+        help="a Python module of yours whose classes the checkpoint may name; can be given several times",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     silence_known_warnings()
     if args.int8 and args.format != "onnx":
         raise UserError(f"--int8: quantizes ONNX files; leave out --format {args.format}")
@@ -66,7 +71,11 @@ def main(arguments: list[str]) -> int:
 
         bar = progress.add_task("loading", total=None)
         exporter = Exporter(
-            checkpoint, run, lambda what, done, all_: progress.update(bar, description=what, completed=done, total=all_)
+            checkpoint,
+            run,
+            lambda what, done, all_: progress.update(bar, description=what, completed=done, total=all_),
+            args.overrides,
+            args.allow,
         )
         try:
             out.parent.mkdir(parents=True, exist_ok=True)

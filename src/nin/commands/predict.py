@@ -42,6 +42,10 @@ def main(arguments: list[str]) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as a JSON array")
     form.add_argument("--csv", action="store_true", help="all probabilities, one row per image")
+    parser.add_argument(
+        "--allow", metavar="MODULE", action="append", default=[],
+        help="a Python module of yours whose classes the checkpoint may name; can be given several times",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
     silence_known_warnings()
     if args.top < 1:
@@ -51,7 +55,7 @@ def main(arguments: list[str]) -> int:
     with log_to(None):
         from nin.deploy.loading import load
 
-        network = load(args.network)
+        network = load(args.network, args.allow)
         return predict(network, args)
 
 

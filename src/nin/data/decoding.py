@@ -3,6 +3,7 @@
 Imports NumPy and Pillow only, since each process that decodes imports this module.
 """
 
+import functools
 import io
 import warnings
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def decode(
 def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads the header of an image; `to_array` reads its pixels. Raises as `decode` does."""
     try:
-        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content)
+        image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
     except Exception as error:
         raise _name_error(error) from error
     width, height = image.size
@@ -63,6 +64,14 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
     if not width * height:
         raise ImageError("has no pixels")
     return image
+
+
+@functools.cache
+def formats() -> list[str]:
+    """Pillow's formats, without PostScript: Pillow starts Ghostscript for it, and a file must not be a program."""
+    Image.preinit()  # the common ones are tried first
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def to_array(image: Image.Image, channels: int, size: int | None = None, fit: str = "crop") -> np.ndarray:

@@ -1,8 +1,9 @@
 """Exports a checkpoint to one file with all preprocessing inside, and checks it against the checkpoint."""
 
 import dataclasses
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nin.config.schema import UserError
+from nin.config.composition import apply_overrides
+from nin.config.schema import Settings, UserError
 from nin.config.trust import ignore_stored_paths
-from nin.data.sources import prepare
+from nin.data.sources import describe, prepare
 from nin.data.transforms import resize
-from nin.deploy.onnx_model import load_onnx, metadata_of
+from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
 from nin.deploy.scoring import load_part
 from nin.deploy.trained import Description, TrainedNetwork
@@ -26,6 +28,7 @@ TOLERANCE = 1e-5
 # How much accuracy an int8 file may lose.
 INT8_LOSS = 0.003
 BATCH_IMAGES = 128
+MAY_CHANGE = ("data.root", "data.cache", "data.mirrors")
 
 Progress = Callable[[str, int, int], None]
 
@@ -41,14 +44,24 @@ class Exporter:
         path: the checkpoint.
         run: the folder whose best checkpoint it is.
         progress: called with what is done, the number of images done, and of all.
+        overrides: where the data set is: `MAY_CHANGE`.
+        allow: modules whose classes the checkpoint may name.
     """
 
-    def __init__(self, path: Path, run: RunFolder | None, progress: Progress):
+    def __init__(
+        self,
+        path: Path,
+        run: RunFolder | None,
+        progress: Progress,
+        overrides: Sequence[str] = (),
+        allow: Sequence[str] = (),
+    ):
         require("onnx", "onnxscript", "onnxruntime")
-        self.module, self.description = read_checkpoint(path, run)
+        self.module, self.description = read_checkpoint(path, run, allow)
         self.pipeline = pipeline_of(self.module, self.description)
         self.settings, self.progress = self.module.settings, progress
-        self.here = ignore_stored_paths(self.settings)  # with this machine's own place of the data
+        # With this machine's own place of the data.
+        self.here = apply_overrides(ignore_stored_paths(self.settings), list(overrides), MAY_CHANGE)
         prepare(self.here.data)
         self.images, self.labels = load_part(self.here, "test")
 
@@ -164,6 +177,37 @@ def images_per_second(network: TrainedNetwork, batch: np.ndarray, seconds: float
         network.predict(batch)
         done += len(batch)
     return round(done / elapsed, 1)
+
+
+def measure_untrained(settings: Settings, seconds: float) -> Callable[[], float]:
+    """Exports the network of ``settings`` to ONNX, with the weights that training starts from.
+
+    Returns:
+        A function that measures for ``seconds`` how many images per second onnxruntime scores, in batches of
+        ``data.batch_size`` images of the stored size, with as many CPU threads as torch.
+
+    Raises:
+        UserError: if a package is missing.
+    """
+    require("onnx", "onnxscript", "onnxruntime")
+    info, data = describe(settings.data), settings.data
+    module = Classifier(settings, info.class_names, info.channels).eval().requires_grad_(False)
+    pipeline = Pipeline(module.network, info.channels, info.stored_size, data.image_size, data.test_time_flip).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        path.write_bytes(trace_onnx(pipeline).model_proto.SerializeToString())
+        session = open_session(path, torch.get_num_threads())
+    shape = (data.batch_size, info.stored_size, info.stored_size)
+    images = np.zeros(shape if info.channels == 1 else (*shape, 3), np.uint8)
+
+    def measure() -> float:
+        begun, done = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - begun) < seconds or not done:
+            session.run(["probabilities"], {"images": images})
+            done += len(images)
+        return done / elapsed
+
+    return measure
 
 
 def trace_onnx(pipeline: Pipeline) -> Any:

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from nin.data.decoding import MAX_PIXELS, ImageError, convert, open_image, to_array, to_pixels
+from nin.data.decoding import MAX_PIXELS, ImageError, convert, formats, open_image, to_array, to_pixels
 
 _IDX_IMAGES, _IDX_LABELS = b"\x00\x00\x08\x03", b"\x00\x00\x08\x01"  # unsigned bytes in three dimensions, in one
 
@@ -43,7 +43,7 @@ def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tup
     A file that cannot be decoded is yielded with its ImageError in place of the image. In folders only files whose
     suffix is one of Pillow's are read, in the order of their names. An image of an IDX file is named ``file[index]``.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
     for path in paths:
         if str(path) == "-":
             yield from _read("-", stdin.read(), form)

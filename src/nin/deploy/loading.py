@@ -1,5 +1,6 @@
 """Finds out what a path is: a run's folder, a checkpoint or an export. Imports torch only for the first two."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,18 +11,19 @@ if TYPE_CHECKING:
     from nin.deploy.trained import TrainedNetwork
 
 
-def load(path: str | Path) -> "TrainedNetwork":
+def load(path: str | Path, allow: Sequence[str] = ()) -> "TrainedNetwork":
     """A trained network, ready to classify images.
 
     Args:
         path: a run's folder (its best.ckpt counts), a checkpoint, or an ``.onnx`` file written by `nin export`.
+        allow: Python modules of yours whose classes a checkpoint may name: a network of your own is imported from them.
 
     Returns:
         An object with ``predict(images)``, probabilities ``(batch, classes)``, and ``maps(images)``, score maps
         ``(batch, classes, height, width)``; see `TrainedNetwork`.
 
     Raises:
-        UserError: if there is no such file, or it is none of these.
+        UserError: if there is no such file, it is none of these, or it names a class that is not allowed.
     """
     path = Path(path)
     if is_export(path):
@@ -31,7 +33,7 @@ def load(path: str | Path) -> "TrainedNetwork":
     checkpoint = find_checkpoint(path)
     from nin.deploy.pipeline import load_checkpoint
 
-    return load_checkpoint(checkpoint, RunFolder(path) if path.is_dir() else None)
+    return load_checkpoint(checkpoint, RunFolder(path) if path.is_dir() else None, allow)
 
 
 def is_export(path: Path) -> bool:

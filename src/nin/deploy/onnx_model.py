@@ -38,6 +38,8 @@ def load_onnx(path: Path, threads: int | None = None) -> TrainedNetwork:
 
     if session.get_inputs()[0].name != "images" or outputs[:2] != ["probabilities", "logits"]:
         raise UserError(f"{path}: not written by nin export: its outputs are {', '.join(outputs)}")
+    if "maps" not in outputs:
+        description = dataclasses.replace(description, maps="none")
     return TrainedNetwork(description, compute)
 
 

@@ -1,5 +1,6 @@
 """A checkpoint as one PyTorch module with all preprocessing, for `nin predict` and for every export."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nin.checkpoints.files import weights_sha256
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
-from nin.networks.score_maps import forward_with_maps, grad_cam, has_score_maps
+from nin.networks.score_maps import ends_with_pooling, forward_with_maps, grad_cam, has_score_maps
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
 from nin.training.run import versions
@@ -57,7 +58,6 @@ class Pipeline(nn.Module):
     def _forward(self, pixels: Tensor) -> tuple[Tensor, Any]:
         if not self.has_maps:
             return self.network(pixels), None
-        assert isinstance(self.network, nn.Sequential)  # that is what has_score_maps says
         return forward_with_maps(self.network, pixels)
 
     def grad_cam(self, images: Tensor) -> Tensor:
@@ -71,17 +71,20 @@ def _resize(pixels: Tensor, size: int) -> Tensor:
     return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
-def read_checkpoint(path: Path, run: RunFolder | None = None) -> tuple[Classifier, Description]:
+def read_checkpoint(
+    path: Path, run: RunFolder | None = None, allow: Sequence[str] = ()
+) -> tuple[Classifier, Description]:
     """The module of a checkpoint with its weights, in evaluation mode, and its description.
 
     Args:
         run: the folder that the checkpoint is the best of, whose result.json has the test accuracy.
+        allow: modules whose classes the checkpoint may name.
 
     Raises:
-        UserError: if the file is no checkpoint of this version.
+        UserError: if the file is no checkpoint of this version, or it names a class that is not allowed.
     """
     checkpoint = checkpoint_files.read(path)
-    settings = checkpoint_files.settings_of(checkpoint, path, [])
+    settings = checkpoint_files.settings_of(checkpoint, path, list(allow))
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
     if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names) and in_channels in (1, 3)):
         raise UserError(f"{path}: saved by another version of nin? It names no classes, or channels other than 1 and 3")
@@ -121,7 +124,7 @@ def _portable(settings: Settings) -> dict[str, Any]:
 def _kind_of_maps(network: nn.Module) -> str:
     if not has_score_maps(network):
         return "grad_cam"
-    return "gap" if isinstance(network[-2], nn.AdaptiveAvgPool2d) else "fc"  # type: ignore[index]
+    return "gap" if ends_with_pooling(network) else "fc"
 
 
 def pipeline_of(module: Classifier, description: Description) -> Pipeline:
@@ -136,13 +139,13 @@ def pipeline_of(module: Classifier, description: Description) -> Pipeline:
     return pipeline.eval()
 
 
-def load_checkpoint(path: Path, run: RunFolder | None = None) -> TrainedNetwork:
+def load_checkpoint(path: Path, run: RunFolder | None = None, allow: Sequence[str] = ()) -> TrainedNetwork:
     """A checkpoint ready to classify images, in float32 on the CPU.
 
     Raises:
-        UserError: if the file is no checkpoint of this version.
+        UserError: as `read_checkpoint`.
     """
-    module, description = read_checkpoint(path, run)
+    module, description = read_checkpoint(path, run, allow)
     pipeline = pipeline_of(module, description)
 
     def compute(images: np.ndarray, maps: bool) -> Scores:

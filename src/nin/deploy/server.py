@@ -1,6 +1,7 @@
 """Runs the HTTP service until a signal ends it. Imports no torch."""
 
 import gc
+import logging
 import resource
 import signal
 import socket
@@ -15,13 +16,15 @@ from nin.deploy.service import Service
 
 # A request's head has this long to arrive; a connection that is kept open without requests, as long.
 HEAD_SECONDS = 15
+HEAD_BYTES = 65_536  # at least: one chunk of what arrives may hold more
 SHUTDOWN_SECONDS = 30
 
 
 class TimedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which closes a connection whose next request's head does not arrive in time."""
+    """uvicorn's HTTP protocol, which closes a connection whose next request's head is slow or endless."""
 
     deadline: Any = None
+    head_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -31,8 +34,18 @@ class TimedProtocol(HttpToolsProtocol):
         self._stop_timer()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.deadline is None:  # the head is complete
+            return
+        self.head_bytes += len(data)
+        if self.head_bytes > HEAD_BYTES:
+            self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.head_bytes = 0
         self._stop_timer()
         self._start_timer()
 
@@ -101,6 +114,7 @@ def run(service: Service, listener: socket.socket) -> int:
     )
     server = _Server(config)
     server.on_stop = lambda: setattr(service, "stopping", True)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a client's malformed form is no event here
     gc.collect()
     gc.freeze()  # what is loaded by now stays, and need not be looked through again and again
     try:

@@ -79,7 +79,7 @@ class Service:
 
     def app(self) -> Starlette:
         """The ASGI application."""
-        return Starlette(
+        app = Starlette(
             routes=[
                 Route("/predict", self.predict, methods=["POST"]),
                 Route("/health", self.health),
@@ -93,6 +93,8 @@ class Service:
             exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
             lifespan=self._lifespan,
         )
+        app.router.redirect_slashes = False  # a wrong path is a 404, also /predict/
+        return app
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -117,7 +119,7 @@ class Service:
     async def _predict(self, request: Request) -> Response:
         self._require_key(request)
         maps, invert, top = _flag(request, "maps"), _flag(request, "invert"), _top(request)
-        if maps and self.network.description.maps in ("none", "grad_cam"):
+        if maps and self.network.description.maps == "none":
             raise _RefusedError(400, "this network's export has no score maps")
         if self.batcher.images >= self.limits.waiting_images:
             raise _overloaded()  # before the upload is read
@@ -210,13 +212,13 @@ class Service:
     async def info(self, _: Request) -> Response:
         """GET /info: class names, sizes, and what is known of the run."""
         known = self.network.description
-        has_maps = known.maps in ("gap", "fc")
         return _json(
             {
                 "class_names": known.class_names,
                 "channels": known.channels,
                 "image_size": known.image_size,
-                "maps": has_maps,
+                "fit": known.fit or "stretch",
+                "maps": known.maps != "none",
                 "key": self.key is not None,
                 **known.more,
             }

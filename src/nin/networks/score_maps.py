@@ -8,19 +8,35 @@ from nin.config.schema import UserError
 
 def has_score_maps(network: nn.Module) -> bool:
     """Whether the logits are a linear function of the last maps, so that `forward_with_maps` is exact."""
-    return _ends_with(network, nn.AdaptiveAvgPool2d, nn.Flatten) or _ends_with(network, nn.Flatten, nn.Linear)
+    return ends_with_pooling(network) or _ends_with(network, nn.Flatten, nn.Linear)
+
+
+def ends_with_pooling(network: nn.Module) -> bool:
+    """Whether the logits are the means of the last maps."""
+    layers = _layers(network)
+    pools_to_one = len(layers) > 1 and getattr(layers[-2], "output_size", None) in (1, (1, 1))
+    return pools_to_one and _ends_with(network, nn.AdaptiveAvgPool2d, nn.Flatten)
 
 
 def _ends_with(network: nn.Module, *kinds: type[nn.Module]) -> bool:
-    if not isinstance(network, nn.Sequential) or len(network) <= len(kinds):
+    layers = _layers(network)
+    if len(layers) <= len(kinds):
         return False
-    last = [network[i] for i in range(-len(kinds), 0)]
+    last = layers[-len(kinds) :]
     return all(isinstance(layer, kind) for layer, kind in zip(last, kinds, strict=True)) and not any(
-        isinstance(layer, nn.Flatten | nn.Linear) for layer in list(network)[: -len(kinds)]
+        isinstance(layer, nn.Flatten | nn.Linear) for layer in layers[: -len(kinds)]
     )
 
 
-def forward_with_maps(network: nn.Sequential, images: Tensor) -> tuple[Tensor, Tensor]:
+def _layers(network: nn.Module) -> list[nn.Module]:
+    """The layers of an ``nn.Sequential``, in their order; the network of a user's own is one layer that may be one."""
+    if not isinstance(network, nn.Sequential):
+        return []
+    *before, last = list(network)
+    return [*before, *last] if type(last) is nn.Sequential else [*before, last]
+
+
+def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Logits and score maps of a network for which `has_score_maps` is true.
 
     With global average pooling the last block has one map per class, and the logit is its mean (Lin et al. 2013,
@@ -35,10 +51,10 @@ def forward_with_maps(network: nn.Sequential, images: Tensor) -> tuple[Tensor, T
         Logits ``(batch, classes)`` and score maps ``(batch, classes, height, width)``.
     """
     maps = images
-    for layer in list(network)[:-2]:
+    *layers, pooling, last = _layers(network)
+    for layer in layers:
         maps = layer(maps)
-    logits = network[-1](network[-2](maps))
-    last = network[-1]
+    logits = last(pooling(maps))
     if isinstance(last, nn.Linear):
         height, width = maps.shape[-2:]
         weights = last.weight.view(last.out_features, -1, height, width)
@@ -65,12 +81,13 @@ def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
         from captum.attr import LayerGradCam
     except ImportError:
         raise UserError("score maps of this network need captum: python3 -m pip install captum") from None
-    flattens = [i for i, layer in enumerate(network.children()) if isinstance(layer, nn.Flatten)]
-    if not isinstance(network, nn.Sequential) or len(flattens) != 1 or flattens[0] == 0:
+    layers = _layers(network)
+    flattens = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Flatten)]
+    if len(flattens) != 1 or flattens[0] == 0:
         raise UserError("score maps need a network that is an nn.Sequential with one nn.Flatten after its last maps")
     with torch.no_grad():
         classes = network(images[:1]).shape[1]
-    cam = LayerGradCam(network, network[flattens[0] - 1])
+    cam = LayerGradCam(network, layers[flattens[0] - 1])
     images = images.detach().requires_grad_()  # a network without gradients of its weights still has these
     maps = torch.cat([cam.attribute(images, target=i).detach() for i in range(classes)], dim=1)
     # captum weights each map by the mean of its gradients; by their sum the product's mean is the logit's share.
