@@ -228,6 +228,19 @@ def test_a_pruner_decides_the_same_when_the_epochs_are_reported_again(tmp_path: 
     assert at_once.rungs
 
 
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_a_trial_is_not_pruned_after_its_last_epoch(pruner: str, tmp_path: Path) -> None:
+    rungs = {"completed_rung_0": 0.1, "completed_rung_1": 0.9}  # of epochs 1 and 3
+    earlier = [create_trial(value=0.9, intermediate_values={1: 0.1, 2: 0.1, 3: 0.9}, system_attrs=rungs)] * 5
+    write_comparison(tmp_path, "s", pruner, 3, earlier)
+    scores = {1: 0.5, 2: 0.5, 3: 0.5}
+    given, shorter = TrialPruner(tmp_path), TrialPruner(tmp_path)
+    assert not given.report(scores)
+    shorter._max_epochs = 4
+    assert shorter.report(scores)
+    assert given.rungs == shorter.rungs
+
+
 def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_path: Path) -> None:
     given = plan()
     proposed = [propose(given, []), propose(given, [create_trial(value=0.0)])]
