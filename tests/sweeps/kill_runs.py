@@ -3,7 +3,8 @@
 Each start of a search is a process of its own, which runs ``nin train -m`` and is ended by SIGKILL at a random moment:
 in a batch, in a checkpoint, in a proposal, while the study is written. It is forked from this process, which has
 imported Lightning already. Of joblib's searches, either all processes are killed, or the first one alone, whose workers
-then save and stop. Prints, as JSON, the number of kills and of trials that differ, ran twice or are lost.
+then save and stop. The random ones have final seeds. Prints, as JSON, the number of kills and of trials that differ,
+ran twice or are lost.
 """
 
 import argparse
@@ -28,7 +29,8 @@ from nin.sweeps import launch, search, search_report, study, summary  # noqa: F4
 from nin.training import experiment  # noqa: F401
 
 SEARCH = Path("outputs/sweeps/search")
-TRIALS, PER_SEARCH = 7, 12
+BEST = ("best.json", "best.yaml", "summary.csv")
+TRIALS, PER_SEARCH = 7, 12  # of a search; the most kills of one search
 SCENARIOS = [
     ("tpe", "hyperband", "basic"),
     ("tpe", "none", "basic"),
@@ -47,7 +49,8 @@ def command(sampler: str, pruner: str, launcher: str, trials: int, data: Path) -
     words += ["optimizer.lr=tag(log, interval(1e-3, 1e6))", "model.dropout=interval(0, 0.8)"]  # some diverge
     words += ["hydra/sweeper=optuna", "name=search", f"hydra/launcher={launcher}", f"hydra.sweeper.n_trials={trials}"]
     words += [f"hydra.sweeper.sampler={sampler}", f"hydra.sweeper.pruner={pruner}"]
-    return ["-m", *merge(words), *(["hydra.sweeper.n_jobs=2"] if launcher == "joblib" else [])]
+    words += ["hydra.sweeper.n_jobs=2"] if launcher == "joblib" else []
+    return ["-m", *merge(words), *(["hydra.sweeper.final_seeds=[3,4]"] if sampler == "random" else [])]
 
 
 def start(words: list[str]) -> int:
@@ -85,19 +88,19 @@ def has_ended(child: int, seconds: float) -> bool:
 
 def results() -> dict[Path, tuple[int, int]]:
     """The results that there are, each with what changes when it is written again."""
-    stats = {path: path.stat() for path in SEARCH.glob("trial-*/result.json")}
+    stats = {path: path.stat() for path in SEARCH.glob("*/result.json")}
     return {path: (stat.st_ino, stat.st_mtime_ns) for path, stat in stats.items()}
 
 
 def read_all() -> dict[str, Any]:
-    """All that a search has found: the study, the result of each trial, the best one."""
+    """All that a search has found: the study, the result of each trial and each final seed, the best trial."""
     found: dict[str, Any] = {f"trial-{number:04d}": [trial] for number, trial in describe(SEARCH).items()}
-    for name, trial in found.items():
-        result = RunFolder(SEARCH / name).read_result() or {}
+    for path in SEARCH.glob("*/result.json"):
+        result = RunFolder(path.parent).read_result() or {}
         keys = ("status", "error", "metrics", "epochs", "steps", "weights_sha256", "best_weights_sha256", "seed")
-        trial.append({key: result.get(key) for key in keys})
-        trial.append(RunFolder(SEARCH / name).read_epochs() and RunFolder(SEARCH / name).latest_scores())
-    return found | {name: (SEARCH / name).read_text() for name in ("best.json", "best.yaml", "summary.csv")}
+        entry = found.setdefault(path.parent.name, [])
+        entry += [{key: result.get(key) for key in keys}, RunFolder(path.parent).latest_scores()]
+    return found | {name: (SEARCH / name).read_text() for name in BEST if (SEARCH / name).exists()}
 
 
 def run_search(words: list[str], kills: int, longest: float) -> tuple[dict[str, Any], int, int]:
@@ -139,6 +142,7 @@ def compare(scenario: tuple[str, str, str], kills: int, trials: int, data: Path)
         os.chdir("/")
     names = [name for name in expected if name.startswith("trial-")]
     assert len(names) == trials
+    assert ("best.json" in expected) == (scenario[0] == "tpe") != ("final_seeds" in words[-1])
     counts["pruned"], counts["failed"] = (
         sum(expected[name][0][0] == state for name in names) for state in ("PRUNED", "FAIL")
     )
@@ -151,9 +155,10 @@ def compare(scenario: tuple[str, str, str], kills: int, trials: int, data: Path)
         counts["searches"] += 1
         counts["twice"] += twice
         counts["lost"] += len(expected.keys() - found.keys())
-        counts["differing"] += sum(found.get(name) != expected[name] for name in names)
-        counts["differing"] += len(found.keys() - expected.keys())
-        counts["other_best"] += any(found[name] != expected[name] for name in ("best.json", "best.yaml", "summary.csv"))
+        counts["differing"] += sum(
+            found.get(name) != expected.get(name) for name in (found.keys() | expected.keys()) - {*BEST}
+        )
+        counts["other_best"] += any(found.get(name) != expected.get(name) for name in BEST)
         for name in found:
             if found[name] != expected.get(name):
                 print(f"{name}: {found[name]}, not {expected.get(name)}", file=sys.stderr)

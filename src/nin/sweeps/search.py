@@ -245,7 +245,7 @@ class Search(Sweeper):
         self._set_common(test=True)
         words = [*(w for w in self.fixed if not w.startswith("seed=")), *overrides_of(best.params)]
         jobs = [
-            [*words, f"seed={seed}", f"hydra.sweep.subdir=final-{best.number:04d}-seed={seed}"]
+            [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
             for seed in self.settings.final_seeds
         ]
         for ended in self._launch(jobs, self.total):
