@@ -140,7 +140,7 @@ def test_an_incomplete_last_line_is_removed_before_the_next_one_is_written(tmp_p
         open_journal(path)
 
 
-@pytest.mark.parametrize("content", [b"\x00\x01\n\x02\n", b"[]\n", b'{"a": 1}\n{"b": 2}\n', b"hello"])
+@pytest.mark.parametrize("content", [b"\x00\x01\n\x02\n", b"[]\n", b'{"a": 1}\n{"b": 2}\n', b"hello", b"hello\n"])
 def test_a_damaged_journal_is_refused_in_one_message(content: bytes, tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_bytes(content)
     with pytest.raises(UserError, match=r"damaged, or not the journal of a study"):

@@ -57,10 +57,10 @@ def test_best(folder: Path, best: FrozenTrial) -> None:
     if config is None or not run.best.exists():
         print(f"trial {best.number} ran on another machine: its checkpoint can be tested there, with nin eval")
         return
-    with log_to(None):
-        from nin.checkpoints.files import read
-        from nin.training.experiment import evaluate
+    from nin.checkpoints.files import read
+    from nin.training.experiment import evaluate  # before `log_to`, which removes the handlers that lightning adds
 
+    with log_to(None):
         settings = validate_plain(config)
         prepare(settings.data)
         metrics, confusion = evaluate(settings, read(run.best))
