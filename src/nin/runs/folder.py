@@ -258,14 +258,15 @@ class RunFolder:
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
 
 
-_STATE = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
+_STATE: dict[str, type] = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
 
 
 def _is_of_state(key: str, value: Any) -> bool:
     """Whether ``value`` is of the type that the key has in the state; ``starts`` are dictionaries."""
-    if not isinstance(value, _STATE.get(key, ())):
+    kind = _STATE.get(key)
+    if kind is None or not isinstance(value, kind):
         return False
-    return key != "starts" or (len(value) > 0 and all(isinstance(start, dict) for start in value))
+    return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
 
 
 def write_atomically(path: Path, text: str) -> None:

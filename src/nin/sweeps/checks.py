@@ -14,6 +14,7 @@ from nin.system.devices import require_accelerator
 _PACKAGES = {
     "hydra_joblib_launcher": "hydra-joblib-launcher joblib",
     "hydra_submitit_launcher": "hydra-submitit-launcher submitit",
+    "hydra_ray_launcher": "hydra-ray-launcher ray",
 }
 
 

@@ -30,6 +30,7 @@ from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
     SweepInterrupt,
+    is_cluster,
     is_joblib,
     run_sweep_job,
     start_worker,
@@ -72,7 +73,7 @@ class Sweep:
         jobs = self._check(params, task)
         count = len(jobs)
         if self.is_search:
-            jobs, count = check_search(config, task, on_this_machine="submitit" not in launcher._target_)
+            jobs, count = check_search(config, task, on_this_machine=not is_cluster(launcher._target_))
         if is_joblib(launcher._target_):
             self._configure_joblib(launcher, jobs)
         self._complete_config(swept, fixed, count or None)
@@ -92,7 +93,7 @@ class Sweep:
 
     def _check(self, params: dict[str, Any], task: list[str]) -> list[Settings]:
         launcher, sweeper = self.config.hydra.launcher, self.config.hydra.sweeper
-        on_cluster = "submitit" in launcher._target_
+        on_cluster = is_cluster(launcher._target_)
         if self.config.sweep.fail_fast and on_cluster:
             raise UserError("sweep.fail_fast=true: all jobs are submitted before one can fail; leave it out")
         if sweeper.get("max_batch_size") is not None and sweeper.max_batch_size < 1:
@@ -115,12 +116,13 @@ class Sweep:
             self.signals = SignalForwarder()
 
     def _complete_config(self, swept: list[str], fixed: list[str], jobs: int | None) -> None:
+        on_cluster = is_cluster(self.config.hydra.launcher._target_)  # whose processes may start in another folder
         # The name may be the time of the start, or come from a variable that another machine lacks.
         common = {"name": f"'{self.config.name}'", "sweep.jobs": jobs or "null"}
         unnamed = dict.fromkeys([*fixed, *common, "sweep.wait", KEYS])
         self.config.hydra.overrides.hydra += [
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]",
-            f"hydra.sweep.dir={quoted(str(self.folder))}",
+            f"hydra.sweep.dir={quoted(str(self.folder.absolute() if on_cluster else self.folder))}",
             *(f"{key}={value}" for key, value in common.items()),
             f"{KEYS}=[{','.join(swept)}]",  # last: the job's own overrides follow it
         ]

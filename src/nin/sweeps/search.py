@@ -243,9 +243,10 @@ class Search(Sweeper):
                 test_best(self.folder, best)
             return
         self._set_common(test=True)
+        self.config.hydra.overrides.hydra.insert(-1, f"sweep.jobs={self.total + len(self.settings.final_seeds)}")
         words = [*(w for w in self.fixed if not w.startswith("seed=")), *overrides_of(best.params)]
         jobs = [
-            [*words, f"seed={seed}", f"hydra.sweep.subdir=final-{best.number:04d}-seed={seed}"]
+            [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
             for seed in self.settings.final_seeds
         ]
         for ended in self._launch(jobs, self.total):

@@ -1,12 +1,13 @@
 """What a search needs is checked before anything is written."""
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 _PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "sklearn": "scikit-learn"}
 
 
+def _require_postgresql(url: str) -> str:
+    if not re.match(r"postgresql(\+\w+)?://", url):
+        raise ValueError("must be postgresql://user@host/database, or null for the journal file in the search's folder")
+    return url
+
+
+def _require_different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("must have each seed once")
+    return seeds
+
+
 class SearchSettings(Section):
     """``hydra.sweeper`` of a search."""
 
@@ -27,9 +40,12 @@ class SearchSettings(Section):
     n_jobs: Positive
     sampler: Literal["tpe", "random", "cmaes", "qmc", "grid"]
     pruner: Literal["none", "median", "hyperband"]
-    storage: Annotated[str, Field(pattern=r"^postgresql(\+\w+)?://")] | None
+    storage: Annotated[str, AfterValidator(_require_postgresql)] | None
     max_failures: Positive | None
-    final_seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] | None
+    final_seeds: (
+        Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_require_different)]
+        | None
+    )
 
 
 def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> tuple[list[Settings], int]:

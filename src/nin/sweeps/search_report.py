@@ -57,10 +57,10 @@ def test_best(folder: Path, best: FrozenTrial) -> None:
     if config is None or not run.best.exists():
         print(f"trial {best.number} ran on another machine: its checkpoint can be tested there, with nin eval")
         return
-    with log_to(None):
-        from nin.checkpoints.files import read
-        from nin.training.evaluation import evaluate
+    from nin.checkpoints.files import read
+    from nin.training.evaluation import evaluate  # before `log_to`, which removes the handlers that lightning adds
 
+    with log_to(None):
         settings = validate_plain(config)
         prepare(settings.data)
         metrics, confusion = evaluate(settings, read(run.best))
@@ -249,12 +249,15 @@ def _write(
     lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
     table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
     answer = [line for note in notes for line in ("", note)]
-    content = [f"# {title}", *answer, "", *table, "", "![](summary.png)", ""]
+    picture = ["![](summary.png)", ""] if best_trial(trials) else []
+    content = [f"# {title}", *answer, "", *table, "", *picture]
     write_atomically(folder / "summary.md", "\n".join(content))
+    written = "summary.csv, summary.md"
     if best := best_trial(trials):
         write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
-    draw_study(study, folder / "summary.png")
-    print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png, best.yaml")
+        draw_study(study, folder / "summary.png")
+        written += ", summary.png, best.yaml"
+    print(f"summary:    {format_path(folder)}/{written}")
 
 
 def draw_study(study: optuna.Study, path: Path) -> None:

@@ -5,6 +5,7 @@ new sampler is built for each trial and sees a copy of these trials in the order
 killed therefore proposes the same trials when it is run again.
 """
 
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -243,7 +244,9 @@ def open_journal(path: Path) -> JournalStorage:
         UserError: if the file is damaged or something else.
     """
     try:
-        tail = path.read_bytes().rpartition(b"\n")[2] if path.exists() else b""
+        *lines, tail = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        if lines and not isinstance(json.loads(lines[-1]), dict):  # Optuna reads it only when another line follows
+            raise ValueError(f"its last line is {lines[-1][:20]!r}")
         start = b'{"op_code":'
         if tail[: len(start)] != start[: len(tail)]:  # of a write that was interrupted
             raise ValueError(f"its last line is {tail[:20]!r}")

@@ -51,9 +51,11 @@ def run_sweep_job(config: DictConfig) -> float | None:
     # The objects of Lightning refer to each other: without this the previous job would still hold its memory.
     gc.collect()
     hydra = HydraConfig.get()
+    os.chdir(hydra.runtime.cwd)  # Ray's processes start where the cluster was started
+    silence_known_warnings()
     folder = Path(hydra.runtime.output_dir)
     in_worker = is_joblib(hydra.launcher._target_) and is_joblib_worker()
-    in_turn = not in_worker and "submitit" not in hydra.launcher._target_
+    in_turn = not in_worker and not is_cluster(hydra.launcher._target_)
     settings = validate(config)
     request = RunRequest(
         settings,
@@ -111,6 +113,11 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
 def is_joblib(launcher: str) -> bool:
     """Whether ``launcher`` is the class path of Hydra's joblib launcher."""
     return launcher.endswith(".JoblibLauncher")
+
+
+def is_cluster(launcher: str) -> bool:
+    """Whether ``launcher``, the class path of a launcher, sends all jobs to other processes at once: SLURM or Ray."""
+    return "submitit" in launcher or "hydra_ray_launcher" in launcher
 
 
 def is_joblib_worker() -> bool:

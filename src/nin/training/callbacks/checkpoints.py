@@ -60,7 +60,7 @@ class ResumableCheckpoint(Checkpoint):
     def on_train_batch_start(self, *_: Any) -> None:
         self.is_restored = True
 
-    on_validation_batch_start = on_train_batch_start
+    on_validation_batch_start = on_train_batch_start  # type: ignore[assignment]  # other arguments, none of them used
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
