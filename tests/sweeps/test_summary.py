@@ -53,6 +53,20 @@ def test_seeds_are_summarized_and_the_best_row_comes_first(lr_sweep: Path) -> No
     assert summary.describe_failures(jobs) == ["failed: NonFiniteLossError: nan"]
 
 
+def test_the_seconds_are_the_median_and_the_hardware_is_named(tmp_path: Path) -> None:
+    sweep = tmp_path / "seeds"
+    for seed, seconds in enumerate((41.0, 43.0, 300.0)):  # the last one was disturbed
+        more = {"device": "cpu (x86_64, 2 threads)", "versions": {"torch": "2.15.0"}, "train_seconds": seconds}
+        put_job(sweep / f"seed={seed}", ["experiment=cpu", f"seed={seed}"], 0.9, **more)
+    summary.report(sweep)
+    text = (sweep / "summary.md").read_text()
+    assert "| 43 | 3 |" in text
+    assert "Median seconds of training on cpu (x86_64, 2 threads), torch 2.15.0." in text
+    with (sweep / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["train_seconds median"]) == 43
+
+
 def test_the_summary_says_what_plus_minus_is_and_how_far_test_images_decide(lr_sweep: Path) -> None:
     summary.report(lr_sweep)
     text = (lr_sweep / "summary.md").read_text()

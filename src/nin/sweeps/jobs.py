@@ -97,6 +97,7 @@ class Job:
     status: str  # finished, failed, running, unfinished or not started
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
+    hardware: str = ""  # the device, and the version of torch
 
 
 @dataclass
@@ -120,6 +121,11 @@ class Row:
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "worst": worst(values) if values else None,
         }
+
+    def median_seconds(self) -> float | None:
+        """Seconds of training of the run in the middle: one that was disturbed or resumed does not change it."""
+        values = self.values("train_seconds")
+        return statistics.median(values) if values else None
 
     def sampling_error(self) -> float | None:
         """Standard error of test/acc due to the number n of test images, sqrt(p (1 - p) / n); None if unknown."""
@@ -216,10 +222,17 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             if "seed" in result:
                 overrides.setdefault("seed", str(result["seed"]))
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
-            return Job(path, overrides, result["status"], numbers)
+            return Job(path, overrides, result["status"], numbers, hardware=_describe_hardware(result))
     epochs = read_epochs(folder)
     scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
     return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", scores)
+
+
+def _describe_hardware(result: dict[str, Any]) -> str:
+    match result:
+        case {"device": str(device), "versions": {"torch": str(torch)}}:
+            return f"{device}, torch {torch}"
+    return ""
 
 
 def read_epochs(folder: RunFolder) -> list[dict[str, float]]:

@@ -54,7 +54,7 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Non
 
 
 def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: bool = True) -> list[list[str]]:
-    """The table as text, header first: varied keys, metrics over the seeds, seconds of training, number of runs.
+    """The table as text, header first: varied keys, metrics over the seeds, median seconds of training, number of runs.
 
     Args:
         merge_keys: whether one column has all varied keys.
@@ -75,7 +75,7 @@ def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: 
             mean, std, worst = ("" if value is None else f"{value:.4f}" for value in row.summarize(name).values())
             line.append(f"{mean} ± {std}" if std else mean)
             line += [worst] if name in with_worst else []
-        seconds = row.summarize("train_seconds")["mean"]
+        seconds = row.median_seconds()
         lines.append([*line, "" if seconds is None else f"{seconds:.0f}", _describe_runs(row)])
     return [[*header, "seconds", "status" if "run" in rows[0].keys else "runs"], *lines]
 
@@ -99,7 +99,7 @@ def _describe_seeds(rows: list[Row]) -> str:
 
 
 def describe_errors(rows: list[Row]) -> list[str]:
-    """What ± means, and how much test/acc varies with the choice of test images."""
+    """What ± means, how much test/acc varies with the choice of test images, and where the runs were trained."""
     notes = []
     if any(len(row.values(metric)) > 1 for row in rows for metric in METRICS):
         notes.append("± is the sample standard deviation over seeds.")
@@ -111,6 +111,8 @@ def describe_errors(rows: list[Row]) -> list[str]:
             f"Sampling error of test/acc ({' or '.join(f'{n:,}' for n in images)} images, sqrt(p(1-p)/n)): "
             f"{low if low == high else f'{low} to {high}'}."
         )
+    if hardware := dict.fromkeys(job.hardware for row in rows for job in row.jobs if job.hardware):
+        notes.append(f"Median seconds of training on {'; '.join(hardware)}.")
     return notes
 
 
@@ -146,11 +148,11 @@ def _as_csv(rows: list[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{metric} {what}" for metric in METRICS for what in ("mean", "std", "worst")]
-    writer.writerow([*rows[0].keys, "runs", "finished", *names, "test/acc sampling_error", "train_seconds mean"])
+    writer.writerow([*rows[0].keys, "runs", "finished", *names, "test/acc sampling_error", "train_seconds median"])
     for row in rows:
         values = [value for metric in METRICS for value in row.summarize(metric).values()]
         finished = sum(job.status == "finished" for job in row.jobs)
-        more = [row.sampling_error(), row.summarize("train_seconds")["mean"]]
+        more = [row.sampling_error(), row.median_seconds()]
         writer.writerow([*row.keys.values(), len(row.jobs), finished, *values, *more])
     return text.getvalue()
 
