@@ -116,3 +116,8 @@ def silence_known_warnings() -> None:
     """Silences warnings of Lightning and Hydra that appear in every run of this project."""
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+
+
+def printable(name: str) -> str:
+    """``name`` with escapes in place of what is not UTF-8 and of control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
