@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from nin.config.schema import UserError
-from nin.data.folder import list_images, printable, require_usable
+from nin.data.folder import list_images, require_usable
+from nin.runs.console import printable
 from pictures import folder_data, write_folder
 
 

@@ -13,12 +13,12 @@ from helpers import ENVIRONMENT
 from nin.config.composition import compose_config, compose_settings
 from nin.config.networks import NETWORKS
 from nin.config.schema import CONF, UserError
-from nin.networks.build import build_network, require_large_enough_images
+from nin.networks.build import build_network, require_buildable
 
 
 def refused(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        require_large_enough_images(compose_settings(list(overrides)))
+        require_buildable(compose_settings(list(overrides)))
     return str(caught.value)
 
 
@@ -40,7 +40,7 @@ def test_the_smallest_image_size_is_found_by_trying(model: str, smallest: int) -
         assert chosen in refused(*model.split(), f"data.image_size={too_small}")
     settings = compose_settings([*model.split(), f"data.image_size={smallest}"])
     state = torch.get_rng_state()
-    require_large_enough_images(settings)
+    require_buildable(settings)
     assert torch.equal(torch.get_rng_state(), state)  # starting weights are those of a network that was not tried
     with torch.device("meta"):
         assert build_network(settings, 3, 7)(torch.zeros(2, 3, smallest, smallest)).shape == (2, 7)
@@ -62,6 +62,13 @@ def test_the_smallest_image_size_is_found_by_trying(model: str, smallest: int) -
 )
 def test_arguments_that_do_not_fit_each_other(override: str, message: str) -> None:
     assert message in refused("data.image_size=224" if "image_size" not in override else override, override)
+
+
+def test_a_class_that_can_not_be_imported_is_named_before_data_are_prepared(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: nowhere.Net\ninput_size: 28\n")
+    message = refused("--config-dir", str(tmp_path), "model=mine")
+    assert message.startswith("model._target_=nowhere.Net: can't be imported (")
 
 
 def test_every_network_has_a_yaml_file_of_its_name() -> None:

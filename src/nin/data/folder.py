@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nin.config.schema import FolderData, UserError
+from nin.runs.console import printable
 
 PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -88,11 +89,6 @@ def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -
 
 def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
     return UserError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
-
-
-def printable(name: str) -> str:
-    """``name`` with escapes in place of what is not UTF-8 and of control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def _count(faults: list[str], noun: str) -> str:

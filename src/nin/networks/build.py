@@ -18,16 +18,19 @@ from nin.networks.score_maps import has_score_maps
 _LARGEST = 1024  # pixels per side; the maximum of data.image_size
 
 
-def require_large_enough_images(settings: Settings) -> None:
-    """Checks that the project's network can be built, and that every layer has an output, without computing anything.
+def require_buildable(settings: Settings) -> None:
+    """Checks that the network can be built and that every layer has an output, without computing anything.
 
-    A network of the user's own is checked when it is built: its size may depend on the data.
+    Of a network of the user's own, only whether its class can be imported; the others depend on its data.
 
     Raises:
         UserError: names arguments of the network that don't fit each other, or the smallest size of images.
     """
     model, size = settings.model, settings.data.image_size
-    if isinstance(model, OwnModel) or _accepts(model, size):
+    if isinstance(model, OwnModel):
+        own.import_class("model", model, nn.Module)
+        return
+    if _accepts(model, size):
         return
     if not _accepts(model, _LARGEST):
         raise UserError(f"model: {model.name} needs images of more than {_LARGEST} pixels a side, which is the maximum")
@@ -71,7 +74,7 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
     if isinstance(model, OwnModel):
         network = _build_own(model, size, in_channels, num_classes)
     else:
-        require_large_enough_images(settings)
+        require_buildable(settings)
         network = _construct(model, size, in_channels, num_classes)
         initialize(network, model.init)
     return _with_normalization(network, in_channels) if settings.data.normalize else network

@@ -5,9 +5,13 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from nin.runs.console import format_path, tensorboard_command
+from nin.runs.console import format_path, printable, tensorboard_command
 from nin.runs.folder import RunFolder
+
+_MATRIX_CLASSES = 12  # as many columns as 120 characters have room for
+_LISTED_CLASSES = 30
 
 
 def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -31,18 +35,44 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
 
 
 def print_test(metrics: dict[str, Any], confusion: Any) -> None:
-    """Prints test accuracy and loss, and the confusion matrix with the accuracy per class.
+    """Prints test accuracy and loss, and the accuracy per class with what it is confused with.
 
     Args:
         confusion: an integer matrix, ``(classes, classes)``: rows are true classes, columns predicted classes.
     """
     print(f"test/acc  {metrics['test/acc']}\ntest/loss {metrics['test/loss']}")
+    names = [printable(name) for name in metrics["test/acc_by_class"]]
+    accuracies = list(metrics["test/acc_by_class"].values())
+    table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
+    width = max(Console().width, 120)
+    Console(width=width, highlight=False, markup=False).print(table(names, accuracies, confusion.tolist()))
+
+
+def _confusion_matrix(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:
     table = Table(title="true class (rows), predicted class (columns)", title_justify="left", box=box.SIMPLE)
     table.add_column("")
     table.add_column("accuracy", justify="right", style="bold")
-    for name in metrics["test/acc_by_class"]:
-        table.add_column(name[:7], justify="right")
-    for (name, acc), row in zip(metrics["test/acc_by_class"].items(), confusion.tolist(), strict=True):
-        table.add_row(name, "-" if acc is None else f"{acc:.4f}", *(str(count) if count else "·" for count in row))
-    console = Console()
-    Console(width=max(console.width, 120), highlight=False).print(table)
+    for name in names:
+        table.add_column(Text(name[:7]), justify="right")
+    for name, acc, row in zip(names, accuracies, confusion, strict=True):
+        table.add_row(Text(name), _format(acc), *(str(count) if count else "·" for count in row))
+    return table
+
+
+def _confused_classes(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:
+    """The classes with the lowest accuracy, one per line: a matrix of so many classes does not fit a terminal."""
+    tested = [i for i, acc in enumerate(accuracies) if acc is not None]
+    worst = sorted(tested, key=lambda i: accuracies[i] or 0.0)[:_LISTED_CLASSES]
+    title = f"the {len(worst)} of {len(names)} classes with the lowest accuracy"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for column in ("class", "accuracy", "images", "most often predicted instead"):
+        table.add_column(column, justify="right" if column in ("accuracy", "images") else "left")
+    for i in worst:
+        others = [0 if j == i else count for j, count in enumerate(confusion[i])]
+        wrong = f"{names[others.index(max(others))]} ({max(others)})" if any(others) else ""
+        table.add_row(Text(names[i]), _format(accuracies[i]), str(sum(confusion[i])), Text(wrong))
+    return table
+
+
+def _format(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.4f}"

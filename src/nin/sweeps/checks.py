@@ -92,9 +92,9 @@ def _require_one_process(trainer: Trainer) -> None:
 
 
 def _try_network(settings: Settings) -> None:
-    from nin.networks.build import require_large_enough_images
+    from nin.networks.build import require_buildable
 
-    require_large_enough_images(settings)
+    require_buildable(settings)
 
 
 def _try_trainer(settings: Settings) -> None:

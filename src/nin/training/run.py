@@ -50,9 +50,9 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
         print_result(folder, result)
         return result
-    from nin.networks.build import require_large_enough_images
+    from nin.networks.build import require_buildable
 
-    require_large_enough_images(settings)  # before data are downloaded or decoded
+    require_buildable(settings)  # before data are downloaded or decoded
     prepare(settings.data)
     if settings.trainer.accelerator not in ("auto", "cpu"):
         require_accelerator(settings.trainer)

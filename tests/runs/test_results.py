@@ -1,0 +1,33 @@
+import numpy as np
+import pytest
+
+from nin.runs.results import print_test
+
+
+def printed(names: list[str], confusion: np.ndarray, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    totals, right = confusion.sum(1), confusion.diagonal()
+    by_class = {name: float(r / n) if n else None for name, r, n in zip(names, right, totals, strict=True)}
+    print_test({"test/acc": 0.5, "test/loss": 1.0, "test/acc_by_class": by_class}, confusion)
+    return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_few_classes_have_a_matrix(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(["[red]ants", "bees\nand wasps", "none"], np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), capsys)
+    assert [line.split() for line in lines[-4:-1]] == [
+        ["[red]ants", "0.7500", "3", "1", "·"],
+        ["bees\\nand", "wasps", "1.0000", "·", "2", "·"],  # a name is one line, and no markup
+        ["none", "-", "·", "·", "·"],
+    ]
+
+
+def test_of_many_classes_the_worst_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    confusion = np.eye(300, dtype=int) * 2
+    confusion[7, 7], confusion[7, 250], confusion[7, 9] = 0, 5, 1
+    confusion[299] = 0  # no test image
+    lines = printed([f"class {i}" for i in range(300)], confusion, capsys)
+    assert "the 30 of 300 classes with the lowest accuracy" in "\n".join(lines)
+    rows = [line.split() for line in lines if line.strip().startswith("class ") and "accuracy" not in line]
+    assert len(rows) == 30
+    assert rows[0] == ["class", "7", "0.0000", "6", "class", "250", "(5)"]
+    assert rows[1] == ["class", "0", "1.0000", "2"]
+    assert max(map(len, lines)) <= 120
