@@ -42,6 +42,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["seed=1,2"], "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2"),
         (["hydra.run.dir="], "hydra.run.dir: is empty; leave it out, or give the run's folder"),
         (["-m", "hydra.sweep.dir=", "seed=1,2"], "hydra.sweep.dir: is empty; leave it out, or give the sweep's"),
+        (["-m", "hydra.sweep.subdir=x", "seed=1,2"], "hydra.sweep.subdir: all jobs would share this folder; leave it"),
         (["--config-path", "nowhere"], "--config-path nowhere: no such folder"),
         (["name=${nosuch}"], "name: Interpolation key 'nosuch' not found"),
         (["-m", "optimizer.lr=${nosuch}", "seed=1,2"], "optimizer.lr: Interpolation key 'nosuch' not found"),

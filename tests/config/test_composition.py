@@ -77,7 +77,7 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         "seed: has two values, 1 and 2; give it once",
     )
     assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(
-        f"{word}: not of the form key=value" for word in ("seed:1", ".seed=1", "=5", "[seed=1]")
+        f"{word}: not of the form key=value" for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
     )
     (error,) = errors_of("callbacks.dead_units.image=1")
     assert error.endswith("; to add an argument of nin.training.callbacks.dead_units.DeadUnitMonitor: "

@@ -22,7 +22,7 @@ from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
 
 
 def compose_settings(arguments: list[str]) -> Settings:
@@ -38,12 +38,12 @@ def compose_settings(arguments: list[str]) -> Settings:
     if unknown:
         raise UserError(f"{' '.join(unknown)}: no such option; settings are given without dashes, as in seed=1")
     try:
-        settings = validate(compose_config(known.overrides, known.config_dir))
+        config = compose_config(known.overrides, known.config_dir)
     except COMPOSITION_ERRORS as error:
         raise collect_errors(error, known.overrides, known.config_dir) from None
     if errors := find_override_errors(known.overrides):
         raise UserError(*errors)
-    return settings
+    return validate(config)
 
 
 def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:

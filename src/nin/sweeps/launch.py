@@ -55,6 +55,8 @@ class Sweep:
         OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)  # of conf/train.yaml
         if not config.hydra.sweep.dir.strip():
             raise UserError("hydra.sweep.dir: is empty; leave it out, or give the sweep's folder")
+        if not OmegaConf.is_interpolation(config.hydra.sweep, "subdir"):
+            raise UserError("hydra.sweep.subdir: all jobs would share this folder; leave it out")
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
