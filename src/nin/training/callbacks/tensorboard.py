@@ -33,19 +33,21 @@ _TAGS = {
 
 
 class SingleFileTensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger with one event file per process, without ``hparams.yaml`` beside it.
+    """Lightning's TensorBoardLogger with one event file per process, in ``save_dir`` itself, without ``hparams.yaml``.
 
+    TensorBoard names a run by the folder of its event files, and a resumed run truncates those in its own folder.
     Lightning closes the file after training, and the test would open another one; TensorBoard reads files in the order
     of their names, which contain the time in seconds only.
 
     Args:
         score_each_epoch: "test" if the test images are scored after every epoch, so that ``test/`` are curves;
             otherwise they are single points of the final test, which ``log_results`` writes.
-        arguments: those of Lightning's logger.
+        arguments: those of Lightning's logger; ``name`` and ``version`` would be folders below ``save_dir``, and are
+            ignored (runs of earlier versions have them in their configs).
     """
 
     def __init__(self, save_dir: str, score_each_epoch: str = "val", **arguments: Any):
-        super().__init__(save_dir, **arguments)
+        super().__init__(save_dir, **arguments | {"name": "", "version": ""})
         self.has_test_curves = score_each_epoch == "test"
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
