@@ -1,9 +1,9 @@
 """A load of many clients on a running `nin serve`, beside what onnxruntime does alone on the same images.
 
-    nin serve model.onnx --port 8000
-    python tests/deploy/load.py http://127.0.0.1:8000 model.onnx --requests 10000 --clients 64
+    PYTHONPATH=tests python tests/deploy/load.py model.onnx --requests 10000 --clients 64
 
-Prints requests per second, their share of onnxruntime's rate, the 99th percentile of the time and failed requests.
+Starts `nin serve model.onnx`. Prints requests per second, their share of onnxruntime's rate, the CPU time of the server
+and of this program's clients per request, the 99th percentile of the time, and failed requests.
 Clients keep their connections, as a proxy in front of the server does; each sends its next image after the answer.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import io
 import json
+import os
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
+from deploy.server import serve
 from nin.deploy.onnx_model import load_onnx
 
 
@@ -60,10 +62,10 @@ def alone(model: Path, images: np.ndarray, seconds: float = 5) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("url")
     parser.add_argument("model", type=Path)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the server; default: all")
     args = parser.parse_args()
     images = np.random.default_rng(0).integers(0, 256, (64, 28, 28), dtype=np.uint8)
     bodies = []
@@ -73,10 +75,19 @@ def main() -> None:
         bodies.append(file.getvalue())
     # onnxruntime alone before and after: a shared machine's rate varies.
     before = alone(args.model, images)
-    elapsed, seconds, failed = asyncio.run(load(args.url, bodies, args.requests, args.clients))
-    limit = (before + alone(args.model, images)) / 2
-    rate = args.requests / elapsed
+    with serve(args.model, "--threads", args.threads) as server:
+        asyncio.run(load(f"{server.url}predict", bodies, 200, args.clients))  # to warm up
+        cpu, own_cpu = server.cpu_seconds(), time.process_time()
+        elapsed, seconds, failed = asyncio.run(load(f"{server.url}predict", bodies, args.requests, args.clients))
+        cpu, own_cpu = server.cpu_seconds() - cpu, time.process_time() - own_cpu
+    begun, own = time.process_time(), alone(args.model, images)
+    of_image = (time.process_time() - begun) / (5 * own)
+    limit, rate = (before + own) / 2, args.requests / elapsed
     print(f"{rate:,.0f} requests/s; onnxruntime alone {limit:,.0f} images/s: {rate / limit:.2f}")
+    print(
+        f"CPU time: server {1e3 * cpu / args.requests:.2f} ms per request, clients "
+        f"{1e3 * own_cpu / args.requests:.2f} ms; onnxruntime alone {1e3 * of_image:.2f} ms per image"
+    )
     print(f"median {1e3 * np.median(seconds):.1f} ms, 99th percentile {1e3 * np.percentile(seconds, 99):.1f} ms")
     print(f"failed: {failed} of {args.requests}")
 

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import signal
 import subprocess
@@ -35,6 +36,11 @@ class Server:
             return answer.status, json.loads(content) if "json" in found["content-type"] else content, found
         finally:
             connection.close()
+
+    def cpu_seconds(self) -> float:
+        """CPU time that the process has taken."""
+        user, system = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> int:
         """Resident memory in bytes."""
