@@ -242,8 +242,8 @@ class Search(Sweeper):
             with self.store.claims.lock():
                 test_best(self.folder, best)
             return
+        self._common.append(f"sweep.jobs={self.total + len(self.settings.final_seeds)}")
         self._set_common(test=True)
-        self.config.hydra.overrides.hydra.insert(-1, f"sweep.jobs={self.total + len(self.settings.final_seeds)}")
         words = [*(w for w in self.fixed if not w.startswith("seed=")), *overrides_of(best.params)]
         jobs = [
             [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]

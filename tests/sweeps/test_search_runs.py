@@ -1,0 +1,59 @@
+"""Whole searches with real runs, in the tests' own process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers import SMALL, merge
+from nin import cli
+
+
+def search(capfd: pytest.CaptureFixture[str], data_root: Path, *words: str) -> tuple[int, str]:
+    """The exit status of a search of short trials, and all that it printed."""
+    small = [*SMALL, "callbacks=none", "logger=none", "trainer.max_epochs=1", "threads=1", f"data.root={data_root}"]
+    status = cli.run("train", ["-m", "hydra/sweeper=optuna", "name=tune", *merge([*small, *words])])
+    return status, "".join(capfd.readouterr())
+
+
+def test_the_best_is_trained_anew_with_the_final_seeds(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["optimizer.lr=tag(log,interval(1e-3,1e-1))", "hydra.sweeper.n_trials=2", "hydra.sweeper.final_seeds=[3,4]"]
+    status, printed = search(capfd, data_root, *words)
+    assert status == 0, printed
+    folder = tmp_path / "outputs/sweeps/tune"
+    assert not (folder / "best.json").exists()  # the best trial is not tested as well
+    trials = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trial-*/result.json")}
+    best = max(sorted(trials), key=lambda name: trials[name]["metrics"]["val/acc"])
+    finals = [json.loads((folder / f"final-{best[-4:]}-seed={seed}/result.json").read_text()) for seed in (3, 4)]
+    assert [final["seed"] for final in finals] == [3, 4]
+    (lr,) = (word for word in trials[best]["overrides"] if word.startswith("optimizer.lr="))
+    assert all(lr in final["overrides"] for final in finals)
+    accs = [final["metrics"]["test/acc"] for final in finals]
+    mean, worst, found = sum(accs) / 2, min(accs), trials[best]["metrics"]["val/acc"]
+    assert f"trained anew with 2 seeds: test/acc {mean:.4f} ± " in printed
+    assert f"worst {worst:.4f}; the search's figure: {found:.4f}" in printed
+    assert "The search's own figure is optimistic: it is the highest of many" in printed
+    assert "job 4 of 4: final-" in printed
+
+
+def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["optimizer.lr=tag(log,interval(1e20,1e30))", "model.norm=none", "hydra.sweeper.n_trials=6"]
+    for _ in range(2):  # run again, it ends at once
+        status, printed = search(capfd, data_root, *words, "hydra.sweeper.max_failures=2")
+        assert status == 1, printed
+        assert "the search ends: 2 trials have failed (hydra.sweeper.max_failures)" in printed
+        assert "failed: trial-0001: NonFiniteLossError: the loss is nan" in printed
+    folder = tmp_path / "outputs/sweeps/tune"
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("trial-*/result.json"))]
+    assert [result["status"] for result in results] == ["failed", "failed"]
+    # Nothing is drawn of no completed trial.
+    assert {path.name for path in folder.glob("*.*")} >= {"summary.csv", "summary.md"}
+    assert not (folder / "best.yaml").exists()
+    assert not (folder / "summary.png").exists()
+    assert "summary.csv, summary.md\n" in printed
