@@ -89,6 +89,7 @@ def expected(photos: Path, settings: Callable[..., Settings], tmp_path: Path) ->
     return experiment.train(chosen, RunFolder(tmp_path / "whole"), [])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
 def test_killed_while_decoding_and_while_training(photos: Path, expected: dict[str, Any], tmp_path: Path) -> None:
     command = merge([*RUN, f"data.root={photos}", "checkpoint.every_n_steps=1", "name=killed"])

@@ -70,7 +70,10 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model=nin", "model.init=kaiming_dirac", "data.image_size=67", "optimizer.lr=0.1", "speed.micro_batch=24"),
+        pytest.param(
+            ("model=nin", "model.init=kaiming_dirac", "data.image_size=67", "optimizer.lr=0.1", "speed.micro_batch=24"),
+            marks=pytest.mark.long,
+        ),
         ("model=nin_small", "optimizer.lr=0.1"),  # batch norm: no micro-batches
     ],
 )

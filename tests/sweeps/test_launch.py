@@ -123,6 +123,7 @@ def test_what_ends_a_job_travels_between_processes() -> None:
     assert (stopped.signum, stopped.exit_status, str(stopped)) == (signal.SIGTERM, 143, "stopped by SIGTERM")
 
 
+@pytest.mark.long
 def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
     asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
@@ -149,6 +150,7 @@ def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path
     assert "seed=2  epoch 1/2" in second.stdout
 
 
+@pytest.mark.long
 def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
     tmp_path: Path, data_root: Path
 ) -> None:
@@ -208,6 +210,7 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
         process.wait(timeout=60)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
     # Without experiment=quickstart, which has a name: this one is to be the time of start.

@@ -31,12 +31,6 @@ def test_searches_that_are_killed_propose_the_same_trials() -> None:
     assert [counts[key] for key in FAULTS] == [0, 0, 0]
 
 
-def test_a_search_with_real_runs_that_is_killed_ends_with_the_same_best(data_root: Path) -> None:
-    (counts,) = count_kills("kill_runs.py", "3", "--scenarios", "0", "--trials", "4", "--data", str(data_root))
-    assert counts["kills"] == 3
-    assert [counts[key] for key in (*FAULTS, "other_best")] == [0, 0, 0, 0]
-
-
 @pytest.mark.long
 def test_two_hundred_kills_of_searches_without_training() -> None:
     found = count_kills("kill_search.py", "19")
@@ -46,9 +40,8 @@ def test_two_hundred_kills_of_searches_without_training() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(7200)
-def test_two_hundred_kills_of_searches_with_real_runs(data_root: Path) -> None:
-    found = count_kills("kill_runs.py", "25", "--data", str(data_root))
-    assert sum(counts["kills"] for counts in found) >= 200
+def test_searches_with_real_runs_that_are_killed_end_with_the_same_best(data_root: Path) -> None:
+    found = count_kills("kill_runs.py", "3", "--trials", "5", "--data", str(data_root))
+    assert sum(counts["kills"] for counts in found) >= 24
     assert [[counts[key] for key in (*FAULTS, "other_best")] for counts in found] == [[0, 0, 0, 0]] * len(found)
     assert all(sum(counts[key] for counts in found) > 0 for key in ("pruned", "failed"))
