@@ -20,6 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nin.config.schema import Settings, UserError
+from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
 from nin.sweeps.checks import check_jobs, require_launcher
 from nin.sweeps.gpus import share_gpus
@@ -91,6 +92,8 @@ class Sweep:
                 raise UserError(f"{key}: can't be varied; {remedy}")
         if both := sorted({key for key in swept if key in fixed or swept.count(key) > 1}):
             raise UserError(f"{both[0]}: given more than once; give it once, with all its values")
+        if errors := find_override_errors([str(o.input_line) for o in overrides if not o.is_sweep_override()]):
+            raise UserError(*errors)
         return swept, fixed
 
     def _check(self, params: dict[str, Any], task: list[str]) -> list[Settings]:
