@@ -57,3 +57,28 @@ def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(
     assert not (folder / "best.yaml").exists()
     assert not (folder / "summary.png").exists()
     assert "summary.csv, summary.md\n" in printed
+
+
+def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, space = tmp_path / "outputs/sweeps/tune", "optimizer.lr=tag(log,interval(1e-3,1e-1))"
+
+    def trials() -> dict[str, float]:
+        results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trial-*/result.json")}
+        return {name: results[name]["metrics"]["val/loss"] for name in sorted(results)}
+
+    assert search(capfd, data_root, space, "hydra.sweeper.n_trials=1")[0] == 0
+    first = trials()
+    assert search(capfd, data_root, space, "hydra.sweeper.n_trials=2")[0] == 0
+    assert list(trials()) == ["trial-0000", "trial-0001"]
+    assert first.items() <= trials().items()
+    for words, difference in (
+        ([space, "hydra.sweeper.sampler=random"], "hydra.sweeper.sampler: tpe there, random now"),
+        (["optimizer.lr=interval(1,2)"], "optimizer.lr: tag(log, interval(0.001, 0.1)) there, interval(1"),
+    ):
+        status, printed = search(capfd, data_root, *words, "hydra.sweeper.n_trials=3")
+        assert status == 2
+        assert difference in printed
+    assert list(trials()) == ["trial-0000", "trial-0001"]

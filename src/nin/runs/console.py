@@ -86,7 +86,8 @@ def tolerate_output_errors() -> None:
         stream = getattr(sys, name)
         with contextlib.suppress(AttributeError, OSError, ValueError):  # replaced, closed, or without a file
             file = io.BufferedWriter(_TolerantFile(stream.fileno(), "w", closefd=False))
-            tolerant = io.TextIOWrapper(file, stream.encoding, errors="replace", line_buffering=stream.isatty())
+            by_line = name == "stderr" or stream.isatty()  # as Python does
+            tolerant = io.TextIOWrapper(file, stream.encoding, errors="replace", line_buffering=by_line)
             stream.flush()
             setattr(sys, name, tolerant)
 

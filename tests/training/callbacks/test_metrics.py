@@ -68,7 +68,7 @@ def test_images_per_second_are_images_by_seconds(
     for rate in (result["images_per_second"], *(row["images_per_second"] for row in folder.read_epochs())):
         assert rate == pytest.approx(0.3, abs=0.051)
     events = EventAccumulator(str(folder.path)).Reload()
-    rates = [event.value for event in events.Scalars("images_per_second")]
+    rates = [event.value for event in events.Scalars("while_training/images_per_second")]
     assert rates == pytest.approx([0.32] * 4, rel=0.05)
 
 
