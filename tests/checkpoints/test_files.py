@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.files import AtomicCheckpointIO
+from nin.checkpoints.files import AtomicCheckpointIO, publish, resume_candidates
 from nin.config.schema import Settings, UserError
+from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
 
 
@@ -148,3 +149,16 @@ def test_weights_of_another_network_are_named(weight: object, message: str) -> N
         checkpoint_files.require_matching_weights(module, {"state_dict": state})
     assert str(refused.value) == f"the checkpoint's weights are not those of the network: {message}"
     checkpoint_files.require_matching_weights(module, {"state_dict": module.state_dict()})
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) -> None:
+    folder = RunFolder(tmp_path, keep)
+    folder.checkpoints.mkdir()
+    for number in range(1, 6):
+        folder.fresh.write_text(str(number))
+        publish(folder, best=number == 2)
+    found = {path.name: path.read_text() for path in folder.checkpoints.iterdir()}
+    older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
+    assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}
+    assert [path.name for path in resume_candidates(folder)] == ["last.ckpt", *older, "best.ckpt"]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 import lightning
 import pytest
 
-from nin.config import rules
+from nin.config import validation
 from nin.config.composition import compose_config
 from nin.config.schema import MAY_CHANGE, Settings, Trainer, UserError, differences, flat, is_within
 from nin.config.types import Section
@@ -177,7 +177,7 @@ class Reading:
         return value
 
 
-@pytest.mark.parametrize(("keys", "rule"), rules.RULES, ids=lambda part: getattr(part, "__name__", ""))
+@pytest.mark.parametrize(("keys", "rule"), validation.RULES, ids=lambda part: getattr(part, "__name__", ""))
 def test_a_rule_declares_the_keys_that_it_reads(
     keys: tuple[str, ...], rule: Callable[[Settings], Iterator[str]]
 ) -> None:
@@ -193,7 +193,7 @@ def test_a_fault_in_a_rule_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     def misspelled(settings: Settings) -> Iterator[str]:
         yield settings.data.image_sise
 
-    monkeypatch.setattr(rules, "RULES", [(("data.image_size",), misspelled)])
+    monkeypatch.setattr(validation, "RULES", [(("data.image_size",), misspelled)])
     with pytest.raises(AttributeError, match="image_sise"):
         validate(compose_config([]))
     assert refused("data.image_size=0") == ("data.image_size=0: must be greater than or equal to 1",)

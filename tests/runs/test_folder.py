@@ -189,16 +189,3 @@ def test_event_files_are_cut_to_their_sizes_and_incomplete_ones_are_named(folder
     assert folder.truncate_event_files({long: 8, short: 8, lost: 8}) == [short, lost]
     assert folder.event_file_sizes() == {long: 8, short: 3}
     assert (folder.path / "events.csv").stat().st_size == 20  # not TensorBoard's
-
-
-@pytest.mark.parametrize("keep", [0, 1, 3])
-def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) -> None:
-    folder = RunFolder(tmp_path, keep)
-    folder.checkpoints.mkdir()
-    for number in range(1, 6):
-        folder.fresh.write_text(str(number))
-        folder.publish(best=number == 2)
-    found = {path.name: path.read_text() for path in folder.checkpoints.iterdir()}
-    older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
-    assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}
-    assert [path.name for path in folder.resume_candidates()] == ["last.ckpt", *older, "best.ckpt"]

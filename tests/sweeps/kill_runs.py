@@ -99,7 +99,10 @@ def read_all() -> dict[str, Any]:
         result = RunFolder(path.parent).read_result() or {}
         keys = ("status", "error", "metrics", "epochs", "steps", "weights_sha256", "best_weights_sha256", "seed")
         entry = found.setdefault(path.parent.name, [])
-        entry += [{key: result.get(key) for key in keys}, RunFolder(path.parent).latest_scores()]
+        scores = [
+            {k: v for k, v in row.items() if k.startswith("val/")} for row in RunFolder(path.parent).read_epochs()
+        ]
+        entry += [{key: result.get(key) for key in keys}, scores]
     return found | {name: (SEARCH / name).read_text() for name in BEST if (SEARCH / name).exists()}
 
 

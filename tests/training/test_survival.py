@@ -19,6 +19,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from helpers import SMALL, nin, start, wait_for
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.files import resume_candidates
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
@@ -216,7 +217,7 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
     asked, folder, _ = half_done
-    for path in folder.resume_candidates():
+    for path in resume_candidates(folder):
         cut_off(path)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no valid checkpoint to resume from .*last.ckpt.damaged-0.*start again"):
@@ -272,7 +273,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
         del content["state_dict"]["network.0.0.weight"]
     else:
         del content[missing]
-    for path in folder.resume_candidates():
+    for path in resume_candidates(folder):
         path.unlink(missing_ok=True)
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"weight is missing|no valid checkpoint|optimizer_states"):
@@ -399,7 +400,7 @@ def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_be
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
     asked, folder, whole = half_done
-    for path in folder.resume_candidates()[:-1]:
+    for path in resume_candidates(folder)[:-1]:
         path.unlink()
     result = experiment.train(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])

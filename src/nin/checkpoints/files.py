@@ -5,6 +5,7 @@ import io
 import logging
 import pickle
 import re
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from nin.config.schema import Settings, UserError, differences
 from nin.config.trust import require_allowed_classes
 from nin.config.validation import validate_plain
-from nin.runs.folder import RunFolder, open_atomically
+from nin.runs.folder import RunFolder, open_atomically, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +176,28 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def publish(folder: RunFolder, best: bool) -> None:
+    """Renames the fresh checkpoint to last.ckpt, and copies it to best.ckpt if it is; older ones move by one."""
+    last = folder.last
+    if best:
+        with folder.fresh.open("rb") as content, open_atomically(folder.best) as file:
+            shutil.copyfileobj(content, file)
+    if folder.keep and last.exists():
+        for i in reversed(range(1, folder.keep)):
+            if (older := last.with_name(f"last-{i}.ckpt")).exists():
+                older.replace(last.with_name(f"last-{i + 1}.ckpt"))
+        last.replace(last.with_name("last-1.ckpt"))
+    folder.fresh.replace(last)
+    sync_folder(folder.checkpoints)
+
+
+def resume_candidates(folder: RunFolder) -> list[Path]:
+    """Paths of the checkpoints from which a run may resume, newest first; they need not exist."""
+    older = (p for p in folder.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
+    # A run that was killed during its first save has only best.ckpt.
+    return [folder.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), folder.best]
+
+
 def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint of a run; None if none was ever saved. Damaged files are skipped.
 
@@ -184,7 +207,7 @@ def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dic
     Raises:
         UserError: if there are checkpoints and none is valid.
     """
-    for path in folder.resume_candidates():
+    for path in resume_candidates(folder):
         if not path.exists():
             continue
         try:

@@ -4,9 +4,7 @@ A module imports only from the modules below it:
 
     trust                what a stored config must not do
     composition          Hydra's composition; every error of a command line in one message
-    validation           the composed config to `Settings`
-    rules                rules on several keys at once
-    batches              those on numbers of images and batches
+    validation           the composed config to `Settings`: types and ranges, and the rules on several keys at once
     own                  classes of the user's own
     errors               messages about a config
     schema               types and ranges of all keys

@@ -1,6 +1,13 @@
-"""From a composed config to `Settings`: types and ranges, and the rules on several keys at once. Imports no torch."""
+"""From a composed config to `Settings`: types and ranges, and the rules on several keys at once. Imports no torch.
+
+A rule is a function that yields a message for each error that it finds. Whether the arguments of a network fit each
+other, and whether images are large enough for it, is found by building it (``networks/build.py``). The number of images
+is known before any is read for the published data sets only; that of a folder is checked when it is read.
+"""
 
 import json
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -8,12 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
+from nin.config.data_sets import TEST_IMAGES, TRAINING_IMAGES, Data
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
-from nin.config.rules import find_errors
-from nin.config.schema import CONF, EarlyStopping, Settings, UserError
+from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process, is_within
 
 # Hydra would merge several options into one.
 _ONE_OPTION = ("model", "data", "optimizer", "schedule", "trainer")
+_LIMITS = tuple(f"trainer.{key}" for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"))
+# Numbers or shares of batches.
+_SHARES = (*_LIMITS, "trainer.limit_predict_batches", "trainer.overfit_batches", "trainer.val_check_interval")
+_BATCH_KEYS = (
+    *_LIMITS, "trainer.overfit_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
+    "data.name", "data.val_size", "data.batch_size", "data.score_each_epoch",
+)  # fmt: skip
 
 
 def find_override_errors(overrides: list[str]) -> list[str]:
@@ -90,3 +104,192 @@ def _early_stopping_errors(plain: dict) -> dict[str, str]:
         except ValidationError as error:
             errors |= format_errors(error, EarlyStopping, arguments, f"callbacks.{name}.")
     return errors
+
+
+def find_errors(settings: Settings, invalid: Iterable[str] = ()) -> list[str]:
+    """The errors of all rules that read none of the keys in ``invalid``: that value is the error to report."""
+    invalid = list(invalid)
+    return [
+        error
+        for keys, rule in RULES
+        if not any(is_within(key, keys) or any(is_within(k, [key]) for k in keys) for key in invalid)
+        for error in rule(settings)
+    ]
+
+
+def require_training_images(settings: Settings) -> Iterator[str]:
+    if (data := _published(settings)) and data.val_size >= (images := TRAINING_IMAGES[data.name]):
+        yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"
+
+
+def require_one_full_batch(settings: Settings) -> Iterator[str]:
+    data = _published(settings)
+    if data and 0 < (images := TRAINING_IMAGES[data.name] - data.val_size) < data.batch_size:
+        yield (
+            f"data.batch_size={data.batch_size}: there are {images} training images"
+            f"{f' after {data.val_size} are held out' if data.val_size else ''}; choose at most that"
+        )
+
+
+def require_images_for_selection(settings: Settings) -> Iterator[str]:
+    data = _published(settings)
+    if data and not data.val_size and data.score_each_epoch == "val":
+        yield (
+            "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
+            "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
+        )
+
+
+def require_valid_limits(settings: Settings) -> Iterator[str]:
+    """Lightning's convention: an int is a number of batches, a float is a share of all batches."""
+    for key in _SHARES:
+        value = getattr(settings.trainer, key.removeprefix("trainer."))
+        if isinstance(value, int | float) and (value < 0 or (isinstance(value, float) and value > 1)):
+            yield (f"{key}={value:g}: must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
+
+
+def require_batches_within_limits(settings: Settings) -> Iterator[str]:
+    """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
+    # The number of batches depends on the machine's devices.
+    if not (is_single_process(settings.trainer) and _published(settings)):
+        return
+    batches = _count_batches(settings)
+    limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in _LIMITS}
+    limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
+    for key, (limit, available) in limits.items():
+        if isinstance(limit, float) and limit > 0 and available > 0 and int(available * limit) == 0:
+            smallest = math.ceil(1e4 / available) / 1e4
+            yield (
+                f"{key}={limit:g}: leaves none of {available} batches; choose {smallest:g} or more, or a number of "
+                "batches, as in 1"
+            )
+
+
+def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
+    interval = settings.trainer.val_check_interval
+    if interval is None or not isinstance(interval, int | float):
+        return
+    if interval == 0:
+        yield (
+            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a share of an epoch (above 0.0, up "
+            "to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
+        )
+    elif (
+        isinstance(interval, int)
+        and settings.trainer.check_val_every_n_epoch
+        and is_single_process(settings.trainer)
+        and _published(settings)
+    ):
+        batches, limit = _count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        if interval > batches > 0:
+            yield (
+                f"trainer.val_check_interval={interval}: an epoch has {batches} batches; choose at most that, or set "
+                "trainer.check_val_every_n_epoch=null to count the batches of all epochs"
+            )
+
+
+def _count_batches(settings: Settings) -> dict[str, int]:
+    """The number of batches to which each limit applies, in a run of one process."""
+    data = _published(settings)
+    assert data  # its callers check that
+    training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
+    images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
+    return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
+
+
+def _published(settings: Settings) -> Data | None:
+    """The data set if its number of images is known before any is read. That of a folder is checked when it is read."""
+    return settings.data if isinstance(settings.data, Data) else None
+
+
+def require_an_end_of_training(settings: Settings) -> Iterator[str]:
+    trainer, schedule = settings.trainer, settings.schedule
+    if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
+        return
+    if schedule.name != "constant" or schedule.warmup:
+        yield f"schedule={schedule.name}: depends on the number of steps; set trainer.max_epochs or trainer.max_steps"
+    elif trainer.max_time is None:
+        given = "null" if trainer.max_epochs is None else trainer.max_epochs
+        yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
+
+
+def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
+    trainer = settings.trainer
+    for unit in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if least and most not in (-1, None) and least > most:
+            yield f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, which is {most}"
+
+
+def require_work_and_results(settings: Settings) -> Iterator[str]:
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(settings.trainer, key) == 0:
+            yield f"trainer.{key}=0: nothing would be trained; give 1 or more"
+    if settings.trainer.limit_test_batches == 0:
+        yield "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
+    if settings.trainer.barebones:
+        yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
+
+
+def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
+    if not settings.trainer.sync_batchnorm:
+        return
+    if settings.trainer.accelerator == "cpu":
+        yield "trainer.sync_batchnorm=true: torch synchronizes batch norm on GPUs only; set it to false"
+    elif is_single_process(settings.trainer):
+        yield "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize; set it to false"
+
+
+def require_monitored_metrics(settings: Settings) -> Iterator[str]:
+    """A callback that monitors a metric needs one that is computed, and computed on held-out images."""
+    unscored = settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0
+    # The user's own callback may log metrics of its own.
+    closed = all(str(c.get("_target_")).startswith(("nin.", "lightning.")) for c in settings.callbacks.values())
+    for name, callback in settings.callbacks.items():
+        if "monitor" not in callback:
+            continue
+        monitor = str(callback["monitor"])
+        error = f"callbacks.{name}.monitor={monitor}: "
+        if monitor.startswith("test/"):
+            yield error + "test images must not decide when training ends; choose val/acc or val/loss"
+        elif closed and monitor not in ("val/loss", "val/acc"):
+            yield error + "no such metric; there are: val/loss, val/acc"
+        elif unscored and monitor.startswith("val/"):
+            yield error + (
+                "this run does not compute it; set data.score_each_epoch=val and leave trainer.limit_val_batches "
+                f"as it is, or remove the callback with ~callbacks.{name}"
+            )
+
+
+def require_momentum(settings: Settings) -> Iterator[str]:
+    optimizer = settings.optimizer
+    if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
+        yield ("optimizer: nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
+
+
+# Each rule with the keys that it reads: keys, or sections with all their keys.
+RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
+    (("data.name", "data.val_size"), require_training_images),
+    (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
+    (("data.name", "data.val_size", "data.score_each_epoch"), require_images_for_selection),
+    (_SHARES, require_valid_limits),
+    (_BATCH_KEYS, require_batches_within_limits),
+    ((*_BATCH_KEYS, "trainer.val_check_interval", "trainer.check_val_every_n_epoch"), require_scoring_within_epochs),
+    (("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "schedule"), require_an_end_of_training),
+    (
+        ("trainer.min_epochs", "trainer.max_epochs", "trainer.min_steps", "trainer.max_steps"),
+        require_minimum_below_maximum,
+    ),
+    (
+        ("trainer.max_epochs", "trainer.max_steps", "trainer.barebones", *_LIMITS),
+        require_work_and_results,
+    ),
+    (
+        ("trainer.sync_batchnorm", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
+        require_devices_to_synchronize,
+    ),
+    (("callbacks", "data.score_each_epoch", "trainer.limit_val_batches"), require_monitored_metrics),
+    (("optimizer",), require_momentum),
+)

@@ -5,5 +5,4 @@ A module imports only from the modules below it:
     results          the result as a table
     request          what is to be run, and where
     folder, console  names of the files, lock, atomic writes; terminal and nin.log
-    regular_files    what may be in the folder: no links, no pipes
 """

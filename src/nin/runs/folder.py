@@ -1,12 +1,14 @@
-"""A run is a folder: the names of its files, which process has claimed it, and atomic writes."""
+"""A run is a folder: the names of its files, what may be in it, which process has claimed it, and atomic writes."""
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.schema import UserError
-from nin.runs.regular_files import read_text, require_files, require_folders, require_no_links_or_pipes
 
 # Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
@@ -45,7 +46,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
-        self.fresh = self.checkpoints / ".fresh.ckpt"  # just saved; `publish` renames it to last.ckpt
+        self.fresh = self.checkpoints / ".fresh.ckpt"  # just saved; `checkpoints.files.publish` renames it to last.ckpt
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "nin.log"
         self.result = self.path / "result.json"
@@ -104,12 +105,24 @@ class RunFolder:
                 wait(f"{self.path}: waiting for {owner}, which is working on this run")
 
     def _require_regular_files(self) -> None:
-        """A folder from elsewhere must not direct writes to files outside it. Checkpoints are checked when read."""
-        require_no_links_or_pipes(self.path)
-        require_folders(self.config.parent, self.checkpoints)
+        """Checks that a folder from elsewhere has no links, which would be written through, and no pipes or devices.
+
+        Checkpoints are checked when they are read.
+        """
         patterns = (".hydra/*", "hparams.yaml", "*/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp")
-        written = [path for pattern in patterns for path in self.path.glob(pattern)]
-        require_files(self.log, self.metrics, self.result, self.fresh, *self.event_files(), *written)
+        written = {path for pattern in patterns for path in self.path.glob(pattern)}
+        written |= {self.log, self.metrics, self.result, self.fresh, *self.event_files()}
+        for path in self.path.rglob("*"):
+            if path.is_symlink():
+                raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
+            try:
+                mode = path.stat().st_mode  # one look: another process may remove it in the meantime
+            except FileNotFoundError:
+                continue
+            if path in (self.config.parent, self.checkpoints) and not stat.S_ISDIR(mode):
+                raise UserError(f"{path}: not a folder; remove it")
+            if not stat.S_ISREG(mode) and (path in written or not stat.S_ISDIR(mode)):
+                raise UserError(f"{path}: not a file; remove it")
 
     def is_claimed(self) -> bool:
         """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
@@ -205,36 +218,12 @@ class RunFolder:
         """Writes ``result.json`` atomically."""
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")
 
-    def latest_scores(self) -> dict[str, float]:
-        """The scores of the last epoch in ``metrics.csv``, for a run that has not ended."""
-        rows = self.read_epochs()
-        return {k: v for k, v in rows[-1].items() if k.startswith(("val/", "test/"))} if rows else {}
-
     def read_epochs(self) -> list[dict[str, float]]:
         """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys."""
         with contextlib.suppress(OSError, ValueError):
             rows = csv.DictReader(read_text(self.metrics).splitlines())
             return [{k: float(v) for k, v in row.items() if v} for row in rows]
         return []
-
-    def resume_candidates(self) -> list[Path]:
-        """Paths of the checkpoints from which the run may resume, newest first; they need not exist."""
-        older = (p for p in self.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
-        # A run that was killed during its first save has only best.ckpt.
-        return [self.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), self.best]
-
-    def publish(self, best: bool) -> None:
-        """Renames the fresh checkpoint to last.ckpt, and copies it to best.ckpt if it is; older ones move by one."""
-        if best:
-            with self.fresh.open("rb") as content, open_atomically(self.best) as file:
-                shutil.copyfileobj(content, file)
-        if self.keep and self.last.exists():
-            for i in reversed(range(1, self.keep)):
-                if (older := self.last.with_name(f"last-{i}.ckpt")).exists():
-                    older.replace(self.last.with_name(f"last-{i + 1}.ckpt"))
-            self.last.replace(self.last.with_name("last-1.ckpt"))
-        self.fresh.replace(self.last)
-        sync_folder(self.checkpoints)
 
     def event_files(self) -> list[Path]:
         """TensorBoard's event files. They are in the run's folder itself, whose name TensorBoard shows."""
@@ -267,6 +256,13 @@ def _is_of_state(key: str, value: Any) -> bool:
     if kind is None or not isinstance(value, kind):
         return False
     return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; ``Path.read_text`` would wait for ever for a named pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path.read_text(encoding="utf-8")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
 from nin.runs.folder import RunFolder
@@ -135,7 +136,7 @@ class ResumableCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.folder.fresh, weights_only=False)
         if trainer.is_global_zero:
             # best.ckpt first: killed before last.ckpt is renamed, the run repeats the epoch and saves both again.
-            self.folder.publish(best)
+            publish(self.folder, best)
         trainer.strategy.barrier()  # the other processes of ddp read best.ckpt at the end
         seconds = time.perf_counter() - started
         log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)
