@@ -2,8 +2,7 @@ import pytest
 
 from nin.config import own
 from nin.config.composition import compose_config
-from nin.config.networks import OwnModel
-from nin.config.schema import OwnSchedule, Settings, UserError
+from nin.config.schema import OwnModel, OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.config.validation import validate, validate_plain
 

@@ -5,8 +5,9 @@ import lightning
 import pytest
 
 from nin.config import validation
+from nin.config.changes import MAY_CHANGE, differences, flat, is_within
 from nin.config.composition import compose_config
-from nin.config.schema import MAY_CHANGE, Settings, Trainer, UserError, differences, flat, is_within
+from nin.config.schema import Settings, Trainer, UserError
 from nin.config.types import Section
 from nin.config.validation import validate
 

@@ -28,8 +28,8 @@ from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, gpus, launch
-from nin.system import distributed
-from nin.system.signals import StoppedError, StopRequest
+from nin.system import processes
+from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
 
 
@@ -108,13 +108,13 @@ def test_one_run_is_not_begun_by_each_of_sruns_processes(
     with pytest.raises(
         UserError, match=r"srun started 2 processes, and trainer.strategy=auto uses one; add trainer=ddp"
     ):
-        distributed.require_matching_start(settings().trainer)
-    distributed.require_matching_start(settings("trainer=ddp").trainer)
+        processes.require_matching_start(settings().trainer)
+    processes.require_matching_start(settings("trainer=ddp").trainer)
 
 
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
     for folder in ("/home/o'brien/a b", '/ä="1",x'):
-        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={distributed.quoted(folder)}"])
+        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={processes.quoted(folder)}"])
         assert override.value() == folder
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from helpers import ENVIRONMENT
 from nin.sweeps import workers
-from nin.system.signals import StopRequest
+from nin.system.processes import StopRequest
 
 PROGRAM = r"""
 import sys, time

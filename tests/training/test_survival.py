@@ -26,7 +26,7 @@ from nin.config.validation import validate
 from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.signals import StoppedError, StopRequest
+from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
 from nin.training.run import execute_run
 

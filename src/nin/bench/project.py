@@ -14,7 +14,7 @@ from rich.console import Console
 from nin.config.schema import OwnData, Settings, UserError
 from nin.data.module import ImageDataModule
 from nin.runs.folder import RunFolder
-from nin.system.signals import StopRequest
+from nin.system.processes import StopRequest
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar

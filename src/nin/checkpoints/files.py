@@ -15,7 +15,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
 
-from nin.config.schema import Settings, UserError, differences
+from nin.config.changes import differences
+from nin.config.schema import Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder, open_atomically, sync_folder

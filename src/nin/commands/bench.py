@@ -16,7 +16,7 @@ from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to
 from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
-from nin.system.signals import StoppedError
+from nin.system.processes import StoppedError
 
 # Only training is measured; data=garments needs no download and has images as large as Fashion-MNIST's.
 _DEFAULTS = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]

@@ -3,16 +3,16 @@
 import argparse
 from pathlib import Path
 
+from nin.config.changes import MAY_CHANGE
 from nin.config.composition import apply_overrides
-from nin.config.schema import MAY_CHANGE, Data, Settings, UserError
+from nin.config.schema import Data, Settings, UserError
 from nin.config.trust import ignore_stored_actions, ignore_stored_root, require_trusted_targets
 from nin.config.validation import validate_plain
 from nin.data.sources import raw_folder
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.distributed import global_rank, require_matching_start
-from nin.system.signals import StoppedError
+from nin.system.processes import StoppedError, global_rank, require_matching_start
 from nin.training.run import RunFailedError, execute_run
 
 

@@ -20,19 +20,19 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nin.config.changes import MAY_CHANGE, is_within
 from nin.config.composition import (
     COMPOSITION_ERRORS,
     collect_errors,
     first_job_overrides,
 )
 from nin.config.errors import did_you_mean
-from nin.config.schema import CONF, MAY_CHANGE, UserError, is_within
+from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.system.distributed import broadcast_run_dir, global_rank, receive_run_dir, require_matching_start
-from nin.system.signals import StoppedError
+from nin.system.processes import StoppedError, broadcast_run_dir, global_rank, receive_run_dir, require_matching_start
 from nin.training.run import RunFailedError, execute_run
 
 

@@ -7,7 +7,8 @@ A module imports only from the modules below it:
     validation           the composed config to `Settings`: types and ranges, and the rules on several keys at once
     own                  classes of the user's own
     errors               messages about a config
-    schema               types and ranges of all keys
-    data_sets, networks  types and ranges of the keys of each data set, and of each network, from its signature
+    changes              which keys may change when a run is resumed
+    schema               types and ranges of all keys; of a network from the signature of its class
+    data_sets            types and ranges of the keys of each data set
     types                base classes of sections; types with a range
 """

@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nin.config.changes import flat, is_within
 from nin.config.errors import did_you_mean, shorten
-from nin.config.schema import CONF, Settings, UserError, flat, is_within
+from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from nin.config.composition import compose_settings
-from nin.config.networks import OwnClass
-from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
+from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning", "torchmetrics")
 

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
+from nin.config.changes import is_within
 from nin.config.data_sets import TEST_IMAGES, TRAINING_IMAGES, Data
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
-from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process, is_within
+from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process
 
 # Hydra would merge several options into one.
 _ONE_OPTION = ("model", "data", "optimizer", "schedule", "trainer")

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from nin.config import own
-from nin.config.networks import NETWORKS, Model, OwnModel
-from nin.config.schema import Settings, UserError
+from nin.config.schema import NETWORKS, Model, OwnModel, Settings, UserError
 from nin.networks.normalize import Normalize
 from nin.networks.score_maps import has_score_maps
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from nin.config.networks import OwnModel
-from nin.config.schema import Settings
+from nin.config.schema import OwnModel, Settings
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.system.signals import StopRequest
+from nin.system.processes import StopRequest
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nin.config.schema import Settings
-from nin.system.signals import StopRequest
+from nin.system.processes import StopRequest
 
 # A sweep's first process sets it for its workers: the GPUs that they share.
 _GPUS_VARIABLE = "NIN_GPUS"

@@ -19,8 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from nin.config.changes import MAY_CHANGE, is_within
 from nin.config.composition import count_sweep_values
-from nin.config.schema import MAY_CHANGE, UserError, is_within
+from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")

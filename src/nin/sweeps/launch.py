@@ -37,8 +37,7 @@ from nin.sweeps.workers import (
     start_worker,
 )
 from nin.system.devices import default_threads
-from nin.system.distributed import multi_process_launcher, quoted, remove_left_over_ranks
-from nin.system.signals import StoppedError
+from nin.system.processes import StoppedError, multi_process_launcher, quoted, remove_left_over_ranks
 from nin.training.run import RunFailedError
 
 

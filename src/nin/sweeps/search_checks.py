@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
+from nin.config.changes import MAY_CHANGE, is_within
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
-from nin.config.schema import MAY_CHANGE, OwnData, Settings, UserError, is_within
+from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Positive, Section
 from nin.sweeps.checks import check_jobs
 

@@ -22,8 +22,7 @@ from nin.runs.folder import RunClaimedError, RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps.gpus import acquire_gpu
 from nin.sweeps.jobs import own_overrides
-from nin.system.distributed import global_rank
-from nin.system.signals import StoppedError, StopRequest, is_requeued
+from nin.system.processes import StoppedError, StopRequest, global_rank, is_requeued
 from nin.training.run import RunFailedError, execute_run
 
 # A worker sends it to the sweep's first process if `sweep.fail_fast` ends the sweep.

@@ -1,7 +1,6 @@
-"""The operating system: signals, distributed processes, devices.
+"""The operating system: processes and their signals, devices.
 
 A module imports only from the modules below it:
 
-    signals               Ctrl-C, SIGTERM, SIGUSR1
-    distributed, devices  processes of one run; threads and memory of a device
+    processes, devices  ranks and signals of the processes of one run; threads and memory of a device
 """

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nin.config.schema import Settings, UserError, differences
+from nin.config.changes import differences
+from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
@@ -19,7 +20,7 @@ from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import print_result
 from nin.system.devices import add_remedy, require_accelerator
-from nin.system.signals import StoppedError
+from nin.system.processes import StoppedError
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from lightning import Callback
 
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.system.signals import StoppedError, StopRequest
+from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger

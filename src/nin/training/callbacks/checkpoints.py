@@ -14,7 +14,7 @@ from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
 from nin.runs.folder import RunFolder
-from nin.system.signals import StoppedError, StopRequest
+from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
 from nin.training.classifier import Classifier
 

@@ -11,8 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
-from nin.config.networks import OwnModel
-from nin.config.schema import OwnData
+from nin.config.schema import OwnData, OwnModel
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 

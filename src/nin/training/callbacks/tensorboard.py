@@ -17,8 +17,9 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from nin.config.changes import flat
 from nin.config.composition import compose_config
-from nin.config.schema import Settings, flat
+from nin.config.schema import Settings
 from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw_curves, draw_wrong
 from nin.training.callbacks.metrics import MetricsLogger

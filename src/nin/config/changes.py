@@ -1,0 +1,62 @@
+"""Which keys may change when a run is resumed; any other change would make it another experiment."""
+
+import json
+from typing import Any
+
+from nin.config.schema import Settings
+
+# The keys that may be overridden when a run is resumed.
+MAY_CHANGE = (
+    "name",
+    "resume",
+    "threads",
+    "data.root",
+    "data.mirrors",
+    "data.cache",
+    "data.memory_limit_mib",
+    "speed",
+    "compile",
+    "checkpoint",
+    "sweep",
+    "logger",
+    "callbacks",
+    *(
+        f"trainer.{key}"
+        for key in (
+            "accelerator", "strategy", "devices", "num_nodes", "precision", "deterministic", "benchmark", "profiler",
+            "detect_anomaly", "inference_mode", "enable_progress_bar", "enable_model_summary", "log_every_n_steps",
+            "max_epochs", "num_sanity_val_steps",
+        )
+    ),
+)  # fmt: skip
+
+
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
+    """Whether ``key`` equals or starts with one of ``prefixes``: ``speed.micro_batch`` is within ``speed``."""
+    return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
+
+
+def differences(before: Settings, now: Settings) -> list[str]:
+    """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
+
+    def fixed_values(settings: Settings) -> dict[str, Any]:
+        keys = flat(settings.model_dump(mode="json"))
+        # The learning rates of other schedules depend on the number of steps.
+        constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
+        may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]
+        return {k: v for k, v in keys.items() if not is_within(k, may_change)}
+
+    there, here = fixed_values(before), fixed_values(now)
+    return [
+        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} now"
+        for key in dict.fromkeys([*there, *here])
+        if there.get(key) != here.get(key)
+    ]
