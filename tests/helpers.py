@@ -6,6 +6,11 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from nin.config.schema import Settings
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
 
 # A whole run in a second or two: two epochs of six batches of the garments at 28x28.
 SMALL = (
@@ -60,3 +65,13 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < begun + seconds, f"no {path}"
         time.sleep(0.005)
+
+
+def run_experiment(settings: Settings, folder: RunFolder, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Trains without the command line, in a folder that this process has to itself; returns the result."""
+    from nin.data.sources import prepare
+    from nin.training.experiment import Experiment
+
+    prepare(settings.data)
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    return Experiment(RunRequest(settings, folder, overrides or [])).run()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import merge, nin, start, wait_for
+from helpers import merge, nin, run_experiment, start, wait_for
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training import experiment
@@ -86,7 +86,7 @@ def test_cuda_graphs_give_the_losses_of_the_network_that_is_not_compiled(
                 "trainer.log_every_n_steps=1",
             )  # fmt: skip
             folder = RunFolder(tmp_path / f"{compiled}-{accumulated}")
-            experiment.train(chosen, folder)
+            run_experiment(chosen, folder)
             losses.append([row["train/loss"] for row in folder.read_epochs()])
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -107,7 +107,7 @@ def test_nothing_waits_for_the_gpu_between_two_loggings(settings: Callable[..., 
         patch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Watch()], *rest))
         words = ("compile=false", "data.augment=flip_shift", "callbacks=none", "logger=none")
         chosen = settings("trainer.accelerator=gpu", *words)
-        experiment.train(chosen, RunFolder(tmp_path))
+        run_experiment(chosen, RunFolder(tmp_path))
 
 
 def test_the_rates_of_the_bench(data_root: Path, tmp_path: Path) -> None:

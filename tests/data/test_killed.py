@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import ENVIRONMENT, SMALL, merge, nin, wait_for
+from helpers import ENVIRONMENT, SMALL, merge, nin, run_experiment, wait_for
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.training import experiment
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 
@@ -86,7 +85,7 @@ def expected(photos: Path, settings: Callable[..., Settings], tmp_path: Path) ->
     """The result of a run on the same images that nothing interrupts, with a cache of its own."""
     keys = (*RUN[len(SMALL) :], f"data.root={photos}", f"data.cache={tmp_path / 'other'}", "checkpoint.every_n_steps=1")
     chosen = settings(*(word for word in keys if not word.startswith("trainer")))
-    return experiment.train(chosen, RunFolder(tmp_path / "whole"), [])
+    return run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
 
 
 @pytest.mark.long

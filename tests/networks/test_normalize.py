@@ -3,12 +3,12 @@ from pathlib import Path
 
 import torch
 
+from helpers import run_experiment
 from nin.checkpoints.files import read
 from nin.config.schema import Settings
 from nin.networks.build import build_network
 from nin.networks.normalize import Normalize
 from nin.runs.folder import RunFolder
-from nin.training.experiment import train
 from pictures import write_folder
 
 
@@ -40,7 +40,7 @@ def test_a_run_on_a_folder_keeps_the_statistics_of_its_training_images(
         "data=folder", f"data.root={root}", "data.normalize=true", "data.batch_size=8", "trainer.max_epochs=1",
         "trainer.limit_val_batches=null", "trainer.limit_test_batches=null", "data.augment=trivial",
     )  # fmt: skip
-    result = train(requested, RunFolder(tmp_path / "run"))
+    result = run_experiment(requested, RunFolder(tmp_path / "run"))
     assert (result["test_images"], result["val_split"]) == (12, "5 of 48 training images, chosen by seed 0")
     assert list(result["metrics"]["test/acc_by_class"]) == ["blue", "green", "red"]
     checkpoint = read(tmp_path / "run" / "checkpoints" / "last.ckpt")

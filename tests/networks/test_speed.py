@@ -8,6 +8,7 @@ import torch
 from lightning import Callback
 from torch import nn
 
+from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
 from nin.config.validation import validate
@@ -59,7 +60,7 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     weights, scores = [], []
     for name, switches in (("on", ()), ("off", OFF)):
         folder = RunFolder(tmp_path / name)
-        scores.append(experiment.train(validate(compose_config([*common, *switches])), folder, [])["metrics"])
+        scores.append(run_experiment(validate(compose_config([*common, *switches])), folder, [])["metrics"])
         state = checkpoint_files.read(folder.last)["state_dict"]
         weights.append({name: value for name, value in state.items() if name.startswith("network.")})
     assert far(*weights) < 1e-5
@@ -89,7 +90,7 @@ def test_in_float64_the_switches_differ_by_its_rounding(
     weights = []
     for name, switches in (("on", ()), ("off", OFF)):
         folder = RunFolder(tmp_path / name)
-        experiment.train(validate(compose_config([*common, *switches])), folder, [])
+        run_experiment(validate(compose_config([*common, *switches])), folder, [])
         state = checkpoint_files.read(folder.last)["state_dict"]
         weights.append({key: value for key, value in state.items() if key.startswith("network.")})
     assert next(iter(weights[0].values())).dtype == torch.float64
@@ -202,6 +203,6 @@ def test_memory_does_not_grow_from_step_to_step(
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Memory()], *rest))
     common = ["data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_steps=12", "callbacks=none"]
     small = ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
-    experiment.train(validate(compose_config([*common, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
+    run_experiment(validate(compose_config([*common, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
     assert len(taken) == 12
     assert max(taken[4:]) - max(taken[:4]) < 20, taken  # MiB; a batch's maps are 900

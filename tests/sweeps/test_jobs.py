@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import yaml
 
-from helpers import SMALL, nin
+from helpers import SMALL, nin, run_experiment
 from nin.config.composition import compose_config
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import jobs as sweep
 from nin.sweeps import summary
-from nin.training import experiment
 
 
 def put_job(folder: Path, overrides: list[str], acc: float | None = None, error: str | None = None) -> Path:
@@ -236,7 +235,7 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(t
 
     # The same job alone, in a process that did other things, is the same job.
     small = [*SMALL, "callbacks=none", *command[-2:], "optimizer.lr=0.001", "seed=1", f"data.root={data_root}"]
-    alone = experiment.train(validate(compose_config(small)), RunFolder(tmp_path / "alone"), [])
+    alone = run_experiment(validate(compose_config(small)), RunFolder(tmp_path / "alone"), [])
     assert results["optimizer.lr=0.001,seed=1"]["weights_sha256"] == alone["weights_sha256"]
 
     # The same command again leaves finished jobs as they are; one more value is one more job.

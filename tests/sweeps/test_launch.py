@@ -21,7 +21,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from helpers import SMALL, merge, nin, start, wait_for
+from helpers import SMALL, merge, nin, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
 from nin.config.schema import CONF, Settings, UserError
@@ -30,7 +30,6 @@ from nin.runs.folder import RunFolder
 from nin.sweeps import checks, gpus, launch
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
-from nin.training import experiment
 
 
 def results(sweep: Path) -> dict[str, dict[str, Any]]:
@@ -39,7 +38,7 @@ def results(sweep: Path) -> dict[str, dict[str, Any]]:
 
 def alone(overrides: list[str], folder: Path) -> str:
     """The weights of a single run in this process."""
-    return experiment.train(validate(compose_config(overrides)), RunFolder(folder), [])["weights_sha256"]
+    return run_experiment(validate(compose_config(overrides)), RunFolder(folder), [])["weights_sha256"]
 
 
 def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:
@@ -195,16 +194,16 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
     terminal, end = os.openpty()
     process = torchrun(*arguments, stdout=end, stderr=end, **more)
     os.close(end)
-    prepare_images, until = b"", time.monotonic() + 200
+    printed, until = b"", time.monotonic() + 200
     with contextlib.suppress(OSError):  # the last process has closed it
         while time.monotonic() < until and select.select([terminal], [], [], 60)[0]:
-            prepare_images += os.read(terminal, 65536)
+            printed += os.read(terminal, 65536)
             if stop_at and stop_at.exists():
                 process.terminate()
                 stop_at = None
     os.close(terminal)
     try:
-        return process.wait(timeout=5), prepare_images.decode()
+        return process.wait(timeout=5), printed.decode()
     finally:
         process.terminate()  # if it hangs: torchrun ends its processes, after half a minute by force
         process.wait(timeout=60)
@@ -220,15 +219,15 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     assert "add trainer=ddp trainer.devices=2" in refused
     assert not (tmp_path / "outputs").exists()
     same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.01", "trainer.max_epochs=1"]
-    status, prepare_images = on_a_terminal(*asked, "trainer.strategy=ddp", "trainer.devices=2", *same, **there)
-    assert status == 0, prepare_images
-    assert "epoch 1/1" in prepare_images
+    status, printed = on_a_terminal(*asked, "trainer.strategy=ddp", "trainer.devices=2", *same, **there)
+    assert status == 0, printed
+    assert "epoch 1/1" in printed
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
     two = json.loads((run / "result.json").read_text())
 
     # Two processes with batches of 32 do what one does with batches of 64.
     folder = RunFolder(tmp_path / "one")
-    one = experiment.train(
+    one = run_experiment(
         validate(compose_config([*asked[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder, []
     )
     assert (two["steps"], two["status"]) == (one["steps"], "finished")
@@ -264,9 +263,9 @@ def test_torchruns_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path:
     there, runs = {"cwd": tmp_path, "data_root": data_root}, tmp_path / "outputs" / "runs"
     assert on_a_terminal(*asked, "name=whole", **there)[0] == 0
     third = runs / "halves" / "checkpoints" / "last-2.ckpt"
-    status, prepare_images = on_a_terminal(*asked, "name=halves", stop_at=third, **there)
+    status, printed = on_a_terminal(*asked, "name=halves", stop_at=third, **there)
     assert status == 1  # torchrun's
-    assert "run the same command again to resume" in prepare_images
+    assert "run the same command again to resume" in printed
     assert on_a_terminal(*asked, "name=halves", **there)[0] == 0
     whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
     assert (halves["weights_sha256"], halves["metrics"]) == (whole["weights_sha256"], whole["metrics"])

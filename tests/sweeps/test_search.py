@@ -12,7 +12,7 @@ from hydra.types import RunMode
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 
-from helpers import SMALL
+from helpers import SMALL, run_experiment
 from nin.commands import train
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
@@ -23,7 +23,6 @@ from nin.sweeps.launch import Sweep
 from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs
 from nin.sweeps.space import read_space
 from nin.sweeps.study import JOURNAL, JournalLock, Plan, build_sampler, open_journal, propose, visible
-from nin.training import experiment
 from nin.training.pruning import TrialPruner, write_comparison
 
 LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
@@ -210,14 +209,14 @@ def later(settings: Callable[..., Settings], tmp_path: Path, values: list[float]
 
 def test_a_trial_below_the_median_is_pruned_and_never_tested(settings: Callable[..., Settings], tmp_path: Path) -> None:
     given = settings("sweep.prune=true", "sweep.test=false", "callbacks=none")
-    pruned = experiment.train(given, later(settings, tmp_path / "low", [0.99] * 5))
+    pruned = run_experiment(given, later(settings, tmp_path / "low", [0.99] * 5))
     assert (pruned["status"], pruned["epochs"], pruned["metrics"]["test/acc"]) == ("pruned", 1, None)
     assert "test_images" not in pruned
     # Resumed, it ends at once with the same result.
-    again = experiment.train(given, RunFolder(tmp_path / "low"))
+    again = run_experiment(given, RunFolder(tmp_path / "low"))
     assert {k: again[k] for k in ("status", "epochs", "steps")} == {k: pruned[k] for k in ("status", "epochs", "steps")}
     assert again["weights_sha256"] == pruned["weights_sha256"]
-    kept = experiment.train(given, later(settings, tmp_path / "high", [0.0] * 5))
+    kept = run_experiment(given, later(settings, tmp_path / "high", [0.0] * 5))
     assert (kept["status"], kept["epochs"], kept["metrics"]["test/acc"]) == ("finished", 2, None)
 
 

@@ -12,7 +12,7 @@ import torch
 from lightning import Callback, Trainer
 from torch._dynamo.utils import counters
 
-from helpers import SMALL, merge
+from helpers import SMALL, merge, run_experiment
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
@@ -76,7 +76,7 @@ def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
     data_root: Path, tmp_path: Path, traced: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = compose(data_root, "checkpoint.every_n_steps=1", "data.normalize=true", *CALLBACKS)
-    whole = experiment.train(chosen, RunFolder(tmp_path / "whole"))
+    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"))
     require_one_graph()
 
     build = experiment.build_trainer
@@ -87,10 +87,10 @@ def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
                 experiment, "build_trainer", lambda s, f, c, *rest, n=batches: build(s, f, [*c, StopAt(n)], *rest)
             )
             with pytest.raises(StoppedHereError):
-                experiment.train(chosen, folder)
+                run_experiment(chosen, folder)
         torch._dynamo.reset()  # a resumed run is another process
         counters.clear()
-    resumed = experiment.train(chosen, folder)
+    resumed = run_experiment(chosen, folder)
     require_one_graph()
     assert resumed["weights_sha256"] == whole["weights_sha256"]
     assert {call["dynamic"] for call in traced} == {False}
@@ -98,7 +98,7 @@ def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
 
 def test_the_notebooks_network_is_one_graph(data_root: Path, tmp_path: Path, traced: list[dict[str, Any]]) -> None:
     small = ("model=nin", "model.dropout=0.5", "data.image_size=67", "data.batch_size=4", "data.val_size=9990")
-    experiment.train(compose(data_root, *small, "trainer.max_epochs=1", "logger=none", *CALLBACKS), RunFolder(tmp_path))
+    run_experiment(compose(data_root, *small, "trainer.max_epochs=1", "logger=none", *CALLBACKS), RunFolder(tmp_path))
     require_one_graph()
 
 
@@ -120,4 +120,4 @@ def test_a_network_that_is_traced_again_is_found(
 
     monkeypatch.setattr(Dropout, "forward", breaks if broken == "graph" else counts)
     with pytest.raises((torch._dynamo.exc.Unsupported, torch._dynamo.exc.RecompileError)):
-        experiment.train(compose(data_root, "callbacks=none", "logger=none"), RunFolder(tmp_path))
+        run_experiment(compose(data_root, "callbacks=none", "logger=none"), RunFolder(tmp_path))

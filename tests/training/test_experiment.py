@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
-from helpers import SMALL
+from helpers import SMALL, run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.commands.eval import find_checkpoint
 from nin.config.composition import compose_config
@@ -38,7 +38,7 @@ def run(
     settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
-    return folder, experiment.train(settings(), folder, ["a=1"])
+    return folder, run_experiment(settings(), folder, ["a=1"])
 
 
 def test_the_result_is_whole(run: tuple[RunFolder, dict[str, Any]]) -> None:
@@ -57,10 +57,10 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
 ) -> None:
     _, result = run
     torch.manual_seed(123)
-    again = experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"), [])
+    again = run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"), [])
     assert again["weights_sha256"] == result["weights_sha256"]
     assert again["metrics"] == result["metrics"]
-    other = experiment.train(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"), [])
+    other = run_experiment(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"), [])
     assert other["weights_sha256"] != result["weights_sha256"]
 
 
@@ -91,7 +91,7 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
     asked = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
     folder = RunFolder(tmp_path)
-    told = experiment.train(asked, folder, [])["metrics"] | folder.read_epochs()[0]
+    told = run_experiment(asked, folder, [])["metrics"] | folder.read_epochs()[0]
 
     module = Classifier(asked, CLASSES).eval()
     module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
@@ -140,7 +140,7 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
 
 def test_with_other_loggers_metrics_csv_is_there_too(settings: Callable[..., Settings], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "csv")
-    experiment.train(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder, [])
+    run_experiment(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder, [])
     assert (folder.path / "csv" / "metrics.csv").exists()
     assert not folder.event_files()
     # Five steps of two batches each: an epoch of six batches, and two thirds of another, which is validated too.
@@ -153,7 +153,7 @@ def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "notebook")
-    result = experiment.train(settings("data.val_size=0", "data.score_each_epoch=test"), folder, [])
+    result = run_experiment(settings("data.val_size=0", "data.score_each_epoch=test"), folder, [])
     assert result["metrics"]["val/acc"] is None
     last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
     assert last["global_step"] == best["global_step"] == 12
@@ -168,7 +168,7 @@ def test_the_final_test_is_logged_where_the_last_epoch_was_not_scored(
 ) -> None:
     folder = RunFolder(tmp_path)
     asked = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
-    experiment.train(asked, folder, [])
+    run_experiment(asked, folder, [])
     events = EventAccumulator(str(folder.path)).Reload()
     assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
     assert [event.step for event in events.Scalars("when_finished/test/acc")] == [18]
@@ -188,7 +188,7 @@ def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Slow()], *rest))
     folder = RunFolder(tmp_path)
     asked = settings("trainer.val_check_interval=3", "trainer.log_every_n_steps=4", "callbacks=none", "logger=none")
-    experiment.train(asked, folder, [])
+    run_experiment(asked, folder, [])
     for epoch in folder.read_epochs():  # 6 batches of 32
         assert epoch["images_per_second"] > 6 * 32 / 10_000
         assert epoch["seconds"] > 20_000
@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
     with pytest.raises(
         NonFiniteLossError, match=r"the loss is (nan|inf) at step \d.*learning rate 1e\+30.*Try a smaller"
     ):
-        experiment.train(wild, RunFolder(tmp_path), [])
+        run_experiment(wild, RunFolder(tmp_path), [])
 
 
 def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Settings], tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     with pytest.raises(UserError, match=r"trainer: Found more than one stateful callback"):
         experiment.build_trainer(settings("callbacks=early_stopping", *second, "+callbacks.second.mode=max"), None, [])
     with pytest.raises(UserError, match=r"trainer: .*[Pp]recision"):
-        experiment.train(settings("trainer.precision=3"), RunFolder(tmp_path), [])
+        run_experiment(settings("trainer.precision=3"), RunFolder(tmp_path), [])
 
 
 def test_training_and_selection_do_not_depend_on_the_test_images(
@@ -231,7 +231,7 @@ def test_training_and_selection_do_not_depend_on_the_test_images(
 
     monkeypatch.setattr(data_module, "load", load_with_noise)
     with_noise = RunFolder(tmp_path / "run")
-    result = experiment.train(settings(), with_noise, [])
+    result = run_experiment(settings(), with_noise, [])
     folder, expected = run
     assert result["metrics"]["test/loss"] != expected["metrics"]["test/loss"]
     for key in ("val/acc", "val/loss"):
@@ -253,7 +253,7 @@ def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callab
 
 def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:
     plain, flipped = (
-        experiment.train(settings(f"data.augment={a}", "optimizer.lr=1e-12"), RunFolder(tmp_path / a), [])
+        run_experiment(settings(f"data.augment={a}", "optimizer.lr=1e-12"), RunFolder(tmp_path / a), [])
         for a in ("none", "flip_shift")
     )
     assert flipped["weights_sha256"] != plain["weights_sha256"]
@@ -301,7 +301,7 @@ def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
 def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overrides: str) -> None:
     words = ["callbacks=none", *overrides.split()]
     small = [word for word in SMALL if not ("model=lenet" in words and word.startswith("model."))]
-    result = experiment.train(
+    result = run_experiment(
         validate(compose_config([*small, f"data.root={data_root}", *words])), RunFolder(tmp_path), []
     )
     assert result["status"] == "finished"
@@ -320,7 +320,7 @@ def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
     build = experiment.build_trainer
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, TimeIsUp()], *rest))
     folder = RunFolder(tmp_path)
-    experiment.train(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, [])
+    run_experiment(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, [])
     rows = folder.read_epochs()
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 3)]
     assert rows[1]["train/loss"] > 0
@@ -329,25 +329,25 @@ def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
 def test_overfitted_are_the_same_batches_again_and_again(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_images = []
+    trained_on = []
 
     class Seen(Callback):
         def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, index: int) -> None:
-            prepare_images.append(batch[1])
+            trained_on.append(batch[1])
 
     build = experiment.build_trainer
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Seen()], *rest))
     asked = settings("trainer.overfit_batches=2", "callbacks=none", "logger=none")
-    experiment.train(asked, RunFolder(tmp_path), [])
-    assert len(prepare_images) == 4
-    assert torch.equal(torch.cat(prepare_images[:2]), torch.cat(prepare_images[2:]))
+    run_experiment(asked, RunFolder(tmp_path), [])
+    assert len(trained_on) == 4
+    assert torch.equal(torch.cat(trained_on[:2]), torch.cat(trained_on[2:]))
 
 
 def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:
     # 500 batches of 4: in bfloat16 the sum would stand still at 256 images.
     asked = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
     half, single = (
-        experiment.train(settings(*asked, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
+        run_experiment(settings(*asked, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
         for precision in ("bf16-true", "32-true")
     )
     assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
@@ -355,7 +355,7 @@ def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., S
 
 def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:
     # Scored after batches 4 of 6, and saved after 6: those scores are of other weights.
-    result = experiment.train(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
+    result = run_experiment(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
     assert result["metrics"]["val/acc"] is None
     assert checkpoint_files.read(RunFolder(tmp_path).best)["global_step"] == 12
 

@@ -17,7 +17,7 @@ from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from helpers import SMALL, nin, start, wait_for
+from helpers import SMALL, nin, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.files import resume_candidates
 from nin.config.composition import compose_config
@@ -75,7 +75,7 @@ def trained(
         patch.setattr(experiment, "build_trainer", interrupted)
         while interruptions < 50:
             try:
-                return experiment.train(settings, RunFolder(folder), []), interruptions
+                return run_experiment(settings, RunFolder(folder), []), interruptions
             except (StoppedError, KilledError):
                 interruptions += 1
     raise AssertionError("the run never ends")
@@ -88,7 +88,7 @@ def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPat
         interruption = Interruption(batch, kill=False)
         patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, interruption], *r))
         with pytest.raises(StoppedError):
-            experiment.train(settings, folder, [])
+            run_experiment(settings, folder, [])
 
 
 def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
@@ -207,7 +207,7 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
 ) -> None:
     asked, folder, whole = half_done
     damage(folder.last)
-    result = experiment.train(asked, folder, [])
+    result = run_experiment(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
     assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
     assert "renamed to last.ckpt.damaged-0" in caplog.text
@@ -221,7 +221,7 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
         cut_off(path)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no valid checkpoint to resume from .*last.ckpt.damaged-0.*start again"):
-            experiment.train(asked, folder, [])
+            run_experiment(asked, folder, [])
 
 
 def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
@@ -253,11 +253,11 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
     try:
         with pytest.raises(OSError, match=r"could not be saved, the previous one is kept; free some space"):
-            experiment.train(asked, folder, [])
+            run_experiment(asked, folder, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == saved
-    result = experiment.train(asked, folder, [])
+    result = run_experiment(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
 
 
@@ -277,7 +277,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
         path.unlink(missing_ok=True)
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"weight is missing|no valid checkpoint|optimizer_states"):
-        experiment.train(asked, folder, [])
+        run_experiment(asked, folder, [])
 
 
 def test_another_number_of_processes_is_another_experiment(
@@ -288,7 +288,7 @@ def test_another_number_of_processes_is_another_experiment(
     content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"trainer.devices: the run has 2 processes.* now there would be 1"):
-        experiment.train(asked, folder, [])
+        run_experiment(asked, folder, [])
 
 
 class Unreadable(Callback):
@@ -301,7 +301,7 @@ def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_fi
 ) -> None:
     asked = settings(f"+callbacks.mine._target_={__name__}.Unreadable", "trainer.max_epochs=1")
     with pytest.raises(UserError, match=r"callbacks: the state of one holds a pathlib.*PosixPath, which"):
-        experiment.train(asked, RunFolder(tmp_path), [])
+        run_experiment(asked, RunFolder(tmp_path), [])
 
 
 def test_a_logger_of_ones_own_goes_on_too(
@@ -309,7 +309,7 @@ def test_a_logger_of_ones_own_goes_on_too(
 ) -> None:
     asked, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
     stopped(asked, folder, monkeypatch, batch=9)
-    experiment.train(asked, folder, [])
+    run_experiment(asked, folder, [])
     assert len(list(folder.path.glob("version_*/metrics.csv"))) == 2
 
 
@@ -320,7 +320,7 @@ def test_lost_and_shortened_event_files_are_reported(
     (events,) = folder.event_files()
     os.truncate(events, events.stat().st_size // 2)
     step = checkpoint_files.read(folder.last)["global_step"]
-    result = experiment.train(asked, folder, [])
+    result = run_experiment(asked, folder, [])
     assert result["weights_sha256"] == whole["weights_sha256"]
     assert f"curves have a gap before step {step}: {events.name}" in caplog.text
 
@@ -389,10 +389,10 @@ def test_a_state_that_can_not_be_restored_is_named(
     change(folder.last, **changed)
     caplog.set_level("INFO")
     with pytest.raises(UserError, match=r"last.ckpt: can't be resumed: its state could not be restored \(\w+Error: "):
-        experiment.train(asked, folder, [])
+        run_experiment(asked, folder, [])
     assert "Traceback" in caplog.text
     folder.last.unlink()  # as the message says
-    result = experiment.train(asked, folder, [])
+    result = run_experiment(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
 
 
@@ -402,7 +402,7 @@ def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_be
     asked, folder, whole = half_done
     for path in resume_candidates(folder)[:-1]:
         path.unlink()
-    result = experiment.train(asked, folder, [])
+    result = run_experiment(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
 
 
@@ -413,7 +413,7 @@ def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone
     trained(asked, folder.path, monkeypatch)
     folder.best.unlink()
     with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
-        experiment.train(asked, folder, [])
+        run_experiment(asked, folder, [])
 
 
 def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
@@ -456,7 +456,7 @@ def test_a_run_whose_reader_is_gone_goes_on_to_its_result(
     with os.fdopen(broken_pipe(), "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         tolerate_output_errors()
-        assert experiment.train(settings("callbacks=none", "logger=none"), RunFolder(tmp_path), [])["epochs"] == 2
+        assert run_experiment(settings("callbacks=none", "logger=none"), RunFolder(tmp_path), [])["epochs"] == 2
 
 
 def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path) -> None:
@@ -484,7 +484,7 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
     runs = tmp_path / "outputs" / "runs"
     asked = validate(compose_config([*LONGER, f"data.root={data_root}"]))
-    expected = experiment.train(asked, RunFolder(runs / "whole"), [])
+    expected = run_experiment(asked, RunFolder(runs / "whole"), [])
 
     # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
     first = start("train", *LONGER, "name=killed", **there)
@@ -554,10 +554,10 @@ def test_interrupted_at_every_batch_it_is_the_same_run(
         with monkeypatch.context() as patch:
             patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, once=once: build(s, f, [*c, once], *r))
             try:
-                experiment.train(asked, folder, [])
+                run_experiment(asked, folder, [])
                 break  # the run has fewer batches
             except (StoppedError, KilledError):
-                result = experiment.train(asked, folder, [])
+                result = run_experiment(asked, folder, [])
         assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"]), batch
         assert record(folder.path) == curves, batch
     assert batch > 12

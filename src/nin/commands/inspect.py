@@ -41,8 +41,9 @@ def main(arguments: list[str]) -> None:
 def _build(settings: Settings) -> "nn.Sequential":
     import torch
 
-    from nin.networks.build import build_network
+    from nin.networks.build import build_network, require_buildable
 
+    require_buildable(settings)
     data = describe(settings.data)
     with torch.device("meta"):
         return build_network(settings, data.channels, len(data.class_names))

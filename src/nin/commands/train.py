@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
         return show(arguments, args)
     tolerate_output_errors()
     silence_known_warnings()
+    args.overrides += receive_run_dir()
     with open_hydra(args.config_dir, args.config_path) as app:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         config = compose(app, args, RunMode.MULTIRUN if is_sweep else RunMode.RUN)
@@ -116,9 +117,8 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     Raises:
         UserError: lists every error in the overrides.
     """
-    overrides = [*args.overrides, *receive_run_dir()]
     try:
-        config = app.compose_config(args.config_name or "train", overrides, run_mode=mode)
+        config = app.compose_config(args.config_name or "train", args.overrides, run_mode=mode)
         config.hydra.mode = mode
     except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
@@ -191,9 +191,11 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
 
 def _check(config: DictConfig) -> RunRequest:
-    if errors := find_override_errors(_task_overrides(config)):
+    overrides = _task_overrides(config)
+    if errors := find_override_errors(overrides):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
+    folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
     require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
@@ -201,8 +203,7 @@ def _check(config: DictConfig) -> RunRequest:
         raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
     rank = global_rank(settings.trainer)
-    folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
-    return RunRequest(settings, folder, _task_overrides(config), rank=rank)
+    return RunRequest(settings, folder, overrides, rank=rank)
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:

@@ -232,18 +232,17 @@ class ImageDataModule(LightningDataModule):
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Augments training images, and converts all images to the input of the network."""
         images, labels = batch
-        if self.trainer and self.trainer.training:
-            images = augment(images, self.data.augment)
-        return self.prepare_images(images), labels
+        is_training = self.trainer is not None and self.trainer.training
+        return self.prepare_images(images, self.data.augment if is_training else "none"), labels
 
-    def prepare_images(self, images: Tensor) -> Tensor:
-        """Converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)`` from 0 to 1.
+    def prepare_images(self, images: Tensor, augmentation: str = "none") -> Tensor:
+        """Augments images, and converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)``.
 
-        In color, ``(batch, height, width, 3)`` to ``(batch, 3, image_size, image_size)``.
+        In color, ``(batch, height, width, 3)`` to ``(batch, 3, image_size, image_size)``. Values are from 0 to 1.
 
         The result has the precision of the weights, where the Trainer's is not float32.
         """
-        images = resize(images, self.data.image_size)
+        images = resize(augment(images, augmentation), self.data.image_size)
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
 

@@ -67,13 +67,12 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
         num_classes: number of logits in the output.
 
     Raises:
-        UserError: if it can't be built, or the images are too small for it.
+        UserError: if its arguments don't fit each other. `require_buildable` finds images that are too small for it.
     """
     model, size = settings.model, settings.data.image_size
     if isinstance(model, OwnModel):
         network = _build_own(model, size, in_channels, num_classes)
     else:
-        require_buildable(settings)
         network = _construct(model, size, in_channels, num_classes)
         initialize(network, model.init)
     return _with_normalization(network, in_channels) if settings.data.normalize else network

@@ -25,7 +25,7 @@ from nin.config import own
 from nin.config.schema import OwnOptimizer, OwnSchedule, Schedule, Settings
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
-from nin.networks.build import build_network
+from nin.networks.build import build_network, require_buildable
 from nin.training.loss import backward_micro_batches, process_weight, require_finite
 
 # With more classes than this, the test also reports whether the label is among the five most probable classes.
@@ -59,10 +59,7 @@ class Classifier(LightningModule):
             "in_channels": in_channels,
         }
         self.save_hyperparameters(plain, logger=False)
-        self.network = build_network(self.settings, in_channels, self.num_classes)
-        self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
-        # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for
-        # NaN;
+        # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
         # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
         # weights as well, therefore `update` is given one loss per image.
         self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
@@ -72,6 +69,12 @@ class Classifier(LightningModule):
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
         self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
+        try:
+            self.network = build_network(self.settings, in_channels, self.num_classes)
+            self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
+        except RuntimeError:  # of a layer without an output
+            require_buildable(self.settings)
+            raise
         # Set by `MetricsLogger` where the loggers already have test metrics at this step; each tag has a step once.
         self.test_metrics_logged = False
 

@@ -20,8 +20,6 @@ from nin.checkpoints.files import weights_sha256
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
-from nin.data.sources import prepare
-from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system import devices
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
@@ -57,13 +55,11 @@ class Experiment:
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
         self.checkpoints = ResumableCheckpoint(self.folder, every, self.metrics, request.stop)
-        self.pruning = self._pruning()
-        normalization = [InputStatistics()] if self.settings.data.normalize else []
-        own = [*self.pruning, *self._progress(), *normalization]
+        self.pruning: list[Any] = []
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
-        callbacks = [self.metrics, *own, self.checkpoints, LongRunWarner()]
-        self.trainer = build_trainer(self.settings, self.folder.path, callbacks, resume_step)
+        self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
         devices.require_working_gpu(self.trainer.strategy.root_device)
+        self.device_name = devices.device_name(self.trainer.strategy.root_device)
         self._require_resumable()
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
@@ -75,11 +71,12 @@ class Experiment:
         Raises:
             StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
         """
-        with self.request.stop, contextlib.ExitStack() as cleanup:
+        with contextlib.ExitStack() as cleanup:
             for logger in self.trainer.loggers:
                 if isinstance(logger, SingleFileTensorBoardLogger):
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
+            cleanup.enter_context(self.request.stop)
             self._fit()
             final_weights = weights_sha256(self.module.network)
             self._load_best()
@@ -100,24 +97,26 @@ class Experiment:
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
         epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
-        device = devices.device_name(trainer.strategy.root_device)
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
-            f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {device}, precision {trainer.precision}"
+            f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
+            f"precision {trainer.precision}"
         )
 
-    def _pruning(self) -> list[Any]:
-        if not self.settings.sweep.prune:
-            return []
-        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
+    def _callbacks(self) -> list[lightning.Callback]:
+        callbacks: list[lightning.Callback] = [self.metrics]
+        if self.settings.sweep.prune:
+            from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
 
-        return [PruningCallback(self.folder.path, self.metrics)]
-
-    def _progress(self) -> list[lightning.Callback]:
-        if not self.settings.trainer.enable_progress_bar:
-            return []
-        is_alone = sys.stdout.isatty() and not self.request.label
-        return [TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)]
+            self.pruning = [PruningCallback(self.folder.path, self.metrics)]
+            callbacks += self.pruning
+        if self.settings.trainer.enable_progress_bar:
+            is_alone = sys.stdout.isatty() and not self.request.label
+            progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
+            callbacks.append(progress)
+        if self.settings.data.normalize:
+            callbacks.append(InputStatistics())
+        return [*callbacks, self.checkpoints, LongRunWarner()]
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
         if not self.folder.checkpoints.exists():
@@ -207,7 +206,7 @@ class Experiment:
             "weights_sha256": final_weights,
             "best_weights_sha256": weights_sha256(self.module.network),
             "seed": self.settings.seed,
-            "device": devices.device_name(self.trainer.strategy.root_device),
+            "device": self.device_name,
             "overrides": self.request.overrides,
         }
 
@@ -236,15 +235,14 @@ def build_trainer(
         UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
     """
     arguments = settings.trainer.model_dump()
-    arguments["precision"] = devices.resolve_precision(settings.trainer)
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
-    loggers = _build_loggers(settings, folder, resume_step)
-    callbacks = [*callbacks, *_build_callbacks(settings)]
+    loggers, own = _instantiate(_plugin_configs(settings, folder, resume_step))
+    arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
         return lightning.Trainer(
             **arguments,
             logger=loggers,
-            callbacks=callbacks,
+            callbacks=[*callbacks, *own],
             plugins=[checkpoint_files.AtomicCheckpointIO()],
             default_root_dir=folder,
         )
@@ -252,8 +250,9 @@ def build_trainer(
         raise UserError(f"trainer: {error}") from error
 
 
-def _build_loggers(settings: Settings, folder: Path | None, resume_step: int | None) -> list[Logger]:
-    loggers = []
+def _plugin_configs(settings: Settings, folder: Path | None, resume_step: int | None) -> dict[str, dict[str, Any]]:
+    """The configs of the loggers, with what depends on this run, and of the callbacks, by their keys."""
+    configs = {}
     for name, config in settings.logger.items():
         extra: dict[str, Any] = {"save_dir": str(folder)}
         target = str(config.get("_target_", ""))
@@ -264,41 +263,28 @@ def _build_loggers(settings: Settings, folder: Path | None, resume_step: int | N
         version = config.get("version")  # without one, CSVLogger itself uses the next number
         if resume_step and version is not None and target.endswith("CSVLogger"):
             extra["version"] = f"{version}-{resume_step}"  # CSVLogger would delete the existing file
-        loggers.append(_instantiate(f"logger.{name}", config, Logger, **extra))
-    return loggers
+        configs[f"logger.{name}"] = config | extra
+    return configs | {f"callbacks.{name}": config for name, config in settings.callbacks.items()}
 
 
-def _build_callbacks(settings: Settings) -> list[lightning.Callback]:
-    return [
-        _instantiate(f"callbacks.{name}", config, lightning.Callback) for name, config in settings.callbacks.items()
-    ]
-
-
-def _instantiate(key: str, config: dict[str, Any], kind: type, **extra: Any) -> Any:
-    try:
-        instance = instantiate(config, **extra)
-    except (HydraException, OmegaConfBaseException) as error:
-        if "Error locating target" not in str(error):
-            raise UserError(f"{key}: {error}") from error
-        where, *reasons = str(error.__cause__ or error).splitlines()
-        raise UserError(
-            f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of its "
-            "file in PYTHONPATH?"
-        ) from error
-    if not isinstance(instance, kind):
-        raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
-    return instance
-
-
-def train(settings: Settings, folder: RunFolder, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Trains without the command line, in a folder that this process has to itself; returns the result.
-
-    Raises:
-        UserError: if the folder holds another experiment.
-    """
-    prepare(settings.data)
-    folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    return Experiment(RunRequest(settings, folder, overrides or [])).run()
+def _instantiate(configs: dict[str, dict[str, Any]]) -> tuple[list[Logger], list[lightning.Callback]]:
+    instances: dict[type, list[Any]] = {Logger: [], lightning.Callback: []}
+    for key, config in configs.items():
+        kind = Logger if key.startswith("logger.") else lightning.Callback
+        try:
+            instance = instantiate(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            if "Error locating target" not in str(error):
+                raise UserError(f"{key}: {error}") from error
+            where, *reasons = str(error.__cause__ or error).splitlines()
+            raise UserError(
+                f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of "
+                "its file in PYTHONPATH?"
+            ) from error
+        if not isinstance(instance, kind):
+            raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
+        instances[kind].append(instance)
+    return instances[Logger], instances[lightning.Callback]
 
 
 def test(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from lightning import Callback
 
+from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
@@ -43,7 +44,7 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings("trainer.accumulate_grad_batches=3", "trainer.max_epochs=1", "~callbacks.images", "logger=none")
-    whole = experiment.train(chosen, RunFolder(tmp_path / "whole"), [])
+    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
     for batch in (1, 2, 4):  # the gradients of batches 1 and 2, and of 4 and 5, wait for those of 3 and 6
         folder = RunFolder(tmp_path / f"{batch}")
         build = experiment.build_trainer
@@ -51,6 +52,6 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
             stop = StopAt(batch)
             patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, stop=stop: build(s, f, [*c, stop], *r))  # noqa: B023
             with pytest.raises(StoppedError):
-                experiment.train(chosen, folder, [])
-        result = experiment.train(chosen, folder, [])
+                run_experiment(chosen, folder, [])
+        result = run_experiment(chosen, folder, [])
         assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])

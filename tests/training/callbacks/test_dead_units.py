@@ -7,6 +7,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.schema import Settings
 from nin.data.module import split
@@ -17,7 +18,6 @@ from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
-from nin.training import experiment
 from nin.training.callbacks.dead_units import count_dead
 
 # The notebooks' network, narrower: nothing but its start decides which classes are dead in so few steps.
@@ -80,7 +80,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     looks = ("images=2", "checks_per_epoch=4", "patience_steps=0")
     chosen = settings(*LOTTERY, *(f"callbacks.dead_units.{look}" for look in looks), "trainer.log_every_n_steps=1")
     with caplog.at_level(logging.WARNING, "nin"):
-        experiment.train(chosen, folder := RunFolder(tmp_path), [])
+        run_experiment(chosen, folder := RunFolder(tmp_path), [])
 
     events = EventAccumulator(str(folder.path)).Reload()
     logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("zero_units/")}
@@ -90,11 +90,11 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     assert all([event.step for event in values] == steps for values in logged.values())
 
     images, labels = load(chosen.data, "train")
-    prepare_images = images[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
+    training_images = images[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
     network = NiN(image_size=67, widths=(8, 16, 16))
     weights = checkpoint_files.read(folder.last)["state_dict"]
     network.load_state_dict({name.removeprefix("network."): w for name, w in weights.items() if "network" in name})
-    outputs = relu_outputs(network, resize(prepare_images, 67))
+    outputs = relu_outputs(network, resize(training_images, 67))
     silent = int((outputs[-1][-1].amax((0, 2, 3)) == 0).sum())
     assert logged["zero_units/dead_classes"][-1].value == silent > 0
     for i, block in enumerate(outputs, start=1):
@@ -117,7 +117,7 @@ def test_a_network_that_learns_is_told_nothing(
         "trainer.log_every_n_steps=1", "callbacks.dead_units.patience_steps=6", "trainer.limit_train_batches=1.0"
     )
     with caplog.at_level(logging.WARNING, "nin"):  # the counts themselves are logged at INFO, to nin.log
-        experiment.train(chosen, RunFolder(tmp_path), [])
+        run_experiment(chosen, RunFolder(tmp_path), [])
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("zero_units/dead_classes")
     assert not [record for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
 
@@ -127,7 +127,7 @@ def test_looking_changes_nothing(settings: Callable[..., Settings], tmp_path: Pa
     for times in (1, 6):
         folder = RunFolder(tmp_path / str(times))
         chosen = settings(*LOTTERY, f"callbacks.dead_units.checks_per_epoch={times}", "trainer.max_steps=9")
-        hashes.add(experiment.train(chosen, folder, [])["weights_sha256"])
+        hashes.add(run_experiment(chosen, folder, [])["weights_sha256"])
         logged = EventAccumulator(str(folder.path)).Reload().Scalars("zero_units/dead_classes")
         looks[times] = [event.step for event in logged]
     assert len(hashes) == 1

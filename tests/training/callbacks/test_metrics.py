@@ -12,6 +12,7 @@ import torch
 from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training import experiment
@@ -41,7 +42,7 @@ def test_lr_and_gradient_norm_are_those_of_the_step(
 ) -> None:
     add_callback(monkeypatch, steps := Steps())
     chosen = settings("schedule=one_cycle", "trainer.log_every_n_steps=1", "callbacks=none", "speed.micro_batch=12")
-    experiment.train(chosen, folder := RunFolder(tmp_path), [])
+    run_experiment(chosen, folder := RunFolder(tmp_path), [])
     events = EventAccumulator(str(folder.path)).Reload()
     assert [e.step for e in events.Scalars("while_training/lr")] == list(range(1, 13))
     assert [e.value for e in events.Scalars("while_training/lr")] == pytest.approx(steps.rates)
@@ -63,7 +64,7 @@ def test_images_per_second_are_images_by_seconds(
             monkeypatch.setattr(time, "perf_counter", lambda: clock() + now)
 
     add_callback(monkeypatch, Slow())
-    result = experiment.train(settings("callbacks=none"), folder := RunFolder(tmp_path), [])
+    result = run_experiment(settings("callbacks=none"), folder := RunFolder(tmp_path), [])
     # 32 images in 100 s, with one decimal.
     for rate in (result["images_per_second"], *(row["images_per_second"] for row in folder.read_epochs())):
         assert rate == pytest.approx(0.3, abs=0.051)

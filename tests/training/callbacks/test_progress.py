@@ -8,10 +8,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from helpers import ENVIRONMENT, SMALL
+from helpers import ENVIRONMENT, SMALL, run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.training import experiment
 from nin.training.callbacks import progress
 
 
@@ -22,7 +21,7 @@ def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
     console = Console(file=screen, force_terminal=True, width=140)
     monkeypatch.setattr(progress, "Console", lambda: console)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path), [])
+    run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path), [])
     shown = screen.getvalue()
     for words in ("epoch 2/2", "loss ", "acc ", "val 0.", "images/s", "0:00:0", "testing"):
         assert words in shown
@@ -31,11 +30,11 @@ def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
 def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
     settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    experiment.train(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "a"), [])
+    run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "a"), [])
     lines = capsys.readouterr().out.splitlines()
     assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     quiet = settings("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
-    experiment.train(quiet, RunFolder(tmp_path / "b"), [])
+    run_experiment(quiet, RunFolder(tmp_path / "b"), [])
     assert capsys.readouterr().out == ""
 
 

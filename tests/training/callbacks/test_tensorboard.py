@@ -7,9 +7,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
 
+from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.training import experiment
 from nin.training.callbacks.figures import draw_curves, most_confused
 from nin.training.callbacks.tensorboard import hyperparameters
 
@@ -40,7 +40,7 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
 ) -> None:
     folder = RunFolder(tmp_path / "first")
     chosen = settings("callbacks.images.sample_images=4", "trainer.max_epochs=1")
-    result = experiment.train(chosen, folder, ["experiment=quickstart", "name=my run"])
+    result = run_experiment(chosen, folder, ["experiment=quickstart", "name=my run"])
     events = EventAccumulator(str(folder.path), size_guidance={"tensors": 0}).Reload()
 
     def text(tag: str) -> str:
@@ -76,7 +76,7 @@ def test_the_jobs_of_a_sweep_have_their_keys_and_the_final_metrics_as_columns(
     folder = RunFolder(tmp_path / "lr" / "optimizer.lr=0.1")
     older = "+logger.tensorboard.version=tensorboard"  # a folder in the run's folder, in configs of earlier versions
     chosen = settings("callbacks=none", "trainer.max_steps=1", "sweep.keys=[optimizer.lr]", "optimizer.lr=0.1", older)
-    result = experiment.train(chosen, folder, ["optimizer.lr=0.1"])
+    result = run_experiment(chosen, folder, ["optimizer.lr=0.1"])
     events = EventAccumulator(str(folder.path)).Reload()
     columns = metadata.parse_experiment_plugin_data(events.summary_metadata["_hparams_/experiment"].plugin_data.content)
     assert [column.name for column in columns.hparam_infos] == ["optimizer.lr"]
