@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.data.folder import list_images, require_usable
-from nin.runs.console import printable
 from pictures import folder_data, write_folder
 
 

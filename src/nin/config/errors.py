@@ -72,6 +72,11 @@ def shorten(text: str, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
+def printable(name: str) -> str:
+    """``name`` with escapes in place of what is not UTF-8 and of control characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def _known_keys(section: type[Section], loc: tuple) -> list[str]:
     branches: list[type[Section]] = []
     for part in loc:

@@ -20,10 +20,10 @@ import numpy as np
 import PIL
 from filelock import FileLock
 
+from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, list_images, require_usable
 from nin.data.parallel import decode_folder
-from nin.runs.console import printable
 
 _FORMAT = 1  # of the cache; a change of the decoding needs another number
 _HASHED = 2**30  # a larger file is not read to verify it; its size is compared

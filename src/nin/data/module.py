@@ -10,12 +10,12 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, UserError
 from nin.data.folder import PARTS
 from nin.data.sources import describe, load, prepare
 from nin.data.splits import describe_split, open_folder, split_folder
 from nin.data.transforms import augment, resize
-from nin.runs.console import printable
 
 log = logging.getLogger(__name__)
 

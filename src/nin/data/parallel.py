@@ -15,10 +15,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
 from nin.data.decoding import Chunk, decode_chunk
 from nin.data.folder import PARTS, Listing
-from nin.runs.console import printable
 
 _CHUNK = 256  # images per chunk, at most
 _CHUNK_PIXELS = 2**24  # the same in pixels: 64 MiB in each process

@@ -119,8 +119,3 @@ def silence_known_warnings() -> None:
     for message in _KNOWN_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # `get_class` raises what it logs
-
-
-def printable(name: str) -> str:
-    """``name`` with escapes in place of what is not UTF-8 and of control characters."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)

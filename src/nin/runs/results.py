@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nin.runs.console import format_path, printable, tensorboard_command
+from nin.config.errors import printable
+from nin.runs.console import format_path, tensorboard_command
 from nin.runs.folder import RunFolder
 
 _MATRIX_CLASSES = 12  # as many columns as 120 characters have room for
