@@ -112,7 +112,7 @@ def test_a_missing_file_is_named_with_the_ways_to_bring_it(
     with pytest.raises(UserError) as caught:
         files.prepare(data(tmp_path, "http://127.0.0.1:1/"))
     assert str(caught.value).startswith(f"{NAMES[3]} of fashion_mnist is not in {raw}")
-    for remedy in ("Connection refused", "copy the four unpacked files", "NIN_DATA", "data=garments"):
+    for remedy in ("Connection refused", "copy the unpacked files", "NIN_DATA", "data=garments"):
         assert remedy in str(caught.value)
 
 

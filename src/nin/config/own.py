@@ -62,4 +62,6 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
         return found(*positional, **given)
     # What the user's own class raises about the values that it is given.
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{key}: {config.target}: {error}") from error
+        values = ", ".join(f"{name}={value!r}" for name, value in config.arguments.items())
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{key}: {config.target} fails with {values or 'its defaults'} ({reason})") from error

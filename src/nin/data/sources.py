@@ -259,8 +259,17 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
             tried = "\n  ".join(failures) or "data.mirrors is empty"
             raise UserError(
                 f"{name} of {data.name} is not in {raw_folder(data)} and could not be downloaded:\n  {tried}\n"
-                "Without network: copy the four unpacked files\n  "
-                + "\n  ".join([*FILES, *([] if data.name in PUBLISHED else [f"{RECORDED} (of sha256sum)"])])
+                "Without network: copy the unpacked files\n  "
+                + "\n  ".join(
+                    [
+                        *FILES,
+                        *(
+                            []
+                            if data.name in PUBLISHED
+                            else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
+                        ),
+                    ]
+                )
                 + f"\ninto {raw_folder(data)}, or set NIN_DATA to the folder that holds "
                 f"{raw_folder(data).parent.name}/raw; or use data=garments, which needs no download."
             )

@@ -19,8 +19,8 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     """Prints the result of a finished run, its folder, and the command that opens TensorBoard on the runs around it."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
-    for name in ("test/acc", "test/loss", "val/acc", "val/loss"):
-        if result["metrics"][name] is not None:
+    for name in ("test/acc", "test/top5_acc", "test/loss", "val/acc", "val/loss"):
+        if result["metrics"].get(name) is not None:
             table.add_row(name, f"{result['metrics'][name]:.4f}")
     if tested := result.get("best_weights_sha256"):
         table.add_row("tested weights" if result["metrics"]["test/acc"] is not None else "best weights", tested[:16])
@@ -42,6 +42,8 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
         confusion: an integer matrix, ``(classes, classes)``: rows are true classes, columns predicted classes.
     """
     print(f"test/acc  {metrics['test/acc']}\ntest/loss {metrics['test/loss']}")
+    if "test/top5_acc" in metrics:  # with many classes
+        print(f"test/top5_acc {metrics['test/top5_acc']}")
     names = [printable(name) for name in metrics["test/acc_by_class"]]
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
