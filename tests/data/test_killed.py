@@ -121,13 +121,13 @@ def test_killed_at_random(photos: Path, expected: dict[str, Any], tmp_path: Path
         deaths["training" if decoded else "decoding"] += 1
         if decoded:
             break
-    log = folder / "nin.log"
+    last = folder / "checkpoints/last.ckpt"
     while deaths["training"] < 8 and not (folder / "result.json").exists():
+        before = last.stat().st_mtime_ns if last.exists() else 0
         with Killed("-m", "nin", "train", *command, cwd=tmp_path) as process:
-            logged = log.stat().st_size if log.exists() else 0
-            while process.poll() is None and (not log.exists() or log.stat().st_size == logged):
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.5))
+            while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == before):
+                time.sleep(0.001)  # until a step is saved that the process before this one had not saved
+            time.sleep(draw.uniform(0, 0.05))
             deaths["training"] += process.poll() is None
     done = nin("train", *command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
