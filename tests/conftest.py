@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+# Before torch is imported. Threads that wait without a core for it would take the core from those that compute.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests run side by side: with all threads each they would wait for one another. Before torch is imported.
+    # Tests run side by side: with all threads each they would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from helpers import SMALL

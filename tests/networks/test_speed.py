@@ -38,14 +38,20 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     [
         # Batches of 30 images: micro-batches of 7, 7, 7, 7 and 2.
         ("model=nin", "data.image_size=67", "speed.micro_batch=7"),
-        (
-            "model=nin",
-            "data.image_size=99",
-            "speed.micro_batch=16",
-            "trainer.accumulate_grad_batches=2",
-            "optimizer.momentum=0.9",
+        pytest.param(
+            (
+                "model=nin",
+                "data.image_size=99",
+                "speed.micro_batch=16",
+                "trainer.accumulate_grad_batches=2",
+                "optimizer.momentum=0.9",
+            ),
+            marks=pytest.mark.long,
         ),
-        ("model=vgg", "data.image_size=32", "speed.micro_batch=4", "trainer.limit_train_batches=3"),
+        pytest.param(
+            ("model=vgg", "data.image_size=32", "speed.micro_batch=4", "trainer.limit_train_batches=3"),
+            marks=pytest.mark.long,
+        ),
         ("model=alexnet", "data.image_size=65", "speed.micro_batch=11", "trainer.limit_train_batches=3"),
     ],
 )

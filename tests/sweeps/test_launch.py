@@ -344,6 +344,7 @@ def release() -> Iterator[Callable[[], None]]:
 ON_SLURM = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=1"]
 
 
+@pytest.mark.xdist_group("slurm")
 @pytest.mark.long
 def test_slurm_jobs_that_are_stopped_go_back_and_end_with_the_same_weights(
     tmp_path: Path, data_root: Path, release: Callable[[], None]
@@ -367,6 +368,7 @@ def test_slurm_jobs_that_are_stopped_go_back_and_end_with_the_same_weights(
         assert found[f"seed={seed}"]["weights_sha256"] == weights
 
 
+@pytest.mark.xdist_group("slurm")
 @pytest.mark.long
 def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
     tmp_path: Path, data_root: Path, release: Callable[[], None]

@@ -107,16 +107,18 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
     [
         "schedule=one_cycle data.augment=flip_shift",
         "schedule=constant optimizer=sgd optimizer.lr=0.1 optimizer.momentum=0.9 checkpoint.every_n_steps=3",
-        "schedule=cosine trainer.accumulate_grad_batches=2 trainer.limit_train_batches=7",
+        pytest.param(
+            "schedule=cosine trainer.accumulate_grad_batches=2 trainer.limit_train_batches=7", marks=pytest.mark.long
+        ),
         "trainer.val_check_interval=0.5 checkpoint.every_n_steps=1",
-        "trainer.check_val_every_n_epoch=2",
-        "trainer.limit_val_batches=0",
+        pytest.param("trainer.check_val_every_n_epoch=2", marks=pytest.mark.long),
+        pytest.param("trainer.limit_val_batches=0", marks=pytest.mark.long),
         "trainer.max_steps=9",
-        "data.val_size=0 data.score_each_epoch=test",
+        pytest.param("data.val_size=0 data.score_each_epoch=test", marks=pytest.mark.long),
         "callbacks=early_stopping callbacks.early_stopping.patience=1 trainer.max_epochs=5",
         # The eighth batch is of a validation, for which Lightning has exchanged the weights for their average.
         "callbacks=ema callbacks.ema.decay=0.9",
-        "model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2",
+        pytest.param("model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2", marks=pytest.mark.long),
         # The eighth batch is of a validation between two batches whose gradients are added up.
         "trainer.accumulate_grad_batches=2 trainer.limit_train_batches=9 trainer.val_check_interval=7",
         # Asked to end after two epochs, it goes on for two more.
@@ -565,10 +567,10 @@ def test_interrupted_at_every_batch_it_is_the_same_run(
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-@pytest.mark.parametrize("data", ["garments", "fashion_mnist"])
-def test_twenty_deaths(tmp_path: Path, data_root: Path, request: pytest.FixtureRequest, data: str) -> None:
-    root = request.getfixturevalue("real_root") if data == "fashion_mnist" else data_root
-    there = {"cwd": tmp_path, "NIN_DATA": str(root)}
+def test_twenty_deaths(tmp_path: Path, data_root: Path) -> None:
+    real = os.environ.get("NIN_DATA")  # on real images where they are
+    data = "fashion_mnist" if real and (Path(real) / "FashionMNIST" / "raw").is_dir() else "garments"
+    there = {"cwd": tmp_path, "NIN_DATA": real if real and data == "fashion_mnist" else str(data_root)}
     asked = [
         *LONGER,
         f"data={data}",
