@@ -11,6 +11,6 @@ A module imports only from the modules below it:
     search_report  the answer of a search
     study          what is proposed for a trial of a search, and where trials are stored
     claims, space  which process works on which trial; Hydra's syntax for spaces as Optuna's distributions
-    chart          the picture of a sweep
+    chart          the picture of a sweep or a search
     jobs           the jobs of a sweep and their folders
 """

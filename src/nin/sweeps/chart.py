@@ -1,13 +1,18 @@
-"""The chart of a sweep: the final values on the left, the curves over training on the right."""
+"""The chart of a sweep: the final values on the left, the curves over training on the right; Optuna's of a search."""
 
+import contextlib
+import io
 import statistics
 import textwrap
+import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import Row, read_epochs
 
 if TYPE_CHECKING:
+    import optuna
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -143,3 +148,42 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def draw_study(study: "optuna.Study", path: Path) -> None:
+    """Optuna's own pictures, one after another in one file: history, importances, parallel coordinates."""
+    from matplotlib import image, pyplot, rc_context
+    from matplotlib.figure import Figure
+    from optuna.importance import FanovaImportanceEvaluator
+    from optuna.visualization import matplotlib as pictures
+
+    evaluator = FanovaImportanceEvaluator(seed=0)
+    plots = (
+        lambda: pictures.plot_optimization_history(study, target_name="val/acc"),
+        lambda: pictures.plot_param_importances(study, evaluator=evaluator, target_name="val/acc"),
+        lambda: pictures.plot_parallel_coordinate(study, target_name="val/acc"),
+    )
+    parts = []
+    pyplot.switch_backend("Agg")
+    with warnings.catch_warnings(), rc_context():  # they change matplotlib's style
+        warnings.simplefilter("ignore")  # Optuna's pictures are marked experimental
+        for plot in plots:
+            with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError, IndexError):  # too few trials
+                figure = plot().get_figure(root=True)
+                assert figure is not None
+                figure.set_size_inches(9, 5)
+                buffer = io.BytesIO()
+                figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+                parts.append(image.imread(io.BytesIO(buffer.getvalue())))
+        pyplot.close("all")
+    heights = [part.shape[0] / part.shape[1] for part in parts] or [0.5]
+    whole = Figure(figsize=(9, 9 * sum(heights)), layout="constrained")
+    for axes, part in zip(
+        whole.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat, parts, strict=False
+    ):
+        axes.imshow(part)
+    for axes in whole.axes:
+        axes.axis("off")
+    temporary = path.with_name(".summary.png.tmp")
+    whole.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)

@@ -25,6 +25,7 @@ from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to
 from nin.runs.folder import RunFolder, write_atomically
+from nin.sweeps.chart import draw_study
 from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
 
@@ -146,22 +147,26 @@ def _row(trial: FrozenTrial) -> list[str]:
 
 
 def _print_table(console: Console, rows: list[list[str]]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in _short(rows[0]):
-        table.add_column(name, overflow="fold")
-    for row in rows[1:]:
-        table.add_row(
-            *(f"{float(cell):.4g}" if i > 3 and _is_long_number(cell) else cell for i, cell in enumerate(row))
-        )
+    """A column for each searched key if the terminal is wide enough, otherwise one for all of them."""
+    header, *lines = [[_three_digits(cell) if i > 3 else cell for i, cell in enumerate(row)] for row in rows]
+    header = _short(header)
+    gap = 2  # characters between columns
+    if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) - gap > console.width:
+        pairs = [" ".join(f"{k}={v}" for k, v in zip(header[4:], line[4:], strict=False) if v) for line in lines]
+        header, lines = [*header[:4], "values"], [[*line[:4], pair] for line, pair in zip(lines, pairs, strict=True)]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0))
+    for i, name in enumerate(header):
+        table.add_column(name, no_wrap=i < 4, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
 
 
-def _is_long_number(text: str) -> bool:
+def _three_digits(cell: str) -> str:
     try:
-        float(text)
+        return f"{float(cell):.3g}" if len(cell) > 5 else cell
     except ValueError:
-        return False
-    return len(text) > 8
+        return cell
 
 
 def describe_answer(
@@ -258,42 +263,3 @@ def _write(
         draw_study(study, folder / "summary.png")
         written += ", summary.png, best.yaml"
     print(f"summary:    {format_path(folder)}/{written}")
-
-
-def draw_study(study: optuna.Study, path: Path) -> None:
-    """Optuna's own pictures, one after another in one file: history, importances, parallel coordinates."""
-    from matplotlib import image, pyplot, rc_context
-    from matplotlib.figure import Figure
-    from optuna.importance import FanovaImportanceEvaluator
-    from optuna.visualization import matplotlib as pictures
-
-    evaluator = FanovaImportanceEvaluator(seed=0)
-    plots = (
-        lambda: pictures.plot_optimization_history(study, target_name="val/acc"),
-        lambda: pictures.plot_param_importances(study, evaluator=evaluator, target_name="val/acc"),
-        lambda: pictures.plot_parallel_coordinate(study, target_name="val/acc"),
-    )
-    parts = []
-    pyplot.switch_backend("Agg")
-    with warnings.catch_warnings(), rc_context():  # they change matplotlib's style
-        warnings.simplefilter("ignore")  # Optuna's pictures are marked experimental
-        for plot in plots:
-            with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError, IndexError):  # too few trials
-                figure = plot().get_figure(root=True)
-                assert figure is not None
-                figure.set_size_inches(9, 5)
-                buffer = io.BytesIO()
-                figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-                parts.append(image.imread(io.BytesIO(buffer.getvalue())))
-        pyplot.close("all")
-    heights = [part.shape[0] / part.shape[1] for part in parts] or [0.5]
-    whole = Figure(figsize=(9, 9 * sum(heights)), layout="constrained")
-    for axes, part in zip(
-        whole.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat, parts, strict=False
-    ):
-        axes.imshow(part)
-    for axes in whole.axes:
-        axes.axis("off")
-    temporary = path.with_name(".summary.png.tmp")
-    whole.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
