@@ -60,8 +60,10 @@ def main(arguments: list[str]) -> int:
 
 
 def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
-    from nin.data.decoding import ImageError
+    from nin.data.decoding import ImageError, silence_pillow
     from nin.deploy.images import has_light_border, iterate
+
+    silence_pillow()
 
     description = network.description
     writer = {True: _JSON, False: _CSV if args.csv else _Rows}[args.json](description.class_names, args.top)

@@ -16,9 +16,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
 
-# About damaged metadata, and about many pixels, for which `MAX_PIXELS` is the limit.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-
 
 class ImageError(ValueError):
     """The content is not an image that can be decoded; the message gives the reason."""
@@ -26,6 +23,11 @@ class ImageError(ValueError):
 
 class ImageTooLargeError(ImageError):
     """The image has more pixels than allowed; raised before they are decoded."""
+
+
+def silence_pillow() -> None:
+    """Hides warnings about damaged metadata, and about many pixels, for which `MAX_PIXELS` is the limit."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def decode(

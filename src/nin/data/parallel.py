@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
-from nin.data.decoding import Chunk, decode_chunk
+from nin.data.decoding import Chunk, decode_chunk, silence_pillow
 from nin.data.folder import PARTS, Listing
 
 _CHUNK = 256  # images per chunk, at most
@@ -28,6 +28,7 @@ _SAMPLE = 32  # images from which the number of channels is guessed
 
 def decode_folder(data: FolderData, listing: Listing, images: Path) -> tuple[int, dict[str, str]]:
     """Decodes all files of ``listing`` into ``images``; returns the number of channels and the broken files."""
+    silence_pillow()
     files = [file for part in PARTS for file in listing.files.get(part, [])]
     names = ["" if file.name in listing.broken else file.name for file in files]
     processes = 1 if sum(file.size for file in files) < _FEW_BYTES else _count_cores()
@@ -89,7 +90,7 @@ def _run(chunks: list[Chunk], processes: int) -> Generator[tuple[Chunk, dict[str
         return
     # Started anew, and not forked: this process has threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes - 1, context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(processes - 1, context, initializer=_start_worker)
     try:
         waiting = {pool.submit(decode_chunk, chunk): chunk for chunk in chunks}
         while waiting:
@@ -109,8 +110,9 @@ def _run(chunks: list[Chunk], processes: int) -> Generator[tuple[Chunk, dict[str
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent() -> None:
+def _start_worker() -> None:
     """A process ends when its parent does, also when that is killed; only the parent reacts to Ctrl-C."""
+    silence_pillow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all processes
     parent: Any = multiprocessing.parent_process()
 

@@ -12,6 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from nin.config.schema import UserError
+from nin.data.decoding import silence_pillow
 from nin.deploy.service import Service
 
 # A request's head has this long to arrive; a connection that is kept open without requests, as long.
@@ -115,6 +116,7 @@ def run(service: Service, listener: socket.socket) -> int:
     server = _Server(config)
     server.on_stop = lambda: setattr(service, "stopping", True)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a client's malformed form is no event here
+    silence_pillow()
     gc.collect()
     gc.freeze()  # what is loaded by now stays, and need not be looked through again and again
     try:
