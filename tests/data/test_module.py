@@ -91,9 +91,9 @@ def test_the_data_module_works_without_a_trainer(settings: Callable[..., Setting
 
 def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "root", {"train": 8, "val": 2})
-    module = ImageDataModule(folder_data(root, image_size=6, batch_size=5), seed=0)
+    module = ImageDataModule(folder_data(root, image_size=6, batch_size=5))
     module.prepare_data()
-    module.setup("fit")
+    module.setup()
     images, labels = next(iter(module.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((5, 12, 12, 3), torch.uint8, torch.int64)
     assert module.prepare_images(images).shape == (5, 3, 6, 6)

@@ -115,7 +115,7 @@ class ImageDataModule(LightningDataModule):
         notes: for the result: which parts were split off the training images. Empty for the published data sets.
     """
 
-    def __init__(self, data: Data | FolderData, seed: int, is_prepared: bool = False):
+    def __init__(self, data: Data | FolderData, seed: int = 0, is_prepared: bool = False):
         super().__init__()
         self.data, self.seed, self.is_prepared = data, seed, is_prepared
         self.info = describe(data)
@@ -128,7 +128,7 @@ class ImageDataModule(LightningDataModule):
             prepare(self.data)
         self.is_prepared = True
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str | None = None) -> None:
         if isinstance(self.data, FolderData):
             self._setup_folder(self.data)
             return
