@@ -93,6 +93,12 @@ def run(name: str, arguments: list[str]) -> int:
     except PermissionError as error:  # somebody else's run
         print(f"nin {name}: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        exports = "without torch nin predict, nin eval and nin serve take exported .onnx files only"
+        print(f"nin {name}: needs torch and the project's other dependencies; {exports}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
