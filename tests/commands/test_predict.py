@@ -84,6 +84,14 @@ def test_json_goes_to_a_file_while_the_bar_is_on_a_terminal(export: Path, pictur
     os.close(terminal)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_error(export: Path, pictures: Path, closed: str) -> None:
+    command = [sys.executable, "-m", "nin", "predict", str(export), str(pictures), "--csv"]
+    run = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout.count(b"\n") == (0 if closed == ">&-" else 4)
+
+
 def test_an_idx_file_and_standard_input(
     export: Path,
     data_root: Path,
