@@ -25,13 +25,14 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of ``nin`` and ``python -m nin``."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in: nin … >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open to the end
         with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # characters that ASCII or Latin-1 lacks
+            getattr(sys, name).reconfigure(errors="replace")  # characters that ASCII or Latin-1 lacks
     try:
         status = dispatch()
-        if sys.stdout is not None:  # closed by the caller
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         if error.filename is not None:  # of a file, not of standard output
             raise
@@ -92,6 +93,12 @@ def run(name: str, arguments: list[str]) -> int:
         return 2
     except PermissionError as error:  # somebody else's run
         print(f"nin {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        exports = "without torch nin predict, nin eval and nin serve take exported .onnx files only"
+        print(f"nin {name}: needs torch and the project's other dependencies; {exports}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -3,7 +3,11 @@
 import csv
 import io
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +54,42 @@ def test_csv_and_table(run_folder: Path, pictures: Path, capfd: pytest.CaptureFi
     header, line = capfd.readouterr().out.splitlines()
     assert header.split() == ["image", "class", "2."]
     assert f"{row['class']} {float(row['probability']):.4f}" in line
+
+
+def test_a_long_table_has_one_header_and_ends_with_its_reader(export: Path, data_root: Path) -> None:
+    """The columns stay where they are over all windows, and ``nin predict … | head`` is no error."""
+    idx = data_root / "Garments" / "raw" / "t10k-images-idx3-ubyte"
+    command = [sys.executable, "-m", "nin", "predict", str(export), str(idx)]
+    whole = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = whole.stdout.splitlines()
+    assert (whole.returncode, len(lines), whole.stdout.count("image  ")) == (0, 2001, 1)
+    assert {line.index("]  ") for line in lines[1001:]} == {len(f"{idx}[1000]") - 1}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline().split() == ["image", "class", "2.", "3."]
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 141
+
+
+def test_json_goes_to_a_file_while_the_bar_is_on_a_terminal(export: Path, pictures: Path) -> None:
+    terminal, stderr = pty.openpty()
+    command = [sys.executable, "-m", "nin", "predict", str(export), str(pictures), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr) as process:
+        os.close(stderr)
+        out, _ = process.communicate(timeout=120)
+    assert len(json.loads(out)) == 3
+    assert b" images" in os.read(terminal, 10_000)
+    os.close(terminal)
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_is_no_error(export: Path, pictures: Path, closed: str) -> None:
+    command = [sys.executable, "-m", "nin", "predict", str(export), str(pictures), "--csv"]
+    run = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert run.stdout.count(b"\n") == (0 if closed == ">&-" else 4)
 
 
 def test_an_idx_file_and_standard_input(

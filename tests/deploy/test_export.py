@@ -1,5 +1,6 @@
 """An export gives what the checkpoint gives, is one self-contained file, and is data only."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 import nin
+from nin.commands.eval import evaluate_export
 from nin.config.schema import UserError
-from nin.deploy.onnx_model import load_onnx
+from nin.deploy.onnx_model import load_onnx, metadata_of
+from pictures import folder_data
 
 onnx = pytest.importorskip("onnx")
 
@@ -122,6 +125,22 @@ def test_an_export_without_maps_says_so(export: Path, tmp_path: Path) -> None:
         network.maps(images)
 
 
+def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_path: Path) -> None:
+    """The file names no path, and nobody's folder is called as the default is."""
+    folder = folder_data(Path("data")).model_dump(mode="json")
+
+    def trained_on_a_folder(model: "onnx.ModelProto") -> None:
+        known = nin.load(export).description
+        changed = dataclasses.replace(known, settings=known.settings | {"data": folder})
+        onnx.helper.set_model_props(model, metadata_of(changed))
+
+    path = _change(export, tmp_path / "m.onnx", trained_on_a_folder)
+    with pytest.raises(UserError, match=r"its run's images were in a folder; say where they are: data.root=…$"):
+        evaluate_export(path, [])
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        evaluate_export(path, ["data.root=nowhere"])
+
+
 def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tmp_path: Path) -> None:
     def custom(model: "onnx.ModelProto") -> None:
         model.graph.node[0].domain = "evil"
@@ -144,7 +163,9 @@ def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tm
         load_onnx(tmp_path / "nowhere.onnx")
 
 
-def test_predict_and_eval_of_an_export_import_no_torch(export: Path, data_root: Path, tmp_path: Path) -> None:
+def test_predict_and_eval_of_an_export_import_no_torch(
+    run_folder: Path, export: Path, data_root: Path, tmp_path: Path
+) -> None:
     from PIL import Image
 
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
@@ -154,9 +175,14 @@ sys.modules.update(dict.fromkeys(("torch", "torchvision", "lightning", "onnx", "
 from nin.commands import eval, predict
 assert predict.main([{str(export)!r}, {str(tmp_path / "a.png")!r}, "--maps", {str(tmp_path / "maps")!r}]) == 0
 eval.main([{str(export)!r}, "data.root={data_root}"])
+from nin import cli
+sys.argv = ["nin", "predict", {str(run_folder)!r}, {str(tmp_path / "a.png")!r}]
+cli.main()
 """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 2
+    assert run.stderr.startswith("nin predict: needs torch and the project's other dependencies; without torch ")
+    assert run.stderr.count("\n") == 1
     accuracy = nin.load(export).description.more["check"]["accuracy"]
     assert f"test/acc  {accuracy}\n" in run.stdout
     assert (tmp_path / "maps").exists()

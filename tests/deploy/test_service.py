@@ -114,6 +114,36 @@ def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(server: S
             assert answer.read().startswith(b"HTTP/1.1 408")
 
 
+def test_a_client_that_reads_after_it_has_sent_all_gets_the_413(server: Server) -> None:
+    for head in (b"Content-Length: 3900000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n3B8260\r\n"):
+        with socket.create_connection(("127.0.0.1", server.port), 30) as client:
+            client.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\n" + head)
+            for _ in range(3):
+                client.sendall(bytes(1_300_000))
+                time.sleep(0.1)
+            client.sendall(b"\r\n0\r\n\r\n" if b"chunked" in head else b"")
+            assert client.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_large_uploads_fill_no_more_memory_than_allowed_and_small_ones_are_answered(server: Server) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n"
+    with contextlib.ExitStack() as clients:
+        large = [clients.enter_context(socket.create_connection(("127.0.0.1", server.port), 30)) for _ in range(20)]
+        for client in large:  # 38 MB of bodies that never end; the limit is 16 times 2 MB
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                client.sendall(head + bytes(1_900_000))
+        assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
+        statuses = []
+        for client in large:
+            try:
+                statuses.append(client.recv(100)[9:12])
+            except ConnectionResetError:  # refused before all was sent
+                statuses.append(b"503")
+    assert set(statuses) == {b"408", b"503"}
+    assert statuses.count(b"503") >= 4
+    assert server.request("POST", "/predict", bytes(1_900_000))[0] == 400  # no image, but there is room for it
+
+
 def test_an_endless_head_is_refused(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port), 30) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nX-Long: ")

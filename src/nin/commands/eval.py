@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import Settings
+from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
 from nin.deploy.loading import find_checkpoint, is_export
@@ -68,6 +68,9 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     from nin.deploy.scoring import evaluate, load_part
 
     stored = ignore_stored_paths(settings_of(load_onnx(path).description, path))
+    # An export names no path of the machine that wrote it, and a folder of images has no default place.
+    if isinstance(stored.data, FolderData) and not any(given.startswith("data.root=") for given in overrides):
+        raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")
     settings = apply_overrides(stored, overrides, (*(key for key in MAY_CHANGE if key.startswith("data.")), "threads"))
     with log_to(None):
         prepare(settings.data)

@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
             console=errors,
             transient=True,
             disable=not sys.stderr.isatty(),
+            redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
         ) as progress,
     ):
         from nin.deploy.export import Exporter, ExportError

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 
+from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import log_to, silence_known_warnings
 
@@ -71,7 +72,14 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     found, broken, light = 0, 0, 0
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
-    with Progress(*columns, console=errors, transient=True, disable=not sys.stderr.isatty()) as progress:
+    with Progress(
+        *columns,
+        console=errors,
+        transient=True,
+        # Rows of a program's format that appear on the same terminal show the progress.
+        disable=not sys.stderr.isatty() or ((args.json or args.csv) and sys.stdout.isatty()),
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
+    ) as progress:
         bar = progress.add_task("", total=None)
         for window in _windows(iterate(args.images, description.form, sys.stdin.buffer)):
             images = [image for _, image in window if not isinstance(image, ImageError)]
@@ -152,30 +160,32 @@ class _MapNames:
 
 
 class _Rows:
-    """A table for people, printed at the end."""
+    """A table for people, printed as the images are done."""
 
     def __init__(self, class_names: list[str], top: int):
-        self.class_names, self.top, self.rows = class_names, min(top, len(class_names)), list[tuple[str, ...]]()
+        self.class_names, self.rows = class_names, list[tuple[str, ...]]()
+        top = min(top, len(class_names))
+        self.header = [("image", "class", *(f"{i + 2}." for i in range(top - 1)))]
+        # A class's cell ends in a probability of 6 characters.
+        self.widths = [len("image"), *[max(map(cell_len, class_names)) + 7] * top]
 
     def add(self, name: str, probabilities: "np.ndarray") -> None:
-        best = (-probabilities).argsort(kind="stable")[: self.top]
-        self.rows.append((name, *(f"{self.class_names[i]} {probabilities[i]:.4f}" for i in best)))
+        best = (-probabilities).argsort(kind="stable")[: len(self.widths) - 1]
+        self.rows.append((printable(name), *(f"{self.class_names[i]} {probabilities[i]:.4f}" for i in best)))
+        if len(self.rows) == WINDOW:
+            self.finish()
 
     def add_error(self, name: str, error: str) -> None:
         """The message on standard error is enough."""
 
     def finish(self) -> None:
+        """Prints what is not printed yet."""
         if not self.rows:
             return
-        table = Table("image", box=None, header_style="bold")
-        for i in range(self.top):
-            table.add_column("class" if i == 0 else f"{i + 1}.")
-        for row in self.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row))
-        console = Console(highlight=False)
-        if not console.is_terminal:  # a pipe has no width
-            console.width = 10_000
-        console.print(table)
+        self.widths[0] = max(self.widths[0], *(cell_len(row[0]) for row in self.rows))
+        rows = [*self.header, *self.rows]
+        print("\n".join("  ".join(map(set_cell_size, row, self.widths)).rstrip() for row in rows))
+        self.rows, self.header = [], []
 
 
 class _JSON:

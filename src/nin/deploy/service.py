@@ -27,6 +27,8 @@ from nin.deploy.trained import Scores, TrainedNetwork
 PAGES = Path(__file__).parent / "pages"
 # Below this many pixels an image is decoded at once: handing it to a thread would take longer.
 SMALL_PIXELS = 100_000
+# Below this many bytes a body is read even where large ones fill the memory.
+SMALL_BYTES = 500_000
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body; 413 above.
+        all_body_bytes: of all bodies that arrive or wait to be decoded; 503 above for those that are not small.
         pixels: of one image; 413 above.
         waiting_images, waiting_pixels: of all images that wait; 503 above.
         body_seconds: until a request's body has arrived; 408 after.
@@ -42,6 +45,7 @@ class Limits:
     """
 
     body_bytes: int = 20_000_000
+    all_body_bytes: int = 320_000_000
     pixels: int = 25_000_000
     waiting_images: int = 256
     waiting_pixels: int = 100_000_000
@@ -59,6 +63,7 @@ class Service:
     def __init__(self, network: TrainedNetwork, limits: Limits, key: str | None):
         self.network, self.limits, self.key = network, limits, key
         self.stopping = False
+        self.body_bytes = 0  # of all bodies that arrive or wait to be decoded
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter("nin_requests", "Requests for predictions.", ["status"], registry=self.registry)
@@ -123,9 +128,8 @@ class Service:
             raise _RefusedError(400, "this network's export has no score maps")
         if self.batcher.images >= self.limits.waiting_images:
             raise _overloaded()  # before the upload is read
-        body = await self._read_body(request)
         try:
-            image = await self._decode(body)
+            image = await self._receive(request)
             image = 255 - image if invert else image
             async with asyncio.timeout(self.limits.answer_seconds):
                 scores = await self.batcher.score(image, maps)
@@ -153,28 +157,42 @@ class Service:
             answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in order[:top]}
         return answer
 
-    async def _read_body(self, request: Request) -> bytes:
-        limit = self.limits.body_bytes
+    async def _receive(self, request: Request) -> np.ndarray:
+        parts: list[bytes] = []
+        try:
+            await self._read_body(request, parts)
+            body = b"".join(parts)
+            if request.headers.get("content-type", "").startswith("multipart/form-data"):
+                body = await _first_file(request, body)
+            elif not body:
+                raise _RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
+            return await self._decode(body)
+        finally:
+            self.body_bytes -= sum(map(len, parts))
+
+    async def _read_body(self, request: Request, parts: list[bytes]) -> None:
+        """Adds what arrives to ``parts`` and to the bytes of all bodies."""
+        limit, size = self.limits.body_bytes, 0
         too_large = _RefusedError(413, f"the body is too large: the limit is {limit:,} bytes", {"connection": "close"})
         declared = request.headers.get("content-length", "")
-        if declared.isdigit() and int(declared) > limit:
+        if declared.isdigit() and int(declared) > 2 * limit:
             raise too_large
-        parts, size = [], 0
         try:
             async with asyncio.timeout(self.limits.body_seconds):
                 async for part in request.stream():
-                    parts.append(part)
                     size += len(part)
-                    if size > limit:
+                    if size > 2 * limit:
                         raise too_large
+                    if size > limit:  # most clients read no answer before all is sent
+                        continue
+                    if size > SMALL_BYTES and self.body_bytes + len(part) > self.limits.all_body_bytes:
+                        raise _overloaded()
+                    parts.append(part)
+                    self.body_bytes += len(part)
         except TimeoutError:
             raise _RefusedError(408, "the body did not arrive in time", {"connection": "close"}) from None
-        body = b"".join(parts)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            return await _first_file(request, body)
-        if not body:
-            raise _RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
-        return body
+        if size > limit:
+            raise too_large
 
     async def _decode(self, body: bytes) -> np.ndarray:
         opened, form = open_image(body, self.limits.pixels), self.network.description.form

@@ -1,0 +1,97 @@
+"""Every test image: checkpoint, `nin predict`, export and service give the same class and the same probabilities."""
+
+import concurrent.futures
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import nin
+from deploy.server import serve
+from helpers import nin as run_nin
+from nin.commands.eval import evaluate_checkpoint, evaluate_export
+from nin.commands.predict import main as predict
+from nin.deploy.pipeline import read_checkpoint
+from nin.deploy.scoring import load_part
+from pictures import write_folder
+
+pytest.importorskip("onnxscript")
+pytest.importorskip("uvicorn")
+
+
+@pytest.fixture(params=["garments", *(pytest.param(name, marks=pytest.mark.long) for name in ("real", "color"))])
+def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """A run's folder, its export, and the folder of its data set."""
+    if request.param == "garments":
+        return tuple(map(request.getfixturevalue, ("run_folder", "export", "data_root")))
+    small = ["experiment=cpu", "trainer=cpu", "threads=1", "trainer.max_epochs=1", "trainer.limit_train_batches=100"]
+    if request.param == "real":
+        root = request.getfixturevalue("real_root")
+    else:  # wider than the network's images: files are cropped and resized when they are decoded
+        root = write_folder(tmp_path / "photos", {"train": 100, "test": 70}, size=40)
+        small += ["data=folder", "data.image_size=28", "data.batch_size=16", f"data.cache={tmp_path / 'cache'}"]
+    for command in (["train", *small, f"data.root={root}", "name=small"], ["export", "outputs/runs/small"]):
+        done = run_nin(*command, cwd=tmp_path, NIN_DATA=str(root))
+        assert done.returncode == 0, done.stderr
+    run = tmp_path / "outputs" / "runs" / "small"
+    return run, run / "export" / "model.onnx", root
+
+
+def test_all_test_images_have_one_class_and_one_set_of_probabilities(
+    trained: tuple[Path, Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, export, root = trained
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    overrides = [f"data.root={root}"]
+    float32 = ["trainer=cpu", "trainer.precision=32-true", "trainer.limit_test_batches=1.0"]
+    settings, _, confusion = evaluate_checkpoint(checkpoint, [*overrides, *float32], [])
+    assert np.array_equal(evaluate_export(export, overrides)[2], confusion)
+
+    images, labels = load_part(settings, "test")
+    module, description = read_checkpoint(checkpoint)
+    with torch.no_grad():
+        pixels = torch.tensor(images).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2) / 255
+        expected = np.concatenate([module.score(part).softmax(-1).numpy() for part in pixels.split(128)])
+    assert len(expected) == confusion.sum() >= 210
+    assert len(set(expected.argmax(1))) > 2
+    assert np.array_equal(confusion_of(labels, expected), confusion)
+
+    files = image_files(images, root, tmp_path / "files")
+    found = {"export": nin.load(export).predict(images)}
+    for name, network in (("nin predict", run), ("nin predict of the export", export)):
+        capfd.readouterr()
+        assert predict([str(network), *map(str, files), "--json"]) == 0
+        found[name] = from_json(json.loads(capfd.readouterr().out), description.class_names)
+    with serve(export) as server, concurrent.futures.ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda file: server.request("POST", "/predict", file.read_bytes()), files))
+        assert {status for status, _, _ in answers} == {200}
+        found["service"] = from_json([answer for _, answer, _ in answers], description.class_names)
+    for name, probabilities in found.items():
+        assert np.array_equal(probabilities.argmax(1), expected.argmax(1)), name
+        np.testing.assert_allclose(probabilities, expected, rtol=0, atol=1e-5, err_msg=name)
+
+
+def confusion_of(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    confusion = np.zeros((probabilities.shape[1],) * 2, int)
+    np.add.at(confusion, (labels, probabilities.argmax(1)), 1)
+    return confusion
+
+
+def image_files(images: np.ndarray, root: Path, folder: Path) -> list[Path]:
+    """The files of the test images: the data set's own, or PNG files of its arrays."""
+    if (root / "test").is_dir():
+        return sorted((root / "test").glob("*/*.png"))
+    folder.mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:05}.png")
+    return sorted(folder.iterdir())
+
+
+def from_json(rows: list[dict[str, Any]], class_names: list[str]) -> np.ndarray:
+    """Probabilities ``(images, classes)``, after the check that the class of each row is the most probable one."""
+    assert all(row["class"] == max(row["probabilities"], key=row["probabilities"].get) for row in rows)
+    return np.array([[row["probabilities"][name] for name in class_names] for row in rows])
