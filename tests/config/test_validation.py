@@ -132,6 +132,17 @@ def test_errors_of_early_stopping_are_reported_together() -> None:
     )
 
 
+def test_a_monitored_metric_of_another_type_is_reported_once() -> None:
+    assert refused("callbacks=early_stopping", "callbacks.early_stopping.monitor=null") == (
+        "callbacks.early_stopping.monitor=null: must be a valid string",
+    )
+
+
+def test_a_callback_without_a_monitored_metric_is_accepted() -> None:
+    target = "+callbacks.x._target_=lightning.pytorch.callbacks.ModelCheckpoint"
+    assert "x" in validate(compose_config([target, "+callbacks.x.monitor=null"])).callbacks
+
+
 def test_test_images_do_not_decide_when_training_ends() -> None:
     on_test = ("callbacks=early_stopping", "data.score_each_epoch=test", "callbacks.early_stopping.monitor=test/acc")
     assert refused(*on_test) == (

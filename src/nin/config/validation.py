@@ -249,9 +249,9 @@ def require_monitored_metrics(settings: Settings) -> Iterator[str]:
     # The user's own callback may log metrics of its own.
     closed = all(str(c.get("_target_")).startswith(("nin.", "lightning.")) for c in settings.callbacks.values())
     for name, callback in settings.callbacks.items():
-        if "monitor" not in callback:
+        monitor = callback.get("monitor")
+        if not isinstance(monitor, str):  # null: the callback's own default, or reported as of another type
             continue
-        monitor = str(callback["monitor"])
         error = f"callbacks.{name}.monitor={monitor}: "
         if monitor.startswith("test/"):
             yield error + "test images must not decide when training ends; choose val/acc or val/loss"

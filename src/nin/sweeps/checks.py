@@ -1,8 +1,11 @@
 """The jobs of a sweep are checked before the first one starts."""
 
 import importlib.util
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from omegaconf import DictConfig
 
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, Trainer, UserError, is_single_process
@@ -35,6 +38,34 @@ def require_launcher(target: str) -> None:
         raise UserError(
             f"hydra/launcher: its package is not installed; run: python3 -m pip install {_PACKAGES[plugin]}"
         )
+
+
+def require_joblib_arguments(launcher: DictConfig) -> None:
+    """Checks the arguments of the joblib launcher, which reads them when it starts the jobs.
+
+    Raises:
+        UserError: names the argument and what is allowed.
+    """
+    from joblib import Parallel
+
+    arguments = {str(key): launcher[key] for key in launcher if key != "_target_"}
+    if arguments.get("n_jobs") == 0:
+        raise UserError("hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of cores")
+    if arguments.get("backend") not in (None, "loky"):
+        raise UserError(
+            f"hydra.launcher.backend={arguments['backend']}: must be loky or null; jobs can't share a process"
+        )
+    if arguments.get("timeout") is not None:
+        raise UserError(f"hydra.launcher.timeout={arguments['timeout']:g}: must be null; trainer.max_time limits a job")
+    if not re.fullmatch(r"all|\d+|(\d+ ?\* ?)?n_jobs", pre_dispatch := str(arguments.get("pre_dispatch", "all"))):
+        raise UserError(f"hydra.launcher.pre_dispatch={pre_dispatch}: must be all, a number or n_jobs")
+    batch_size = str(arguments.get("batch_size", "auto"))
+    try:
+        Parallel(
+            **arguments | {"backend": "loky", "batch_size": int(batch_size) if batch_size.isdigit() else batch_size}
+        )
+    except ValueError as error:
+        raise UserError(f"hydra.launcher: {error}") from None
 
 
 def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
@@ -75,10 +106,19 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
             except UserError as error:
                 errors |= dict.fromkeys(error.errors)
     if errors:
-        raise UserError(*errors)
+        raise UserError(*once_per_unknown_key(errors))
     if not jobs:
         raise UserError("a key of the sweep has no values, so there are no jobs")
     return checked
+
+
+def once_per_unknown_key(errors: Iterable[str]) -> list[str]:
+    """``errors`` of several jobs without repetitions: a misspelled key is reported with its first value only."""
+    once: dict[str, str] = {}
+    for error in errors:
+        given, is_unknown_key, _ = error.partition(": no such key")
+        once.setdefault(given.partition("=")[0] if is_unknown_key else error, error)
+    return list(once.values())
 
 
 def _require_one_process(trainer: Trainer) -> None:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
-from nin.sweeps.checks import check_jobs, require_launcher
+from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
 from nin.sweeps.search import TARGET, Search
@@ -102,8 +102,8 @@ class Sweep:
             raise UserError("sweep.fail_fast=true: all jobs are submitted before one can fail; leave it out")
         if sweeper.get("max_batch_size") is not None and sweeper.max_batch_size < 1:
             raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be 1 or more, or null")
-        if launcher.get("n_jobs") == 0:
-            raise UserError("hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of cores")
+        if is_joblib(launcher._target_):
+            require_joblib_arguments(launcher)
         if not sweeper._target_.endswith("BasicSweeper"):
             return []  # another sweeper chooses its values while it runs
         return check_jobs(expand_jobs(params, task), on_this_machine=not on_cluster)

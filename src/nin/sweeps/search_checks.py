@@ -14,7 +14,7 @@ from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Positive, Section
-from nin.sweeps.checks import check_jobs
+from nin.sweeps.checks import check_jobs, once_per_unknown_key
 
 if TYPE_CHECKING:
     from nin.sweeps.study import Plan
@@ -149,7 +149,7 @@ def _check_space(space: Any, fixed: list[str], on_this_machine: bool) -> list[Se
             errors.append(error.errors)
     outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in space)]
     if outside:
-        raise UserError(*dict.fromkeys(outside))
+        raise UserError(*once_per_unknown_key(outside))
     if not checked:
         raise UserError(*errors[0])
     return checked
