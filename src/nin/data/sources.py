@@ -257,21 +257,12 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
                 rest.unlink(missing_ok=True)
         else:
             tried = "\n  ".join(failures) or "data.mirrors is empty"
+            sums = [] if data.name in PUBLISHED else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
+            needed, raw = "\n  ".join([*FILES, *sums]), raw_folder(data)
             raise UserError(
-                f"{name} of {data.name} is not in {raw_folder(data)} and could not be downloaded:\n  {tried}\n"
-                "Without network: copy the unpacked files\n  "
-                + "\n  ".join(
-                    [
-                        *FILES,
-                        *(
-                            []
-                            if data.name in PUBLISHED
-                            else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
-                        ),
-                    ]
-                )
-                + f"\ninto {raw_folder(data)}, or set NIN_DATA to the folder that holds "
-                f"{raw_folder(data).parent.name}/raw; or use data=garments, which needs no download."
+                f"{name} of {data.name} is not in {raw} and could not be downloaded:\n  {tried}\nWithout network: copy "
+                f"the unpacked files\n  {needed}\ninto {raw}, or set NIN_DATA to the folder that holds "
+                f"{raw.parent.name}/raw; or use data=garments, which needs no download."
             )
 
 
