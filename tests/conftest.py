@@ -14,10 +14,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: with all threads each they would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from helpers import SMALL
+from helpers import SMALL, nin
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
+from pictures import write_folder
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +85,19 @@ def train_for_a_moment(chosen: Settings, path: Path) -> None:
     content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
     checkpoint = {**content, "global_step": 80, "epoch": 1}
     AtomicCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+@pytest.fixture(scope="session")
+def color_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A color network's run, for tests that take minutes; its images are in ``photos`` beside ``outputs``."""
+    base = tmp_path_factory.mktemp("color")
+    # Larger than the network's images: files are resized when they are decoded.
+    write_folder(base / "photos", {"train": 100, "test": 70}, size=40)
+    overrides = ["experiment=cpu", "trainer=cpu", "threads=1", "trainer.max_epochs=1", "data=folder", "name=small"]
+    overrides += ["data.root=photos", "data.image_size=28", "data.batch_size=16", "data.cache=cache"]
+    done = nin("train", *overrides, cwd=base)
+    assert done.returncode == 0, done.stderr
+    return base / "outputs" / "runs" / "small"
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.commands.predict import main as predict
 from nin.deploy.pipeline import read_checkpoint
 from nin.deploy.scoring import load_part
-from pictures import write_folder
 
 pytest.importorskip("onnxscript")
 pytest.importorskip("uvicorn")
@@ -28,17 +27,18 @@ def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path,
     """A run's folder, its export, and the folder of its data set."""
     if request.param == "garments":
         return tuple(map(request.getfixturevalue, ("run_folder", "export", "data_root")))
-    small = ["experiment=cpu", "trainer=cpu", "threads=1", "trainer.max_epochs=1", "trainer.limit_train_batches=100"]
-    if request.param == "real":
-        root = request.getfixturevalue("real_root")
-    else:  # wider than the network's images: files are cropped and resized when they are decoded
-        root = write_folder(tmp_path / "photos", {"train": 100, "test": 70}, size=40)
-        small += ["data=folder", "data.image_size=28", "data.batch_size=16", f"data.cache={tmp_path / 'cache'}"]
-    for command in (["train", *small, f"data.root={root}", "name=small"], ["export", "outputs/runs/small"]):
-        done = run_nin(*command, cwd=tmp_path, NIN_DATA=str(root))
+    if request.param == "color":
+        run = request.getfixturevalue("color_run")
+        root = run.parents[2] / "photos"
+    else:
+        run, root = tmp_path / "outputs" / "runs" / "real", request.getfixturevalue("real_root")
+        overrides = ["experiment=cpu", "trainer=cpu", "threads=1", "trainer.max_epochs=1", "name=real"]
+        overrides += ["trainer.limit_train_batches=100"]
+        done = run_nin("train", *overrides, cwd=tmp_path, NIN_DATA=str(root))
         assert done.returncode == 0, done.stderr
-    run = tmp_path / "outputs" / "runs" / "small"
-    return run, run / "export" / "model.onnx", root
+    done = run_nin("export", run, "--out", tmp_path / "model.onnx", f"data.root={root}", cwd=run.parents[2])
+    assert done.returncode == 0, done.stderr
+    return run, tmp_path / "model.onnx", root
 
 
 def test_all_test_images_have_one_class_and_one_set_of_probabilities(

@@ -64,24 +64,56 @@ def test_the_pages_onnxruntime_program_runs_with_onnxruntime_and_numpy_alone(exp
 
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++") or not Path("/usr/include/png.h").exists(), reason="no g++ or no libpng")
+@pytest.mark.parametrize("kind", ["gray", "color"])
 def test_the_pages_cpp_program_classifies_as_the_checkpoint(
-    run_folder: Path, tmp_path: Path, test_images: np.ndarray
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from nin.commands.export import main
 
-    assert main([str(run_folder), "--format", "pt2", "--out", str(tmp_path / "model.pt2")]) == 0
+    program = block("cpp", "AOTIModelPackageLoader")
+    if kind == "gray":
+        run_folder, image = request.getfixturevalue("run_folder"), request.getfixturevalue("test_images")[7]
+        root = request.getfixturevalue("data_root")
+    else:
+        run_folder = request.getfixturevalue("color_run")
+        root = run_folder.parents[2] / "photos"
+        image = np.random.default_rng(0).integers(0, 256, (28, 28, 3), dtype=np.uint8)
+        # The changes that the program's comment names.
+        program = program.replace("= PNG_FORMAT_GRAY;", "= PNG_FORMAT_RGB;")
+        program = program.replace("{1, png.height, png.width}", "{1, png.height, png.width, 3}")
+    capfd.readouterr()
+    assert main([str(run_folder), "--format", "pt2", "--out", str(tmp_path / "model.pt2"), f"data.root={root}"]) == 0
+    assert "torch" not in capfd.readouterr().err  # no warnings of the compiler
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.export.pt2", "model.pt2"]
-    (tmp_path / "classify.cpp").write_text(block("cpp", "AOTIModelPackageLoader"))
-    Image.fromarray(test_images[7]).save(tmp_path / "shirt.png")
+    (tmp_path / "classify.cpp").write_text(program)
+    Image.fromarray(image).save(tmp_path / "shirt.png")
     compile_and_run = block("bash", "g++").replace("python3", sys.executable)
     run = subprocess.run(["bash", "-ec", compile_and_run], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     network = nin.load(run_folder)
     found = [line.rsplit(" ", 1) for line in run.stdout.splitlines()]
-    probabilities = network.predict([test_images[7]])[0]
+    probabilities = network.predict([image])[0]
     best = np.argsort(-probabilities)[:3]
     assert [name for name, _ in found] == [network.description.class_names[i] for i in best]
     assert [float(p) for _, p in found] == pytest.approx(probabilities[best].tolist(), abs=1e-5)
+
+
+@pytest.mark.long
+def test_the_model_repository_of_a_color_network_takes_color_images(color_run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+    from google.protobuf import text_format
+
+    from nin.commands.export import main
+
+    root = f"data.root={color_run.parents[2] / 'photos'}"
+    assert main([str(color_run), "--format", "triton", "--out", str(tmp_path / "repository"), root]) == 0
+    folder = tmp_path / "repository" / "small"
+    config = text_format.Parse((folder / "config.pbtxt").read_text(), model_config.ModelConfig())
+    assert list(config.input[0].dims) == [-1, -1, 3]
+    assert [list(output.dims) for output in config.output[:2]] == [[3], [3]]
+    assert (folder / "labels.txt").read_text().split() == ["blue", "green", "red"]
+    assert nin.load(folder / "1" / "model.onnx").predict(np.zeros((1, 50, 40, 3), np.uint8)).shape == (1, 3)
 
 
 def test_openapi_is_valid_json_and_names_the_routes_of_the_service() -> None:
