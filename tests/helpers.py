@@ -36,7 +36,9 @@ def merge(overrides: Iterable[object]) -> list[str]:
 
 
 # Without cached bytecode every process would compile torch and Lightning anew.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYTHONDONTWRITEBYTECODE")}
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
+}
 
 
 def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

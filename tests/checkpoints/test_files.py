@@ -3,6 +3,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,52 @@ def test_a_checkpoint_without_a_valid_checksum_is_damaged(tmp_path: Path) -> Non
             checkpoint_files.read(path)
 
 
+def test_lightning_loads_no_damaged_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CONTENT, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == CONTENT
+    torch.save(CONTENT, path)  # without a checksum
+    with pytest.raises(UserError, match=r"last.ckpt: damaged"):
+        AtomicCheckpointIO().load_checkpoint(path)
+
+
+def resumable(settings: Settings, schedulers: int = 1) -> dict[str, Any]:
+    """All that resuming reads, of a run with ``settings``."""
+    state = {"processes": [{}], "batches": {}, "best": {}, "event_files": {}, "saved_step": 1, "should_stop": False}
+    return CONTENT | {
+        "hyper_parameters": {"settings": settings.model_dump(mode="json")},
+        "optimizer_states": [{}],
+        "lr_schedulers": [{}] * schedulers,
+        "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}},
+        "callbacks": {checkpoint_files.CALLBACK: state, checkpoint_files.METRICS: {"rows": [{}]}},
+    }
+
+
+@pytest.mark.parametrize("value", [None, "x", 1.5])
+@pytest.mark.parametrize("key", ["processes", "batches", "best", "event_files", "saved_step", "should_stop"])
+def test_state_that_resuming_needs_is_named(settings: Callable[..., Settings], key: str, value: object) -> None:
+    checkpoint = resumable(settings())
+    checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
+    checkpoint["callbacks"][checkpoint_files.CALLBACK][key] = value
+    if (key, value) == ("batches", None):  # of a dataloader of the user's own
+        checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
+        return
+    with pytest.raises(UserError, match=rf"last.ckpt: can't be resumed: callbacks.{checkpoint_files.CALLBACK}.{key} "):
+        checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "schedulers"), [("constant", 0, 0), ("constant", 0.5, 1), ("cosine", 0, 1)]
+)
+def test_a_schedule_has_its_state(
+    settings: Callable[..., Settings], schedule: str, warmup: float, schedulers: int
+) -> None:
+    chosen = settings(f"schedule={schedule}", f"schedule.warmup={warmup}")
+    checkpoint_files.require_same_run(resumable(chosen, schedulers), Path("last.ckpt"), chosen, None)
+    with pytest.raises(UserError, match=f"lr_schedulers has {1 - schedulers} entries instead of {schedulers} "):
+        checkpoint_files.require_same_run(resumable(chosen, 1 - schedulers), Path("last.ckpt"), chosen, None)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("global_step", None), ("global_step", "1"), ("hyper_parameters", []), ("state_dict", 5), ("epoch", 1.5)],
@@ -135,6 +182,8 @@ def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
         (torch.zeros(3, 4, dtype=torch.int64), "weight is int64 [3, 4], not float32 [3, 4]"),
         (torch.zeros(3, 4, dtype=torch.bool), "weight is bool [3, 4], not float32 [3, 4]"),
         (torch.full((3, 4), torch.nan), "weight has values that are NaN or infinite"),
+        (torch.tensor([[0.0] * 4] * 2 + [[0.0, torch.nan, 0.0, 0.0]]), "weight has values that are NaN or infinite"),
+        (torch.tensor([[torch.inf] + [0.0] * 3] + [[0.0] * 4] * 2), "weight has values that are NaN or infinite"),
         (torch.full((3, 4), -torch.inf), "weight has values that are NaN or infinite"),
         ([1.0], "weight is a list"),
         (None, "weight is missing"),

@@ -1,5 +1,6 @@
 """`nin export`: arguments, where the file goes, and what is missing."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,15 @@ def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
     with pytest.raises(UserError, match="needs onnx, onnxscript, onnxruntime: python3 -m pip install onnx onnxscript"):
         main([str(run_folder)])
+
+
+@pytest.mark.parametrize("name", ["export", "export/.model.tmp.onnx", "export/triton/labels.txt"])
+def test_a_link_in_a_run_is_not_written_through(run_folder: Path, tmp_path: Path, name: str) -> None:
+    run, target = tmp_path / "run", tmp_path / "target"
+    shutil.copytree(run_folder / "checkpoints", run / "checkpoints")
+    target.mkdir() if name == "export" else target.write_text("precious")
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
+    (run / name).symlink_to(target)
+    with pytest.raises(UserError, match=f"{name}: a symbolic link, which would be written through"):
+        main([str(run)])
+    assert not list(target.iterdir()) if target.is_dir() else target.read_text() == "precious"

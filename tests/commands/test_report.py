@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,6 +51,9 @@ def test_an_unknown_metric_is_refused(sweep: Path, capsys: pytest.CaptureFixture
 
 
 def test_an_output_encoding_without_all_characters_is_enough(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder in list(sweep.iterdir()):  # two seeds have a ±
+        shutil.copytree(folder, second := folder.with_name(f"{folder.name},seed=1"))
+        (second / ".hydra" / "overrides.yaml").write_text(f"- {folder.name}\n- seed=1\n")
     for encoding in ("ascii", "latin-1"):
         output = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, "stdout", output)

@@ -52,6 +52,21 @@ def test_a_config_from_elsewhere_is_refused_until_its_module_is_allowed(
     assert "this" not in sys.modules
 
 
+def test_an_interpolation_in_a_stored_config_is_not_resolved(
+    run: RunFolder, requests: list[RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SECRET", "resolved")
+    config = run.config.read_text()
+    for given, key in (("data.root", "  root: "), ("trainer.accelerator", "  accelerator: ")):
+        before, _, after = config.partition(key)
+        run.config.write_text(f"{before}{key}${{oc.env:SECRET}}\n{after.partition(chr(10))[2]}")
+        assert cli.run("resume", [str(run.path)]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"nin resume: {given}=")
+        assert "${oc.env:SECRET}: an interpolation; a stored config has plain values only" in printed
+    assert requests == []
+
+
 def test_a_run_is_continued_though_nobody_reads_what_it_prints(
     run: RunFolder, requests: list[RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

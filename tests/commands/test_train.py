@@ -41,6 +41,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
          "optimzer.lr=0.0: no such key; did you mean optimizer.lr?\n"),
         (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: must be 1 or more, or null"),
         (["-m", "seed=1", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
+        (["-m", "seed=1,2", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1", "seed=2", "optimizer.lr=0.1,0.2"], "seed: has two values, 1 and 2; give it once"),
         (["-m", "seed=range(1000000000)"], "seed=range(1000000000): 1,000,000,000 jobs; a sweep has at most 10,000"),
         (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): the step must not be 0"),

@@ -337,6 +337,16 @@ def test_altered_garments_are_noticed(
         files.prepare(data(tmp_path, name="garments"))
 
 
+def test_garments_without_a_recorded_sum_are_refused(
+    tmp_path: Path, data_root: Path, data: Callable[..., Data]
+) -> None:
+    shutil.copytree(data_root / "Garments", tmp_path / "Garments")
+    recorded = tmp_path / "Garments" / "raw" / files.RECORDED
+    recorded.write_text("".join(recorded.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match=f"{NAMES[0]}: not the recorded file"):
+        files.prepare(data(tmp_path, name="garments"))
+
+
 def test_the_real_files_are_the_published_ones(real_root: Path, data: Callable[..., Data]) -> None:
     real = data(real_root)
     files.prepare(real)

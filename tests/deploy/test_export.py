@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import nin
+from nin.checkpoints import files as checkpoint_files
 from nin.commands.eval import evaluate_export
 from nin.config.schema import UserError
+from nin.deploy.export import Exporter
 from nin.deploy.onnx_model import load_onnx, metadata_of
 from pictures import folder_data
 
@@ -29,6 +31,19 @@ def test_the_exported_file_gives_the_checkpoints_probabilities_and_maps(
     assert found.maps is not None
     np.testing.assert_allclose(found.maps, expected.maps, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found.maps.mean((2, 3)), found.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_places_that_a_checkpoint_names_are_not_followed(
+    run_folder: Path, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    data = checkpoint["hyper_parameters"]["settings"]["data"]
+    data |= {"root": str(tmp_path / "foreign"), "mirrors": ["https://example.org"]}
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    here = Exporter(tmp_path / "x.ckpt", None, lambda *_: None).here
+    assert (here.data.root, "https://example.org" in here.data.mirrors) == (str(data_root), False)
+    assert not (tmp_path / "foreign").exists()
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 300), (1, 300, 200), (2, 28, 29)])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 import nin
+from nin.checkpoints import files as checkpoint_files
 from nin.config.schema import UserError
 from nin.data.transforms import resize
 from nin.deploy.pipeline import Pipeline, read_checkpoint
@@ -87,6 +89,23 @@ def test_load_says_what_a_path_is_not(tmp_path: Path, run_folder: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint in it yet"):
         nin.load(tmp_path)
     assert nin.load(str(run_folder / "checkpoints" / "best.ckpt")).description.class_names[1] == "Trouser"
+
+
+def test_weights_that_are_not_finite_classify_nothing(tmp_path: Path, run_folder: Path) -> None:
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    next(iter(checkpoint["state_dict"].values())).fill_(torch.nan)
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match="has values that are NaN or infinite"):
+        nin.load(tmp_path / "x.ckpt")
+
+
+def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder: Path) -> None:
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    checkpoint["hyper_parameters"]["settings"]["model"] = {"_target_": "this.s", "input_size": 28}
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=r"model._target_=this.s: .* add --allow this"):
+        nin.load(tmp_path / "x.ckpt")
+    assert "this" not in sys.modules
 
 
 def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> None:

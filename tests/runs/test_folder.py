@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from nin.config.schema import UserError
-from nin.runs.folder import RunClaimedError, RunFolder
+from nin.runs.folder import RunClaimedError, RunFolder, write_atomically
 
 
 @pytest.fixture
@@ -39,12 +39,31 @@ def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Pat
     assert target.is_file() or not list(target.iterdir())
 
 
+def test_a_link_that_appears_while_a_file_is_written_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (target := tmp_path / "target").write_text("precious")
+    unlink = Path.unlink
+
+    def unlink_and_link(path: Path, missing_ok: bool = False) -> None:
+        unlink(path, missing_ok)
+        path.symlink_to(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink_and_link)
+        with pytest.raises(FileExistsError):
+            write_atomically(tmp_path / "result.json", "new")
+    assert target.read_text() == "precious"
+    assert not (tmp_path / "result.json").exists()
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize(
     "name",
     [
         "nin.log", "metrics.csv", "result.json", "events.out.tfevents.1", "hparams.yaml", "csv/metrics.csv",
         ".hydra/config.yaml", ".hydra/state.json", "checkpoints/.fresh.ckpt", "checkpoints/..fresh.ckpt.tmp",
+        "checkpoints/best.ckpt", "checkpoints/last-1.ckpt",
     ],
 )  # fmt: skip
 def test_something_else_in_the_place_of_a_file_is_refused(

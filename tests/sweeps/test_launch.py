@@ -10,26 +10,34 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 
 from helpers import SMALL, merge, nin, run_experiment, start, wait_for
+from nin import cli
 from nin.checkpoints import files as checkpoint_files
+from nin.commands import train
 from nin.config.composition import compose_config
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
 from nin.sweeps import checks, gpus, launch
+from nin.sweeps.workers import PARENT_VARIABLE, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
+from nin.training import experiment
 
 
 def results(sweep: Path) -> dict[str, dict[str, Any]]:
@@ -109,6 +117,110 @@ def test_one_run_is_not_begun_by_each_of_sruns_processes(
     ):
         processes.require_matching_start(settings().trainer)
     processes.require_matching_start(settings("trainer=ddp").trainer)
+
+
+class FakeExperiment:
+    """Trains nothing."""
+
+    trained: ClassVar[list[str]] = []
+
+    def __init__(self, request: RunRequest):
+        self.settings, self.name = request.settings, request.folder.path.name
+        self.checkpoint = self.run_id = None
+
+    def describe_start(self) -> str:
+        return "nothing is trained"
+
+    def run(self, resumes: int = 0) -> dict[str, Any]:
+        self.trained.append(self.name)
+        metrics = {f"{part}/{name}": 0.5 for part in ("val", "test") for name in ("acc", "loss")}
+        return {
+            "status": "finished", "metrics": metrics, "epochs": 1, "steps": 1, "train_seconds": 1.0,
+            "images_per_second": 1.0, "parameters": 1, "weights_sha256": "0" * 64,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("fail_fast", ["true", "false"])
+def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fail_fast: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
+    monkeypatch.setattr(FakeExperiment, "trained", [])
+    other = RunFolder(tmp_path / "outputs" / "sweeps" / "two" / "seed=0")
+    claims, claim = [0], RunFolder.claim
+
+    def counted(folder: RunFolder, wait: Any = None) -> Any:
+        claims[0] += folder.path.name == "seed=0"
+        return claim(folder, wait)
+
+    def work() -> None:
+        with claim(other):
+            other.write_request({"seed": 0}, ["seed=0"])
+            claimed.set()
+            while claims[0] < 2 and not ended.is_set():  # until the sweep comes back to it
+                time.sleep(0.01)
+            time.sleep(0.3)
+
+    claimed, ended = threading.Event(), threading.Event()
+    process = threading.Thread(target=work, daemon=True)
+    process.start()
+    claimed.wait(30)
+    monkeypatch.setattr(RunFolder, "claim", counted)
+    words = [*SMALL, f"data.root={data_root}", f"sweep.fail_fast={fail_fast}", "name=two", "seed=0,1"]
+    status, printed = cli.run("train", ["-m", *words]), capfd.readouterr().out
+    ended.set()
+    process.join()
+    assert status == 0, printed
+    assert FakeExperiment.trained == ["seed=1", "seed=0"]
+    assert "1 jobs are run by another process; waiting for them" in printed
+    assert {job: result["status"] for job, result in results(other.path.parent).items()} == {
+        "seed=0": "finished", "seed=1": "finished",
+    }  # fmt: skip
+
+
+@pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/joblib")  # as `silence_known_warnings` does
+def test_joblibs_workers_know_the_sweeps_process(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in (PARENT_VARIABLE, "NIN_THREADS", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(variable, "1")  # restored after the test
+    words = [*SMALL, f"data.root={data_root}", "name=x", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
+    started: list[dict[str, Any]] = []
+
+    class Sweeper:
+        launcher = SimpleNamespace(joblib={})
+
+        def sweep(self, arguments: list[str]) -> None:
+            started.append(self.launcher.joblib)
+
+    with train.open_hydra() as app:
+        sweep = launch.Sweep(train.compose(app, train.parse_arguments(["-m", *words]), RunMode.MULTIRUN))
+        sweep.signals = SimpleNamespace(stopped_by=None, job_failed=False)  # as with several workers
+        monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: Sweeper())
+        assert sweep._launch(app.config_loader, launch.Callbacks()) == 0
+    assert os.environ[PARENT_VARIABLE] == str(os.getpid())
+    assert started == [{"initializer": start_worker}]
+
+
+def test_a_rank_left_in_the_environment_does_not_change_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert cli.run("train", ["-m", "name=a,b"]) == 2
+    assert "SLURM_PROCID" not in os.environ
+
+
+def test_the_request_of_a_sweep_is_not_written_through_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    link = tmp_path / "outputs" / "sweeps" / "x" / "multirun.yaml"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "target")
+    (tmp_path / "target").write_text("precious")
+    assert cli.run("train", ["-m", "name=x", "seed=-1,-2"]) == 2  # and no job is valid
+    assert "multirun.yaml: a symbolic link, which would be written through" in capsys.readouterr().err
+    assert (tmp_path / "target").read_text() == "precious"
 
 
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:

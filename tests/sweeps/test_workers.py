@@ -1,12 +1,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from helpers import ENVIRONMENT
+from nin.runs.folder import RunClaimedError, RunFolder
+from nin.runs.request import RunRequest
 from nin.sweeps import workers
 from nin.system.processes import StopRequest
+from nin.training.run import RunFailedError
 
 PROGRAM = r"""
 import sys, time
@@ -18,6 +23,7 @@ def job(request):
     worker.stop._parent = -1  # the parent dies
     while request.stop.signum is None:  # as training asks after every batch
         time.sleep(0.01)
+    time.sleep(1.5)  # saving takes longer than two looks at the parent
     print("saved \u2026", flush=True)  # not in ASCII
     return {}
 workers.execute_run = job
@@ -45,3 +51,29 @@ def test_a_worker_with_a_parent_is_not_stopped() -> None:
     assert StopRequest(os.getppid()).signum is None
     assert StopRequest().signum is None
     assert StopRequest(-1).signum is not None
+
+
+def test_a_job_that_another_process_runs_does_not_end_the_sweep(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StopRequest, "listen", lambda self: None)
+    monkeypatch.setattr(workers.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    worker = workers.Worker(os.getppid())
+    request = SimpleNamespace(
+        folder=RunFolder(tmp_path / "seed=0"), settings=SimpleNamespace(sweep=SimpleNamespace(fail_fast=True))
+    )
+
+    def execute(_: RunRequest) -> None:
+        raise ended
+
+    monkeypatch.setattr(workers, "execute_run", execute)
+    monkeypatch.setattr(workers.os, "kill", lambda pid, signum: signals.append(signum))
+    signals: list[int] = []
+    ended: Exception = RunClaimedError("process 1 is working on this run")
+    with pytest.raises(RunClaimedError):
+        worker.run(request)
+    assert (worker.failure, signals) == (None, [])
+    ended = RunFailedError()
+    with pytest.raises(RunFailedError):
+        worker.run(request)
+    assert (worker.failure, signals) == (ended, [workers.JOB_FAILED_SIGNAL])

@@ -1,4 +1,5 @@
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from nin.config.composition import compose_config
-from nin.config.schema import Settings
+from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.training.classifier import Classifier, build_schedule
 
@@ -115,6 +116,13 @@ def test_hyperparameters_are_plain_and_rebuild_the_network(settings: Callable[..
     assert again.class_names == ("T-shirt", "bag", "shoe")
     assert module.eval()(images).shape == (2, 3)
     assert torch.equal(module(images), again.eval()(images))
+
+
+def test_hyperparameters_from_elsewhere_import_nothing(settings: Callable[..., Settings]) -> None:
+    plain = settings().model_dump(mode="json") | {"model": {"_target_": "this.s", "input_size": 28}}
+    with pytest.raises(UserError, match=r"model._target_=this.s: this run's config is not allowed to call it"):
+        Classifier(plain, CLASSES)
+    assert "this" not in sys.modules
 
 
 def test_load_from_checkpoint_needs_nothing_but_the_file(settings: Callable[..., Settings], tmp_path: Path) -> None:

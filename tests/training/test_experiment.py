@@ -38,6 +38,7 @@ def run(
     settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
+    folder.update_state(run_id="a" * 32)
     return folder, run_experiment(settings(), folder, ["a=1"])
 
 
@@ -72,6 +73,7 @@ def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, di
     assert checkpoint_files.weights_sha256(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
     assert scores["val/acc"] == result["metrics"]["val/acc"]
+    assert last["callbacks"][checkpoint_files.CALLBACK]["run_id"] == "a" * 32
 
 
 def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, Any]]) -> None:
@@ -81,6 +83,9 @@ def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, A
         metrics, confusion = evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
         assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
         assert confusion.sum() == 64
+    checkpoint["state_dict"]["network.0.0.weight"][0] = torch.nan
+    with pytest.raises(UserError, match=r"network.0.0.weight has values that are NaN or infinite"):
+        evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
 
 
 def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_smaller(

@@ -1,5 +1,6 @@
 """A run from request to result, with training replaced by a function that does nothing."""
 
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from nin.config.schema import Settings
+from nin.checkpoints.files import AtomicCheckpointIO
+from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
+from nin.system.processes import StoppedError
 from nin.training import experiment, run
 
 
@@ -76,6 +79,47 @@ def test_an_extended_run_that_is_killed_at_its_start_is_not_finished(
     assert run.execute_run(longer)["epochs"] == 4
 
 
+def test_a_folder_without_its_hidden_files_is_not_continued_by_another_experiment(
+    request_of: Callable[..., RunRequest],
+) -> None:
+    first, other = request_of(), request_of("seed=3")
+    hyper_parameters = {"settings": first.settings.model_dump(mode="json")}
+    checkpoint = {"state_dict": {}, "hyper_parameters": hyper_parameters, "global_step": 1, "epoch": 0}
+    AtomicCheckpointIO().save_checkpoint(checkpoint, first.folder.last)
+    with pytest.raises(UserError, match=r"belongs to another experiment; (?s:.*)seed: 0 there, 3 now"):
+        run.execute_run(other)
+    assert not first.folder.config.exists()
+    assert run.execute_run(first)["resumes"] == 1
+
+
+def test_a_run_that_waits_for_another_process_can_be_stopped(
+    request_of: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = request_of()
+    waiting.wait, waiting.stop.signum = True, signal.SIGTERM
+    with waiting.folder.claim(), pytest.raises(StoppedError):
+        run.execute_run(waiting)
+    assert "which is working on this run" in capsys.readouterr().out
+    assert not waiting.folder.result.exists()
+
+
+def test_a_run_that_another_process_finished_in_the_meantime_is_not_run_again(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[int] = []
+    monkeypatch.setitem(globals(), "during_training", lambda: trained.append(1))
+    claim = RunFolder.claim
+
+    def claim_late(folder: RunFolder, wait: Any = None) -> Any:
+        monkeypatch.setattr(RunFolder, "claim", claim)
+        run.execute_run(request_of())
+        return claim(folder, wait)
+
+    monkeypatch.setattr(RunFolder, "claim", claim_late)
+    assert run.execute_run(request_of())["status"] == "finished"
+    assert trained == [1]
+
+
 def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(
     request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +158,7 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(run, "__file__", str(source))
     assert run.git_commit() is None  # no checkout
     git("init")
+    git("commit", "--allow-empty", "-m", "theirs")
     assert run.git_commit() is None  # installed inside somebody else's checkout
     git("add", ".")
     git("commit", "-m", "x")

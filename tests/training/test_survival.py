@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning import Callback
+import torch
+from lightning import Callback, LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
+from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import SMALL, nin, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.files import resume_candidates
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
-from nin.config.validation import validate
+from nin.config.validation import validate, validate_plain
 from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
@@ -227,8 +229,6 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
 
 
 def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
-    import torch
-
     _, folder, _ = half_done
     paths = sorted(folder.checkpoints.glob("*.ckpt"))
     assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
@@ -267,8 +267,6 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
 def test_a_checkpoint_that_lacks_something_says_so(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], missing: str
 ) -> None:
-    import torch
-
     asked, folder, _ = half_done
     content = torch.load(folder.last, weights_only=True)
     if missing == "a weight":
@@ -315,6 +313,32 @@ def test_a_logger_of_ones_own_goes_on_too(
     assert len(list(folder.path.glob("version_*/metrics.csv"))) == 2
 
 
+class OwnData(LightningDataModule):
+    class_names, channels = ("a", "b"), 1
+
+    def train_dataloader(self, shuffle: bool = True) -> DataLoader:
+        images = torch.rand(32, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(images, torch.arange(32) % 2), batch_size=4, shuffle=shuffle)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.train_dataloader(shuffle=False)
+
+    test_dataloader = val_dataloader
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_run_on_a_data_module_of_ones_own_goes_on_from_the_end_of_an_epoch(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4}
+    plain = settings("logger=none", "callbacks=none", "model.dropout=0.5").model_dump(mode="json")
+    asked = validate_plain(plain | {"data": own})
+    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
+    stopped(asked, RunFolder(tmp_path / "stopped"), monkeypatch, batch=12)
+    result = run_experiment(asked, RunFolder(tmp_path / "stopped"), [])
+    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
 def test_lost_and_shortened_event_files_are_reported(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -346,8 +370,8 @@ def change(path: Path, **changes: Any) -> None:
         *parents, last = keys.split("__")
         part = content
         for key in parents:
-            part = part[key]
-        part[last] = value
+            part = part[int(key) if key.isdigit() else key]
+        part[int(last) if last.isdigit() else last] = value
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, path)
 
 
@@ -361,6 +385,9 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
         ({"loops": {}}, "loops.fit_loop.epoch_progress.current.processed"),
         ({f"{state}__processes": None}, "callbacks.ResumableCheckpoint.processes"),
         ({f"{state}__event_files": []}, "callbacks.ResumableCheckpoint.event_files"),
+        ({f"{state}__event_files": {"events": 1.5}}, "callbacks.ResumableCheckpoint.event_files"),
+        ({f"{state}__best": {"val/acc": 0.5}}, "callbacks.ResumableCheckpoint.best"),
+        ({"callbacks__MetricsLogger__rows": []}, "callbacks.MetricsLogger.rows has 0 entries instead of 1"),
         ({"hyper_parameters__settings__seed": 5}, "seed: 5 there, 0 now"),
         ({f"{state}__run_id": "b" * 32}, "was saved by another run (id bbbbbbbb…, the folder has aaaaaaaa…)"),
     ]
@@ -381,6 +408,13 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
     [
         {"optimizer_states": [{"state": {}, "param_groups": [{"a": 1}]}]},
         {"loops__fit_loop__epoch_loop.val_loop.batch_progress": 1.5},
+        {"callbacks__ResumableCheckpoint__batches": None},
+        {"loops__fit_loop__epoch_loop.batch_progress__total__started": {}},
+        {"optimizer_states__0__param_groups__0__weight_decay": "x"},
+        {"optimizer_states__0__state": {}},
+        {"lr_schedulers__0": {}},
+        {"callbacks__MetricsLogger__images": "x"},
+        {"callbacks__MetricsLogger__epoch": {}},
         {"callbacks__ResumableCheckpoint__processes": [{"random_state": {"python": 5}, "metrics": {}}]},
     ],
 )
@@ -413,6 +447,10 @@ def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone
 ) -> None:
     asked, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
     trained(asked, folder.path, monkeypatch)
+    change(folder.best, **{"state_dict__network.0.0.weight": checkpoint_files.read(folder.best)["state_dict"][
+        "network.0.0.weight"] * float("nan")})  # fmt: skip
+    with pytest.raises(UserError, match=r"network.0.0.weight has values that are NaN or infinite"):
+        run_experiment(asked, folder, [])
     folder.best.unlink()
     with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
         run_experiment(asked, folder, [])

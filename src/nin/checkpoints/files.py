@@ -23,8 +23,9 @@ from nin.runs.folder import RunFolder, open_atomically, sync_folder
 
 log = logging.getLogger(__name__)
 
-# The key under which the callback `ResumableCheckpoint` finds its own state in a checkpoint.
+# The keys under which these callbacks find their own state in a checkpoint.
 CALLBACK = "ResumableCheckpoint"
+METRICS = "MetricsLogger"
 
 # The checksum is the comment of the zip file: 64 hexadecimal digits of the SHA-256 of everything before them.
 _DIGITS = 64
@@ -228,12 +229,13 @@ def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dic
 
 
 # What resuming reads from a checkpoint, with its type.
-_RESUMED_STATE: dict[tuple[str, ...], type] = {
+_RESUMED_STATE: dict[tuple[str, ...], Any] = {
     ("optimizer_states",): list,
     ("lr_schedulers",): list,
     ("loops", "fit_loop", "epoch_progress", "current", "processed"): int,
+    ("callbacks", METRICS, "rows"): list,
     ("callbacks", CALLBACK, "processes"): list,
-    ("callbacks", CALLBACK, "batches"): dict,
+    ("callbacks", CALLBACK, "batches"): dict | None,  # None: of a dataloader that has no position to restore
     ("callbacks", CALLBACK, "best"): dict,
     ("callbacks", CALLBACK, "event_files"): dict,
     ("callbacks", CALLBACK, "saved_step"): int,
@@ -264,6 +266,14 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
     for key, count in (("optimizer_states", 1), ("lr_schedulers", int(scheduled))):
         if key not in wrong and len(checkpoint[key]) != count:
             wrong.append(f"{key} has {len(checkpoint[key])} entries instead of {count}")
+    if not wrong:
+        state, epochs = checkpoint["callbacks"][CALLBACK], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
+        if (rows := len(checkpoint["callbacks"][METRICS]["rows"])) != epochs["processed"]:
+            wrong.append(f"callbacks.{METRICS}.rows has {rows} entries instead of {epochs['processed']}")
+        if not all(type(size) is int for size in state["event_files"].values()):
+            wrong.append(f"callbacks.{CALLBACK}.event_files")
+        if state["best"] and not all(type(state["best"].get(name)) is float for name in ("val/acc", "val/loss")):
+            wrong.append(f"callbacks.{CALLBACK}.best")
     if wrong:
         raise UserError(f"{path}: can't be resumed: {', '.join(wrong)} (missing or wrong)")
     if different := differences(settings_of(checkpoint, path), settings):

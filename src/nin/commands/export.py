@@ -55,6 +55,10 @@ def main(arguments: list[str]) -> int:
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: the name must end in {suffix}")
     run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
+    if run and args.out is None:  # the run may come from elsewhere
+        for path in (out.parent, *out.parent.rglob("*")):
+            if path.is_symlink():
+                raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
     errors = Console(stderr=True, highlight=False)
     with (
         log_to(None),

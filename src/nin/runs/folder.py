@@ -107,11 +107,11 @@ class RunFolder:
     def _require_regular_files(self) -> None:
         """Checks that a folder from elsewhere has no links, which would be written through, and no pipes or devices.
 
-        Checkpoints are checked when they are read.
+        ``last.ckpt`` is checked when it is read.
         """
-        patterns = (".hydra/*", "hparams.yaml", "*/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp")
+        patterns = (".hydra/*", "**/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp", "*/last-*.ckpt")
         written = {path for pattern in patterns for path in self.path.glob(pattern)}
-        written |= {self.log, self.metrics, self.result, self.fresh, *self.event_files()}
+        written |= {self.log, self.metrics, self.result, self.best, self.fresh, *self.event_files()}
         for path in self.path.rglob("*"):
             if path.is_symlink():
                 raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
+from nin.config.schema import OwnClass
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
@@ -42,26 +43,37 @@ class ResumableCheckpoint(Checkpoint):
         self.folder, self.every_n_steps, self.metrics, self.stop = folder, every_n_steps, metrics, stop
         self.best: dict[str, float] = {}
         self.saved_step = 0
-        self.is_restored = False  # whether the first batch after resuming was reached
+        self.is_restored = False  # whether all state is that of the checkpoint, or of a new run
         self._loaded: dict[str, Any] | None = None
+        self._checkpoint: dict[str, Any] | None = None
         self._save_point = SavePoint.EPOCH_END
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        # Before Lightning restores the optimizer and the schedule: torch accepts states that lack a part.
+        if self._checkpoint:
+            require_complete_state(trainer, pl_module, self._checkpoint)
+            self._checkpoint = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.stop.listen()  # Lightning has just installed its own signal handlers
         if self._loaded:
             trainer.should_stop = self._loaded["should_stop"]
             # Lightning loads this state earlier, and then builds the dataloader again for estimated_stepping_batches.
-            if self._loaded["batches"] is not None:
-                _batches(trainer).load_state_dict(self._loaded["batches"])
+            if ((position := self._loaded["batches"]) is not None) != _has_position(trainer):
+                raise ValueError("the position in the data is missing, or the dataloader can't restore it")
+            if position is not None:
+                _batches(trainer).load_state_dict(position)
             own = self._loaded["processes"][trainer.global_rank]
             set_random_state(own["random_state"], pl_module.device)
+            if position is None:
+                # The epoch's iterator draws from torch's generator, and was made before that was restored.
+                iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
             self._loaded = None
-
-    def on_train_batch_start(self, *_: Any) -> None:
         self.is_restored = True
-
-    on_validation_batch_start = on_train_batch_start  # type: ignore[assignment]  # other arguments, none of them used
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
@@ -166,6 +178,46 @@ class ResumableCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
         self.best, self.saved_step = state_dict["best"], state_dict["saved_step"]
+
+
+def require_complete_state(trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
+    """Checks that a checkpoint has all counters of the loops, and the whole state of the project's own optimizers and
+    schedules.
+
+    Raises:
+        TypeError: names what is missing or of another type.
+    """
+    settings, (optimizer,) = pl_module.settings, trainer.optimizers
+    counters = {key: part for key, part in trainer.fit_loop.state_dict().items() if key.endswith("progress")}
+    if _layout(counters) != _layout({key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}):
+        raise TypeError("the counters of the loops differ")
+    if isinstance(settings.optimizer, OwnClass) or isinstance(settings.schedule, OwnClass):
+        return
+    saved, fresh = checkpoint["optimizer_states"][0], optimizer.state_dict()
+    if _layout(saved["param_groups"]) != _layout(fresh["param_groups"]):
+        raise TypeError("param_groups of the optimizer differ")
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if settings.optimizer.name == "adamw" or settings.optimizer.momentum:
+        if sorted(saved["state"]) != list(range(len(weights))):
+            raise TypeError("the optimizer's state is not that of all weights")
+        for weight, state in zip(weights, (saved["state"][i] for i in range(len(weights))), strict=True):
+            shapes = {name: value.shape for name, value in state.items()}
+            if not shapes or shapes.keys() != saved["state"][0].keys():
+                raise TypeError("the optimizer's state lacks a part")
+            if any(shape not in ((), weight.shape) for shape in shapes.values()):
+                raise TypeError("the optimizer's state is that of other weights")
+    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
+    if _layout(checkpoint["lr_schedulers"]) != _layout(schedulers):
+        raise TypeError("the state of the schedule lacks a part, or has one of another type")
+
+
+def _layout(value: Any) -> Any:
+    """The keys, lengths and types in ``value``; integers and floats are alike, and so are lists and tuples."""
+    if isinstance(value, dict):
+        return {key: _layout(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_layout(part) for part in value]
+    return "number" if type(value) in (int, float) else type(value).__name__
 
 
 def _averages(trainer: Trainer) -> list[WeightAveraging]:

@@ -165,6 +165,11 @@ class MetricsLogger(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        names = (*_STATE, "window_seconds", "train_seconds")
+        if wrong := [name for name in names if not isinstance(state_dict.get(name), type(getattr(self, name)))]:
+            raise TypeError(f"{', '.join(wrong)} of MetricsLogger missing or of another type")
+        if not {"images", "seconds", "loss", "right"} <= state_dict["epoch"].keys():
+            raise KeyError("epoch of MetricsLogger lacks a sum")
         self.__dict__.update(state_dict)
 
 

@@ -1,0 +1,85 @@
+"""What ``nin eval`` takes from a checkpoint or an export from elsewhere, and what it does not follow."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nin.checkpoints.files import AtomicCheckpointIO
+from nin.commands import eval as eval_command
+from nin.config.schema import Settings, UserError
+from nin.deploy import onnx_model
+from nin.training import evaluation
+
+PLACES = ("data.mirrors=[https://example.org]", "data.root=/foreign", "trainer.profiler=pytorch")
+
+
+def save(path: Path, settings: dict[str, Any]) -> Path:
+    hyper_parameters = {"settings": settings, "class_names": ["a", "b"], "in_channels": 1}
+    content = {"state_dict": {}, "hyper_parameters": hyper_parameters, "global_step": 1, "epoch": 0}
+    AtomicCheckpointIO().save_checkpoint(content, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_what_a_file_from_elsewhere_names_is_not_followed(
+    settings: Callable[..., Settings], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    used: list[Settings] = []
+
+    def stop(tested: Settings, *_: Any) -> None:
+        used.append(tested)
+        raise UserError("tested")
+
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    stored = settings(*PLACES)
+    path = save(tmp_path / "x.ckpt", stored.model_dump(mode="json"))
+    if kind == "export":
+        path = path.with_suffix(".onnx")
+        description = SimpleNamespace(settings=stored.model_dump(mode="json"))
+        monkeypatch.setattr(onnx_model, "load_onnx", lambda *_: SimpleNamespace(description=description))
+        monkeypatch.setattr("nin.deploy.scoring.load_part", stop)
+    monkeypatch.setattr(evaluation, "evaluate", stop)
+    with pytest.raises(UserError, match=r"^tested$"):
+        eval_command.main([str(path)])
+    (tested,) = used
+    assert (tested.data.root, tested.data.mirrors) == (str(data_root), settings().data.mirrors)
+    assert (tested.trainer.profiler, tested.logger, tested.callbacks) == (None, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"model": {"_target_": "this.s", "input_size": 28}},
+            "model._target_=this.s: this run's config is not allowed",
+        ),
+        ({"callbacks": {"x": {"_target_": "${oc.env:HOME}"}}}, "an interpolation; a stored config has plain values"),
+    ],
+)
+def test_a_checkpoint_is_plain_data(
+    settings: Callable[..., Settings], tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    path = save(tmp_path / "x.ckpt", settings().model_dump(mode="json") | changed)
+    with pytest.raises(UserError, match=message):
+        eval_command.main([str(path)])
+    assert "this" not in sys.modules
+
+
+def test_a_test_ends_though_nobody_reads_its_result(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = {"test/acc": 1.0, "test/loss": 0.0, "test/acc_by_class": {"ä" * 9000: 1.0}}
+    monkeypatch.setattr(eval_command, "evaluate_checkpoint", lambda *_: (settings(), metrics, np.eye(1, dtype=int)))
+    reader, writer = os.pipe()
+    os.close(reader)
+    (tmp_path / "x.ckpt").touch()
+    with os.fdopen(writer, "w", encoding="ascii") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        eval_command.main([str(tmp_path / "x.ckpt")])
+        sys.stdout.flush()
