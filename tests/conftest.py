@@ -20,6 +20,18 @@ from nin.config.schema import Settings
 from nin.config.validation import validate
 from pictures import write_folder
 
+# Half a minute each: several processes, one after another.
+LONGEST = (
+    "test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again",
+    "test_killed_stopped_refused_and_gone_on_with_as_a_person_would",
+    "test_train_then_say_it_again_then_eval",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first: one that begins at the end would keep a single process busy."""
+    items.sort(key=lambda item: item.name not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -52,7 +52,10 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
             ("model=vgg", "data.image_size=32", "speed.micro_batch=4", "trainer.limit_train_batches=3"),
             marks=pytest.mark.long,
         ),
-        ("model=alexnet", "data.image_size=65", "speed.micro_batch=11", "trainer.limit_train_batches=3"),
+        pytest.param(
+            ("model=alexnet", "data.image_size=65", "speed.micro_batch=11", "trainer.limit_train_batches=3"),
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_steps_with_every_switch_on_are_steps_with_all_off(

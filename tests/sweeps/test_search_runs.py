@@ -59,6 +59,7 @@ def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(
     assert "summary.csv, summary.md\n" in printed
 
 
+@pytest.mark.long
 def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
