@@ -96,7 +96,7 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
     asked = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
     folder = RunFolder(tmp_path)
-    told = run_experiment(asked, folder, [])["metrics"] | folder.read_epochs()[0]
+    reported = run_experiment(asked, folder, [])["metrics"] | folder.read_epochs()[0]
 
     module = Classifier(asked, CLASSES).eval()
     module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
@@ -107,8 +107,8 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     for part, (images, labels) in parts.items():  # 99, 9901 and 2000, in batches of 32
         with torch.no_grad():
             logits = module(resize(images, 28))
-        assert told[f"{part}/loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=3e-6)
-        assert told[f"{part}/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), rel=3e-6)
+        assert reported[f"{part}/loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=3e-6)
+        assert reported[f"{part}/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), rel=3e-6)
 
 
 def test_metrics_csv_has_one_row_an_epoch(run: tuple[RunFolder, dict[str, Any]]) -> None:
