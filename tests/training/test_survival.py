@@ -417,6 +417,8 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
         {"lr_schedulers__0": {}},
         {"callbacks__MetricsLogger__images": "x"},
         {"callbacks__MetricsLogger__epoch": {}},
+        {"callbacks__MetricsLogger__epoch": {"images": 32, "seconds": 1.0, "loss": 1.0, "right": torch.zeros(2)}},
+        {"callbacks__MetricsLogger__rows": [{"epoch": {"a": 1}}]},
         {"callbacks__ResumableCheckpoint__processes": [{"random_state": {"python": 5}, "metrics": {}}]},
     ],
 )

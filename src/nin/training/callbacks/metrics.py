@@ -170,6 +170,9 @@ class MetricsLogger(Callback):
             raise TypeError(f"{', '.join(wrong)} of MetricsLogger missing or of another type")
         if not {"images", "seconds", "loss", "right"} <= state_dict["epoch"].keys():
             raise KeyError("epoch of MetricsLogger lacks a sum")
+        parts = (state_dict["epoch"], *state_dict["rows"])
+        if not all(isinstance(value, int | float) for part in parts for value in part.values()):
+            raise TypeError("a sum or a row of MetricsLogger is not a number")
         self.__dict__.update(state_dict)
 
 
