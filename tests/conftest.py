@@ -1,7 +1,8 @@
 """Shared by all tests: settings in one process, the garments drawn once, and the real data where NIN_DATA has it."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,26 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first: one that begins at the end would keep a single process busy."""
     items.sort(key=lambda item: item.name not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def restore_loggers() -> Iterator[None]:
+    """Removes the log handlers that Hydra and Optuna install when a sweep runs in this process.
+
+    Their stream is a file descriptor of a test that is over. When another test opens a pipe with the same number and
+    does not read it, log records fill the pipe, and logging then blocks for ever.
+    """
+    before = {name: (list(logger.handlers), logger.level) for name, logger in _shared_loggers()}
+    yield
+    for name, logger in _shared_loggers():
+        handlers, level = before[name]
+        for handler in [handler for handler in logger.handlers if handler not in handlers]:
+            logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _shared_loggers() -> list[tuple[str, logging.Logger]]:
+    return [(name, logging.getLogger(name)) for name in ("root", "optuna")]
 
 
 @pytest.fixture(scope="session")
