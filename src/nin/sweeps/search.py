@@ -41,6 +41,7 @@ class Search(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
         self.config: DictConfig = config
+        self._group_options = hydra_context.config_loader.get_group_options
         # KEYS stays last. The jobs of another process, which a killed search may have left, are waited for.
         own = config.hydra.overrides.hydra
         self._common = list(own[:-1])
@@ -68,6 +69,7 @@ class Search(Sweeper):
 
         silence_optuna()
         space, self.fixed = read_space(self.params, arguments)
+        self.selects_configs = any("@" in key or self._group_options(key) for key in space)
         self.plan = read_plan(self.config, space, self.fixed, self.settings)
         self.total = count_trials(self.plan, self.settings)
         self.folder = Path(self.config.hydra.sweep.dir)
@@ -150,7 +152,7 @@ class Search(Sweeper):
         return RunFolder(self.folder / trial_name(number))
 
     def _prepare(self, number: int, start: int, trials: Sequence["FrozenTrial"]) -> list[str] | None:
-        """The overrides of a trial's job; None if it has ended already, or its configuration is refused."""
+        """The overrides of a trial's job; None if it has ended already, or its configuration can't be composed."""
         from nin.sweeps.space import overrides_of
         from nin.sweeps.study import visible
         from nin.training.pruning import write_comparison
@@ -159,11 +161,12 @@ class Search(Sweeper):
         if folder.result_status():  # the search was killed before it was recorded
             return None
         words = [*self.fixed, *own]
-        try:
-            compose_settings(words)
-        except UserError as error:
-            self._write_failure(folder, words, error)
-            return None
+        if self.selects_configs:  # Hydra's launcher would end the search where it can't compose a combination of them
+            try:
+                compose_settings(words)
+            except UserError as error:
+                self._write_failure(folder, words, error)
+                return None
         if self.plan.pruner != "none":
             earlier = visible(trials, start, number)
             write_comparison(folder.path, self.plan.name, self.plan.pruner, self.plan.max_epochs, earlier)

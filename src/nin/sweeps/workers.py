@@ -1,5 +1,6 @@
 """The jobs of a sweep: in the sweep's own process one after another, in joblib's workers, or on a cluster."""
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -49,6 +50,9 @@ def run_sweep_job(config: DictConfig) -> float | None:
     """
     # The objects of Lightning refer to each other: without this the previous job would still hold its memory.
     gc.collect()
+    if "lightning" in sys.modules and not gc.get_freeze_count():
+        gc.freeze()  # the modules, which stay: the next collections take 0.01 s and not 0.2 s
+        atexit.register(gc.unfreeze)  # some libraries report objects that are left at the end as leaks
     hydra = HydraConfig.get()
     os.chdir(hydra.runtime.cwd)  # Ray's processes start where the cluster was started
     silence_known_warnings()
