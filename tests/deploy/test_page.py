@@ -4,6 +4,7 @@ import base64
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -96,6 +97,19 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         assert page.evaluate(f"{wide}('crop')") == [0, 0, 0]
         assert page.evaluate(f"{wide}('pad')") == [0, 255, 0]
         assert page.evaluate(f"{wide}('stretch')") == [0, 255, 255]
+        # A dark thing on a light ground: the page says so, and inverts the file itself, not its picture on the page.
+        dark = np.full((60, 40), 250, np.uint8)
+        dark[15:45, 10:30] = 20
+        encoded = io.BytesIO()
+        Image.fromarray(dark).save(encoded, "png")
+        as_file = f"new File([Uint8Array.from({list(encoded.getvalue())})], 'dark.png', {{type: 'image/png'}})"
+        page.evaluate(f"nin.take({as_file})")
+        hint = "document.getElementById('hint').textContent"
+        assert page.evaluate(hint).startswith("This picture has a light border")
+        inverted = page.evaluate("(document.getElementById('invert').checked = true, nin.again())")["probabilities"]
+        assert page.evaluate(hint) == ""
+        expected = dict(zip(network.description.class_names, network.predict([255 - dark])[0].tolist(), strict=True))
+        assert inverted == pytest.approx(expected, abs=1e-6)
         # Nothing was loaded from elsewhere, and no script failed.
         urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
         assert len(urls) >= 4

@@ -102,7 +102,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     if not found:
         raise UserError(f"{', '.join(map(str, args.images))}: no images there")
     writer.finish()
-    if not args.invert and light > 0 and _light_on_dark(description.settings):
+    if not args.invert and light > 0 and description.light_on_dark:
         errors.print(
             f"nin predict: {light} of {found} images have a light border; the network was trained on light things on "
             "a dark ground: if they are dark on light, add --invert",
@@ -124,11 +124,6 @@ def _windows(images: "Iterator[tuple[str, np.ndarray | ImageError]]") -> "Iterat
             window, pixels = [], 0
     if window:
         yield window
-
-
-def _light_on_dark(settings: dict[str, Any]) -> bool:
-    """Whether the data set's images are light on dark, as those of Fashion-MNIST's format are."""
-    return settings["data"].get("name") in ("fashion_mnist", "garments", "mnist", "kmnist")
 
 
 def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "Scores", place: int, top: int) -> None:

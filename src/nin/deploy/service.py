@@ -230,17 +230,9 @@ class Service:
     async def info(self, _: Request) -> Response:
         """GET /info: class names, sizes, and what is known of the run."""
         known = self.network.description
-        return _json(
-            {
-                "class_names": known.class_names,
-                "channels": known.channels,
-                "image_size": known.image_size,
-                "fit": known.fit or "stretch",
-                "maps": known.maps != "none",
-                "key": self.key is not None,
-                **known.more,
-            }
-        )
+        about = {name: getattr(known, name) for name in ("class_names", "channels", "image_size", "light_on_dark")}
+        about |= {"fit": known.fit or "stretch", "maps": known.maps != "none", "key": self.key is not None}
+        return _json(about | known.more)
 
 
 class _RefusedError(Exception):

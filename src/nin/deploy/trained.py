@@ -61,6 +61,11 @@ class Description:
         """How the user's files are decoded."""
         return ImageForm(self.channels, self.stored_size, self.fit) if self.fit else ImageForm(self.channels)
 
+    @property
+    def light_on_dark(self) -> bool:
+        """Whether its data set's images are light on dark, as those of Fashion-MNIST's format are."""
+        return self.settings["data"].get("name") in ("fashion_mnist", "garments", "mnist", "kmnist")
+
 
 class TrainedNetwork:
     """A network with all preprocessing: images in, probabilities and score maps out.
