@@ -111,7 +111,7 @@ def _run(chunks: list[Chunk], processes: int) -> Generator[tuple[Chunk, dict[str
 
 
 def _start_worker() -> None:
-    """A process ends when its parent does, also when that is killed; only the parent reacts to Ctrl-C."""
+    """Hides Pillow's warnings; the process ends when its parent does, and leaves Ctrl-C to it."""
     silence_pillow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all processes
     parent: Any = multiprocessing.parent_process()

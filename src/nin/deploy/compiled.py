@@ -66,9 +66,14 @@ def _load_program(path: str) -> Any:
 
 def _compile_package(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
     plain = {key: value for key, value in metadata.items() if key != METADATA_KEY}
-    logging.getLogger("torch").setLevel(logging.ERROR)  # its warnings are of what this machine lacks; errors are raised
-    with _channels_last_weights():
-        aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": plain})
+    torch_log = logging.getLogger("torch")
+    level = torch_log.level
+    torch_log.setLevel(logging.ERROR)  # its warnings are of what this machine lacks; errors are raised
+    try:
+        with _channels_last_weights():
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": plain})
+    finally:
+        torch_log.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ class Experiment:
         self.metrics = MetricsLogger(self.folder.metrics)
         every = self.settings.checkpoint.every_n_steps
         self.checkpoints = ResumableCheckpoint(self.folder, every, self.metrics, request.stop)
-        self.pruning: list[Any] = []
+        self.pruning = self._pruning_callbacks() if self.settings.sweep.prune else []
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
         devices.require_working_gpu(self.trainer.strategy.root_device)
@@ -103,13 +103,13 @@ class Experiment:
             f"precision {trainer.precision}"
         )
 
-    def _callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = [self.metrics]
-        if self.settings.sweep.prune:
-            from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
+    def _pruning_callbacks(self) -> list[Any]:
+        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
 
-            self.pruning = [PruningCallback(self.folder.path, self.metrics)]
-            callbacks += self.pruning
+        return [PruningCallback(self.folder.path, self.metrics)]
+
+    def _callbacks(self) -> list[lightning.Callback]:
+        callbacks: list[lightning.Callback] = [self.metrics, *self.pruning]
         if self.settings.trainer.enable_progress_bar:
             is_alone = sys.stdout.isatty() and not self.request.label
             progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
