@@ -166,7 +166,8 @@ def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tm
         load_onnx(_change(export, tmp_path / "m.onnx", custom))
     whole = dataclasses.asdict(load_onnx(export).description)
     changes: list[dict[str, Any]] = [
-        {"class_names": []}, {"class_names": ["a"]}, {"class_names": [1] * 10}, {"channels": 2}, {"stored_size": 10**9},
+        {"class_names": []}, {"class_names": ["a"]}, {"class_names": [1] * 10}, {"class_names": ["a"] * 10},
+        {"channels": 2}, {"stored_size": 10**9},
         {"image_size": "28"}, {"fit": "x"}, {"settings": {}}, {"settings": {"data": 5}}, {"more": None}, {"x": 1},
     ]  # fmt: skip
     others = [{"nin": json.dumps(whole | change)} for change in changes]

@@ -88,6 +88,7 @@ def read_description(metadata: dict[str, str], path: Path) -> Description:
         good = (
             isinstance(names, list)
             and all(isinstance(name, str) for name in names)
+            and len(set(names)) == len(names)
             and all(type(size) is int and 1 <= size <= 1024 for size in sizes)  # as in the config
             and description.channels in (1, 3)
             and description.fit in (None, "crop", "pad", "stretch")
