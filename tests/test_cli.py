@@ -1,11 +1,13 @@
 """The program as a person runs it: each test is a process of its own, so there are few."""
 
 import errno
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +88,38 @@ def test_standard_output_that_can_not_be_written_is_no_traceback(
     with os.fdopen(output(), "w") as stdout:
         ended = subprocess.run(command, env=ENVIRONMENT, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (status, message)
+
+
+@pytest.mark.parametrize("is_error_closed", [False, True])
+@pytest.mark.parametrize("command", ["report --help", "report sweep", "inspect model=nin_small"])
+def test_a_command_whose_output_nobody_reads_ends_with_141(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, is_error_closed: bool
+) -> None:
+    """As in ``nin report sweep | head -1``, and with ``2>&1``."""
+    (tmp_path / "sweep" / "a" / ".hydra").mkdir(parents=True)
+    (tmp_path / "sweep" / "a" / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
+    (tmp_path / "sweep" / "a" / "result.json").write_text('{"status": "finished", "metrics": {"val/acc": 0.5}}')
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["nin", *command.split()])
+    with os.fdopen(closed_pipe(), "w") as output, tempfile.TemporaryFile("w+", 1) as errors:
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(sys, "stderr", output if is_error_closed else errors)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert os.fstat(errors.fileno()).st_size == 0
+    assert ended.value.code == 141
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_message_that_nobody_reads_ends_with_141(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nin", "trian"])
+    with os.fdopen(closed_pipe(), "w", buffering=1) as errors:
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        monkeypatch.setattr(sys, "stderr", errors)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 141
 
 
 @pytest.mark.parametrize(

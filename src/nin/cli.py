@@ -31,7 +31,10 @@ def main() -> None:
         with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
             getattr(sys, name).reconfigure(errors="replace")  # characters that ASCII or Latin-1 lacks
     try:
-        status = dispatch()
+        try:
+            status: str | int | None = dispatch()
+        except SystemExit as ended:  # of argparse, whose help is not written yet
+            status = ended.code
         sys.stdout.flush()
     except OSError as error:
         if error.filename is not None:  # of a file, not of standard output
@@ -39,7 +42,10 @@ def main() -> None:
         status = 141 if isinstance(error, BrokenPipeError) else 1  # nin report … | head
         if status == 1:
             print(f"nin: standard output can't be written ({error.strerror})", file=sys.stderr)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes standard output again when it exits
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python flushes both again when it exits
+            with contextlib.suppress(OSError):  # replaced by one without a file
+                os.dup2(null, stream.fileno())
     sys.exit(status)
 
 

@@ -162,16 +162,21 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path: Path, key: str, value
         checkpoint_files.read(path)
 
 
-@pytest.mark.parametrize("hyper_parameters", [{}, {"settings": None}, {"settings": []}, {"settings": {"seed": "x"}}])
+@pytest.mark.parametrize(
+    "hyper_parameters",
+    [{}, *({"settings": stored} for stored in (None, [], {"seed": "x"}, {5: 1}, {"seed": torch.zeros(2)}))],
+)
 def test_settings_of_another_type_are_named(tmp_path: Path, hyper_parameters: dict) -> None:
     with pytest.raises(UserError, match=r"x.ckpt: saved by another version of nin\?"):
         checkpoint_files.settings_of({"hyper_parameters": hyper_parameters}, tmp_path / "x.ckpt")
 
 
-def test_a_named_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match=r"last.ckpt: not a file"):
-        checkpoint_files.read(tmp_path / "last.ckpt")
+def test_a_named_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.ckpt")
+    (tmp_path / "device.ckpt").symlink_to("/dev/null")  # as well as /dev/zero, which has no end
+    for name in ("pipe.ckpt", "device.ckpt"):
+        with pytest.raises(UserError, match=f"{name}: not a file"):
+            checkpoint_files.read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,12 @@
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from nin import cli
+from nin.commands import bench
 
 
 def test_results_are_printed_and_written(
@@ -45,6 +48,27 @@ def test_results_are_printed_and_written(
     assert large["activations"] == pytest.approx(4 * small["activations"], rel=0.05)
     assert small["gradients"] == 4 * (4 * 9 + 2 * 4 * 4 + 3 * 2 * 4 + 8 * 4 * 9 + 2 * 8 * 8 + 3 * 2 * 8
                                       + 128 * 8 * 9 + 128 * 128 + 2 * 2 * 128 + 10 * 128 + 2 * 10)  # fmt: skip
+
+
+def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = {
+        "rates": dict.fromkeys(("training", "notebooks", "data", "scoring", "matrix product"), 1.0),
+        "operations": {"training": 3, "scoring": 1},
+        "settings": {"model": {"name": "nin"}, "data": {"image_size": 224, "batch_size": 128}},
+        "device": "cpu",
+        "milliseconds_per_step": {"bare Trainer": 1.0},
+        "memory": {},
+    }
+    monkeypatch.setattr(bench, "run_benchmarks", lambda *_: results)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        monkeypatch.setattr(sys, "argv", ["nin", "bench", "data=garments", "--out", str(tmp_path / "bench.json")])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 141
+    assert json.loads((tmp_path / "bench.json").read_text()) == results
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"),
         ("trainer.min_epochs=11", "trainer.min_epochs=11: must be at most trainer.max_epochs, which is 10"),
         ("trainer.max_steps=0", "trainer.max_steps=0: nothing would be trained"),
+        ("trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00: nothing would be trained; give a longer time"),
+        ("+trainer.max_time={hours:0}", "trainer.max_time={'hours': 0}: nothing would be trained; give a longer time"),
         ("trainer.limit_train_batches=0.0", "trainer.limit_train_batches=0: nothing would be trained"),
         ("optimizer.nesterov=true", "optimizer: nesterov=true needs momentum"),
         ("threads=100000", "threads=100000: must be less than or equal to 1024"),
@@ -105,6 +107,10 @@ def test_defaults_are_the_notebooks_experiment() -> None:
 def test_an_error_has_the_key_its_value_and_the_rule(override: str, message: str) -> None:
     (error,) = refused(override)
     assert error.startswith(message)
+
+
+def test_a_duration_below_zero_is_named() -> None:
+    assert "trainer.max_time.hours=-1: must be greater than or equal to 0" in refused("+trainer.max_time={hours:-1}")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,13 @@ def test_after_an_unfinished_iteration_the_next_one_starts_from_the_beginning() 
     batches = Batches(*numbered(6), batch_size=2)
     next(iter(batches))
     assert labels_of(batches) == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize("position", [{}, {"epoch": 0}, {"epoch": 0, "batch": True}, {"epoch": "0", "batch": 2}])
+def test_a_position_of_another_form_is_not_loaded(position: dict[str, Any]) -> None:
+    batches = Batches(*numbered(6), batch_size=2, seed=0)
+    with pytest.raises(TypeError, match="position in the data"):
+        batches.load_state_dict(position)
 
 
 def test_a_position_in_another_epoch_is_ignored() -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -405,32 +406,34 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
     assert experiment.Experiment(RunRequest(asked, folder)).run_id == "b" * 32
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [
+def test_a_state_that_can_not_be_restored_is_named(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    asked, folder, whole = half_done
+    content = folder.last.read_bytes()
+    caplog.set_level("INFO")
+    for changed in (
         {"optimizer_states": [{"state": {}, "param_groups": [{"a": 1}]}]},
         {"loops__fit_loop__epoch_loop.val_loop.batch_progress": 1.5},
-        {"callbacks__ResumableCheckpoint__batches": None},
         {"loops__fit_loop__epoch_loop.batch_progress__total__started": {}},
+        {"loops__fit_loop__epoch_loop.state_dict": {"_batches_that_stepped": None}},
+        {"callbacks__ResumableCheckpoint__batches": None},
+        {"callbacks__ResumableCheckpoint__batches": {"batch": 4}},
         {"optimizer_states__0__param_groups__0__weight_decay": "x"},
         {"optimizer_states__0__state": {}},
         {"lr_schedulers__0": {}},
         {"callbacks__MetricsLogger__images": "x"},
-        {"callbacks__MetricsLogger__epoch": {}},
-        {"callbacks__MetricsLogger__epoch": {"images": 32, "seconds": 1.0, "loss": 1.0, "right": torch.zeros(2)}},
-        {"callbacks__MetricsLogger__rows": [{"epoch": {"a": 1}}]},
         {"callbacks__ResumableCheckpoint__processes": [{"random_state": {"python": 5}, "metrics": {}}]},
-    ],
-)
-def test_a_state_that_can_not_be_restored_is_named(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]], changed: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    asked, folder, whole = half_done
-    change(folder.last, **changed)
-    caplog.set_level("INFO")
-    with pytest.raises(UserError, match=r"last.ckpt: can't be resumed: its state could not be restored \(\w+Error: "):
-        run_experiment(asked, folder, [])
-    assert "Traceback" in caplog.text
+        {"callbacks__ResumableCheckpoint__processes__0__metrics__train_acc.tp": torch.zeros(2, dtype=torch.int64)},
+    ):
+        folder.last.write_bytes(content)
+        change(folder.last, **changed)
+        caplog.clear()
+        with pytest.raises(UserError) as refused:
+            run_experiment(asked, folder, [])
+        named = r"last.ckpt: can't be resumed: its state could not be restored \(\w+Error: "
+        assert re.search(named, str(refused.value)), changed
+        assert "Traceback" in caplog.text
     folder.last.unlink()  # as the message says
     result = run_experiment(asked, folder, [])
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])

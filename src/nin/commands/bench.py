@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.runs.console import format_path, log_to
+from nin.runs.console import Console, format_path, log_to
 from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
 from nin.system.processes import StoppedError
@@ -54,9 +53,9 @@ def main(arguments: list[str]) -> int:
     except StoppedError as stopped:
         progress(f"{stopped}; nothing is written")
         return stopped.exit_status
-    print_results(results)
     out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
     write_atomically(out, json.dumps(results, indent=2) + "\n")
+    print_results(results)
     print(f"written: {format_path(out)}")
     return 0
 

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import Progress
 
 from nin.config.composition import apply_overrides
@@ -12,7 +11,7 @@ from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import ignore_stored_paths
 from nin.data.sources import prepare
 from nin.deploy.loading import find_checkpoint, is_export
-from nin.runs.console import log_to, silence_known_warnings, tolerate_output_errors
+from nin.runs.console import Console, log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.results import print_test
 
 MAY_CHANGE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")

@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.config.schema import UserError
-from nin.runs.console import log_to, silence_known_warnings
+from nin.runs.console import Console, log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
 from nin.runs.results import format_path
 

@@ -3,13 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from nin.config.composition import compose_config, compose_settings
 from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.data.sources import describe
+from nin.runs.console import Console
 
 if TYPE_CHECKING:
     from torch import nn

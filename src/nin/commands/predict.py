@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from nin.config.errors import printable
 from nin.config.schema import UserError
-from nin.runs.console import log_to, silence_known_warnings
+from nin.runs.console import Console, log_to, silence_known_warnings
 
 if TYPE_CHECKING:
     import numpy as np

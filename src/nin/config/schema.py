@@ -154,7 +154,7 @@ class Trainer(Section):
     min_epochs: NonNegative | None
     max_steps: Annotated[int, Field(ge=-1)]
     min_steps: NonNegative | None
-    max_time: str | dict[str, int] | None
+    max_time: str | dict[str, NonNegative] | None
     limit_train_batches: Limit
     limit_val_batches: Limit
     limit_test_batches: Limit

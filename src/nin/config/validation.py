@@ -7,6 +7,7 @@ is known before any is read for the published data sets only; that of a folder i
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -228,6 +229,8 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(settings.trainer, key) == 0:
             yield f"trainer.{key}=0: nothing would be trained; give 1 or more"
+    if (duration := settings.trainer.max_time) is not None and not re.search("[1-9]", str(duration)):
+        yield f"trainer.max_time={duration}: nothing would be trained; give a longer time"
     if settings.trainer.limit_test_batches == 0:
         yield "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
     if settings.trainer.barebones:
@@ -284,7 +287,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] =
         require_minimum_below_maximum,
     ),
     (
-        ("trainer.max_epochs", "trainer.max_steps", "trainer.barebones", *_LIMITS),
+        ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.barebones", *_LIMITS),
         require_work_and_results,
     ),
     (

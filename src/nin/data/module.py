@@ -96,6 +96,8 @@ class Batches:
         return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        if {key: type(value) for key, value in state.items()} != {"epoch": int, "batch": int}:
+            raise TypeError("the position in the data lacks a part, or has one of another type")
         self._position, self._loaded = dict(state), dict(state)
 
 

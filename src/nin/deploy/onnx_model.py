@@ -38,6 +38,8 @@ def load_onnx(path: Path, threads: int | None = None) -> TrainedNetwork:
 
     if session.get_inputs()[0].name != "images" or outputs[:2] != ["probabilities", "logits"]:
         raise UserError(f"{path}: not written by nin export: its outputs are {', '.join(outputs)}")
+    if session.get_outputs()[0].shape[1:] != [classes := len(description.class_names)]:
+        raise UserError(f"{path}: not written by nin export: it names {classes} classes, which is not what it computes")
     if "maps" not in outputs:
         description = dataclasses.replace(description, maps="none")
     return TrainedNetwork(description, compute)
@@ -82,13 +84,15 @@ def read_description(metadata: dict[str, str], path: Path) -> Description:
     try:
         values = json.loads(metadata[METADATA_KEY])
         description = Description(**values)
-        names, numbers = description.class_names, (description.channels, description.stored_size)
+        names, sizes = description.class_names, (description.stored_size, description.image_size)
         good = (
             isinstance(names, list)
             and all(isinstance(name, str) for name in names)
-            and all(isinstance(number, int) for number in numbers)
+            and len(set(names)) == len(names)
+            and all(type(size) is int and 1 <= size <= 1024 for size in sizes)  # as in the config
             and description.channels in (1, 3)
-            and isinstance(description.settings, dict)
+            and description.fit in (None, "crop", "pad", "stretch")
+            and isinstance(description.settings["data"], dict)
             and isinstance(description.more, dict)
         )
     except (KeyError, TypeError, ValueError):

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import rich.console
+
 # Warnings that Lightning and Hydra raise in every run of this project, and that a user can do nothing about.
 _KNOWN_WARNINGS = (
     # The files in conf/hydra/launcher have the names of the launchers' schemas, which fill in the other keys.
@@ -65,6 +67,13 @@ def _route_lightning_logs() -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
         logging.getLogger(name).propagate = True
+
+
+class Console(rich.console.Console):
+    """rich's console; a closed pipe ends the command as it does after ``print``, with exit status 141 instead of 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError, for `nin.cli`
 
 
 class _TolerantFile(io.FileIO):

@@ -3,12 +3,11 @@
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nin.config.errors import printable
-from nin.runs.console import format_path, tensorboard_command
+from nin.runs.console import Console, format_path, tensorboard_command
 from nin.runs.folder import RunFolder
 
 _MATRIX_CLASSES = 12  # as many columns as 120 characters have room for

@@ -17,13 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import format_path, log_to
+from nin.runs.console import Console, format_path, log_to
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.space import overrides_of, silence_optuna

@@ -6,10 +6,9 @@ import sys
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from nin.runs.console import format_path, tensorboard_command
+from nin.runs.console import Console, format_path, tensorboard_command
 from nin.runs.folder import open_atomically, write_atomically
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs

@@ -17,6 +17,7 @@ from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training import experiment
 from nin.training.callbacks.dead_units import is_at_chance
+from nin.training.callbacks.metrics import MetricsLogger
 
 
 def add_callback(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
@@ -71,6 +72,31 @@ def test_images_per_second_are_images_by_seconds(
     events = EventAccumulator(str(folder.path)).Reload()
     rates = [event.value for event in events.Scalars("while_training/images_per_second")]
     assert rates == pytest.approx([0.32] * 4, rel=0.05)
+
+
+ROW = {
+    "epoch": 1, "step": 6, "lr": 0.1, "train/loss": 2.3, "train/acc": 0.1, "images_per_second": 9.0, "seconds": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("scores", [{}, {"val/loss": 2.0, "val/acc": 0.5}, {"test/loss": 2.0, "test/acc": 0.5}])
+def test_a_state_without_a_part_or_with_one_of_another_type_is_not_loaded(
+    tmp_path: Path, scores: dict[str, float]
+) -> None:
+    metrics = MetricsLogger(tmp_path / "metrics.csv")
+    metrics.started = metrics.window_started = 0.0
+    metrics.epoch, metrics.rows = {"images": 32, "seconds": 1.0, "loss": 70.0, "right": 3.0}, [row := ROW | scores]
+    state = metrics.state_dict()
+    metrics.load_state_dict(state)
+    changes: list[dict[str, Any]] = [{name: None} for name in state]
+    changes += [{"window_images": True}, {"epoch": {}}, {"scores": {"val/acc": "x"}}, {"latest": {"lr": True}}]
+    changes += [{"epoch": metrics.epoch | {name: torch.zeros(2)}} for name in metrics.epoch]
+    changes += [{"rows": [row | {name: True}]} for name in row]
+    changes += [{"rows": [{key: value for key, value in row.items() if key != name}]} for name in row]
+    changes += [{"rows": [row | {"train/x": 1.0}]}]
+    for change in changes:
+        with pytest.raises((KeyError, TypeError), match="MetricsLogger"):
+            metrics.load_state_dict(state | change)
 
 
 @pytest.mark.parametrize(

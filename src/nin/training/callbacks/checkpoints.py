@@ -21,6 +21,9 @@ from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
+# The parts of the fit loop's state that count; the others are positions of dataloaders.
+_COUNTED = ("progress", "epoch_loop.state_dict")
+
 
 class ResumableCheckpoint(Checkpoint):
     """Saves ``last.ckpt``, from which a run resumes to exactly the result of an uninterrupted run, and ``best.ckpt``.
@@ -67,6 +70,8 @@ class ResumableCheckpoint(Checkpoint):
             if position is not None:
                 _batches(trainer).load_state_dict(position)
             own = self._loaded["processes"][trainer.global_rank]
+            if _layout(own["metrics"]) != _layout(pl_module.train_metrics_state()):
+                raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
             set_random_state(own["random_state"], pl_module.device)
             if position is None:
                 # The epoch's iterator draws from torch's generator, and was made before that was restored.
@@ -188,7 +193,7 @@ def require_complete_state(trainer: Trainer, pl_module: Classifier, checkpoint: 
         TypeError: names what is missing or of another type.
     """
     settings, (optimizer,) = pl_module.settings, trainer.optimizers
-    counters = {key: part for key, part in trainer.fit_loop.state_dict().items() if key.endswith("progress")}
+    counters = {key: part for key, part in trainer.fit_loop.state_dict().items() if key.endswith(_COUNTED)}
     if _layout(counters) != _layout({key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}):
         raise TypeError("the counters of the loops differ")
     if isinstance(settings.optimizer, OwnClass) or isinstance(settings.schedule, OwnClass):
@@ -212,11 +217,13 @@ def require_complete_state(trainer: Trainer, pl_module: Classifier, checkpoint: 
 
 
 def _layout(value: Any) -> Any:
-    """The keys, lengths and types in ``value``; integers and floats are alike, and so are lists and tuples."""
+    """The keys, lengths, types and shapes in ``value``; integers and floats are alike, and so are lists and tuples."""
     if isinstance(value, dict):
         return {key: _layout(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_layout(part) for part in value]
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
     return "number" if type(value) in (int, float) else type(value).__name__
 
 
