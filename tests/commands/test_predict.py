@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import nin
-from nin.commands.predict import main
+from nin.commands.predict import _Rows, main
 from nin.config.schema import UserError
 
 
@@ -54,6 +54,13 @@ def test_csv_and_table(run_folder: Path, pictures: Path, capfd: pytest.CaptureFi
     header, line = capfd.readouterr().out.splitlines()
     assert header.split() == ["image", "class", "2."]
     assert f"{row['class']} {float(row['probability']):.4f}" in line
+
+
+def test_the_table_prints_escapes_in_class_names_as_text(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _Rows(["\x1b[2Jcoat", "hat"], 1)
+    rows.add("a.png", np.array([0.75, 0.25]))
+    rows.finish()
+    assert capsys.readouterr().out == "image  class\na.png  \\x1b[2Jcoat 0.7500\n"
 
 
 def test_a_long_table_has_one_header_and_ends_with_its_reader(export: Path, data_root: Path) -> None:

@@ -157,11 +157,12 @@ class _Rows:
     """A table for people, printed as the images are done."""
 
     def __init__(self, class_names: list[str], top: int):
-        self.class_names, self.rows = class_names, list[tuple[str, ...]]()
+        # Of an export from elsewhere: a terminal would obey escapes in them.
+        self.class_names, self.rows = [printable(name) for name in class_names], list[tuple[str, ...]]()
         top = min(top, len(class_names))
         self.header = [("image", "class", *(f"{i + 2}." for i in range(top - 1)))]
         # A class's cell ends in a probability of 6 characters.
-        self.widths = [len("image"), *[max(map(cell_len, class_names)) + 7] * top]
+        self.widths = [len("image"), *[max(map(cell_len, self.class_names)) + 7] * top]
 
     def add(self, name: str, probabilities: "np.ndarray") -> None:
         best = (-probabilities).argsort(kind="stable")[: len(self.widths) - 1]
