@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from nin import cli
+from nin.commands.bench import read_settings
 
 
 def test_results_are_printed_and_written(
@@ -47,6 +48,14 @@ def test_results_are_printed_and_written(
                                       + 128 * 8 * 9 + 128 * 128 + 2 * 2 * 128 + 10 * 128 + 2 * 10)  # fmt: skip
 
 
+def test_data_and_schedule_can_be_chosen() -> None:
+    chosen = read_settings(["data=mnist", "schedule=cosine"])
+    assert (chosen.data.name, chosen.schedule.name) == ("mnist", "cosine")
+    default = read_settings(["experiment=cpu"])
+    assert (default.data.name, default.schedule.name) == ("garments", "constant")
+    assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -54,6 +63,7 @@ def test_results_are_printed_and_written(
         (["--seconds", "nan"], "--seconds=nan: must be a number above 0"),
         (["trainer=cpu", "trainer.devices=2"], "trainer: nin bench runs in one process"),
         (["model=nim"], "model=nim: no such model"),
+        (["trainer.max_epochs=3"], "trainer.max_epochs: nin bench sets it"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_measured(

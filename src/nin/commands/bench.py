@@ -19,7 +19,9 @@ from nin.system.devices import require_accelerator
 from nin.system.processes import StoppedError
 
 # Only training is measured; data=garments needs no download and has images as large as Fashion-MNIST's.
-_DEFAULTS = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]
+_DEFAULTS = ["data=garments", "schedule=constant"]
+# Training ends when all rounds are measured.
+_FIXED = ["trainer.max_epochs=1000", "trainer.limit_val_batches=0"]
 
 
 def main(arguments: list[str]) -> int:
@@ -39,7 +41,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--rounds={args.rounds}: must be 1 or more")
     if not 0 < args.seconds < float("inf"):
         raise UserError(f"--seconds={args.seconds:g}: must be a number above 0")
-    settings = compose_settings([*_DEFAULTS, *args.overrides])
+    settings = read_settings(args.overrides)
     if not is_single_process(settings.trainer):
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")
     require_accelerator(settings.trainer)
@@ -59,6 +61,23 @@ def main(arguments: list[str]) -> int:
     write_atomically(out, json.dumps(results, indent=2) + "\n")
     print(f"written: {format_path(out)}")
     return 0
+
+
+def read_settings(overrides: list[str]) -> Settings:
+    """The settings that are measured: those of ``nin train`` with other defaults.
+
+    Raises:
+        UserError: lists every error in the overrides, or names a key that the measurement itself sets.
+    """
+    given = {_key(word) for word in overrides}
+    if fixed := sorted(given & {_key(word) for word in _FIXED}):
+        raise UserError(f"{fixed[0]}: nin bench sets it, and ends after --rounds measurements; leave it out")
+    defaults = [word for word in _DEFAULTS if _key(word) not in given]
+    return compose_settings([*defaults, *_FIXED, *overrides])
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
