@@ -9,9 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.config.schema import UserError
-from nin.runs.console import log_to, silence_known_warnings
+from nin.runs.console import format_path, log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
-from nin.runs.results import format_path
 
 if TYPE_CHECKING:
     from nin.deploy.export import Exporter
@@ -50,8 +49,8 @@ def main(arguments: list[str]) -> int:
 
     checkpoint = find_checkpoint(args.run_or_checkpoint)
     suffix = {"onnx": ".onnx", "pt2": ".pt2", "triton": ""}[args.format]
-    default = default_export(args.run_or_checkpoint)
-    out = args.out or (default.with_suffix(suffix) if suffix else default.with_name("triton"))
+    default = default_export(args.run_or_checkpoint, suffix)
+    out = args.out or (default if suffix else default.with_name("triton"))
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: the name must end in {suffix}")
     run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
