@@ -23,7 +23,7 @@ from rich.table import Table
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import format_path, log_to
+from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.space import overrides_of, silence_optuna
@@ -101,7 +101,7 @@ def report_search(folder: Path) -> None:
         _write(folder, description, title, rows, notes, study)
     except OSError as error:
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
-    print(f"dashboards: tensorboard --logdir {format_path(folder)}")
+    print(f"dashboards: {tensorboard_command(folder)}")
     if not url:
         print(f"            optuna-dashboard {format_path(folder)}/{JOURNAL}")
 
