@@ -27,7 +27,7 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     kind of processor: unlike an ONNX file, load one only from a source that you would run a program from.
 
     Returns:
-        The files, each with what is said of it.
+        The files, each with a line that describes it.
 
     Raises:
         ExportError: if probabilities or predictions differ from the checkpoint's; that file is not written.
