@@ -95,7 +95,7 @@ class Job:
 
     folder: Path
     overrides: dict[str, str]
-    status: str  # finished, failed, running, unfinished or not started
+    status: str  # finished, failed, pruned, running, unfinished or not started
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
     hardware: str = ""  # the device, and the version of torch
