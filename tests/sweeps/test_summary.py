@@ -123,6 +123,13 @@ def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFi
     assert "seeds" not in output
 
 
+def test_one_single_run_is_listed_by_its_name_too(tmp_path: Path) -> None:
+    job = put_job(tmp_path / "first", ["experiment=cpu"], 0.9)
+    (job / ".hydra" / "config.yaml").write_text("seed: 0\nsweep: {keys: [], fail_fast: false}\n")
+    header, row = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
+    assert (header[0], row[0]) == ("run", "first")
+
+
 def draw(sweep: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Figure:
     """Draws the chart and lays it out as for saving."""
     figure = chart.draw("title", group_by_seed(read_jobs(sweep), metric), metric, x_axis)
