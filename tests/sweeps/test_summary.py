@@ -105,6 +105,22 @@ def test_many_varied_keys_are_readable(
     assert "0.9305 ± 0.0007" in output
 
 
+def test_no_word_is_broken_at_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for lr in ("0.01", "1e+30"):
+        for seed in (0, 1):
+            job = put_job(tmp_path / f"{lr},{seed}", [f"optimizer.lr={lr}", f"seed={seed}"], 0.9 + seed / 10)
+            if lr == "1e+30":
+                (job / "result.json").write_text('{"status": "failed", "error": "the loss is nan"}')
+    summary.report(tmp_path)
+    output = capsys.readouterr().out
+    table = output.partition("±  is")[0]
+    assert "optimizer.lr" in table
+    assert "2 (2 failed)" in table
+
+
 def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, overrides, acc in (("first", ["experiment=cpu"], 0.9), ("second", ["model=lenet", "seed=0"], 0.8)):
         job = put_job(tmp_path / name, overrides, acc)
