@@ -150,8 +150,8 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
     """A column for each searched key if the terminal is wide enough, otherwise one for all of them."""
     header, *lines = [[_three_digits(cell) if i > 3 else cell for i, cell in enumerate(row)] for row in rows]
     header = _short(header)
-    gap = 2  # characters between columns
-    if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) - gap > console.width:
+    gap = 2  # characters between columns, and of both edges together
+    if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) > console.width:
         pairs = [" ".join(f"{k}={v}" for k, v in zip(header[4:], line[4:], strict=False) if v) for line in lines]
         header, lines = [*header[:4], "values"], [[*line[:4], pair] for line, pair in zip(lines, pairs, strict=True)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0))
