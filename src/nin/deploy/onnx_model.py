@@ -17,7 +17,6 @@ from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 # Where an export keeps its description, beside the entries that other programs read.
 METADATA_KEY = "nin"
-_LARGEST = 1024  # pixels per side, as in the config: files are resized to the stored size when they are decoded
 
 
 def load_onnx(path: Path, threads: int | None = None) -> TrainedNetwork:
@@ -83,14 +82,13 @@ def read_description(metadata: dict[str, str], path: Path) -> Description:
     try:
         values = json.loads(metadata[METADATA_KEY])
         description = Description(**values)
-        names, sizes = description.class_names, (description.stored_size, description.image_size)
+        names, numbers = description.class_names, (description.channels, description.stored_size)
         good = (
             isinstance(names, list)
             and all(isinstance(name, str) for name in names)
-            and all(isinstance(size, int) and 1 <= size <= _LARGEST for size in sizes)
+            and all(isinstance(number, int) for number in numbers)
             and description.channels in (1, 3)
-            and description.fit in (None, "crop", "pad", "stretch")
-            and isinstance(description.settings["data"], dict)
+            and isinstance(description.settings, dict)
             and isinstance(description.more, dict)
         )
     except (KeyError, TypeError, ValueError):
