@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.config.schema import UserError
-from nin.runs.console import format_path, log_to, silence_known_warnings
+from nin.runs.console import log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
+from nin.runs.results import format_path
 
 if TYPE_CHECKING:
     from nin.deploy.export import Exporter
