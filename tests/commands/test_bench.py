@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from nin import cli
-from nin.commands.bench import read_settings
+from nin.commands import bench
 
 
 def test_results_are_printed_and_written(
@@ -48,14 +48,6 @@ def test_results_are_printed_and_written(
                                       + 128 * 8 * 9 + 128 * 128 + 2 * 2 * 128 + 10 * 128 + 2 * 10)  # fmt: skip
 
 
-def test_data_and_schedule_can_be_chosen() -> None:
-    chosen = read_settings(["data=mnist", "schedule=cosine"])
-    assert (chosen.data.name, chosen.schedule.name) == ("mnist", "cosine")
-    default = read_settings(["experiment=cpu"])
-    assert (default.data.name, default.schedule.name) == ("garments", "constant")
-    assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -71,3 +63,11 @@ def test_mistakes_are_refused_before_anything_is_measured(
 ) -> None:
     assert cli.run("bench", arguments) == 2
     assert capsys.readouterr().err.startswith(f"nin bench: {message}")
+
+
+def test_data_and_schedule_can_be_chosen() -> None:
+    chosen = bench.read_settings(["data=mnist", "schedule=cosine"])
+    assert (chosen.data.name, chosen.schedule.name) == ("mnist", "cosine")
+    default = bench.read_settings(["experiment=cpu"])
+    assert (default.data.name, default.schedule.name) == ("garments", "constant")
+    assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
