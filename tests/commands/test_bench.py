@@ -1,4 +1,5 @@
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,9 @@ def test_data_and_schedule_can_be_chosen() -> None:
     default = bench.read_settings(["experiment=cpu"])
     assert (default.data.name, default.schedule.name) == ("garments", "constant")
     assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
+
+
+def test_known_warnings_are_silenced() -> None:
+    assert cli.run("bench", ["--rounds", "0"]) == 2
+    ignored = [message.pattern for action, message, *_ in warnings.filters if action == "ignore" and message]
+    assert any("number of training batches" in pattern for pattern in ignored)

@@ -13,7 +13,7 @@ from rich.table import Table
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.runs.console import format_path, log_to
+from nin.runs.console import format_path, log_to, silence_known_warnings
 from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
 from nin.system.processes import StoppedError
@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
     parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
     args = parser.parse_args(arguments)
+    silence_known_warnings()
     if args.rounds < 1:
         raise UserError(f"--rounds={args.rounds}: must be 1 or more")
     if not 0 < args.seconds < float("inf"):
