@@ -1,8 +1,10 @@
+import io
 import json
 import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nin import cli
 from nin.commands import bench
@@ -78,3 +80,11 @@ def test_known_warnings_are_silenced() -> None:
     assert cli.run("bench", ["--rounds", "0"]) == 2
     ignored = [message.pattern for action, message, *_ in warnings.filters if action == "ignore" and message]
     assert any("number of training batches" in pattern for pattern in ignored)
+
+
+def test_the_memory_fits_80_columns() -> None:
+    console = Console(width=80, file=io.StringIO())
+    parts = ("weights", "gradients", "optimizer", "activations", "activations_full_batch", "peak")
+    console.print(bench._memory_table({128: dict.fromkeys(parts, 2**30 - 1)}))
+    words = console.file.getvalue().split()  # type: ignore[attr-defined]
+    assert {"activations", "micro-batches", "1,024.0"} <= set(words)
