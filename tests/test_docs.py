@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import torch
 
 import nin as package
 from helpers import nin
+from nin.config.composition import compose_settings, first_job_overrides
 from nin.config.schema import CONF
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +84,25 @@ def test_every_experiment_and_sweep_that_a_page_names_exists(page: Path) -> None
     # The examples of docs/extending.md: files of a config folder of the user's own.
     own = set(re.findall(r"`my/(\w+)/(\w+)\.yaml`", page.read_text("utf-8"))) | {("experiment", "mine")}
     assert [option for option in named if option not in own and not (CONF / f"{'/'.join(option)}.yaml").is_file()] == []
+
+
+def test_the_commands_of_pages_and_recipes_compose() -> None:
+    own = "(tiny|stripes|rmsprop|mine|steps)"  # names of the examples of docs/extending.md
+    commands = set()
+    for path in (*PAGES, *CONF.rglob("*.yaml")):
+        text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))
+        for line in re.findall(r"^(?:#|    )[# ]*(nin (?:train|bench|inspect) [^#\n…]+)(?:#.*)?$", text, re.MULTILINE):
+            words = shlex.split(re.split(" {3,}", line.strip())[0])
+            # A sweep is composed for its first job; sweepers and launchers only in a sweep.
+            given = [word for word in words if re.match(r"[+~]?[\w./]+=", word) and not word.startswith("hydra")]
+            if given and not re.search(rf"={own}\b", line):
+                commands.add(tuple(sorted(first_job_overrides(given))))
+    assert len(commands) > 30
+    tried: set[str] = set()
+    for command in sorted(commands, key=len, reverse=True):
+        if not tried.issuperset(command):  # a composition takes a tenth of a second
+            compose_settings(list(command))
+        tried.update(command)
 
 
 def test_the_readme_fits_on_a_few_screens_and_has_the_two_lines_of_the_start() -> None:

@@ -11,7 +11,7 @@ A package imports only from the packages below it:
     training/       one run: claim the folder, train, test, write the result; the LightningModule and its callbacks
     checkpoints/    checkpoint files: atomic, checksummed, data only; the state that makes resuming exact
     data/           the LightningDataModule, data sets, resizing and augmentation
-    networks/       plain torch: nin, lenet, alexnet, vgg, weight initialization, table of layers, speed
+    networks/       plain torch: nin, lenet, alexnet, vgg, mlp, weight initialization, table of layers, speed
     runs/           run folders, their lock, what they print
     system/         signals, distributed processes, devices, allocator
     config/         schema, validation, composition

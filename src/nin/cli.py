@@ -13,7 +13,7 @@ import sys
 COMMANDS = {
     "train": "train a network, then test its best checkpoint once; with -m a sweep",
     "resume": "continue the run in a folder, to the result that it would have had",
-    "eval": "test metrics of a run's folder or of one .ckpt file",
+    "eval": "test metrics of a run's folder, a .ckpt file or an export",
     "predict": "class probabilities of your own images; with --maps, where each class is recognized",
     "export": "a file for deployment with its preprocessing inside, checked on the whole test set",
     "serve": "a trained network as an HTTP service, with a page to try it",

@@ -1,9 +1,12 @@
+import io
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from nin import cli
 from nin.commands import bench
@@ -78,6 +81,7 @@ def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pyte
         (["--seconds", "nan"], "--seconds=nan: must be a number above 0"),
         (["trainer=cpu", "trainer.devices=2"], "trainer: nin bench runs in one process"),
         (["model=nim"], "model=nim: no such model"),
+        (["trainer.max_epochs=3"], "trainer.max_epochs: nin bench sets it"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_measured(
@@ -85,3 +89,25 @@ def test_mistakes_are_refused_before_anything_is_measured(
 ) -> None:
     assert cli.run("bench", arguments) == 2
     assert capsys.readouterr().err.startswith(f"nin bench: {message}")
+
+
+def test_data_and_schedule_can_be_chosen() -> None:
+    chosen = bench.read_settings(["data=mnist", "schedule=cosine"])
+    assert (chosen.data.name, chosen.schedule.name) == ("mnist", "cosine")
+    default = bench.read_settings(["experiment=cpu"])
+    assert (default.data.name, default.schedule.name) == ("garments", "constant")
+    assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
+
+
+def test_known_warnings_are_silenced() -> None:
+    assert cli.run("bench", ["--rounds", "0"]) == 2
+    ignored = [message.pattern for action, message, *_ in warnings.filters if action == "ignore" and message]
+    assert any("number of training batches" in pattern for pattern in ignored)
+
+
+def test_the_memory_fits_80_columns() -> None:
+    console = Console(width=80, file=io.StringIO())
+    parts = ("weights", "gradients", "optimizer", "activations", "activations_full_batch", "peak")
+    console.print(bench._memory_table({128: dict.fromkeys(parts, 2**30 - 1)}))
+    words = console.file.getvalue().split()  # type: ignore[attr-defined]
+    assert {"activations", "micro-batches", "1,024.0"} <= set(words)

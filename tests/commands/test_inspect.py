@@ -36,6 +36,12 @@ def test_overrides_choose_the_network(capsys: pytest.CaptureFixture[str]) -> Non
     assert "kernel_sizes has 4 entries" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--cfg", "job"], ["--multirun"], ["--config-name", "best"]])
+def test_options_that_would_have_no_effect_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("inspect", options) == 2
+    assert capsys.readouterr().err == f"nin inspect: {options[0]}: an option of nin train only; leave it out\n"
+
+
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("inspect", ["--help"]) == 0
     assert capsys.readouterr().out.startswith("Usage: nin inspect")

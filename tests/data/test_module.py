@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from nin.config.schema import Settings, UserError
+from nin.config.composition import compose_settings
+from nin.config.schema import OwnData, Settings, UserError
 from nin.data.module import Batches, ImageDataModule, MappedImages, split
 from pictures import folder_data, write_folder
 
@@ -95,6 +96,14 @@ def test_the_data_module_works_without_a_trainer(settings: Callable[..., Setting
     module.setup("test")
     for batches in (module.test_dataloader(), module.predict_dataloader()):
         assert sum(len(labels) for _, labels in batches) == 2000
+
+
+def test_setup_without_a_stage_sets_up_all_parts(data_root: Path) -> None:
+    data = compose_settings(["data=garments", "model=nin_small", f"data.root={data_root}"]).data
+    assert not isinstance(data, OwnData)
+    module = ImageDataModule(data)
+    module.setup()
+    assert [len(part[1]) for part in (module.train, module.val, module.test)] == [9000, 1000, 2000]
 
 
 def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def test_the_pages_onnxruntime_program_runs_with_onnxruntime_and_numpy_alone(exp
 def test_the_pages_cpp_program_classifies_as_the_checkpoint(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    import torch
+
     from nin.commands.export import main
 
     program = block("cpp", "AOTIModelPackageLoader")
@@ -85,6 +87,9 @@ def test_the_pages_cpp_program_classifies_as_the_checkpoint(
     assert main([str(run_folder), "--format", "pt2", "--out", str(tmp_path / "model.pt2"), f"data.root={root}"]) == 0
     assert "torch" not in capfd.readouterr().err  # no warnings of the compiler
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.export.pt2", "model.pt2"]
+    stored = {"nin.json": ""}
+    torch.export.load(tmp_path / "model.export.pt2", extra_files=stored)
+    assert json.loads(stored["nin.json"])["more"]["check"]["largest_difference"] <= 1e-5
     (tmp_path / "classify.cpp").write_text(program)
     Image.fromarray(image).save(tmp_path / "shirt.png")
     compile_and_run = block("bash", "g++").replace("python3", sys.executable)

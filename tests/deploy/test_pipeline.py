@@ -14,6 +14,7 @@ import nin
 from nin.checkpoints import files as checkpoint_files
 from nin.config.schema import UserError
 from nin.data.transforms import resize
+from nin.deploy.loading import default_export
 from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
 
@@ -89,6 +90,11 @@ def test_load_says_what_a_path_is_not(tmp_path: Path, run_folder: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint in it yet"):
         nin.load(tmp_path)
     assert nin.load(str(run_folder / "checkpoints" / "best.ckpt")).description.class_names[1] == "Trouser"
+
+
+def test_an_export_has_the_name_of_its_checkpoint(tmp_path: Path) -> None:
+    assert default_export(tmp_path, ".onnx") == tmp_path / "export" / "model.onnx"
+    assert default_export(tmp_path / "lr=0.01.ckpt", ".onnx") == tmp_path / "lr=0.01.onnx"
 
 
 def test_weights_that_are_not_finite_classify_nothing(tmp_path: Path, run_folder: Path) -> None:

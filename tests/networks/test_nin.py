@@ -69,7 +69,7 @@ def test_the_papers_network() -> None:
         (5, 192), (1, 160), (1, 96), (5, 192), (1, 192), (1, 192), (3, 192), (1, 192), (1, 10),
     ]  # fmt: skip
     assert [type(layer).__name__ for layer in network][:6] == ["NiNBlock", "MaxPool2d", "Dropout"] * 2
-    # Of CIFAR-10's three colours it has 967k parameters; grey images need 2 * 25 * 192 fewer.
+    # Of CIFAR-10's three colors it has 967k parameters; gray images need 2 * 25 * 192 fewer.
     assert sum(p.numel() for p in network.parameters()) == 966_986 - 9_600
 
 

@@ -1,5 +1,6 @@
 """Searches: what is proposed, what is refused, what is resumed."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hydra.types import RunMode
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from rich.console import Console
 
 from helpers import SMALL, run_experiment
 from nin.commands import train
@@ -18,7 +20,7 @@ from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import search_checks
+from nin.sweeps import search_checks, search_report
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs
 from nin.sweeps.space import read_space
@@ -273,3 +275,14 @@ def _without_hydra(config: Any) -> Any:
 def test_pruning_says_how_many_epochs_it_saved() -> None:
     pruned = create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.1, 2: 0.1})
     assert count_saved_epochs([pruned, create_trial(value=0.5, intermediate_values={1: 0.5}), pruned], 10) == 16
+
+
+def test_the_table_breaks_no_word() -> None:
+    rows = [["trial", "val/acc", "epochs", "status", "optimizer.weight_decay", "model.conv1x1_layers"]]
+    rows += [[str(i), "0.9123", "3", "finished", "0.01", "2"] for i in range(2)]
+    for width in range(56, 80):
+        console = Console(width=width, file=io.StringIO())
+        search_report._print_table(console, rows)
+        words = console.file.getvalue().split()  # type: ignore[attr-defined]
+        merged = {"values", "weight_decay=0.01", "conv1x1_layers=2"}
+        assert {"weight_decay", "conv1x1_layers"} <= set(words) or merged <= set(words), width

@@ -105,6 +105,22 @@ def test_many_varied_keys_are_readable(
     assert "0.9305 ± 0.0007" in output
 
 
+def test_no_word_is_broken_at_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for lr in ("0.01", "1e+30"):
+        for seed in (0, 1):
+            job = put_job(tmp_path / f"{lr},{seed}", [f"optimizer.lr={lr}", f"seed={seed}"], 0.9 + seed / 10)
+            if lr == "1e+30":
+                (job / "result.json").write_text('{"status": "failed", "error": "the loss is nan"}')
+    summary.report(tmp_path)
+    output = capsys.readouterr().out
+    table = output.partition("±  is")[0]
+    assert "optimizer.lr" in table
+    assert "2 (2 failed)" in table
+
+
 def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, overrides, acc in (("first", ["experiment=cpu"], 0.9), ("second", ["model=lenet", "seed=0"], 0.8)):
         job = put_job(tmp_path / name, overrides, acc)
@@ -121,6 +137,13 @@ def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFi
     output = capsys.readouterr().out
     assert "standard deviation" not in output
     assert "seeds" not in output
+
+
+def test_one_single_run_is_listed_by_its_name_too(tmp_path: Path) -> None:
+    job = put_job(tmp_path / "first", ["experiment=cpu"], 0.9)
+    (job / ".hydra" / "config.yaml").write_text("seed: 0\nsweep: {keys: [], fail_fast: false}\n")
+    header, row = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
+    assert (header[0], row[0]) == ("run", "first")
 
 
 def draw(sweep: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Figure:

@@ -1,5 +1,6 @@
 """The cost of a training step besides the network: a plain loop, Lightning's bare Trainer, and ``nin train``."""
 
+import math
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nin.bench.project import Progress, prepare_training
 from nin.config.schema import Settings
+from nin.data.sources import describe
 
 _STEPS, _WARM_UP = 300, 30
-_BATCH_SIZE, _CLASSES = 32, 10
+_BATCH_SIZE, _IMAGE_SIZE = 32, 28
 
 
 @dataclass
@@ -35,11 +37,11 @@ class StepTimer(Callback):
 
 
 class LinearModule(LightningModule):
-    """A linear classifier of 28x28 images, with nothing but what training needs."""
+    """Trains ``network`` with nothing but what training needs."""
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network = _linear_network()
+        self.network = network
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return functional.cross_entropy(self.network(batch[0]), batch[1])
@@ -48,28 +50,27 @@ class LinearModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def _linear_network() -> nn.Sequential:
-    return nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, _CLASSES))
-
-
 def measure_overhead(settings: Settings, rounds: int, progress: Progress) -> dict[str, float]:
     """Milliseconds per step on a linear network, by name: "plain loop", "bare Trainer" and "nin train"."""
-    count = _WARM_UP + _STEPS
-    batches = [(torch.rand(_BATCH_SIZE, 1, 28, 28), torch.randint(0, _CLASSES, (_BATCH_SIZE,))) for _ in range(count)]
+    data = describe(settings.data)
+    shape, classes = (data.channels, _IMAGE_SIZE, _IMAGE_SIZE), len(data.class_names)
+    batches = [
+        (torch.rand(_BATCH_SIZE, *shape), torch.randint(0, classes, (_BATCH_SIZE,))) for _ in range(_WARM_UP + _STEPS)
+    ]
     milliseconds = defaultdict(list)
     for i in range(rounds):
         progress(f"overhead, round {i + 1} of {rounds}")
         for name, time_steps in {
-            "plain loop": lambda: _time_plain_loop(batches),
-            "bare Trainer": lambda: _time_bare_trainer(batches),
-            "nin train": lambda: _time_project(settings),
+            "plain loop": lambda network: _time_plain_loop(network, batches),
+            "bare Trainer": lambda network: _time_bare_trainer(network, batches),
+            "nin train": lambda network: _time_project(network, settings),
         }.items():
-            milliseconds[name].append(1000 * time_steps() / _STEPS)
+            network = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
+            milliseconds[name].append(1000 * time_steps(network) / _STEPS)
     return {name: float(np.median(values)) for name, values in milliseconds.items()}
 
 
-def _time_plain_loop(batches: list[tuple[Tensor, Tensor]]) -> float:
-    network = _linear_network()
+def _time_plain_loop(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
     started = 0.0
     for i, (images, labels) in enumerate(batches):
@@ -81,7 +82,7 @@ def _time_plain_loop(batches: list[tuple[Tensor, Tensor]]) -> float:
     return time.perf_counter() - started
 
 
-def _time_bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
+def _time_bare_trainer(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> float:
     timer = StepTimer()
     trainer = Trainer(
         max_epochs=1,
@@ -94,19 +95,19 @@ def _time_bare_trainer(batches: list[tuple[Tensor, Tensor]]) -> float:
     )
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     dataset = TensorDataset(images.unflatten(0, (-1, _BATCH_SIZE)), labels.unflatten(0, (-1, _BATCH_SIZE)))
-    trainer.fit(LinearModule(), DataLoader(dataset, batch_size=None))  # its items are batches
+    trainer.fit(LinearModule(network), DataLoader(dataset, batch_size=None))  # its items are batches
     return timer.seconds
 
 
-def _time_project(settings: Settings) -> float:
+def _time_project(network: nn.Sequential, settings: Settings) -> float:
     timer = StepTimer()
     on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu", "devices": 1, "precision": None})
     settings = settings.model_copy(update={"trainer": on_cpu, "compile": False})
     with prepare_training(settings) as (module, data, build):
         data.data = settings.data.model_copy(  # type: ignore[assignment]  # refused for data of the user's own
-            update={"image_size": 28, "batch_size": _BATCH_SIZE}
+            update={"image_size": _IMAGE_SIZE, "batch_size": _BATCH_SIZE}
         )
         module.settings = settings.model_copy(update={"data": data.data})
-        module.network, module.dropouts, module.micro_batch_size = _linear_network(), [], None
+        module.network, module.dropouts, module.micro_batch_size = network, [], None
         build([timer]).fit(module, data)
     return timer.seconds

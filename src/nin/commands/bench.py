@@ -7,18 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.runs.console import Console, format_path, log_to
+from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
 from nin.system.processes import StoppedError
 
 # Only training is measured; data=garments needs no download and has images as large as Fashion-MNIST's.
-_DEFAULTS = ["data=garments", "trainer.max_epochs=1000", "trainer.limit_val_batches=0", "schedule=constant"]
+_DEFAULTS = ["data=garments", "schedule=constant"]
+# Training ends when all rounds are measured.
+_FIXED = ["trainer.max_epochs=1000", "trainer.limit_val_batches=0"]
 
 
 def main(arguments: list[str]) -> int:
@@ -34,11 +37,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
     parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
     args = parser.parse_args(arguments)
+    silence_known_warnings()
     if args.rounds < 1:
         raise UserError(f"--rounds={args.rounds}: must be 1 or more")
     if not 0 < args.seconds < float("inf"):
         raise UserError(f"--seconds={args.seconds:g}: must be a number above 0")
-    settings = compose_settings([*_DEFAULTS, *args.overrides])
+    settings = read_settings(args.overrides)
     if not is_single_process(settings.trainer):
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")
     require_accelerator(settings.trainer)
@@ -58,6 +62,23 @@ def main(arguments: list[str]) -> int:
     print_results(results)
     print(f"written: {format_path(out)}")
     return 0
+
+
+def read_settings(overrides: list[str]) -> Settings:
+    """The settings that are measured: those of ``nin train`` with other defaults.
+
+    Raises:
+        UserError: lists every error in the overrides, or names a key that the measurement itself sets.
+    """
+    given = {_key(word) for word in overrides}
+    if fixed := sorted(given & {_key(word) for word in _FIXED}):
+        raise UserError(f"{fixed[0]}: nin bench sets it, and ends after --rounds measurements; leave it out")
+    defaults = [word for word in _DEFAULTS if _key(word) not in given]
+    return compose_settings([*defaults, *_FIXED, *overrides])
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
 
 
 def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -139,8 +160,12 @@ def _overhead_table(milliseconds: dict[str, float]) -> Table:
 
 
 def _memory_table(memory: dict[int, dict[str, int]]) -> Table:
-    table = Table("batch", title="memory of a training step, MiB", title_justify="left")
-    for column in ("weights", "gradients", "optimizer", "activations", "without micro-batches", "peak of the process"):
+    # Narrow enough for 80 columns.
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(
+        "batch", title="memory of a training step, and peak of the process, MiB", title_justify="left", **style
+    )
+    for column in ("weights", "gradients", "optimizer", "activations", "without micro-batches", "peak"):
         table.add_column(column, justify="right")
     for batch_size, parts in memory.items():
         table.add_row(str(batch_size), *(f"{value / 2**20:,.1f}" for value in parts.values()))

@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> int:
 
     checkpoint = find_checkpoint(args.run_or_checkpoint)
     suffix = {"onnx": ".onnx", "pt2": ".pt2", "triton": ""}[args.format]
-    default = default_export(args.run_or_checkpoint)
-    out = args.out or (default.with_suffix(suffix) if suffix else default.with_name("triton"))
+    default = default_export(args.run_or_checkpoint, suffix)
+    out = args.out or (default if suffix else default.with_name("triton"))
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: the name must end in {suffix}")
     run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin predict",
         allow_abbrev=False,
-        description="Class probabilities of images, which take the path of a test image: grey or colour as the "
+        description="Class probabilities of images, which take the path of a test image: gray or color as the "
         "network needs them, resized, and scored mirrored too if the run was tested so.",
         epilog="example: nin predict outputs/runs/first shirt.jpg photos/ --maps maps",
     )

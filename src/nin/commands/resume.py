@@ -65,7 +65,7 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = ignore_stored_actions(validate_plain(config))
     require_trusted_targets(stored, allowed)
-    # Missing files are downloaded or drawn, and not into a folder that only the stored config names.
+    # Missing files are downloaded or generated, and not into a folder that only the stored config names.
     if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
         stored = ignore_stored_root(stored)
     settings = apply_overrides(stored, overrides, MAY_CHANGE)

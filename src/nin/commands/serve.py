@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from nin.config.schema import UserError
-from nin.runs.results import format_path
+from nin.runs.console import format_path
 
 # The variable that holds the key which clients must send.
 KEY = "NIN_API_KEY"
@@ -74,7 +74,7 @@ def find_export(path: Path) -> Path:
     checkpoint = find_checkpoint(path)
     if path.is_file():
         raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
-    export = default_export(path).with_suffix(".onnx")
+    export = default_export(path, ".onnx")
     if not export.exists() or export.stat().st_mtime < checkpoint.stat().st_mtime:
         print(f"exporting {format_path(path)} …", flush=True)
         # In a process of its own: the server needs none of torch's memory.

@@ -55,8 +55,9 @@ def differences(before: Settings, now: Settings) -> list[str]:
         return {k: v for k, v in keys.items() if not is_within(k, may_change)}
 
     there, here = fixed_values(before), fixed_values(now)
+    reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}
     return [
-        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} now"
+        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} now{reasons.get(key, '')}"
         for key in dict.fromkeys([*there, *here])
         if there.get(key) != here.get(key)
     ]

@@ -38,6 +38,8 @@ def compose_settings(arguments: list[str]) -> Settings:
     unknown += ["--experimental-rerun"] if known.experimental_rerun else []
     if unknown:
         raise UserError(f"{' '.join(unknown)}: no such option; settings are given without dashes, as in seed=1")
+    if others := [name for name, value in vars(known).items() if value and name not in ("overrides", "config_dir")]:
+        raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
     try:
         config = compose_config(known.overrides, known.config_dir)
     except COMPOSITION_ERRORS as error:

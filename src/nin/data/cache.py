@@ -5,6 +5,7 @@ A cache is a folder with ``images.bin`` (the pixels of all images: training, the
 times of the files, the settings, and the version of Pillow.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -82,6 +83,7 @@ def open_cache(data: FolderData) -> Cache:
             return found
     failed = []
     for place in places:
+        is_new = not place.exists()
         try:
             place.mkdir(parents=True, exist_ok=True)
             (place / ".gitignore").write_text("*\n")
@@ -94,6 +96,10 @@ def open_cache(data: FolderData) -> Cache:
             # Another process may have written it in the meantime.
             found = None if listing.faults else _read(place / key)
             return found or _write(place / key, data, listing)
+        except UserError:
+            if is_new:
+                _remove_unused(place, key)
+            raise
         except OSError as error:
             raise UserError(
                 f"{error.filename or place}: the decoded images can't be written ({error.strerror}); make room, or set "
@@ -141,6 +147,16 @@ def _read(path: Path) -> Cache | None:
 
 
 _STORED = ("channels", "counts", "broken", "other_files", "fingerprint", "stored_size")
+
+
+def _remove_unused(place: Path, key: str) -> None:
+    """Removes the place that was made for a folder that is refused, unless another process has begun to use it."""
+    own = {".gitignore", f".{key}.lock"}
+    with contextlib.suppress(OSError):
+        if {path.name for path in place.iterdir()} <= own:
+            for name in own:
+                (place / name).unlink(missing_ok=True)
+            place.rmdir()
 
 
 @functools.lru_cache(maxsize=16)

@@ -102,7 +102,7 @@ class Batches:
 
 
 class ImageDataModule(LightningDataModule):
-    """Training, validation and test images of one data set, in memory.
+    """Training, validation and test images of one data set, in memory, or of a large folder read by batch.
 
     Also works without a Trainer: ``prepare_data()``, ``setup("fit")``, then iterate over ``train_dataloader()`` and
     pass the images of each batch through `prepare_images`. All tensors are then on the CPU.
@@ -134,15 +134,15 @@ class ImageDataModule(LightningDataModule):
         if isinstance(self.data, FolderData):
             self._setup_folder(self.data)
             return
-        if stage in ("fit", "validate") and not hasattr(self, "train"):
+        if stage in (None, "fit", "validate") and not hasattr(self, "train"):
             images, labels = self._load("train")
             held_out, kept = split(len(labels), self.data.val_size, self.seed)
             self.train, self.val = (images[kept], labels[kept]), (images[held_out], labels[held_out])
-        if not hasattr(self, "test") and (stage in ("test", "predict") or self.data.score_each_epoch == "test"):
+        if not hasattr(self, "test") and (stage in (None, "test", "predict") or self.data.score_each_epoch == "test"):
             self.test = self._load("t10k")
 
     def _load(self, part: str) -> tuple[Tensor, Tensor]:
-        """All images are kept on the training device: 47 MB, and no transfer during a step."""
+        """All images are kept on the training device, 47 MB of Fashion-MNIST: no transfer during a step."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         assert not isinstance(self.data, FolderData)  # `_setup_folder`
         images, labels = load(self.data, part)

@@ -11,8 +11,8 @@ COLORS = "RdBu_r"  # red raises a class's logit, blue lowers it
 
 def draw_image(axes: Any, image: np.ndarray) -> None:
     """Draws an image ``(height, width)`` or ``(height, width, 3)``, uint8, without ticks."""
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 255} if image.ndim == 2 else {}
-    axes.imshow(image, **grey)
+    gray = {"cmap": "gray", "vmin": 0, "vmax": 255} if image.ndim == 2 else {}
+    axes.imshow(image, **gray)
     axes.axis("off")
 
 

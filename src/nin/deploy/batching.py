@@ -28,7 +28,7 @@ class _Waiting:
 class Batcher:
     """Collects images while a batch is computed; whatever waits then is the next batch, of images of one size.
 
-    A lone request waits for nothing, and under load batches grow by themselves. One thread computes them:
+    A single request does not wait for others, and under load batches become larger. One thread computes them:
     onnxruntime releases the interpreter meanwhile, and spreads a batch over the cores itself.
 
     Args:
@@ -91,11 +91,11 @@ class Batcher:
             scores: list[Scores] | Exception
             try:
                 scores = self._compute(batch)
+            except MemoryError:
+                scores = ImageTooLargeError("does not fit in memory")
             # Whatever is wrong with a batch is its requests' failure, not the thread's end.
             except Exception as error:  # noqa: BLE001
                 scores = error
-            except MemoryError:
-                scores = ImageTooLargeError("does not fit in memory")
             self.loop.call_soon_threadsafe(self._answer, batch, scores)
             del batch, scores  # while this thread waits, large images must not
 

@@ -27,7 +27,7 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     kind of processor: unlike an ONNX file, load one only from a source that you would run a program from.
 
     Returns:
-        The files, each with what is said of it.
+        The files, each with a line that describes it.
 
     Raises:
         ExportError: if probabilities or predictions differ from the checkpoint's; that file is not written.
@@ -37,7 +37,7 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
         raise UserError("--format pt2: AOTInductor needs a C++ compiler; install g++ or clang++")
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
     program = torch.export.export(exporter.pipeline, example_images(exporter.pipeline), dynamic_shapes=(sizes,))
-    exported = path.with_suffix(".export.pt2")
+    exported, description = path.with_suffix(".export.pt2"), exporter.description
     written = []
     for file, what, save, load in (
         (exported, "torch.export.load() in Python", _save_program, _load_program),
@@ -45,9 +45,13 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     ):
         temporary = file.with_name(f"tmp-{file.name}")
         try:
-            save(program, temporary, metadata_of(exporter.description))
+            save(program, temporary, metadata_of(description))
             found = exporter.check(_trained(exporter, load(str(temporary))))
-            exporter.description.more["check"] = found
+            if file == exported:
+                described = dataclasses.replace(description, more=description.more | {"check": found})
+                save(program, temporary, metadata_of(described))
+                # Of the package itself the check is known only when it is compiled: it has that of its program.
+                description = dataclasses.replace(description, more=description.more | {"check_of_program": found})
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)

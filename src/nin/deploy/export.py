@@ -38,7 +38,7 @@ class ExportError(RuntimeError):
 
 
 class Exporter:
-    """One checkpoint, the test set that its exports are checked on, and what the checkpoint says of it.
+    """One checkpoint, the test set that its exports are checked on, and its description.
 
     Args:
         path: the checkpoint.

@@ -19,7 +19,7 @@ class ImageForm:
     """What an image file becomes before the network's own preprocessing.
 
     Attributes:
-        channels: 1 (grey) or 3 (colour).
+        channels: 1 (gray) or 3 (color).
         size: pixels per side to which files are brought, as those of `data=folder` were; None keeps their size.
         fit: "crop", "pad" or "stretch".
     """
@@ -97,7 +97,7 @@ def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:
 
     Args:
         images: one array ``(batch, height, width)`` or ``(batch, height, width, 3)``, or a list of arrays, Pillow
-            images and paths. Arrays are uint8; grey and colour ones are converted as the network needs them.
+            images and paths. Arrays are uint8; gray and color ones are converted as the network needs them.
 
     Raises:
         ValueError: on another type or shape. ImageError: if a file cannot be decoded.

@@ -58,6 +58,7 @@ def find_checkpoint(path: Path) -> Path:
     raise UserError(f"{path}: no checkpoint in it yet ({folder.best.relative_to(path)}); is it a run's folder?")
 
 
-def default_export(path: Path) -> Path:
-    """Where `nin export` writes, without a suffix: ``export/model`` in a run's folder, beside a checkpoint file."""
-    return path / "export" / "model" if path.is_dir() else path.with_suffix("")
+def default_export(path: Path, suffix: str) -> Path:
+    """Where `nin export` writes: ``export/model<suffix>`` in a run's folder, or beside a checkpoint file."""
+    # Not `with_suffix` twice: a name such as lr=0.01.ckpt has two dots.
+    return path / "export" / f"model{suffix}" if path.is_dir() else path.with_name(f"{path.stem}{suffix}")

@@ -17,7 +17,7 @@ BATCH_IMAGES = 128
 
 
 def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of a data set that is prepared; of a folder the images are a memory map.
+    """The images and labels of one part of a data set that is prepared, in memory.
 
     Args:
         part: "train" or "test".
@@ -35,7 +35,10 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.memmap(cache.path / "images.bin", np.uint8, "r", shape=cache.shape)
         return pixels[rows], cache.labels()[rows]
     if not isinstance(data, Data):
-        raise UserError(f"data: images of {data.target} need that class; use the run or its checkpoint")
+        raise UserError(
+            f"data: {data.target} makes its images itself, so no export can be checked or tested on them; nin predict "
+            "and nin eval take the run or its checkpoint"
+        )
     if data.name == "cifar10":
         return cifar10.read(raw_folder(data) / cifar10.ARCHIVE, "train" if part == "train" else "t10k")
     found = []

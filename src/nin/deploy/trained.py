@@ -15,7 +15,7 @@ BATCH_IMAGES, BATCH_PIXELS = 128, 4_000_000
 
 @dataclass(frozen=True)
 class Scores:
-    """What a network says of a batch of images.
+    """What a network computes for a batch of images.
 
     Attributes:
         probabilities: ``(batch, classes)`` float32; each row sums to 1.
@@ -34,7 +34,7 @@ class Description:
 
     Attributes:
         class_names: in the order of the probabilities.
-        channels: of the images: 1 (grey) or 3 (colour).
+        channels: of the images: 1 (gray) or 3 (color).
         stored_size: pixels per side to which every image is resized first, as those of its data set were.
         image_size: pixels per side of the network's input.
         test_time_flip: whether probabilities are the mean of the image's and its mirror's.
@@ -72,11 +72,11 @@ class TrainedNetwork:
 
     ``images`` are one uint8 array ``(batch, height, width)`` or ``(batch, height, width, 3)``, or a list of such
     arrays without the batch, of Pillow images and of paths; in a list sizes may differ. Each image takes the path of
-    a test image: grey or colour as the network needs it, resized to the stored size, then to the network's.
+    a test image: gray or color as the network needs it, resized to the stored size, then to the network's.
 
     Args:
-        compute: takes a uint8 batch of one size, ``(batch, height, width)`` for a grey network and
-            ``(batch, height, width, 3)`` for a colour one, and whether maps are requested.
+        compute: takes a uint8 batch of one size, ``(batch, height, width)`` for a gray network and
+            ``(batch, height, width, 3)`` for a color one, and whether maps are requested.
     """
 
     def __init__(self, description: Description, compute: Callable[[np.ndarray, bool], Scores]):

@@ -125,7 +125,7 @@ class RunFolder:
                 raise UserError(f"{path}: not a file; remove it")
 
     def is_claimed(self) -> bool:
-        """Whether the process that last claimed this folder is alive, as far as this machine can tell."""
+        """Whether the process that last claimed this folder is alive, as far as this machine knows."""
         # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
         state = self.read_state()
         if state.get("host") != socket.gethostname() or not state.get("pid"):

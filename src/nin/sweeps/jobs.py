@@ -95,7 +95,7 @@ class Job:
 
     folder: Path
     overrides: dict[str, str]
-    status: str  # finished, failed, running, unfinished or not started
+    status: str  # finished, failed, pruned, running, unfinished or not started
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
     hardware: str = ""  # the device, and the version of torch
@@ -278,6 +278,6 @@ def group_by_seed(jobs: list[Job], metric: str) -> list[Row]:
 
 
 def varying_keys(jobs: list[Job]) -> list[str]:
-    """The keys, without ``seed``, that do not have one value in all jobs."""
-    keys = dict.fromkeys(key for job in jobs for key in job.overrides)
-    return [key for key in keys if key != "seed" and len({job.overrides.get(key) for job in jobs}) > 1]
+    """The keys, without ``seed``, that do not have one value in all jobs; of single runs always "run", their name."""
+    keys = dict.fromkeys(key for job in jobs for key in job.overrides if key != "seed")
+    return [key for key in keys if key == "run" or len({job.overrides.get(key) for job in jobs}) > 1]

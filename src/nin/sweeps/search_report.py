@@ -22,7 +22,7 @@ from rich.table import Table
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import Console, format_path, log_to
+from nin.runs.console import Console, format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.space import overrides_of, silence_optuna
@@ -100,7 +100,7 @@ def report_search(folder: Path) -> None:
         _write(folder, description, title, rows, notes, study)
     except OSError as error:
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
-    print(f"dashboards: tensorboard --logdir {format_path(folder)}")
+    print(f"dashboards: {tensorboard_command(folder)}")
     if not url:
         print(f"            optuna-dashboard {format_path(folder)}/{JOURNAL}")
 
@@ -149,8 +149,8 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
     """A column for each searched key if the terminal is wide enough, otherwise one for all of them."""
     header, *lines = [[_three_digits(cell) if i > 3 else cell for i, cell in enumerate(row)] for row in rows]
     header = _short(header)
-    gap = 2  # characters between columns
-    if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) - gap > console.width:
+    gap = 2  # characters between columns, and of both edges together
+    if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) > console.width:
         pairs = [" ".join(f"{k}={v}" for k, v in zip(header[4:], line[4:], strict=False) if v) for line in lines]
         header, lines = [*header[:4], "values"], [[*line[:4], pair] for line, pair in zip(lines, pairs, strict=True)]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0))

@@ -131,13 +131,17 @@ def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
             max(len(part) for cell in column for part in ([cell] if i in numbers else cell.split() or [""]))
             for i, column in enumerate(columns)
         ]
-        if sum(widths) + separator * (len(widths) - 1) <= console.width:
+        room = console.width - sum(widths) - separator * len(widths)  # the edges have one character each
+        if room >= 0:
             break
     # Rows that take several lines each are separated by an empty one.
     wraps = sum(max(map(len, column)) + separator for column in columns) > console.width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, separator - 1, 0, 0), leading=int(wraps))
-    for i, name in enumerate(header):
-        table.add_column(name, overflow="fold", no_wrap=i in numbers)
+    for i, (name, least, column) in enumerate(zip(header, widths, columns, strict=True)):
+        more = min(room, max(map(len, column)) - least)
+        # Given, because rich would take the missing characters from all columns that wrap, and break words.
+        table.add_column(name, overflow="fold", no_wrap=i in numbers, width=least + more if room >= 0 else None)
+        room -= max(0, more)
     for line in lines:
         table.add_row(*line)
     return table

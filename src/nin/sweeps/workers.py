@@ -98,7 +98,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
 
 
 def _progress(folder: Path, number: int, settings: Settings) -> str:
-    """ "job 2 of 6: optimizer.lr=0.1,seed=0 (about 3 min left)"; the time is that of the sweep's finished jobs."""
+    """ "job 2 of 6: optimizer.lr=0.1,seed=0 (about 3 min of training left)", from the time of the finished jobs."""
     if settings.sweep.jobs is None:
         return f"job {number + 1}: {folder.name}"
     seconds = []

@@ -100,7 +100,7 @@ def resolve_precision(trainer: Trainer) -> int | str | None:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 natively; others emulate it slowly. Older versions of torch can't tell."""
+    """Whether the CPU multiplies bfloat16 natively; others emulate it slowly. Old versions of torch don't report it."""
     import torch
 
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

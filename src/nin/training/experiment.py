@@ -103,21 +103,6 @@ class Experiment:
             f"precision {trainer.precision}"
         )
 
-    def _pruning_callbacks(self) -> list[Any]:
-        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
-
-        return [PruningCallback(self.folder.path, self.metrics)]
-
-    def _callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = [self.metrics, *self.pruning]
-        if self.settings.trainer.enable_progress_bar:
-            is_alone = sys.stdout.isatty() and not self.request.label
-            progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
-            callbacks.append(progress)
-        if self.settings.data.normalize:
-            callbacks.append(InputStatistics())
-        return [*callbacks, self.checkpoints, LongRunWarner()]
-
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
         if not self.folder.checkpoints.exists():
             return None, None
@@ -137,6 +122,21 @@ class Experiment:
             return settings  # Lightning chooses for several processes
         saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
         return settings.model_copy(update={"threads": saved or devices.default_threads()})
+
+    def _pruning_callbacks(self) -> list[Any]:
+        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
+
+        return [PruningCallback(self.folder.path, self.metrics)]
+
+    def _callbacks(self) -> list[lightning.Callback]:
+        callbacks: list[lightning.Callback] = [self.metrics, *self.pruning]
+        if self.settings.trainer.enable_progress_bar:
+            is_alone = sys.stdout.isatty() and not self.request.label
+            progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
+            callbacks.append(progress)
+        if self.settings.data.normalize:
+            callbacks.append(InputStatistics())
+        return [*callbacks, self.checkpoints, LongRunWarner()]
 
     def _require_resumable(self) -> None:
         if self.checkpoint is None:

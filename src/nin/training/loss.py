@@ -56,5 +56,5 @@ def require_finite(module: LightningModule, loss: float) -> None:
     raise NonFiniteLossError(
         f"the loss is {loss} at step {module.global_step} (epoch {module.current_epoch}), learning rate {lr:g}: "
         "training diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
-        "model.norm=batch"
+        "model.norm=batch with NiN"
     )

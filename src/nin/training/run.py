@@ -177,7 +177,7 @@ def record_start(
         run_id: the identity of the resumed run.
 
     Returns:
-        The part of the result that tells which code the run used: ``versions`` and ``git_commit`` of the first start,
+        The part of the result about the code that the run used: ``versions`` and ``git_commit`` of the first start,
         ``resumes``, and ``resumed_with`` for resumes with other code.
     """
     folder = request.folder

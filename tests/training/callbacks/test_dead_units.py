@@ -1,6 +1,8 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
+from nin.config.composition import compose_settings
 from nin.config.schema import Settings
 from nin.data.module import split
 from nin.data.sources import load
@@ -18,7 +21,8 @@ from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
-from nin.training.callbacks.dead_units import count_dead
+from nin.training.callbacks.dead_units import DeadUnitMonitor, count_dead
+from nin.training.callbacks.metrics import MetricsLogger
 
 # The notebooks' network, narrower: nothing but its start decides which classes are dead in so few steps.
 LOTTERY = (
@@ -110,7 +114,22 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     assert "Try experiment=robust" in warning
 
 
-def test_a_network_that_learns_is_told_nothing(
+@pytest.mark.parametrize(("network", "named"), [("nin", True), ("lenet", False)])
+def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, caplog: pytest.LogCaptureFixture) -> None:
+    metrics = MetricsLogger(Path())
+    metrics.latest = {"train/loss": 2.4, "train/acc": 0.1}
+    trainer: Any = SimpleNamespace(callbacks=[metrics], global_step=300, current_epoch=0)
+    model = compose_settings([f"model={network}"]).model
+    module: Any = SimpleNamespace(num_classes=10, class_names=(), settings=SimpleNamespace(model=model))
+    monitor = DeadUnitMonitor()
+    for _ in range(2):  # the second check in a row warns
+        monitor._warn(trainer, module, [])
+    (warning,) = caplog.messages
+    assert warning.startswith("training is at chance at step 300")
+    assert ("model.final_relu=false" in warning) == named
+
+
+def test_a_network_that_learns_is_not_warned_about(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     chosen = settings(

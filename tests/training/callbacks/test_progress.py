@@ -39,22 +39,29 @@ def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
 
 
 @pytest.mark.parametrize(
-    ("batches", "device", "message"),
+    ("batches", "device", "data", "message"),
     [
-        (1002, "cpu", "about 8.3 hours of training left on this CPU. experiment=cpu "),  # 30 s for each of 1,000
-        (1002, "cuda", None),
-        (102, "cpu", None),  # 50 minutes
+        (1002, "cpu", "mnist", "about 8.3 hours of training left on this CPU. experiment=cpu "),  # 30 s each
+        (1002, "cpu", "folder", "about 8.3 hours of training left on this CPU. a smaller data.image_size "),
+        (1002, "cuda", "mnist", None),
+        (102, "cpu", "mnist", None),  # 50 minutes
     ],
 )
 def test_a_long_run_on_a_cpu_is_estimated_once(
-    batches: int, device: str, message: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    batches: int,
+    device: str,
+    data: str,
+    message: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = iter((0, 30, 60, 90))  # after the first batch, the second, …
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(progress, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(progress, "count_batches", lambda trainer: (batches, 2))
     trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
-    module = SimpleNamespace(device=SimpleNamespace(type=device))
+    settings = SimpleNamespace(data=SimpleNamespace(name=data))
+    module = SimpleNamespace(device=SimpleNamespace(type=device), settings=settings)
     warner = progress.LongRunWarner(sample_seconds=60)
     for _ in range(4):
         warner.on_train_batch_end(trainer, module)

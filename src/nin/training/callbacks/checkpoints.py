@@ -234,7 +234,7 @@ def _averages(trainer: Trainer) -> list[WeightAveraging]:
 
 def _is_accumulating(trainer: Trainer) -> bool:
     """Whether the last batch's gradients wait for those of the next one: a checkpoint would lack them."""
-    return trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001  # no public way to ask
+    return trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001  # no public way
 
 
 def _validation_follows(trainer: Trainer) -> bool:

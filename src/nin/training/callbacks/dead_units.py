@@ -92,18 +92,20 @@ class DeadUnitMonitor(Callback):
         latest = next(c for c in trainer.callbacks if isinstance(c, MetricsLogger)).latest  # type: ignore[attr-defined]
         chance = is_at_chance(latest, pl_module.num_classes)
         still_dead = [i for i in classes if i in self.suspects["dead"]]
+        # Only NiN has the other keys.
+        remedy = _REMEDY if hasattr(pl_module.settings.model, "final_relu") else _REMEDY_OF_OTHERS
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
         if chance and self.suspects["chance"] and not self.warned["chance"]:
             self.warned["chance"] = True
             log.warning(
                 "training is at chance at %s: the loss is %.4f, and guessing has ln %d = %.4f.%s %s",
                 where, latest["train/loss"], pl_module.num_classes, math.log(pl_module.num_classes),
-                self._describe(classes, pl_module.class_names), _REMEDY,
+                self._describe(classes, pl_module.class_names), remedy,
             )  # fmt: skip
             self.warned["dead"] = self.warned["dead"] or bool(classes)
         elif still_dead and not self.warned["dead"]:
             self.warned["dead"] = True
-            log.warning("at %s:%s %s", where, self._describe(still_dead, pl_module.class_names), _REMEDY)
+            log.warning("at %s:%s %s", where, self._describe(still_dead, pl_module.class_names), remedy)
         self.suspects = {"dead": classes, "chance": chance}
 
     def _describe(self, classes: list[int], class_names: tuple[str, ...]) -> str:
@@ -130,6 +132,7 @@ _REMEDY = (
     "Try experiment=robust, which starts the same network so that it learns; or one of model.final_relu=false (then no "
     "class can be dead), model.norm=batch, schedule.warmup=0.1, a smaller optimizer.lr, another seed."
 )
+_REMEDY_OF_OTHERS = "Try one of schedule.warmup=0.1, a smaller optimizer.lr, optimizer=adamw, another seed."
 
 
 def is_at_chance(latest: dict[str, float], num_classes: int) -> bool:

@@ -194,7 +194,7 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 def is_stopping(trainer: Trainer) -> bool:
     """Whether Lightning ends training now: early stopping and max_time wait for min_epochs and min_steps."""
-    return trainer.should_stop and trainer.fit_loop._can_stop_early  # noqa: SLF001  # no public way to ask
+    return trainer.should_stop and trainer.fit_loop._can_stop_early  # noqa: SLF001  # no public way
 
 
 def _is_logging_step(trainer: Trainer, step: int) -> bool:

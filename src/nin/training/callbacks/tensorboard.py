@@ -44,7 +44,7 @@ class SingleFileTensorBoardLogger(TensorBoardLogger):
         score_each_epoch: "test" if the test images are scored after every epoch, so that ``test/`` are curves;
             otherwise they are single points of the final test, which ``log_results`` writes.
         arguments: those of Lightning's logger; ``name`` and ``version`` would be folders below ``save_dir``, and are
-            ignored (runs of earlier versions have them in their configs).
+            ignored.
     """
 
     def __init__(self, save_dir: str, score_each_epoch: str = "val", **arguments: Any):
