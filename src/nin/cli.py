@@ -98,7 +98,7 @@ def run(name: str, arguments: list[str]) -> int:
         print(f"nin {name}: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:  # somebody else's run
-        print(f"nin {name}: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"nin {name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if error.name != "torch":

@@ -51,7 +51,8 @@ def test_all_test_images_have_one_class_and_one_set_of_probabilities(
     settings, _, confusion = evaluate_checkpoint(checkpoint, [*overrides, *float32], [])
     assert np.array_equal(evaluate_export(export, overrides)[2], confusion)
 
-    images, labels = load_part(settings, "test")
+    mapped, labels = load_part(settings, "test")
+    images = mapped[:]
     module, description = read_checkpoint(checkpoint)
     with torch.no_grad():
         pixels = torch.tensor(images).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2) / 255

@@ -127,7 +127,9 @@ def run_search(words: list[str], kills: int, longest: float) -> tuple[dict[str, 
             os.waitpid(child, 0)
             killed += 1
         now = results()
-        twice += sum(now.get(path) != value for path, value in before.items())
+        for path in [path for path, value in before.items() if now.get(path) != value]:
+            print(f"{path}: trained again, {RunFolder(path.parent).read_result()}", file=sys.stderr)
+            twice += 1
         before = now
         if ended:
             return read_all(), killed, twice

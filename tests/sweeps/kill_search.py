@@ -105,7 +105,7 @@ def kill_at(event: int) -> None:
     os.fsync, JournalFileBackend.append_logs = fsync, append
 
 
-def run(config: Any, event: int) -> int:
+def run(config: Any, loader: Any, event: int) -> int:
     """A search in a process of its own, in the working directory; returns its exit status, negative if killed."""
     sys.stdout.flush()
     if child := os.fork():
@@ -117,7 +117,7 @@ def run(config: Any, event: int) -> int:
         random.seed()
         kill_at(event)
         sweeper = search.Search(params=config.hydra.sweeper.params)
-        sweeper.setup(hydra_context=HydraContext(None, None), task_function=None, config=config)
+        sweeper.setup(hydra_context=HydraContext(loader, None), task_function=None, config=config)
         sweeper.launcher = Jobs()
         sweeper.sweep(list(config.hydra.overrides.task))
         status = 0
@@ -154,7 +154,9 @@ def compare(sampler: str, pruner: str, n_jobs: int, kills: int) -> dict[str, int
         def search_once(is_killed: bool) -> dict[int, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 os.chdir(folder)
-                while (status := run(config, random.randint(1, 60) if is_killed else 0)) == -signal.SIGKILL:
+                while (
+                    status := run(config, app.config_loader, random.randint(1, 60) if is_killed else 0)
+                ) == -signal.SIGKILL:
                     counts["kills"] += 1
                 assert status == 0, status
                 found = describe(Path("search"))
@@ -180,7 +182,6 @@ if __name__ == "__main__":
     parser.add_argument("kills", type=int, help="of each scenario")
     parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="only the first so many")
     args = parser.parse_args()
-    search.compose_settings = lambda words: None  # what a run would refuse is not under test
     search.Search._finish = lambda self: None  # it tests the best trial's checkpoint
     search.Plugins = SimpleNamespace(instance=lambda: SimpleNamespace(instantiate_launcher=lambda **_: None))
     counts = {"/".join(map(str, scenario)): compare(*scenario, args.kills) for scenario in SCENARIOS[: args.scenarios]}

@@ -1,5 +1,6 @@
 """A run from request to result, with training replaced by a function that does nothing."""
 
+import contextlib
 import signal
 import subprocess
 from collections.abc import Callable
@@ -103,21 +104,40 @@ def test_a_run_that_waits_for_another_process_can_be_stopped(
     assert not waiting.folder.result.exists()
 
 
-def test_a_run_that_another_process_finished_in_the_meantime_is_not_run_again(
-    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("failed_before", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_another_process_ended_in_the_meantime_is_not_run_again(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, fails: bool, failed_before: bool
 ) -> None:
     trained: list[int] = []
-    monkeypatch.setitem(globals(), "during_training", lambda: trained.append(1))
+
+    def train() -> None:
+        trained.append(1)
+        if fails and len(trained) < 3:
+            raise RuntimeError
+
+    monkeypatch.setitem(globals(), "during_training", train)
+    if failed_before:  # which is no reason not to try again
+        monkeypatch.setitem(globals(), "during_training", lambda: 1 / 0)
+        with pytest.raises(run.RunFailedError):
+            run.execute_run(request_of())
+        monkeypatch.setitem(globals(), "during_training", train)
     claim = RunFolder.claim
 
     def claim_late(folder: RunFolder, wait: Any = None) -> Any:
         monkeypatch.setattr(RunFolder, "claim", claim)
-        run.execute_run(request_of())
+        with pytest.raises(run.RunFailedError) if fails else contextlib.nullcontext():
+            run.execute_run(request_of())
         return claim(folder, wait)
 
     monkeypatch.setattr(RunFolder, "claim", claim_late)
-    assert run.execute_run(request_of())["status"] == "finished"
-    assert trained == [1]
+    if fails:
+        with pytest.raises(run.RunFailedError):
+            run.execute_run(request_of())
+        assert trained == [1] * (1 + failed_before)
+    else:
+        assert run.execute_run(request_of())["status"] == "finished"
+        assert trained == [1]
 
 
 def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(

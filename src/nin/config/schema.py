@@ -27,6 +27,10 @@ FROM_DATA = {"in_channels", "num_classes", "image_size"}
 _NAMES = {**vars(typing), **vars(types), "Sequence": list}
 
 
+# With more classes than this, a test also reports whether the label is among the five most probable classes.
+TOP5_CLASSES = 30
+
+
 class UserError(Exception):
     """Errors of the user, each with its remedy, reported in one message: exit status 2, no traceback."""
 

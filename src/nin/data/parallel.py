@@ -128,7 +128,8 @@ def _progress(total: int, root: str) -> Iterator[Any]:
     """Yields a function that advances a progress bar on standard error."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        print(f"decoding {total:,} images of {printable(root)} (once)", file=sys.stderr, flush=True)
+        if total:  # of an empty folder the fault is reported
+            print(f"decoding {total:,} images of {printable(root)} (once)", file=sys.stderr, flush=True)
         yield lambda count: None
         return
     columns = (TextColumn("decoding images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

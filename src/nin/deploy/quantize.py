@@ -8,6 +8,8 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
+from nin.deploy.scoring import MappedImages
+
 CALIBRATION_IMAGES, BATCH_IMAGES = 512, 64
 
 
@@ -22,7 +24,7 @@ class _TrainingImages(CalibrationDataReader):
         return None if batch is None else {"images": batch}
 
 
-def quantize(source: Path, path: Path, images: np.ndarray) -> None:
+def quantize(source: Path, path: Path, images: np.ndarray | MappedImages) -> None:
     """Writes ``source`` with its convolutions and fully connected layers in int8 to ``path``.
 
     Preprocessing, pooling to logits and softmax stay float32. Weights have one scale per output channel.

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nin.config.schema import Data, FolderData, Settings, UserError
+from nin.config.schema import TOP5_CLASSES, Data, FolderData, Settings, UserError
 from nin.data import cifar10
 from nin.data.decoding import ImageError
 from nin.data.sources import raw_folder
@@ -16,8 +16,26 @@ from nin.deploy.trained import TrainedNetwork
 BATCH_IMAGES = 128
 
 
-def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """The images and labels of one part of a data set that is prepared, in memory.
+class MappedImages:
+    """Images of a file that may be larger than memory: a slice reads its own.
+
+    Args:
+        pixels: all images of the file, memory-mapped, uint8.
+        rows: indices into ``pixels``.
+    """
+
+    def __init__(self, pixels: np.ndarray, rows: np.ndarray):
+        self.pixels, self.rows = pixels, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.pixels[self.rows[part]]
+
+
+def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages, np.ndarray]:
+    """The images and labels of one part of a data set that is prepared; of a folder, the images stay in their file.
 
     Args:
         part: "train" or "test".
@@ -33,7 +51,7 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
         cache = open_folder(data)
         rows = split_folder(cache, data, settings.seed)[part]
         pixels = np.memmap(cache.path / "images.bin", np.uint8, "r", shape=cache.shape)
-        return pixels[rows], cache.labels()[rows]
+        return MappedImages(pixels, rows), cache.labels()[rows]
     if not isinstance(data, Data):
         raise UserError(
             f"data: {data.target} makes its images itself, so no export can be checked or tested on them; nin predict "
@@ -54,9 +72,9 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def evaluate(
-    network: TrainedNetwork, images: np.ndarray, labels: np.ndarray, progress: Callable[[int], None]
+    network: TrainedNetwork, images: np.ndarray | MappedImages, labels: np.ndarray, progress: Callable[[int], None]
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Loss, accuracy and accuracy by class, and the confusion matrix: rows are true classes, columns predicted.
+    """The test metrics, with many classes also top-5 accuracy, and the confusion matrix: rows are true classes.
 
     Args:
         images: ``(count, height, width)`` or ``(count, height, width, 3)``, uint8.
@@ -80,4 +98,7 @@ def evaluate(
         "test/acc": round(float((predicted == labels).mean()), 7),
         "test/acc_by_class": {n: r / c if c else None for n, r, c in zip(names, right, all_, strict=True)},
     }
+    if len(names) > TOP5_CLASSES:
+        more_probable = (probabilities > probabilities[np.arange(len(labels)), labels][:, None]).sum(1)
+        metrics["test/top5_acc"] = round(float((more_probable < 5).mean()), 7)
     return metrics, confusion

@@ -22,14 +22,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin.config import own
-from nin.config.schema import OwnOptimizer, OwnSchedule, Schedule, Settings
+from nin.config.schema import TOP5_CLASSES, OwnOptimizer, OwnSchedule, Schedule, Settings
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
 from nin.training.loss import backward_micro_batches, process_weight, require_finite
-
-# With more classes than this, the test also reports whether the label is among the five most probable classes.
-TOP5_CLASSES = 30
 
 
 class Classifier(LightningModule):

@@ -51,6 +51,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
         print_result(folder, result)
         return result
+    had_result = folder.result.exists()
     from nin.networks.build import require_buildable
 
     require_buildable(settings)  # before data are downloaded or decoded
@@ -63,8 +64,11 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         with log_to(None):
             return Experiment(request).run()
     with folder.claim(_waiting(request) if request.wait else None):
-        # Another process may have finished it in the meantime.
+        # Another process may have ended it in the meantime.
         result = read_finished_result(folder, settings) if folder.result.exists() else None
+        if not result and not had_result and folder.result_status() == "failed":
+            print(f"{request.label}{format_path(folder.path)} has failed in another process, see nin.log", flush=True)
+            raise RunFailedError
         result = result or _train_and_record(request)
     print_result(folder, result)
     return result

@@ -1,0 +1,38 @@
+"""Test metrics without torch, of images that may stay in their file."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nin.deploy.scoring import MappedImages, evaluate
+
+
+def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
+    """Each image's first pixel is its number, which selects the probabilities that the network answers."""
+    generator = np.random.default_rng(0)
+    probabilities = generator.dirichlet(np.ones(31), 300).astype(np.float32)
+    labels = generator.integers(0, 31, 300)
+    pixels = np.zeros((600, 2, 2), np.uint8)
+    pixels[::2, 0, 0], pixels[::2, 1, 1] = np.arange(300) % 256, np.arange(300) // 256
+    images = MappedImages(pixels, np.arange(0, 600, 2))
+
+    def predict(batch: Any) -> np.ndarray:
+        assert len(batch) <= 128
+        return probabilities[batch[:, 0, 0].astype(int) + 256 * batch[:, 1, 1].astype(int)]
+
+    network: Any = SimpleNamespace(
+        predict=predict, description=SimpleNamespace(class_names=[f"c{i}" for i in range(31)])
+    )
+    done: list[int] = []
+    metrics, confusion = evaluate(network, images, labels, done.append)
+    order = np.argsort(-probabilities, axis=1)
+    assert metrics["test/acc"] == pytest.approx((order[:, 0] == labels).mean(), abs=1e-6)
+    assert metrics["test/top5_acc"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean(), abs=1e-6)
+    assert metrics["test/loss"] == pytest.approx(-np.log(probabilities[np.arange(300), labels]).mean(), abs=1e-6)
+    assert confusion.sum() == sum(done) == 300
+    few = SimpleNamespace(
+        predict=lambda batch: predict(batch)[:, :10], description=SimpleNamespace(class_names=list("abcdefghij"))
+    )
+    assert "test/top5_acc" not in evaluate(few, images, labels % 10, done.append)[0]  # type: ignore[arg-type]
