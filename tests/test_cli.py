@@ -146,7 +146,6 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
         (["train", "data.batch_size=0", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
         (["train", "data.image_size=40"], "nin train: data.image_size=40: nin needs at least 67 pixels a side"),
         (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
-        (["train", "trainer=gpu", "data=garments"], "nin train: trainer.accelerator=gpu: this machine has no GPU"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),
         (["eval", "nowhere"], "nin eval: nowhere: no such run or checkpoint"),
         (
@@ -156,13 +155,29 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_written(
-    tmp_path: Path, data_root: Path, arguments: list[str], told: str
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    arguments: list[str],
+    told: str,
 ) -> None:
-    run = nin(*arguments, cwd=tmp_path, NIN_DATA=str(data_root), CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 2
-    assert run.stderr.startswith(told)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    assert cli.run(arguments[0], arguments[1:]) == 2
+    printed = capfd.readouterr()
+    assert printed.err.startswith(told)
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_process_without_a_gpu_ends_with_2_and_one_message(tmp_path: Path, data_root: Path) -> None:
+    there = {"cwd": tmp_path, "NIN_DATA": str(data_root), "CUDA_VISIBLE_DEVICES": ""}
+    run = nin("train", "trainer=gpu", "data=garments", **there)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("nin train: trainer.accelerator=gpu: this machine has no GPU")
     assert "Traceback" not in run.stderr
-    assert run.stdout == ""
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
