@@ -125,10 +125,16 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
         "callbacks=ema callbacks.ema.decay=0.9",
         pytest.param("model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2", marks=pytest.mark.long),
         # The eighth batch is of a validation between two batches whose gradients are added up.
-        "trainer.accumulate_grad_batches=2 trainer.limit_train_batches=9 trainer.val_check_interval=7",
+        pytest.param(
+            "trainer.accumulate_grad_batches=2 trainer.limit_train_batches=9 trainer.val_check_interval=7",
+            marks=pytest.mark.long,
+        ),
         # Asked to end after two epochs, it goes on for two more.
-        "callbacks=early_stopping callbacks.early_stopping.patience=1 +callbacks.early_stopping.min_delta=1.0 "
-        "trainer.max_epochs=5 trainer.min_epochs=4",
+        pytest.param(
+            "callbacks=early_stopping callbacks.early_stopping.patience=1 +callbacks.early_stopping.min_delta=1.0 "
+            "trainer.max_epochs=5 trainer.min_epochs=4",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_interrupted_anywhere_it_is_the_same_run(

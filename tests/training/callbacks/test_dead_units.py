@@ -129,6 +129,7 @@ def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, ca
     assert ("model.final_relu=false" in warning) == named
 
 
+@pytest.mark.long
 def test_a_network_that_learns_is_not_warned_about(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
