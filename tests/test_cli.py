@@ -141,7 +141,7 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["train", "data.batch_size=0", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
         (["train", "data.image_size=40"], "nin train: data.image_size=40: nin needs at least 67 pixels a side"),
@@ -160,13 +160,13 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     arguments: list[str],
-    told: str,
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NIN_DATA", str(data_root))
     assert cli.run(arguments[0], arguments[1:]) == 2
     printed = capfd.readouterr()
-    assert printed.err.startswith(told)
+    assert printed.err.startswith(message)
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -168,7 +168,7 @@ def test_clients_that_vanish_leave_nothing_behind(server: Server, test_images: n
     assert server.request("POST", "/predict", body)[0] == 200
 
 
-def test_health_metrics_description_and_pages(server: Server) -> None:
+def test_health_metrics_description_and_pages(server: Server, test_images: np.ndarray) -> None:
     assert server.request("GET", "/health")[:2] == (200, {"status": "ok"})
     assert server.request("GET", "/ready")[:2] == (200, {"status": "ready"})
     about = server.request("GET", "/info")[1]
@@ -182,6 +182,7 @@ def test_health_metrics_description_and_pages(server: Server) -> None:
         # Works offline: nothing but the server itself is named.
         assert b"http" not in content.replace(b"http://127.0.0.1:8000", b"")
         assert "default-src 'self'" in headers["content-security-policy"]
+    assert server.request("POST", "/predict", png(test_images[0]))[0] == 200
     metrics = server.request("GET", "/metrics")[1].decode()
     assert 'nin_requests_total{status="200"}' in metrics
     assert "nin_batch_images_bucket" in metrics

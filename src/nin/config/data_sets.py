@@ -15,6 +15,8 @@ TRAINING_IMAGES = {
 TEST_IMAGES = {
     "fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000, "cifar10": 10_000,
 }  # fmt: skip
+# Those of Fashion-MNIST's format: gray, 28x28, light things on a dark ground.
+IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
 
 
 # Absolute: a checkpoint can be evaluated from another working directory than that of its run.

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nin.config.data_sets import IDX_FORMAT
 from nin.config.schema import UserError
 from nin.deploy.images import ImageForm, as_arrays, batches_of_one_size
 
@@ -64,7 +65,7 @@ class Description:
     @property
     def light_on_dark(self) -> bool:
         """Whether its data set's images are light on dark, as those of Fashion-MNIST's format are."""
-        return self.settings["data"].get("name") in ("fashion_mnist", "garments", "mnist", "kmnist")
+        return self.settings["data"].get("name") in IDX_FORMAT
 
 
 class TrainedNetwork:

@@ -10,6 +10,7 @@ from lightning import Callback, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from nin.config.data_sets import IDX_FORMAT
 from nin.system.devices import cpu_has_bfloat16
 from nin.training.callbacks.metrics import COLUMNS, MetricsLogger
 from nin.training.classifier import Classifier
@@ -182,7 +183,7 @@ def _format_hours(hours: float) -> str:
 
 def _advise(trainer: Trainer, pl_module: Classifier) -> str:
     faster = "a smaller data.image_size trains faster, and so does model=nin_small"
-    if pl_module.settings.data.name in ("fashion_mnist", "garments", "mnist", "kmnist"):
+    if pl_module.settings.data.name in IDX_FORMAT:
         faster = "experiment=cpu trains on the same images at their own size, 28x28, in minutes"
     if trainer.precision == "32-true" and cpu_has_bfloat16():
         faster += "; trainer.precision=auto uses the native bfloat16 of this CPU, about 1.7 times as fast"
