@@ -17,7 +17,7 @@ from torch.export import Dim
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter, example_images
 from nin.deploy.onnx_model import METADATA_KEY, metadata_of
-from nin.deploy.trained import Scores, TrainedNetwork
+from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
 def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
@@ -38,44 +38,58 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
     program = torch.export.export(exporter.pipeline, example_images(exporter.pipeline), dynamic_shapes=(sizes,))
     exported, description = path.with_suffix(".export.pt2"), exporter.description
-    written = []
-    for file, what, save, load in (
-        (exported, "torch.export.load() in Python", _save_program, _load_program),
-        (path, "torch::inductor::AOTIModelPackageLoader in C++", _compile_package, aoti_load_package),
-    ):
-        temporary = file.with_name(f"tmp-{file.name}")
-        try:
-            save(program, temporary, metadata_of(description))
-            found = exporter.check(_trained(exporter, load(str(temporary))))
-            if file == exported:
-                described = dataclasses.replace(description, more=description.more | {"check": found})
-                save(program, temporary, metadata_of(described))
-                # Of the package itself the check is known only when it is compiled: it has that of its program.
-                description = dataclasses.replace(description, more=description.more | {"check_of_program": found})
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        written.append((file, f"{found['images']:,} test images classified as by the checkpoint; {what}"))
-    return written
+    with _written_when_checked(exported) as temporary:
+        _save_program(program, temporary, description)
+        found = exporter.check(_trained(exporter, _load_program(temporary)))
+        _save_program(program, temporary, _add(description, check=found))
+    with _written_when_checked(path) as temporary:
+        # The metadata is compiled in, before the package can be checked: it has the check of its program.
+        _compile_package(program, temporary, _add(description, check_of_program=found))
+        found_of_package = exporter.check(_trained(exporter, aoti_load_package(str(temporary))))
+    return [
+        (exported, _describe(found, "torch.export.load() in Python")),
+        (path, _describe(found_of_package, "torch::inductor::AOTIModelPackageLoader in C++")),
+    ]
 
 
-def _save_program(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
+@contextlib.contextmanager
+def _written_when_checked(path: Path) -> Iterator[Path]:
+    """Gives a temporary file, which is renamed to ``path`` at the end and removed after an error."""
+    temporary = path.with_name(f"tmp-{path.name}")  # with the suffix that torch's functions require
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _add(description: Description, **more: Any) -> Description:
+    return dataclasses.replace(description, more=description.more | more)
+
+
+def _describe(found: dict[str, Any], how_to_load: str) -> str:
+    return f"{found['images']:,} test images classified as by the checkpoint; {how_to_load}"
+
+
+def _save_program(program: torch.export.ExportedProgram, path: Path, description: Description) -> None:
     with _channels_last_weights():
-        torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata[METADATA_KEY]})
+        torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata_of(description)[METADATA_KEY]})
 
 
-def _load_program(path: str) -> Any:
+def _load_program(path: Path) -> Any:
     return torch.export.load(path).module()
 
 
-def _compile_package(program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str]) -> None:
-    plain = {key: value for key, value in metadata.items() if key != METADATA_KEY}
+def _compile_package(program: torch.export.ExportedProgram, path: Path, description: Description) -> None:
+    metadata = {key: value for key, value in metadata_of(description).items() if key != METADATA_KEY}
     torch_log = logging.getLogger("torch")
     level = torch_log.level
     torch_log.setLevel(logging.ERROR)  # its warnings are of what this machine lacks; errors are raised
     try:
         with _channels_last_weights():
-            aoti_compile_and_package(program, package_path=str(path), inductor_configs={"aot_inductor.metadata": plain})
+            aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata}
+            )
     finally:
         torch_log.setLevel(level)
 
