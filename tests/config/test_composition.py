@@ -42,7 +42,7 @@ def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
 
 
 def test_what_was_meant_is_suggested() -> None:
-    keys = "seed, name, resume, threads, speed, compile, checkpoint, sweep, model, data, optimizer, schedule, trainer"
+    keys = "seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, optimizer, schedule, trainer"
     assert errors_of("lr=0.1", "dropout=1", "experimnt=cpu", "optimzer.lr=1", "ckpt_path=a.ckpt", "seed =1") == (
         "lr=0.1: no such key; did you mean optimizer.lr?",
         "dropout=1: no such key; did you mean model.dropout?",
@@ -70,7 +70,7 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
     assert errors_of("name=ä", "++seed=1", "seed=2", "+seed=1", "~nosuch", "+experiment=cpu", "model=../nin_smal") == (
         "name=ä: has characters that must be quoted, as in 'name=\"ä\"'",
         "+seed=1: is in the config already; leave out the +, as in seed=1",
-        "~nosuch: no such key; there are: seed, name, resume, threads, speed, compile, checkpoint, sweep, model, data, "
+        "~nosuch: no such key; there are: seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, "
         "optimizer, schedule, trainer, logger, callbacks, experiment",
         "+experiment=cpu: is in the config already; leave out the +, as in experiment=cpu",
         f"model=../nin_smal: no such model; did you mean nin_small? There are: {MODELS}",

@@ -194,3 +194,27 @@ def test_shares_of_an_uneven_last_batch_give_the_gradient_of_the_undivided_batch
     losses = [module.training_step((images[part], labels[part]), 0) for part in (slice(2), slice(2, 3))]
     expected = torch.nn.functional.cross_entropy(module(images), labels)
     torch.testing.assert_close((losses[0] + losses[1]) / 2, expected)  # ddp averages the gradients
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("micro_batch", ["null", "4"])
+def test_label_smoothing_is_part_of_the_training_loss_only(settings: Callable[..., Settings], micro_batch: str) -> None:
+    chosen = settings(
+        "label_smoothing=0.1", "model.norm=none", "model.dropout=0", "schedule=constant", "optimizer=sgd",
+        "optimizer.lr=0.5", "optimizer.momentum=0", f"speed.micro_batch={micro_batch}",
+    )  # fmt: skip
+    module = Classifier(chosen, CLASSES)
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    weights = list(module.network.parameters())
+    scores = module(images).log_softmax(1)
+    expected = -(0.9 * scores[labels, labels] + 0.1 * scores.mean(1)).mean()  # Szegedy et al. 2016, section 7
+    steps = [w.detach() - 0.5 * g for w, g in zip(weights, torch.autograd.grad(expected, weights), strict=True)]
+    batches = DataLoader(TensorDataset(images, labels), batch_size=10)
+    trainer = Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, batches, batches)
+    torch.testing.assert_close(module.train_loss.compute(), expected.detach())
+    torch.testing.assert_close([weight.detach() for weight in weights], steps)
+    module.eval()
+    with torch.no_grad():
+        unsmoothed = torch.nn.functional.cross_entropy(module(images), labels)
+    torch.testing.assert_close(trainer.callback_metrics["val/loss"], unsmoothed)

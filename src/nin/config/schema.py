@@ -274,6 +274,9 @@ class Settings(Section):
         OWN_OR_TYPED,
     ]
     schedule: Annotated[Annotated[Schedule, Tag("typed")] | Annotated[OwnSchedule, Tag("_target_")], OWN_OR_TYPED]
+    # The share of each label that is divided among all classes. The default is for checkpoints saved before there was
+    # this key.
+    label_smoothing: Share = 0.0
     trainer: Trainer
     speed: Speed
     # torch.compile, with CUDA graphs on a GPU; "auto": on a GPU.

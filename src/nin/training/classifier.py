@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -65,6 +65,7 @@ class Classifier(LightningModule):
         # Checkpoints are also saved between two loggings: what was accumulated since the last one is part of the state.
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=self.settings.label_smoothing)
         self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
         try:
             self.network = build_network(self.settings, in_channels, self.num_classes)
@@ -106,12 +107,14 @@ class Classifier(LightningModule):
             dropout.begin(len(labels), labels.device)
         if (micro_batch := self.micro_batch(len(labels))) < len(labels):
             accumulated = self.trainer.accumulate_grad_batches
-            loss, batch_loss, logits = backward_micro_batches(self.network, images, labels, micro_batch, accumulated)
+            loss, batch_loss, logits = backward_micro_batches(
+                self.network, self.loss, images, labels, micro_batch, accumulated
+            )
         else:
             # The compiled network has static shapes: those of a full batch.
             full = len(labels) == self.settings.data.batch_size
             logits = self.network(images) if full else self.network.forward(images)
-            loss = functional.cross_entropy(logits, labels)
+            loss = self.loss(logits, labels)
             batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
                 loss = loss * process_weight(self.trainer.strategy, len(labels), self.device)

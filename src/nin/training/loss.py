@@ -6,7 +6,6 @@ import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.nn import functional
 
 
 class NonFiniteLossError(RuntimeError):
@@ -14,11 +13,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 def backward_micro_batches(
-    network: nn.Module, images: Tensor, labels: Tensor, size: int, accumulated: int
+    network: nn.Module, loss: nn.Module, images: Tensor, labels: Tensor, size: int, accumulated: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulates the gradients of all micro-batches but the last, for which Lightning calls backward.
 
     Args:
+        loss: the mean loss of logits and labels.
         size: images per micro-batch.
         accumulated: batches whose gradients are accumulated for one optimizer step (``accumulate_grad_batches``).
 
@@ -34,9 +34,9 @@ def backward_micro_batches(
             losses[-1] = losses[-1].detach()
         output = network(micro_images)
         # Every image has the same weight, also where the last micro-batch is smaller.
-        losses.append(functional.cross_entropy(output, micro_labels) * (len(micro_labels) / len(labels)))
+        losses.append(loss(output, micro_labels) * (len(micro_labels) / len(labels)))
         logits.append(output.detach())
-    return losses[-1], torch.stack([loss.detach() for loss in losses]).sum(), torch.cat(logits)
+    return losses[-1], torch.stack([part.detach() for part in losses]).sum(), torch.cat(logits)
 
 
 def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:
