@@ -14,6 +14,16 @@ OPTIONS = sorted(p.relative_to(CONF).with_suffix("") for p in CONF.glob("*/*.yam
 MODELS, EXPERIMENTS = (
     ", ".join(option.name for option in OPTIONS if str(option.parent) == group) for group in ("model", "experiment")
 )
+KEYS = (
+    "seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, optimizer, "
+    "schedule, trainer, logger, callbacks, experiment"
+)
+
+
+def errors_of(*overrides: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        compose_settings(list(overrides))
+    return caught.value.errors
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=str)
@@ -21,12 +31,6 @@ def test_every_config_file_composes_and_builds_its_network(option: Path) -> None
     needed = ["data.root=/photos"] if str(option) == "data/folder" else []
     network = build_network(validate(compose_config([f"{option.parent}={option.name}", *needed])), 1, 10)
     assert sum(p.numel() for p in network.parameters()) > 0
-
-
-def errors_of(*overrides: str) -> tuple[str, ...]:
-    with pytest.raises(UserError) as caught:
-        compose_settings(list(overrides))
-    return caught.value.errors
 
 
 def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
@@ -42,11 +46,10 @@ def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
 
 
 def test_what_was_meant_is_suggested() -> None:
-    keys = "seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, optimizer, schedule, trainer"
     assert errors_of("lr=0.1", "dropout=1", "experimnt=cpu", "optimzer.lr=1", "ckpt_path=a.ckpt", "seed =1") == (
         "lr=0.1: no such key; did you mean optimizer.lr?",
         "dropout=1: no such key; did you mean model.dropout?",
-        f"experimnt=cpu: no such key; did you mean experiment? There are: {keys}, logger, callbacks, experiment",
+        f"experimnt=cpu: no such key; did you mean experiment? There are: {KEYS}",
         "ckpt_path=a.ckpt: no such key; to continue a run, type nin resume with the run's folder, as in nin resume "
         "outputs/runs/first",
         "seed =1: remove the space before =",
@@ -70,8 +73,7 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
     assert errors_of("name=ä", "++seed=1", "seed=2", "+seed=1", "~nosuch", "+experiment=cpu", "model=../nin_smal") == (
         "name=ä: has characters that must be quoted, as in 'name=\"ä\"'",
         "+seed=1: is in the config already; leave out the +, as in seed=1",
-        "~nosuch: no such key; there are: seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, "
-        "optimizer, schedule, trainer, logger, callbacks, experiment",
+        f"~nosuch: no such key; there are: {KEYS}",
         "+experiment=cpu: is in the config already; leave out the +, as in experiment=cpu",
         f"model=../nin_smal: no such model; did you mean nin_small? There are: {MODELS}",
         "seed: has two values, 1 and 2; give it once",
