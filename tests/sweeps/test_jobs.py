@@ -278,7 +278,7 @@ def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> Non
         jobs = sweep.expand_jobs(params, task)
         assert len(jobs) > 2
         for job in (jobs[0], jobs[-1]):
-            assert validate(compose_config(job)).seed == (0 if job is jobs[0] else 2)
+            assert validate(compose_config([f"sweep={path.stem}", *job])).seed == (0 if job is jobs[0] else 2)
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
