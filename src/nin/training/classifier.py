@@ -56,6 +56,7 @@ class Classifier(LightningModule):
             "in_channels": in_channels,
         }
         self.save_hyperparameters(plain, logger=False)
+        self.loss = nn.CrossEntropyLoss(label_smoothing=self.settings.label_smoothing)
         # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
         # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
         # weights as well, therefore `update` is given one loss per image.
@@ -65,7 +66,6 @@ class Classifier(LightningModule):
         # Checkpoints are also saved between two loggings: what was accumulated since the last one is part of the state.
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=self.settings.label_smoothing)
         self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
         try:
             self.network = build_network(self.settings, in_channels, self.num_classes)
