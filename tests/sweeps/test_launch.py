@@ -61,6 +61,21 @@ def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -
     assert third.startswith("seed=-1")
 
 
+def test_an_unknown_key_is_looked_for_in_one_job_and_the_other_errors_of_all_jobs_are_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    composed: list[list[str]] = []
+    compose_settings = checks.compose_settings
+    monkeypatch.setattr(checks, "compose_settings", lambda job: (composed.append(job), compose_settings(job))[1])
+    with pytest.raises(UserError) as refused:
+        checks.check_jobs([["optimzer.lr=0.1", "seed=1"], ["optimzer.lr=0.2", "seed=-1"]], on_this_machine=True)
+    assert refused.value.errors == (
+        "optimzer.lr=0.1: no such key; did you mean optimizer.lr?",
+        "seed=-1: must be greater than or equal to 0",
+    )
+    assert composed == [["optimzer.lr=0.1", "seed=1"], ["seed=-1"]]
+
+
 def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(
     data_root: Path,
 ) -> None:

@@ -82,8 +82,10 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
     errors: dict[str, None] = {}
     checked: list[Settings] = []
     for job in jobs:
+        # A key that is unknown is reported once. To look for it in each job again would take a second per job.
+        unknown = {key for error in errors if (key := _unknown_key(error))}
         try:
-            settings = compose_settings(job)
+            settings = compose_settings([word for word in job if word.partition("=")[0] not in unknown])
             _require_one_process(settings.trainer)
             checked.append(settings)
         except UserError as error:
@@ -116,9 +118,14 @@ def once_per_unknown_key(errors: Iterable[str]) -> list[str]:
     """``errors`` of several jobs without repetitions: a misspelled key is reported with its first value only."""
     once: dict[str, str] = {}
     for error in errors:
-        given, is_unknown_key, _ = error.partition(": no such key")
-        once.setdefault(given.partition("=")[0] if is_unknown_key else error, error)
+        once.setdefault(_unknown_key(error) or error, error)
     return list(once.values())
+
+
+def _unknown_key(error: str) -> str | None:
+    """The key of the message ``key=value: no such key``."""
+    given, is_unknown, _ = error.partition(": no such key")
+    return given.partition("=")[0] if is_unknown else None
 
 
 def _require_one_process(trainer: Trainer) -> None:
