@@ -273,7 +273,7 @@ GRIDS = sorted(path for path in (CONF / "sweep").glob("*.yaml") if "sweeper: opt
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.stem)
 def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> None:
     params = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
-    on_a_cpu = ["experiment=cpu", *(["data.image_size=67"] if path.stem == "networks" else [])]
+    on_a_cpu = ["experiment=nin_small", *(["data.image_size=67"] if path.stem == "networks" else [])]
     for task in ([], on_a_cpu):
         jobs = sweep.expand_jobs(params, task)
         assert len(jobs) > 2
