@@ -198,7 +198,7 @@ def _check(config: DictConfig) -> RunRequest:
     folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
     require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
-        raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=nin_small")
+        raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
     if not config.hydra.run.dir.strip():
         raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
