@@ -69,17 +69,18 @@ def test_shifts_grow_with_the_images() -> None:
     assert [max_shift(size) for size in (12, 28, 32, 64, 224)] == [2, 2, 4, 8, 28]
 
 
+@pytest.mark.parametrize("name", ["erase", "trivial"])
 @pytest.mark.parametrize("shape", [(20, 32, 32), (20, 32, 32, 3)])
-def test_trivial_augmentation_depends_on_torchs_random_state_only(shape: tuple[int, ...]) -> None:
+def test_torchvisions_operations_depend_on_torchs_random_state_only(shape: tuple[int, ...], name: str) -> None:
     images = torch.randint(0, 256, shape, dtype=torch.uint8)
     torch.manual_seed(1)
-    first = augment(images, "trivial")
+    first = augment(images, name)
     state = torch.get_rng_state()
-    second = augment(images, "trivial")
+    second = augment(images, name)
     assert (first.shape, first.dtype) == (images.shape, torch.uint8)
     assert not torch.equal(first, second)
     torch.set_rng_state(state)
-    assert torch.equal(augment(images, "trivial"), second)
+    assert torch.equal(augment(images, name), second)
 
 
 def test_trivial_augmentation_changes_every_eight_images_in_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +91,18 @@ def test_trivial_augmentation_changes_every_eight_images_in_their_own_way(monkey
     )
     augment(torch.zeros(20, 32, 32, 3, dtype=torch.uint8), "trivial")
     assert sizes == [(8, 3, 32, 32), (8, 3, 32, 32), (4, 3, 32, 32)]
+
+
+def test_erasing_sets_one_rectangle_of_half_of_the_groups_to_zero() -> None:
+    torch.manual_seed(0)
+    images = torch.full((8 * 200, 32, 32), 9, dtype=torch.uint8)
+    erased = 0
+    # Shifts leave zeros at the edges only, of up to `max_shift` pixels.
+    for group in augment(images, "erase")[:, 4:-4, 4:-4].split(8):
+        assert (group == group[0]).all()
+        if (zeros := group[0] == 0).any():
+            erased += 1
+            rows, columns = zeros.any(1).nonzero(), zeros.any(0).nonzero()
+            assert zeros[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+            assert zeros.sum() <= 0.35 * 32 * 32
+    assert 70 < erased < 110  # rectangles that lie in the edges are not counted

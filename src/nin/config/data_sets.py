@@ -32,7 +32,7 @@ class Images(Section):
     # The images on which metrics are computed after every epoch. "test" is the notebooks' protocol; the best
     # checkpoint is then not chosen by these metrics.
     score_each_epoch: Literal["val", "test"]
-    augment: Literal["none", "flip", "flip_shift", "trivial"]
+    augment: Literal["none", "flip", "flip_shift", "erase", "trivial"]
     # Whether the network's input has mean 0 and standard deviation 1 over the training images, for each channel.
     normalize: bool
     # Whether predictions are the mean of the probabilities for the image and for its mirror image.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Each group of this many images gets one random operation of TrivialAugment. Batches are in random order, so that the
+# Each group of this many images gets one random operation of torchvision. Batches are in random order, so that the
 # groups are other images in every epoch; an operation for each image would take longer than the network.
 _GROUP = 8
 
@@ -15,8 +15,9 @@ def augment(images: Tensor, augment: str) -> Tensor:
     Args:
         images: ``(batch, height, width)``, any type, or ``(batch, height, width, 3)`` uint8.
         augment: "none", "flip" (horizontally, with probability 0.5), "flip_shift" (also shifts by up to `max_shift`
-            pixels in each direction, padded with zeros) or "trivial" (also one operation of TrivialAugment for every
-            eight images, Müller and Hutter 2021; uint8 only).
+            pixels in each direction, padded with zeros), and on top of that, every eight images in the same way:
+            "erase" (a random rectangle is set to zero with probability 0.5, Zhong et al. 2020) or "trivial" (one
+            operation of TrivialAugment, Müller and Hutter 2021; uint8 only).
     """
     if augment == "none":
         return images
@@ -32,7 +33,7 @@ def augment(images: Tensor, augment: str) -> Tensor:
     columns = columns + torch.arange(width, device=images.device)  # (batch, width)
     each = torch.arange(batch, device=images.device)[:, None, None]
     images = padded[each, rows[:, :, None], columns[:, None, :]]
-    return images if augment == "flip_shift" else _augment_trivially(images)
+    return images if augment == "flip_shift" else _augment_groups(images, augment)
 
 
 def max_shift(size: int) -> int:
@@ -40,11 +41,12 @@ def max_shift(size: int) -> int:
     return 4 * (size // 32) or 2
 
 
-def _augment_trivially(images: Tensor) -> Tensor:
+def _augment_groups(images: Tensor, augment: str) -> Tensor:
     # torchvision.transforms takes a second to import, and few runs need it.
     from torchvision.transforms import InterpolationMode, v2
 
-    operation = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR)
+    trivial = augment == "trivial"
+    operation = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR) if trivial else v2.RandomErasing()
     # torchvision takes (…, channels, height, width).
     planes = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
     changed = torch.cat([operation(group) for group in planes.split(_GROUP)])
