@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import nin
-from nin.commands.predict import _Rows, main
+from nin.commands.predict import _MapNames, _Rows, main
 from nin.config.schema import UserError
 
 
@@ -143,6 +143,13 @@ def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Pa
         values = np.asarray(picture.convert("RGB")).astype(int)
     assert values.shape[1] > 2 * values.shape[0]
     assert (abs(values[..., 0] - values[..., 2]) > 40).sum() > 500  # red or blue is drawn over the grey image
+
+
+def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_path: Path) -> None:
+    names = _MapNames(tmp_path)
+    assert [names.next(f"x.idx[{i}]").name for i in range(2)] == ["x.idx_0.png", "x.idx_1.png"]
+    path = names.next("/".join(["名" * 60] * 4) + ".png")
+    path.with_name(f".{path.name}.tmp").write_bytes(b"")  # as a picture is written, under a temporary name first
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,20 @@ def test_options_are_not_abbreviated() -> None:
     assert errors_of("--experimental-rerun", "x")[0].startswith("--experimental-rerun: no such option")
 
 
+def test_text_with_special_characters_is_to_be_quoted() -> None:
+    assert errors_of("name=a (2)", "data.root=ph=1", "model.widths=[1,2") == (
+        """name=a (2): has characters that must be quoted, as in 'name="a (2)"'""",
+        """data.root=ph=1: has characters that must be quoted, as in 'data.root="ph=1"'""",
+        "model.widths=[1,2: not of the form key=value (no viable alternative at input '[1,2')",
+    )
+    settings = validate(compose_config([]))
+    with pytest.raises(UserError) as caught:
+        apply_overrides(settings, ["data.root=ph,3"], ("data.root",))
+    assert caught.value.errors == (
+        """data.root=ph,3: takes one value here; a text with a comma is quoted, as in 'data.root="ph,3"'""",
+    )
+
+
 def test_several_values_need_a_sweep() -> None:
     assert errors_of("seed=1,2", "threads=range(1000000000)") == (
         "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2",

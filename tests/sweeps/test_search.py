@@ -22,7 +22,7 @@ from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import search_checks, search_report
 from nin.sweeps.launch import Sweep
-from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs
+from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs, describe_answer
 from nin.sweeps.space import read_space
 from nin.sweeps.study import JOURNAL, JournalLock, Plan, build_sampler, open_journal, propose, visible
 from nin.training.pruning import TrialPruner, write_comparison
@@ -270,6 +270,22 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
 
 def _without_hydra(config: Any) -> Any:
     return type(config)({key: config._get_node(key) for key in config if key != "hydra"})
+
+
+def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp_path: Path) -> None:
+    study = optuna.create_study()
+    lr = FloatDistribution(0.1, 0.2)
+    study.add_trial(create_trial(params={"optimizer.lr": 0.1}, distributions={"optimizer.lr": lr}, value=0.5))
+    description: dict[str, Any] = {"name": "s", "fixed": ["model=tiny"], "config_dir": "/my", "max_epochs": 0}
+    notes = describe_answer(tmp_path, description, study.trials, study)
+    assert "    nin train --config-dir /my name=s-best model=tiny optimizer.lr=0.1" in notes
+    assert not any("--config-name best" in note for note in notes)
+    description |= {"fixed": ["~optimizer.momentum"], "config_dir": None}
+    notes = describe_answer(tmp_path, description, study.trials, study)
+    assert "    nin train name=s-best '~optimizer.momentum' optimizer.lr=0.1" in notes
+    assert not any("--config-name best" in note for note in notes)
+    description["fixed"] = []
+    assert any("--config-name best" in note for note in describe_answer(tmp_path, description, study.trials, study))
 
 
 def test_pruning_says_how_many_epochs_it_saved() -> None:

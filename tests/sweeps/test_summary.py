@@ -227,3 +227,32 @@ def test_without_held_out_images_the_test_accuracy_is_reported(
     (job / "result.json").write_text(json.dumps(result))
     summary.report(tmp_path)
     assert "best test/acc first" in capsys.readouterr().out
+
+
+def test_a_sweep_without_metrics_yet_is_not_said_to_be_sorted_by_test_accuracy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (0, 1):
+        put_job(tmp_path / "begun" / f"seed={seed}", [f"seed={seed}"])
+    summary.report(tmp_path / "begun")
+    assert "best val/acc first" in capsys.readouterr().out
+
+
+def test_lists_of_words_are_shown_and_an_error_of_several_lines_takes_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_job(tmp_path / "blocks" / "0", ["model.blocks=[conv,pool]"], 0.9)
+    put_job(tmp_path / "blocks" / "1", ["model.blocks=[pool]"], 0.8)
+    put_job(tmp_path / "blocks" / "2", ["model.blocks=[conv]"], status="failed", error="E: one\ntwo")
+    summary.report(tmp_path / "blocks")
+    out = capsys.readouterr().out
+    assert "[conv,pool]" in out
+    assert "failed: 2: E: one\n" in out
+    assert "two" not in out
+
+
+def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
+    for value in ("'a_$5'", "'$5_to_$10'"):
+        put_job(tmp_path / "money" / value, [f"model.widths={value}"], 0.9)
+    summary.report(tmp_path / "money")
+    assert (tmp_path / "money" / "summary.png").stat().st_size

@@ -30,6 +30,17 @@ def learning_rates(steps: int, *overrides: str) -> list[float]:
     return rates
 
 
+def test_one_cycle_takes_an_optimizer_without_momentum() -> None:
+    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, rates = build_schedule(optimizer, validate(compose_config(["schedule=one_cycle"])).schedule, 10), []
+    for _ in range(10):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[0] < 0.1 > rates[-1]
+
+
 def test_cosine_by_hand() -> None:
     assert learning_rates(4, "schedule=cosine", "schedule.warmup=0") == pytest.approx(
         [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]

@@ -58,8 +58,14 @@ def main(arguments: list[str]) -> int:
         progress(f"{stopped}; nothing is written")
         return stopped.exit_status
     out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
-    write_atomically(out, json.dumps(results, indent=2) + "\n")
+    failure = None
+    try:
+        write_atomically(out, json.dumps(results, indent=2) + "\n")
+    except OSError as error:
+        failure = f"{format_path(out)}: can't be written ({error.strerror}); give another path with --out"
     print_results(results)
+    if failure:
+        raise UserError(failure)
     print(f"written: {format_path(out)}")
     return 0
 

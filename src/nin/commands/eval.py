@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "--allow", metavar="MODULE", action="append", default=[],
         help="a Python module of yours whose classes the checkpoint may name; can be given several times",
     )  # fmt: skip
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
 
 def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) -> tuple[Settings, dict[str, Any], Any]:

@@ -144,8 +144,10 @@ class _MapNames:
         self.folder, self.used = folder, set[str]()
 
     def next(self, name: str) -> Path:
-        # The suffix is left out; an IDX file's name ends in [index].
-        plain = re.sub(r"[^\w.+=,-]+", "_", str(Path(name).with_suffix(""))).strip("_.")[-200:] or "image"
+        # The suffix is left out; the name of an IDX file's image ends in [index]. Of long names the last 200 bytes are
+        # kept: a file system allows 255, also for the temporary file.
+        stem = name if name.endswith("]") else str(Path(name).with_suffix(""))
+        plain = re.sub(r"[^\w.+=,-]+", "_", stem).strip("_.").encode()[-200:].decode(errors="ignore") or "image"
         chosen, i = plain, 2
         while chosen in self.used:
             chosen, i = f"{plain}-{i}", i + 1

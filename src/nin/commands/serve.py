@@ -33,8 +33,8 @@ def main(arguments: list[str]) -> int:
     )
     args = parser.parse_args(arguments)
     for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
+        if not 0 < getattr(args, name) < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number above 0")
     try:
         from nin.deploy import server
         from nin.deploy.service import Limits, Service

@@ -75,6 +75,9 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     words = overrides
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
+        if swept := [override for override in parsed if override.is_sweep_override()]:
+            given = swept[0].input_line or ""
+            raise UserError(f"{given}: takes one value here; a text with a comma is quoted, as in {_quoted(given)}")
         words = [word for override in parsed if (word := _for_defaults(override, config))]
         requested = compose_config(words)
     except COMPOSITION_ERRORS as error:
@@ -172,12 +175,13 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
             return f"{given}: remove the space before ="
         key, _, value = override.partition("=")
-        if "LexerNoViableAlt" not in str(error):
-            return f"{given}: not of the form key=value ({_first_line(error)})"
-        if value and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
-            quoted = shorten(f"{key}={json.dumps(value, ensure_ascii=False)}")
-            return f"{given}: has characters that must be quoted, as in {shlex.quote(quoted)}"
-        return f"{given}: not of the form key=value"
+        lexer_failed = "LexerNoViableAlt" in str(error)
+        # A list, a dictionary, a quoted text or a sweep such as range(1,3) with a mistake is not to be quoted.
+        is_text = not re.match(r"""[\[{"'(]|\w+\(""", value) or lexer_failed
+        if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
+            return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
+        reason = f" ({_first_line(error)})" if value and not lexer_failed else ""
+        return f"{given}: not of the form key=value{reason}"
     except ValueError:
         return f"{given}: a number of too many digits"
     if not key:
@@ -200,6 +204,12 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
     return f"{given}: {_first_line(error.__cause__ or error)}"
+
+
+def _quoted(override: str) -> str:
+    """An override whose value is one text for Hydra, as it is typed in a shell."""
+    key, _, value = override.partition("=")
+    return shlex.quote(shorten(f"{key}={json.dumps(value, ensure_ascii=False)}"))
 
 
 def _list_options(group: str) -> str:

@@ -40,6 +40,11 @@ def blend(image: np.ndarray, score_map: np.ndarray, limit: float) -> np.ndarray:
     return (large * (1 - opacity) + color * opacity).round().astype(np.uint8)
 
 
+def escape(text: str) -> str:
+    """``text`` as matplotlib draws it literally: what stands between two dollar signs would be a formula."""
+    return text.replace("$", r"\$")
+
+
 def strongest(score_maps: np.ndarray) -> float:
     """The limit of one color scale for several maps; 1 where all are 0."""
     return float(np.abs(score_maps).max(initial=0)) or 1.0

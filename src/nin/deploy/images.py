@@ -69,7 +69,10 @@ def _read(name: str, content: bytes, form: ImageForm) -> Iterator[tuple[str, np.
         if content[:4] == _IDX_LABELS:
             raise ImageError("an IDX file of labels, not of images")
         if content[:4] == _IDX_IMAGES:
-            for i, image in enumerate(parse_idx(content)):
+            images = parse_idx(content)
+            if not images.size:
+                raise ImageError("an IDX file without pixels")
+            for i, image in enumerate(images):
                 yield f"{name}[{i}]", _as_array(image, form)
         else:
             yield name, form.decode(content)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nin.data.pictures import COLORS, blend, draw_image, strongest
+from nin.data.pictures import COLORS, blend, draw_image, escape, strongest
 from nin.runs.folder import open_atomically
 
 
@@ -42,7 +42,8 @@ def write_maps(
     limit = strongest(maps[best])
     for axes, i in zip(panels[1:], best, strict=True):
         draw_image(axes, blend(image, maps[i], limit))
-        axes.set_title(f"{class_names[i]}\n{probabilities[i]:.4f}\n{_sum(maps[i].mean(), logits[i])}", fontsize=9)
+        title = f"{class_names[i]}\n{probabilities[i]:.4f}\n{_sum(maps[i].mean(), logits[i])}"
+        axes.set_title(escape(title), fontsize=9)
     scale = ScalarMappable(Normalize(-limit, limit), COLORS)
     figure.colorbar(scale, cax=figure.add_axes((1 - 0.75 / width, 0.1, 0.12 / width, 2.0 / height)))
     with open_atomically(path) as file:

@@ -105,7 +105,7 @@ class TrainedNetwork:
         """
         if maps and self.description.maps == "none":
             raise UserError(
-                "this export has no score maps: they need gradients in a network with several fully connected layers; "
+                "this export has no score maps: in this network they need gradients, which an export does not have; "
                 "give the run or its checkpoint instead"
             )
         arrays = as_arrays(images, self.description.form)

@@ -84,7 +84,9 @@ def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
     layers = _layers(network)
     flattens = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Flatten)]
     if len(flattens) != 1 or flattens[0] == 0:
-        raise UserError("score maps need a network that is an nn.Sequential with one nn.Flatten after its last maps")
+        raise UserError(
+            "this network has no score maps: they need an nn.Sequential with one nn.Flatten after its last maps"
+        )
     with torch.no_grad():
         classes = network(images[:1]).shape[1]
     cam = LayerGradCam(network, layers[flattens[0] - 1])

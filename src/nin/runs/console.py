@@ -20,6 +20,7 @@ _KNOWN_WARNINGS = (
     r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     r"The `srun` command is available on your system but is not used",  # on a login node, and in a job of one process
+    r"Glyph \d+ .* missing from",  # matplotlib's own fonts lack the characters of many languages
     # `MetricsLogger` also logs at the end of every epoch, however short the epoch is.
     r"The number of training batches \(\d+\) is smaller than the logging interval",
 )

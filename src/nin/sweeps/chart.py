@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nin.data.pictures import escape
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import Row, read_epochs
 
@@ -37,12 +38,12 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
 
     finished = [row for row in rows if row.values(metric)]
     rows = finished[:_MAX_ROWS]
-    labels = [textwrap.fill(row.label, _LABEL_WIDTH) for row in rows]
+    labels = [escape(textwrap.fill(row.label, _LABEL_WIDTH)) for row in rows]
     lines = sum(label.count("\n") + 1 for label in labels) + len(labels)
     figure = Figure(figsize=(13, max(4.5, 1.5 + 0.16 * lines)), layout="constrained")
     left, right = figure.subplots(1, 2)
     more = f" (the best {_MAX_ROWS} of {len(finished)} rows)" if len(finished) > _MAX_ROWS else ""
-    figure.suptitle(textwrap.fill(f"{title}{more}", 120))
+    figure.suptitle(escape(textwrap.fill(f"{title}{more}", 120)))
     palette = colormaps["tab10" if len(rows) <= 10 else "tab20"]
     colors = [palette(i) for i in range(len(rows))]
     over_number = _draw_over_number(left, rows, metric, colors)

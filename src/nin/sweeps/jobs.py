@@ -217,7 +217,8 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
         result = folder.read_result()
     match result:
         case {"status": "failed"}:
-            return Job(path, overrides, "failed", error=str(result.get("error", "unknown error")))
+            lines = str(result.get("error", "")).splitlines()
+            return Job(path, overrides, "failed", error=lines[0] if lines else "unknown error")
         case {"status": "finished" | "pruned", "metrics": dict() as metrics}:
             values = {**metrics, **{key: result.get(key) for key in ("train_seconds", "test_images")}}
             if "seed" in result:

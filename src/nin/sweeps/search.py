@@ -86,6 +86,8 @@ class Search(Sweeper):
         path = self.folder / "search.json"
         final_seeds = self.settings.final_seeds
         content: dict[str, Any] = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
+        sources = self.config.hydra.runtime.config_sources
+        content["config_dir"] = next((s.path for s in sources if s.provider == "command-line"), None)
         content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
         text = json.dumps(content, indent=2) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -84,7 +84,7 @@ def report_search(folder: Path) -> None:
         raise UserError(f"{folder}: its storage has no study {description['name']}") from None
     trials = study.get_trials(deepcopy=False)
     title = f"{description['name']}: {_count(trials, description['n_trials'])}; best val/acc first"
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(title, style="italic", soft_wrap=True)
     rows = [_header(trials), *(_row(trial) for trial in _sorted(trials))]
     _print_table(console, rows[: _MAX_ROWS + 1])
@@ -178,9 +178,11 @@ def describe_answer(
     words = [word for word in description["fixed"] if not word.startswith(("name=", "sweep=", "hydra"))]
     words += overrides_of(best.params)
     name = f"{description['name']}-best"
-    command = shlex.join(["nin", "train", f"name={name}", *words])
+    own = description.get("config_dir")
+    command = shlex.join(["nin", "train", *(["--config-dir", own] if own else []), f"name={name}", *words])
     notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {command}"]
-    notes.append(f"    nin train --config-dir {format_path(folder)} --config-name best    (the same)")
+    if _fits_config_file(description):
+        notes.append(f"    nin train --config-dir {format_path(folder)} --config-name best    (the same)")
     notes += _describe_test(folder, best)
     if importances := _importances(study):
         shown = ", ".join(f"{key} {share:.2f}" for key, share in importances.items())
@@ -189,6 +191,11 @@ def describe_answer(
         saved = count_saved_epochs(trials, description["max_epochs"])
         notes.append(f"pruning saved {saved} of {len(trials) * description['max_epochs']} epochs")
     return notes
+
+
+def _fits_config_file(description: dict[str, Any]) -> bool:
+    """Whether best.yaml can hold the best configuration: it deletes no key, and is alone in its ``--config-dir``."""
+    return not (description.get("config_dir") or any(word.startswith("~") for word in description["fixed"]))
 
 
 def _describe_test(folder: Path, best: FrozenTrial) -> list[str]:
@@ -225,7 +232,7 @@ def best_config(name: str, fixed: Sequence[str], best: FrozenTrial) -> str:
     groups, values = [], OmegaConf.create()
     for override in OverridesParser.create().parse_overrides([*fixed, *overrides_of(best.params)]):
         key = override.key_or_group
-        if key.split(".")[0] in ("name", "sweep", "hydra") or key.startswith("hydra/") or override.is_delete():
+        if key.split(".")[0] in ("name", "sweep", "hydra") or key.startswith("hydra/"):
             continue
         if "." not in key and (CONF / key).is_dir():
             groups.append(f"  - override {key}: {override.value()}\n")
@@ -258,7 +265,9 @@ def _write(
     write_atomically(folder / "summary.md", "\n".join(content))
     written = "summary.csv, summary.md"
     if best := best_trial(trials):
-        write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
         draw_study(study, folder / "summary.png")
-        written += ", summary.png, best.yaml"
+        written += ", summary.png"
+        if _fits_config_file(description):
+            write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
+            written += ", best.yaml"
     print(f"summary:    {format_path(folder)}/{written}")

@@ -29,12 +29,13 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Non
 
         return report_search(folder)
     jobs = read_jobs(folder)
-    if not any(metric in job.metrics for job in jobs) and metric == "val/acc":
+    measured = {name for job in jobs for name in job.metrics}
+    if metric == "val/acc" and metric not in measured and "test/acc" in measured:
         metric = "test/acc"  # data.score_each_epoch=test: there are no held-out images
     rows = group_by_seed(jobs, metric)
     name, seeds = folder.resolve().name, _describe_seeds(rows)
     title = f"{name}: best {metric} first{seeds}"
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(title, style="italic", soft_wrap=True)
     console.print(_fit_table(rows, metric, console))
     for note in describe_errors(rows):

@@ -266,7 +266,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: 
             max_lr=group["lr"],
             total_steps=steps,
             pct_start=max(schedule.warmup, 2 / steps),
-            **_momentum_range(group["momentum"] if "momentum" in group else group["betas"][0]),
+            **_momentum_range(group.get("momentum") or group.get("betas", (0.0,))[0]),
         )
     warmup = round(schedule.warmup * steps)
     main: LRScheduler = (

@@ -1,3 +1,4 @@
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from tensorboard.plugins.hparams import metadata
 from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.training.callbacks.figures import draw_curves, most_confused
+from nin.training.callbacks.figures import draw_confusion, draw_curves, most_confused
 from nin.training.callbacks.tensorboard import hyperparameters
 
 
@@ -94,3 +95,9 @@ def test_training_and_validation_are_two_kinds_of_lines() -> None:
     assert loss.lines[0].get_color() != loss.lines[1].get_color()
     assert list(loss.lines[1].get_xydata()[1]) == [12, 2 / 12]
     assert [line.get_label() for line in accuracy.lines] == ["train/acc"]
+
+
+def test_class_names_with_dollar_signs_are_drawn_as_they_are() -> None:
+    figure = draw_confusion(torch.eye(2, dtype=torch.long), ("under_$5", "$5_to_$10"))
+    figure.savefig(io.BytesIO())  # a formula with a syntax error can't be drawn
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [r"under_\$5", r"\$5_to_\$10"]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nin.data.pictures import blend, draw_image, strongest
+from nin.data.pictures import blend, draw_image, escape, strongest
 
 # The name of each chart of training curves, and that of its metrics after ``train/`` or ``val/``.
 CURVES = {"loss": "loss", "accuracy": "acc"}
@@ -51,7 +51,7 @@ def draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
     axes = figure.subplots()
     part = counts[shown][:, shown].numpy()
     axes.imshow(part, cmap="Blues")
-    names = [class_names[i] for i in shown]
+    names = [escape(class_names[i]) for i in shown]
     axes.set_xticks(range(len(shown)), names, rotation=90)
     axes.set_yticks(range(len(shown)), names)
     for (row, column), count in np.ndenumerate(part):
@@ -94,5 +94,5 @@ def draw_wrong(wrong: list[Mistake], class_names: tuple[str, ...]) -> Figure:
         draw_image(axes, image)
         places = (" (middle)", " (right)") if with_maps else ("", "")
         title = f"{class_names[label]}{places[0]}\npredicted: {class_names[predicted]}{places[1]}"
-        axes.set_title(title, fontsize=8)
+        axes.set_title(escape(title), fontsize=8)
     return figure
