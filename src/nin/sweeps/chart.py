@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nin.data.pictures import escape
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import Row, read_epochs
 
@@ -35,6 +34,8 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+
+    from nin.data.pictures import escape
 
     finished = [row for row in rows if row.values(metric)]
     rows = finished[:_MAX_ROWS]
