@@ -149,6 +149,7 @@ def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_p
     names = _MapNames(tmp_path)
     assert [names.next(f"x.idx[{i}]").name for i in range(2)] == ["x.idx_0.png", "x.idx_1.png"]
     path = names.next("/".join(["名" * 60] * 4) + ".png")
+    assert path.name == "名" * 6 + "_" + "名" * 60 + ".png"  # 3 bytes each
     path.with_name(f".{path.name}.tmp").write_bytes(b"")  # as a picture is written, under a temporary name first
 
 

@@ -101,9 +101,10 @@ def test_text_with_special_characters_is_to_be_quoted() -> None:
     )
     settings = validate(compose_config([]))
     with pytest.raises(UserError) as caught:
-        apply_overrides(settings, ["data.root=ph,3"], ("data.root",))
+        apply_overrides(settings, ["data.root=ph,3", "name=a,b"], ("data.root",))
     assert caught.value.errors == (
         """data.root=ph,3: takes one value here; a text with a comma is quoted, as in 'data.root="ph,3"'""",
+        """name=a,b: takes one value here; a text with a comma is quoted, as in 'name="a,b"'""",
     )
 
 

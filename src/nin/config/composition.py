@@ -75,9 +75,9 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     words = overrides
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
-        if swept := [override for override in parsed if override.is_sweep_override()]:
-            given = swept[0].input_line or ""
-            raise UserError(f"{given}: takes one value here; a text with a comma is quoted, as in {_quoted(given)}")
+        if swept := [override.input_line or "" for override in parsed if override.is_sweep_override()]:
+            rule = "takes one value here; a text with a comma is quoted, as in"
+            raise UserError(*(f"{word}: {rule} {_quoted(word)}" for word in swept))
         words = [word for override in parsed if (word := _for_defaults(override, config))]
         requested = compose_config(words)
     except COMPOSITION_ERRORS as error:
