@@ -35,4 +35,4 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=1024)]
 # The number of channels or features of a layer.
 Width = Annotated[int, Field(ge=1, le=65_536)]
-Init = Literal["xavier_uniform", "kaiming_normal", "kaiming_dirac", "torch"]
+Init = Literal["xavier_uniform", "kaiming_normal", "kaiming_dirac", "kaiming_dirac_pca", "torch"]

@@ -204,6 +204,13 @@ class ImageDataModule(LightningDataModule):
         deviation = (shares @ values**2 - mean**2).clamp(min=0).sqrt()
         return mean.float(), deviation.float()
 
+    def sample(self, count: int) -> Tensor:
+        """At most ``count`` training images from the whole data set, prepared and not augmented, on the CPU."""
+        images = self.train[0]
+        count = min(count, len(images))
+        chosen = torch.arange(count) * len(images) // count  # a folder's images are sorted by class
+        return self.prepare_images(images[chosen]).cpu().float()
+
     def train_dataloader(self) -> Batches:
         return self._batches(self.train, self.seed)
 

@@ -6,5 +6,5 @@ A module imports only from the modules below it:
     <network>                  the networks, one file each: nin, lenet, alexnet, vgg, mlp
     sequential, layers, speed  their base class; table of layers; the same function, computed faster
     score_maps                 where in an image each class is recognized
-    normalize                  a first layer that normalizes the input
+    normalize, components      a first layer that normalizes the input; first filters from training images
 """

@@ -4,13 +4,14 @@ import importlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TypeGuard
+from typing import TypeGuard, get_args
 
 import torch
 from torch import nn
 
 from nin.config import own
-from nin.config.schema import NETWORKS, Model, OwnModel, Settings, UserError
+from nin.config.schema import NETWORKS, Model, OwnData, OwnModel, Settings, UserError
+from nin.config.types import Init
 from nin.networks.normalize import Normalize
 from nin.networks.score_maps import has_score_maps
 
@@ -29,6 +30,11 @@ def require_buildable(settings: Settings) -> None:
     if isinstance(model, OwnModel):
         own.import_class("model", model, nn.Module)
         return
+    if model.init == "kaiming_dirac_pca" and isinstance(settings.data, OwnData):
+        raise UserError(
+            f"model.init=kaiming_dirac_pca: needs the training images of data=fashion_mnist, folder or another data "
+            f"set of the project, not those of {settings.data.target}; choose model.init=kaiming_dirac"
+        )
     if _accepts(model, size):
         return
     if not _accepts(model, _LARGEST):
@@ -83,11 +89,14 @@ def _construct(model: Model, image_size: int, in_channels: int, num_classes: int
     module = importlib.import_module(f"nin.networks.{model.name}")
     arguments = model.model_dump(exclude={"name", "input_size", "init"})
     try:
-        return getattr(module, NETWORKS[model.name].__name__)(
+        network = getattr(module, NETWORKS[model.name].__name__)(
             in_channels=in_channels, num_classes=num_classes, image_size=image_size, **arguments
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    if model.init == "kaiming_dirac_pca" and not any(isinstance(layer, nn.Conv2d) for layer in network.modules()):
+        raise UserError(f"model.init=kaiming_dirac_pca: {model.name} has no convolution; choose kaiming_dirac")
+    return network
 
 
 def _with_normalization(network: nn.Sequential, in_channels: int) -> nn.Sequential:
@@ -130,13 +139,15 @@ def initialize(network: nn.Module, init: str) -> None:
       the last convolution that is drawn at random gets 0.3 times the weights and biases of one, so that the ReLU on
       the score maps is positive for every class and image. A fully connected layer on the score maps starts as their
       average: with random weights its first gradients are large, and drive all maps below zero.
+    * "kaiming_dirac_pca": as "kaiming_dirac"; training then starts with the principal components of the training
+      images' patches as the first filters (`components`).
     * "torch": as torch initializes them.
 
     Raises:
         ValueError: if ``init`` is none of these.
     """
-    if init not in ("xavier_uniform", "kaiming_normal", "kaiming_dirac", "torch"):
-        raise ValueError(f"init={init!r}: must be xavier_uniform, kaiming_normal, kaiming_dirac or torch")
+    if init not in get_args(Init):
+        raise ValueError(f"init={init!r}: must be one of {', '.join(get_args(Init))}")
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     if init == "xavier_uniform":
         for layer in layers:
@@ -146,7 +157,7 @@ def initialize(network: nn.Module, init: str) -> None:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
-    if init == "kaiming_dirac":
+    if init in ("kaiming_dirac", "kaiming_dirac_pca"):
         _start_as_identity(network.modules())
         if has_score_maps(network):
             *_, score_maps, _, last = network.children()

@@ -24,9 +24,9 @@ from nin.runs.request import RunRequest
 from nin.system import devices
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.normalization import InputStatistics
 from nin.training.callbacks.progress import EpochPrinter, LongRunWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
+from nin.training.callbacks.training_images import FromTrainingImages
 from nin.training.classifier import Classifier, rounded
 
 log = logging.getLogger(__name__)
@@ -134,9 +134,7 @@ class Experiment:
             is_alone = sys.stdout.isatty() and not self.request.label
             progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
             callbacks.append(progress)
-        if self.settings.data.normalize:
-            callbacks.append(InputStatistics())
-        return [*callbacks, self.checkpoints, LongRunWarner()]
+        return [*callbacks, FromTrainingImages(), self.checkpoints, LongRunWarner()]
 
     def _require_resumable(self) -> None:
         if self.checkpoint is None:
