@@ -108,7 +108,7 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
 @pytest.mark.parametrize(
     "overrides",
     [
-        "schedule=one_cycle data.augment=flip_shift",
+        "schedule=one_cycle data.augment=flip_shift data.normalize=true model.init=kaiming_dirac_pca",
         "schedule=constant optimizer=sgd optimizer.lr=0.1 optimizer.momentum=0.9 checkpoint.every_n_steps=3",
         pytest.param(
             "schedule=cosine trainer.accumulate_grad_batches=2 trainer.limit_train_batches=7", marks=pytest.mark.long
@@ -589,7 +589,7 @@ def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Pat
 @pytest.mark.parametrize(
     "overrides",
     [
-        "schedule=one_cycle data.augment=flip_shift",
+        "schedule=one_cycle data.augment=flip_shift data.normalize=true model.init=kaiming_dirac_pca",
         "trainer.accumulate_grad_batches=3 trainer.limit_train_batches=7 trainer.val_check_interval=5",
         "trainer.max_steps=9 checkpoint.every_n_steps=2",
     ],
