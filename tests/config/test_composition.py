@@ -81,6 +81,8 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
     assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(
         f"{word}: not of the form key=value" for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
     )
+    (error,) = errors_of(str(Path(__file__).parent))
+    assert error.endswith("key=value; nin resume, eval, predict, export and serve take a run's folder")
     (error,) = errors_of("callbacks.dead_units.image=1")
     assert error.endswith("; to add an argument of nin.training.callbacks.dead_units.DeadUnitMonitor: "
                           "+callbacks.dead_units.image=…")  # fmt: skip

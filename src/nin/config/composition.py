@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import warnings
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -181,7 +182,9 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
         reason = f" ({_first_line(error)})" if value and not lexer_failed else ""
-        return f"{given}: not of the form key=value{reason}"
+        # One is given to the wrong command.
+        runs = "; nin resume, eval, predict, export and serve take a run's folder" if Path(override).is_dir() else ""
+        return f"{given}: not of the form key=value{reason}{runs}"
     except ValueError:
         return f"{given}: a number of too many digits"
     if not key:

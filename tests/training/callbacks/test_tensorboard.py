@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams import metadata
 from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
+from nin.training.callbacks import tensorboard
 from nin.training.callbacks.figures import draw_confusion, draw_curves, most_confused
 from nin.training.callbacks.tensorboard import hyperparameters
 
@@ -69,6 +70,21 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     assert "optimizer.lr" in start.hparams
     # TensorBoard would show the columns of one run for all runs in a folder, and other runs have other keys.
     assert "_hparams_/experiment" not in events.summary_metadata
+
+
+def test_a_figure_that_cannot_be_drawn_is_a_warning_and_the_run_has_its_result(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("draw_confusion", "draw_curves"):
+        monkeypatch.setattr(tensorboard, name, lambda *_: [].missing)
+    chosen = settings("callbacks.images.sample_images=0", "trainer.max_steps=1")
+    result = run_experiment(chosen, RunFolder(tmp_path / "run"))
+    assert result["status"] == "finished"
+    assert result["metrics"]["test/acc"] is not None
+    images = EventAccumulator(str(tmp_path / "run")).Reload().Tags()["images"]
+    assert images == ["when_finished/wrong"]
+    for name in ("confusion", "curves"):
+        assert f"the figure when_finished/{name} is missing: 'list' object has no attribute 'missing'" in caplog.text
 
 
 def test_the_jobs_of_a_sweep_have_their_keys_and_the_final_metrics_as_columns(

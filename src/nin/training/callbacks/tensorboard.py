@@ -4,14 +4,17 @@ TensorBoard sorts tags by name, and opens on the first ones. So ``train`` and ``
 what else is logged in training is in ``while_training``, and what is logged once, at the end, in ``when_finished``.
 """
 
+import logging
 import shlex
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
@@ -24,6 +27,8 @@ from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw_curves, draw_wrong
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
+
+log = logging.getLogger(__name__)
 
 # Metrics whose tags are not their names.
 _TAGS = {
@@ -144,9 +149,9 @@ class ImageLogger(Callback):
         counts = pl_module.confusion.compute().cpu()
         for logger in _tensorboard_loggers(trainer):
             step = trainer.global_step
-            logger.experiment.add_figure("when_finished/confusion", draw_confusion(counts, pl_module.class_names), step)
+            _add_figure(logger, "confusion", step, draw_confusion, counts, pl_module.class_names)
             if self.wrong:
-                logger.experiment.add_figure("when_finished/wrong", draw_wrong(self.wrong, pl_module.class_names), step)
+                _add_figure(logger, "wrong", step, draw_wrong, self.wrong, pl_module.class_names)
 
 
 def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
@@ -198,7 +203,7 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
             writer.add_summary(hparams.hparams_pb(values, trial_id=_run_name(settings, logger)))
             logger.experiment.add_text("result", _table(result), result["steps"])
             if metrics.rows:
-                logger.experiment.add_figure("when_finished/curves", draw_curves(metrics.rows), result["steps"])
+                _add_figure(logger, "curves", result["steps"], draw_curves, metrics.rows)
         else:
             logger.log_hyperparams(values)
         logger.finalize("success")
@@ -241,6 +246,14 @@ def _table(result: dict[str, Any]) -> str:
 def _cell(value: Any) -> str:
     text = f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else str(value)
     return text.replace("|", "\\|")
+
+
+def _add_figure(logger: TensorBoardLogger, name: str, step: int, draw: Callable[..., Figure], *arguments: Any) -> None:
+    """Logs what ``draw`` returns. Its error is a warning: a trained and tested network needs no figure."""
+    try:
+        logger.experiment.add_figure(f"when_finished/{name}", draw(*arguments), step)
+    except Exception as error:  # of any library that draws
+        log.warning("the figure when_finished/%s is missing: %s", name, error, exc_info=error)
 
 
 def _tensorboard_loggers(trainer: Trainer) -> list[TensorBoardLogger]:
