@@ -1,19 +1,14 @@
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from helpers import run_experiment
-from nin.checkpoints.files import read
 from nin.config.composition import compose_config
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.validation import validate
-from nin.data.module import ImageDataModule
 from nin.networks.build import require_buildable
 from nin.networks.components import principal_components, start_from_components
-from nin.runs.folder import RunFolder
 
 
 def test_the_first_filters_give_uncorrelated_outputs_of_mean_0_the_largest_variance_first() -> None:
@@ -41,26 +36,6 @@ def test_fewer_filters_than_components_are_the_first_components() -> None:
     _, components = principal_components(images, (3, 3), (1, 1))
     expected = 2**0.5 * torch.stack([components[0], -components[0], components[1]])
     assert torch.allclose(convolution.weight.detach().flatten(1).double(), expected, atol=1e-6)
-
-
-def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
-    tmp_path: Path, settings: Callable[..., Settings]
-) -> None:
-    requested = settings(
-        "data.normalize=true", "data.augment=flip_shift", "model.init=kaiming_dirac_pca", "model.norm=none",
-        "optimizer.lr=1e-30", "trainer.max_epochs=1", "seed=3",
-    )  # fmt: skip
-    run_experiment(requested, RunFolder(tmp_path / "run"))
-    filters = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]["network.0.0.weight"]
-    assert filters.shape == (8, 1, 3, 3)
-    data = ImageDataModule(requested.data, seed=3)
-    data.setup("fit")
-    images = data.train[0]
-    spread = torch.tensor([i * len(images) // 256 for i in range(256)])
-    mean, std = data.statistics()
-    convolution = nn.Conv2d(1, 8, 3, stride=2)
-    start_from_components(convolution, (images[spread].unsqueeze(1) / 255 - mean) / std)
-    assert torch.allclose(filters, convolution.weight, atol=1e-5)
 
 
 def test_a_network_without_a_convolution_and_images_of_ones_own_are_refused(settings: Callable[..., Settings]) -> None:

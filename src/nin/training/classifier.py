@@ -27,6 +27,7 @@ from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
 from nin.training.loss import backward_micro_batches, process_weight, require_finite
+from nin.training.start import start_from_training_images
 
 
 class Classifier(LightningModule):
@@ -87,6 +88,11 @@ class Classifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` of images ``(batch, channels, image_size, image_size)`` from 0 to 1."""
         return self.network(images)
+
+    def setup(self, stage: str) -> None:
+        # A resumed run has the weights of its checkpoint, which Lightning loads after this.
+        if stage == "fit":
+            start_from_training_images(self.network, self.settings, getattr(self.trainer, "datamodule", None))
 
     def on_fit_start(self) -> None:
         # With precision=bf16-true the module is bfloat16, in which a sum over many images loses digits.

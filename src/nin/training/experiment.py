@@ -26,7 +26,6 @@ from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, LongRunWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
-from nin.training.callbacks.training_images import FromTrainingImages
 from nin.training.classifier import Classifier, rounded
 
 log = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ class Experiment:
             is_alone = sys.stdout.isatty() and not self.request.label
             progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
             callbacks.append(progress)
-        return [*callbacks, FromTrainingImages(), self.checkpoints, LongRunWarner()]
+        return [*callbacks, self.checkpoints, LongRunWarner()]
 
     def _require_resumable(self) -> None:
         if self.checkpoint is None:

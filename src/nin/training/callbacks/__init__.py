@@ -3,6 +3,6 @@
 A module imports only from the modules below it:
 
     checkpoints, dead_units, progress, pruning, tensorboard  what is saved; dead channels; bar; early end; images
-    training_images, figures                                 what a network takes from them; drawings
+    figures                                                  drawings
     metrics                                                  metrics over windows of steps and over epochs
 """

@@ -1,0 +1,42 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import run_experiment
+from nin.checkpoints.files import read
+from nin.config.schema import Settings
+from nin.data.module import ImageDataModule
+from nin.networks.build import build_network
+from nin.networks.components import start_from_components
+from nin.runs.folder import RunFolder
+from nin.training.start import start_from_training_images
+
+
+def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
+    tmp_path: Path, settings: Callable[..., Settings]
+) -> None:
+    requested = settings(
+        "data.normalize=true", "data.augment=flip_shift", "model.init=kaiming_dirac_pca", "model.norm=none",
+        "optimizer.lr=1e-30", "trainer.max_epochs=1", "seed=3",
+    )  # fmt: skip
+    run_experiment(requested, RunFolder(tmp_path / "run"))
+    filters = read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]["network.0.0.weight"]
+    assert filters.shape == (8, 1, 3, 3)
+    data = ImageDataModule(requested.data, seed=3)
+    data.setup("fit")
+    images = data.train[0]
+    spread = torch.tensor([i * len(images) // 256 for i in range(256)])
+    mean, std = data.statistics()
+    convolution = nn.Conv2d(1, 8, 3, stride=2)
+    start_from_components(convolution, (images[spread].unsqueeze(1) / 255 - mean) / std)
+    assert torch.allclose(filters, convolution.weight, atol=1e-5)
+
+
+def test_other_data_modules_are_refused_where_training_images_are_needed(settings: Callable[..., Settings]) -> None:
+    needed = settings("model.init=kaiming_dirac_pca")
+    with pytest.raises(TypeError, match="need an ImageDataModule"):
+        start_from_training_images(build_network(needed, 1, 10), needed, None)
+    start_from_training_images(build_network(settings(), 1, 10), settings(), None)
