@@ -82,7 +82,9 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         f"{word}: not of the form key=value" for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
     )
     (error,) = errors_of(str(Path(__file__).parent))
-    assert error.endswith("key=value; nin resume, eval, predict, export and serve take a run's folder")
+    assert ": a folder, and not of the form key=value; nin resume, eval, predict, export and serve take one" in error
+    (error,) = errors_of("model.widths=[" + 400 * "16,")  # no file has so long a name
+    assert "not of the form key=value" in error
     (error,) = errors_of("callbacks.dead_units.image=1")
     assert error.endswith("; to add an argument of nin.training.callbacks.dead_units.DeadUnitMonitor: "
                           "+callbacks.dead_units.image=…")  # fmt: skip

@@ -38,9 +38,27 @@ def test_fewer_filters_than_components_are_the_first_components() -> None:
     assert torch.allclose(convolution.weight.detach().flatten(1).double(), expected, atol=1e-6)
 
 
+def test_patches_of_enlarged_images_give_few_components_and_the_other_filters_stay_random() -> None:
+    torch.manual_seed(0)
+    images = nn.functional.interpolate(torch.rand(20, 1, 4, 4), size=64, mode="bilinear")
+    convolution = nn.Conv2d(1, 96, 11, stride=4)
+    drawn = convolution.weight.detach().clone()
+    start_from_components(convolution, images)
+    changed = (convolution.weight != drawn).flatten(1).any(1)
+    assert 10 <= int(changed.sum()) <= 30
+    assert bool(changed[: int(changed.sum())].all())
+    assert float(convolution(images).detach().std((0, 2, 3)).min()) > 1e-3
+    _, components = principal_components(torch.full((2, 1, 8, 8), 0.5), (3, 3), (1, 1))
+    assert components.shape == (0, 9)
+
+
 def test_a_network_without_a_convolution_and_images_of_ones_own_are_refused(settings: Callable[..., Settings]) -> None:
     with pytest.raises(UserError, match="mlp has no convolution; choose kaiming_dirac"):
         require_buildable(validate(compose_config(["model=mlp", "model.init=kaiming_dirac_pca"])))
+    padded = ["model.kernel_sizes=[9,3,3]", "model.first_padding=4", "model.first_stride=1", "data.image_size=8"]
+    require_buildable(settings(*padded))
+    with pytest.raises(UserError, match="first convolution of 9x9 is larger than the images of 8x8"):
+        require_buildable(settings(*padded, "model.init=kaiming_dirac_pca"))
     requested = settings("model.init=kaiming_dirac_pca")
     own = OwnData.model_validate({"_target_": "my.Images", "image_size": 28, "batch_size": 8})
     with pytest.raises(UserError, match=r"not those of my\.Images; choose model\.init=kaiming_dirac"):

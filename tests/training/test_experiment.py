@@ -24,6 +24,7 @@ from nin.data import module as data_module
 from nin.data.module import split
 from nin.data.sources import load
 from nin.data.transforms import resize
+from nin.deploy.pipeline import read_checkpoint
 from nin.runs.folder import RunFolder
 from nin.training import experiment
 from nin.training.classifier import Classifier
@@ -356,6 +357,14 @@ def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., S
         for precision in ("bf16-true", "32-true")
     )
     assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
+    # The network is float32 until the Trainer converts it.
+    best = checkpoint_files.read(RunFolder(tmp_path / "bf16-true").best)
+    tested, _ = evaluate(settings(*asked, "trainer.precision=bf16-true"), best)
+    assert tested == {name: value for name, value in half["metrics"].items() if name.startswith("test/")}
+    module, _ = read_checkpoint(RunFolder(tmp_path / "bf16-true").best)
+    weight = next(module.network.parameters())
+    assert weight.dtype == torch.float32
+    assert torch.equal(weight, best["state_dict"]["network.0.0.weight"].float())
 
 
 def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:

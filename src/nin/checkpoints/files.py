@@ -147,6 +147,9 @@ def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | 
 def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Checks that a checkpoint has the weights of ``module``, with their shapes and types, all finite.
 
+    Any type of floating-point numbers is accepted: ``module`` is float32 until the Trainer converts it to the type of
+    ``trainer.precision=bf16-true``, in which checkpoints are saved.
+
     Raises:
         UserError: names the weights that differ.
     """
@@ -157,13 +160,17 @@ def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -
     for name in (name for name in current if name in saved):
         if not isinstance(saved[name], Tensor):
             wrong.append(f"{name} is a {type(saved[name]).__name__}")
-        elif (saved[name].shape, saved[name].dtype) != (current[name].shape, current[name].dtype):
+        elif saved[name].shape != current[name].shape or not _same_type(saved[name], current[name]):
             wrong.append(f"{name} is {_kind(saved[name])}, not {_kind(current[name])}")
         elif not bool(saved[name].isfinite().all()):
             wrong.append(f"{name} has values that are NaN or infinite")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(f"the checkpoint's weights are not those of the network: {', '.join(wrong[:3])}{more}")
+
+
+def _same_type(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
 
 
 def _kind(tensor: Tensor) -> str:

@@ -3,10 +3,10 @@
 import contextlib
 import json
 import math
+import os
 import re
 import shlex
 import warnings
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
@@ -173,6 +173,9 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
     except HydraException:
+        if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
+            runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
+            return f"{given}: a folder, and not of the form key=value; {runs}"
         if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
             return f"{given}: remove the space before ="
         key, _, value = override.partition("=")
@@ -182,9 +185,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
         reason = f" ({_first_line(error)})" if value and not lexer_failed else ""
-        # One is given to the wrong command.
-        runs = "; nin resume, eval, predict, export and serve take a run's folder" if Path(override).is_dir() else ""
-        return f"{given}: not of the form key=value{reason}{runs}"
+        return f"{given}: not of the form key=value{reason}"
     except ValueError:
         return f"{given}: a number of too many digits"
     if not key:

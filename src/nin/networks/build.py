@@ -94,9 +94,20 @@ def _construct(model: Model, image_size: int, in_channels: int, num_classes: int
         )
     except ValueError as error:
         raise UserError(f"model: {error}") from error
-    if model.init == "kaiming_dirac_pca" and not any(isinstance(layer, nn.Conv2d) for layer in network.modules()):
-        raise UserError(f"model.init=kaiming_dirac_pca: {model.name} has no convolution; choose kaiming_dirac")
+    if model.init == "kaiming_dirac_pca":
+        _require_patches(network, model.name, image_size)
     return network
+
+
+def _require_patches(network: nn.Module, name: str, image_size: int) -> None:
+    first = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is None:
+        raise UserError(f"model.init=kaiming_dirac_pca: {name} has no convolution; choose kaiming_dirac")
+    if max(first.kernel_size) > image_size:  # valid with padding, which is no part of the images
+        raise UserError(
+            f"model.init=kaiming_dirac_pca: the first convolution of {max(first.kernel_size)}x{max(first.kernel_size)} "
+            f"is larger than the images of {image_size}x{image_size}; choose kaiming_dirac"
+        )
 
 
 def _with_normalization(network: nn.Sequential, in_channels: int) -> nn.Sequential:

@@ -9,13 +9,15 @@ def start_from_components(network: nn.Module, images: Tensor) -> None:
     """Sets the filters of the first convolution to the principal components of the images' patches, in place.
 
     The component with the largest variance comes first, and each is followed by its negative: after a ReLU one of the
-    two is positive. The norm of a filter is the root mean square of that of ``kaiming_normal``, the square root of 2. A
-    bias makes the mean output zero. Filters in excess of twice the number of components keep their weights.
+    two is positive. Each filter has the norm √2, which is the root mean square norm of the filters that
+    ``kaiming_normal`` draws. If the convolution has a bias, it is set so that the mean output over the patches is zero.
+    Filters for which there is no component keep their weights.
 
-    In airbench (Jordan 2024, section 3.2) the components are also scaled to equal variance, and stay as they are.
+    In airbench (Jordan 2024, section 3.2) the components are also scaled to equal variance, and are not trained.
 
     Args:
-        images: float ``(batch, channels, height, width)``, as the convolution gets them.
+        images: float ``(batch, channels, height, width)``, as the convolution gets them. The patches lie within an
+            image: padding is not part of them.
     """
     first = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     mean, components = principal_components(images, first.kernel_size, first.stride)
@@ -29,16 +31,18 @@ def start_from_components(network: nn.Module, images: Tensor) -> None:
 def principal_components(
     images: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Mean ``(values,)`` and principal components ``(values, values)`` of patches, one row each, in float64.
+    """Mean ``(values,)`` and principal components ``(components, values)`` of patches, one row each, in float64.
 
-    The components have length 1, and their largest value by amount is positive: the solver's signs are arbitrary.
+    Components with less than 1e-4 of the largest variance are left out: patches of enlarged images have few that
+    differ. The components have length 1. In each, the value with the largest magnitude is positive: the solver's signs
+    are arbitrary.
     """
     total, products, count = torch.zeros(()), torch.zeros(()), 0
     for image in images.split(1):  # all patches of all images would fill the memory
         patches = functional.unfold(image.double(), kernel_size, stride=stride)[0].T
         total, products, count = total + patches.sum(0), products + patches.T @ patches, count + len(patches)
     mean = total / count
-    _, vectors = torch.linalg.eigh(products / count - mean.outer(mean))
-    components = vectors.T.flip(0)  # by variance, the largest first
+    variances, vectors = torch.linalg.eigh(products / count - mean.outer(mean))  # the smallest first
+    components = vectors.T[variances > 1e-4 * variances[-1]].flip(0)
     largest = components.gather(1, components.abs().argmax(1, keepdim=True))
     return mean, components * largest.sign()

@@ -24,7 +24,7 @@ from nin.runs.request import RunRequest
 from nin.system import devices
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
-from nin.training.callbacks.progress import EpochPrinter, LongRunWarner, TrainingProgressBar
+from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier, rounded
 
@@ -133,7 +133,7 @@ class Experiment:
             is_alone = sys.stdout.isatty() and not self.request.label
             progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
             callbacks.append(progress)
-        return [*callbacks, self.checkpoints, LongRunWarner()]
+        return [*callbacks, self.checkpoints, SlowTrainingWarner()]
 
     def _require_resumable(self) -> None:
         if self.checkpoint is None:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nin.config.schema import Settings
+from nin.config.schema import OwnModel, Settings
 from nin.networks.components import start_from_components
 from nin.networks.normalize import Normalize
 
-# Patches of so many images: their components differ little from those of all training images.
+# The number of images whose patches are used.
 _IMAGES = 256
 
 
@@ -24,7 +24,8 @@ def start_from_training_images(network: nn.Sequential, settings: Settings, data:
     """
     first = next(iter(network.children()))
     normalize = first if isinstance(first, Normalize) else None
-    has_components = getattr(settings.model, "init", None) == "kaiming_dirac_pca"
+    # A network of the user's own may have an argument of that name.
+    has_components = not isinstance(settings.model, OwnModel) and settings.model.init == "kaiming_dirac_pca"
     if not (normalize or has_components):
         return
     if not hasattr(data, "statistics"):

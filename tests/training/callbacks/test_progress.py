@@ -62,12 +62,47 @@ def test_a_long_run_on_a_cpu_is_estimated_once(
     trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
     settings = SimpleNamespace(data=SimpleNamespace(name=data))
     module = SimpleNamespace(device=SimpleNamespace(type=device), settings=settings)
-    warner = progress.LongRunWarner(sample_seconds=60)
+    warner = progress.SlowTrainingWarner(sample_seconds=60)
     for _ in range(4):
         warner.on_train_batch_end(trainer, module)
     assert [text.startswith(message or "") and "trainer.precision=auto" in text for text in caplog.messages] == (
         [True] if message else []
     )
+
+
+@pytest.mark.parametrize(
+    ("cpu_seconds", "threads", "policy", "warning"),
+    [
+        (25.2, 2, None, "training gets 1.3 of 2 CPU cores: "),  # of 20 s
+        (33, 2, None, None),
+        (25.2, 2, "PASSIVE", None),  # threads that sleep while they wait
+        (12, 1, None, None),
+        (44, 4, None, "training gets 2.2 of 4 CPU cores: "),
+    ],
+)
+def test_cores_that_other_programs_use_are_reported_once(
+    cpu_seconds: float,
+    threads: int,
+    policy: str | None,
+    warning: str | None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds, cpu = iter((100, 110, 120)), iter((7, 7 + cpu_seconds))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(progress.time, "process_time", lambda: next(cpu))
+    monkeypatch.setattr(progress.torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(progress, "count_batches", lambda trainer: (10, 2))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    warner = progress.SlowTrainingWarner(sample_seconds=20)
+    for _ in range(5):
+        warner.on_train_batch_end(
+            SimpleNamespace(is_global_zero=True), SimpleNamespace(device=SimpleNamespace(type="cpu"))
+        )
+    assert [text[: len(warning or "")] for text in caplog.messages] == ([warning] if warning else [])
+    assert all(text.endswith(f"threads={int(cpu_seconds / 20)}.") for text in caplog.messages)
 
 
 def test_what_is_not_known_yet_is_not_shown() -> None:

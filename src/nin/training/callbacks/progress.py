@@ -1,11 +1,13 @@
-"""The progress of a run: a bar on a terminal, elsewhere one line per epoch; a warning if it will take hours."""
+"""The progress of a run: a bar on a terminal, elsewhere one line per epoch; warnings if training is slow."""
 
 import logging
 import math
+import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -148,15 +150,16 @@ class EpochPrinter(Callback):
 
 
 @dataclass
-class LongRunWarner(Callback):
-    """Warns once, on a CPU, if training will take more than an hour, with an estimate from the first batches.
+class SlowTrainingWarner(Callback):
+    """Warns once, on a CPU, if training will take more than an hour, or if other programs use the same cores.
 
     Args:
-        sample_seconds: of training before the estimate. The first batch, which is slower, does not count.
+        sample_seconds: of training, from which both are estimated. The first batch, which is slower, does not count.
     """
 
     sample_seconds: float = 10.0
     started: float | None = None
+    cpu_started: float = 0.0
     batches: int = 0
     is_done: bool = False
 
@@ -164,17 +167,35 @@ class LongRunWarner(Callback):
         if self.is_done:
             return
         if self.started is None:
-            self.started = time.monotonic()
+            self.started, self.cpu_started = time.monotonic(), time.process_time()
             return
         self.batches += 1
         seconds = time.monotonic() - self.started
         if seconds < self.sample_seconds:
             return
         self.is_done = True
+        if pl_module.device.type != "cpu" or not trainer.is_global_zero:
+            return
         total, done = count_batches(trainer)
         hours = (total - done) * seconds / self.batches / 3600
-        if pl_module.device.type == "cpu" and trainer.is_global_zero and 1 < hours < math.inf:
+        if 1 < hours < math.inf:
             log.warning("about %s of training left on this CPU. %s", _format_hours(hours), _advise(trainer, pl_module))
+        _warn_of_busy_cores((time.process_time() - self.cpu_started) / seconds)
+
+
+def _warn_of_busy_cores(used: float) -> None:
+    """Warns if the threads of this process got less than 0.8 of their cores.
+
+    torch's threads wait for each other in a loop, so that they use their cores completely: 0.97 of two cores were
+    measured, and 0.63 beside one busy program.
+    """
+    threads = torch.get_num_threads()
+    if threads > 1 and used < 0.8 * threads and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        log.warning(
+            "training gets %.1f of %d CPU cores: other programs use them, and each thread waits for the slowest. Stop "
+            "them, or this run (Ctrl-C; it resumes), and add threads=%d.",
+            used, threads, max(1, int(used)),
+        )  # fmt: skip
 
 
 def _format_hours(hours: float) -> str:
