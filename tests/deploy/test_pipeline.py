@@ -120,3 +120,17 @@ def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> Non
     assert known.more["run"] == "small"
     assert len(known.more["weights_sha256"]) == 64
     json.dumps(known.more)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"in_channels": 2}, "trained on images of 2 channels; nin predict"), ({"class_names": None}, "names no classes")],
+)
+def test_a_checkpoint_of_other_images_is_refused(
+    run_folder: Path, tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    checkpoint["hyper_parameters"] |= changed
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(UserError, match=message):
+        read_checkpoint(tmp_path / "x.ckpt")

@@ -86,8 +86,13 @@ def read_checkpoint(
     checkpoint = checkpoint_files.read(path)
     settings = checkpoint_files.settings_of(checkpoint, path, list(allow))
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
-    if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names) and in_channels in (1, 3)):
-        raise UserError(f"{path}: saved by another version of nin? It names no classes, or channels other than 1 and 3")
+    if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names)):
+        raise UserError(f"{path}: saved by another version of nin? It names no classes")
+    if in_channels not in (1, 3):
+        raise UserError(
+            f"{path}: trained on images of {in_channels} channels; nin predict, export and serve take grayscale (1) and "
+            "RGB (3)"
+        )
     module = Classifier(settings, class_names, in_channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
