@@ -90,8 +90,8 @@ def read_checkpoint(
         raise UserError(f"{path}: saved by another version of nin? It names no classes")
     if in_channels not in (1, 3):
         raise UserError(
-            f"{path}: trained on images of {in_channels} channels; nin predict, export and serve take grayscale (1) and "
-            "RGB (3)"
+            f"{path}: trained on images of {in_channels} channels; nin predict, export and serve take grayscale (1) "
+            "and RGB (3)"
         )
     module = Classifier(settings, class_names, in_channels)
     checkpoint_files.require_matching_weights(module, checkpoint)
