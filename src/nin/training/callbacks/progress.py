@@ -184,16 +184,17 @@ class SlowTrainingWarner(Callback):
 
 
 def _warn_of_busy_cores(used: float) -> None:
-    """Warns if the threads of this process got less than 0.8 of their cores.
+    """Warns if this process got less than 0.8 CPU cores per thread.
 
     torch's threads wait for each other in a loop, so that they use their cores completely: 0.97 of two cores were
     measured, and 0.63 beside one busy program.
     """
     threads = torch.get_num_threads()
     if threads > 1 and used < 0.8 * threads and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        # Other programs, or a container that is granted fewer cores than it sees.
         log.warning(
-            "training gets %.1f of %d CPU cores: other programs use them, and each thread waits for the slowest. Stop "
-            "them, or this run (Ctrl-C; it resumes), and add threads=%d.",
+            "training gets %.1f CPU cores for its %d threads, which wait for each other: are other programs running? "
+            "It may be faster with threads=%d (Ctrl-C, then the same command with it resumes the run).",
             used, threads, max(1, int(used)),
         )  # fmt: skip
 
