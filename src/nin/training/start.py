@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from nin.config.schema import OwnModel, Settings
+from nin.data.module import ImageDataModule
 from nin.networks.components import start_from_components
 from nin.networks.normalize import Normalize
 
@@ -28,7 +29,7 @@ def start_from_training_images(network: nn.Sequential, settings: Settings, data:
     has_components = not isinstance(settings.model, OwnModel) and settings.model.init == "kaiming_dirac_pca"
     if not (normalize or has_components):
         return
-    if not hasattr(data, "statistics"):
+    if not isinstance(data, ImageDataModule):
         raise TypeError("data.normalize=true and model.init=kaiming_dirac_pca need an ImageDataModule as datamodule")
     with torch.no_grad():
         if normalize:

@@ -80,7 +80,7 @@ def test_a_long_run_on_a_cpu_is_estimated_once(
         (44, 4, None, "training gets 2.2 CPU cores for its 4 threads, "),
     ],
 )
-def test_cores_that_other_programs_use_are_reported_once(
+def test_too_few_cores_for_the_threads_are_reported_once(
     cpu_seconds: float,
     threads: int,
     policy: str | None,

@@ -151,7 +151,7 @@ class EpochPrinter(Callback):
 
 @dataclass
 class SlowTrainingWarner(Callback):
-    """Warns once, on a CPU, if training will take more than an hour, or if other programs use the same cores.
+    """Warns once, on a CPU, if training will take more than an hour, or if its threads get too few CPU cores.
 
     Args:
         sample_seconds: of training, from which both are estimated. The first batch, which is slower, does not count.
@@ -180,10 +180,10 @@ class SlowTrainingWarner(Callback):
         hours = (total - done) * seconds / self.batches / 3600
         if 1 < hours < math.inf:
             log.warning("about %s of training left on this CPU. %s", _format_hours(hours), _advise(trainer, pl_module))
-        _warn_of_busy_cores((time.process_time() - self.cpu_started) / seconds)
+        _warn_of_few_cores((time.process_time() - self.cpu_started) / seconds)
 
 
-def _warn_of_busy_cores(used: float) -> None:
+def _warn_of_few_cores(used: float) -> None:
     """Warns if this process got less than 0.8 CPU cores per thread.
 
     torch's threads wait for each other in a loop, so that they use their cores completely: 0.97 of two cores were
