@@ -12,6 +12,7 @@ NOTEBOOK = Path(__file__).parents[1] / "docs" / "nin.ipynb"
 OVERRIDES = 'overrides = ["experiment=quickstart", "data.root=../data"]'
 
 
+@pytest.mark.long
 # Of jupyter_client and its event loop, when the kernel is shut down.
 @pytest.mark.filterwarnings("default")
 def test_the_notebook_trains_and_loads_the_best_checkpoint(data_root: Path, tmp_path: Path) -> None:

@@ -116,13 +116,13 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
         "trainer.val_check_interval=0.5 checkpoint.every_n_steps=1",
         pytest.param("trainer.check_val_every_n_epoch=2", marks=pytest.mark.long),
         pytest.param("trainer.limit_val_batches=0", marks=pytest.mark.long),
-        "trainer.max_steps=9 trainer.precision=bf16-true",
+        pytest.param("trainer.max_steps=9 trainer.precision=bf16-true", marks=pytest.mark.long),
         pytest.param("data.val_size=0 data.score_each_epoch=test", marks=pytest.mark.long),
         pytest.param(
             "callbacks=early_stopping callbacks.early_stopping.patience=1 trainer.max_epochs=5", marks=pytest.mark.long
         ),
         # The eighth batch is of a validation, for which Lightning has exchanged the weights for their average.
-        "callbacks=ema callbacks.ema.decay=0.9",
+        pytest.param("callbacks=ema callbacks.ema.decay=0.9", marks=pytest.mark.long),
         pytest.param("model.norm=none model.dropout=0.5 trainer.num_sanity_val_steps=2", marks=pytest.mark.long),
         # The eighth batch is of a validation between two batches whose gradients are added up.
         pytest.param(
