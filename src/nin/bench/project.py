@@ -44,7 +44,7 @@ def prepare_training(
             metrics = MetricsLogger(folder.metrics)
             bar = TrainingProgressBar(metrics)
             bar.console = Console(file=null, force_terminal=True, width=120)
-            checkpoint = ResumableCheckpoint(folder, settings.checkpoint.every_n_steps, metrics, stop)
+            checkpoint = ResumableCheckpoint(folder, settings.checkpoint, metrics, stop)
             trainer = build_trainer(settings, folder.path, [metrics, bar, checkpoint, *callbacks])
             loggers.extend(trainer.loggers)
             return trainer

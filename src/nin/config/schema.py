@@ -209,6 +209,8 @@ class Speed(Section):
 
 class Checkpoint(Section):
     every_n_steps: Positive | None
+    # The default is for runs of versions that had no such key.
+    every_n_minutes: Annotated[float, Field(gt=0)] | None = None
     # Each save renames them all.
     keep: Annotated[int, Field(ge=0, le=1000)]
 

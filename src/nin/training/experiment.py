@@ -52,8 +52,7 @@ class Experiment:
         devices.set_threads(self.settings)
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
-        every = self.settings.checkpoint.every_n_steps
-        self.checkpoints = ResumableCheckpoint(self.folder, every, self.metrics, request.stop)
+        self.checkpoints = ResumableCheckpoint(self.folder, self.settings.checkpoint, self.metrics, request.stop)
         self.pruning = self._pruning_callbacks() if self.settings.sweep.prune else []
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)

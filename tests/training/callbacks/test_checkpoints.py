@@ -1,3 +1,4 @@
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -9,17 +10,20 @@ import pytest
 from lightning import Callback
 
 from helpers import run_experiment
+from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
+from nin.training.callbacks import checkpoints
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 
 
 def test_among_equal_accuracies_the_lowest_loss_is_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = MetricsLogger(tmp_path / "metrics.csv")
-    callback = ResumableCheckpoint(RunFolder(tmp_path), None, metrics, StopRequest())
+    chosen = CheckpointSettings(every_n_steps=None, every_n_minutes=None, keep=0)
+    callback = ResumableCheckpoint(RunFolder(tmp_path), chosen, metrics, StopRequest())
     saved: list[bool] = []
     monkeypatch.setattr(callback, "_save", lambda trainer, save_point, best: saved.append(best))
     epochs = [(0.90, 0.5), (0.90, 0.4), (0.90, 0.45), (0.90, 0.4), (0.89, 0.1), (0.91, 0.9)]
@@ -28,6 +32,40 @@ def test_among_equal_accuracies_the_lowest_loss_is_best(tmp_path: Path, monkeypa
         callback.on_train_epoch_end(SimpleNamespace(global_step=metrics.scored_step), None)
     assert saved == [True, True, False, False, False, True]
     assert callback.best == {"val/acc": 0.91, "val/loss": 0.9}
+
+
+class Clock(Callback):
+    """On which each training batch takes a minute."""
+
+    def __init__(self) -> None:
+        self.minute = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.minute += 1
+
+    def monotonic(self) -> float:
+        return 60.0 * self.minute
+
+    perf_counter = monotonic
+
+
+def test_within_an_epoch_it_saves_when_the_last_save_is_so_many_minutes_ago(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nin.training.callbacks.checkpoints")
+    build, steps, hashes = experiment.build_trainer, {}, set()
+    for minutes in ("null", "3.5"):
+        chosen = settings(f"checkpoint.every_n_minutes={minutes}", "~callbacks.images", "logger=none")
+        with monkeypatch.context() as patch:
+            clock = Clock()
+            patch.setattr(checkpoints, "time", clock)
+            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, clock=clock: build(s, f, [*c, clock], *r))
+            hashes.add(run_experiment(chosen, RunFolder(tmp_path / minutes), [])["weights_sha256"])
+        steps[minutes] = [r.args[1] for r in caplog.records if r.msg.startswith("saved last.ckpt")]
+        caplog.clear()
+    # Epochs end at steps 6 and 12, and the minutes are counted from each save.
+    assert steps == {"null": [6, 12], "3.5": [4, 6, 10, 12]}
+    assert len(hashes) == 1
 
 
 class StopAt(Callback):

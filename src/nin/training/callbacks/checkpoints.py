@@ -1,6 +1,7 @@
 """When checkpoints are saved and under which name: a resumed run has exactly the result of an uninterrupted one."""
 
 import logging
+import math
 import signal
 import time
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
+from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.schema import OwnClass
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
@@ -28,24 +30,26 @@ _COUNTED = ("progress", "epoch_loop.state_dict")
 class ResumableCheckpoint(Checkpoint):
     """Saves ``last.ckpt``, from which a run resumes to exactly the result of an uninterrupted run, and ``best.ckpt``.
 
-    ``last.ckpt`` is saved after every epoch, after every ``every_n_steps`` optimizer steps, one step before
-    ``trainer.max_steps``, and when a signal requests a stop. ``best.ckpt`` is the epoch with the highest val/acc, and
-    among equal ones that with the lowest val/loss; without held-out images it is the last epoch.
+    ``last.ckpt`` is saved after every epoch, after every ``every_n_steps`` optimizer steps, ``every_n_minutes`` after
+    the last save, one step before ``trainer.max_steps``, and when a signal requests a stop. ``best.ckpt`` is the epoch
+    with the highest val/acc, and among equal ones that with the lowest val/loss; without held-out images it is the last
+    epoch.
 
     The callback's state adds to what Lightning saves: the random state and training metrics of every process, the
     position in the data, and the size of each event file.
 
     Args:
         folder: the run's folder.
-        every_n_steps: number of optimizer steps between two saves; None saves after each epoch only.
+        settings: number of optimizer steps and minutes between two saves; with None for both it saves after each epoch.
         metrics: the callback whose latest validation metrics choose the best epoch.
         stop: the signals that request a stop.
     """
 
-    def __init__(self, folder: RunFolder, every_n_steps: int | None, metrics: MetricsLogger, stop: StopRequest):
-        self.folder, self.every_n_steps, self.metrics, self.stop = folder, every_n_steps, metrics, stop
+    def __init__(self, folder: RunFolder, settings: CheckpointSettings, metrics: MetricsLogger, stop: StopRequest):
+        self.folder, self.settings, self.metrics, self.stop = folder, settings, metrics, stop
         self.best: dict[str, float] = {}
         self.saved_step = 0
+        self.saved_at = math.inf  # on the monotonic clock, in seconds
         self.is_restored = False  # whether all state is that of the checkpoint, or of a new run
         self._loaded: dict[str, Any] | None = None
         self._checkpoint: dict[str, Any] | None = None
@@ -79,6 +83,7 @@ class ResumableCheckpoint(Checkpoint):
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
             self._loaded = None
         self.is_restored = True
+        self.saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
@@ -133,8 +138,15 @@ class ResumableCheckpoint(Checkpoint):
             raise self._stopped()
 
     def _is_due(self, trainer: Trainer) -> bool:
-        due = self.every_n_steps and trainer.global_step % self.every_n_steps == 0
-        return bool(due and trainer.global_step != self.saved_step) or self._stop_requested(trainer)
+        steps, minutes = self.settings.every_n_steps, self.settings.every_n_minutes
+        due = bool(steps and trainer.global_step % steps == 0)
+        # Clocks differ between processes, and so do the steps at which a signal reaches them: one decides for all.
+        late = bool(minutes and time.monotonic() - self.saved_at >= 60 * minutes)
+        if trainer.strategy.reduce_boolean_decision(late or self.stop.signum is not None, all=False):
+            if self._stop_requested(trainer):
+                return True
+            due = True
+        return due and trainer.global_step != self.saved_step
 
     def _stop_requested(self, trainer: Trainer) -> bool:
         """Whether any of the processes received a signal; then all of them stop."""
@@ -155,6 +167,7 @@ class ResumableCheckpoint(Checkpoint):
             # best.ckpt first: killed before last.ckpt is renamed, the run repeats the epoch and saves both again.
             publish(self.folder, best)
         trainer.strategy.barrier()  # the other processes of ddp read best.ckpt at the end
+        self.saved_at = time.monotonic()
         seconds = time.perf_counter() - started
         log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)
         if self._stop_requested(trainer):
