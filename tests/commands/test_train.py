@@ -95,6 +95,8 @@ def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest
         (["experiment=quickstart", "trainer=cpu", "threads=1", "logger=none"], "quickstart"),  # the same experiment
         (["experiment=quickstart", "optimizer.lr=0.01"], "quickstart,optimizer.lr=0.01"),
         (["seed=1", "experiment=quickstart", "optimizer.lr=0.01"], "quickstart,optimizer.lr=0.01,seed=1"),
+        (["experiment=quickstart", "callbacks=none", "+callbacks.x=1"], "quickstart"),
+        (["experiment=quickstart", "callbacks=ema", "threads=1"], "quickstart,callbacks=ema"),
         (["experiment=quickstart", "trainer.max_epochs=1"], "quickstart,trainer.max_epochs=1"),
         (["experiment=quickstart", "optimizer.lr=0.01", "name=mine"], "mine"),
     ],

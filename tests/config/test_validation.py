@@ -262,6 +262,23 @@ def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Ca
     ]
 
 
+def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings: Callable[..., Settings]) -> None:
+    monitor = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+    for observers in (["callbacks=none"], ["~callbacks.images"], ["callbacks.dead_units.images=7"], [monitor]):
+        assert differences(settings(), settings(*observers)) == []
+    average = 'callbacks.ema._target_: null there, "lightning.pytorch.callbacks.EMAWeightAveraging" now'
+    assert differences(settings(), settings("callbacks=ema")) == [average, "callbacks.ema.decay: null there, 0.99 now"]
+    for words in (
+        ["callbacks=early_stopping"],
+        ["+callbacks.x._target_=ninja.X"],
+        ["+callbacks.x._target_=my.ModelSummary"],
+    ):
+        chosen = settings(*words)
+        assert differences(chosen, chosen) == []
+        assert differences(settings(), chosen)
+        assert differences(chosen, settings())
+
+
 def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_them(
     settings: Callable[..., Settings],
 ) -> None:

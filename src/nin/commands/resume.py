@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Continue an interrupted or failed run from its last.ckpt, to the result that it would have had "
         "without the interruption; with trainer.max_epochs=… also a finished one.",
-        epilog=f"may change: {', '.join(MAY_CHANGE)}",
+        epilog=f"may change: {', '.join(MAY_CHANGE)}; of the callbacks those that only observe the training",
     )
     parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
     parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")

@@ -20,7 +20,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import MAY_CHANGE, is_within
+from nin.config.changes import MAY_CHANGE, changes_training, is_within
 from nin.config.composition import (
     COMPOSITION_ERRORS,
     collect_errors,
@@ -139,6 +139,10 @@ def _name_with_changes(config: DictConfig) -> str | None:
         return None
     # The group `trainer` chooses where a run trains.
     same = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
+    callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
+    entries = callbacks.values() if isinstance(callbacks, dict) else []  # not validated yet
+    if any(isinstance(entry, dict) and changes_training(entry) for entry in entries):
+        same.remove("callbacks")
     changes = sorted(
         word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)
     )

@@ -1,6 +1,7 @@
 """Which keys may change when a run is resumed; any other change would make it another experiment."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from nin.config.schema import Settings
@@ -31,6 +32,20 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+# Lightning's callbacks that do not change training, as those of this project. Any other is part of the experiment: an
+# average of the weights, early stopping, and those of the user, which may do anything.
+_OBSERVERS = (
+    "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint",
+    "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
+)  # fmt: skip
+
+
+def changes_training(callback: Mapping[str, Any]) -> bool:
+    """Whether a run with this entry of ``callbacks`` may train otherwise than one without it."""
+    module, _, name = str(callback.get("_target_")).rpartition(".")
+    return not is_within(module, ["nin"]) and not (is_within(module, ["lightning"]) and name in _OBSERVERS)
+
+
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
     found: dict[str, Any] = {}
@@ -48,11 +63,14 @@ def differences(before: Settings, now: Settings) -> list[str]:
     """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
 
     def fixed_values(settings: Settings) -> dict[str, Any]:
-        keys = flat(settings.model_dump(mode="json"))
+        plain = settings.model_dump(mode="json")
+        callbacks = {name: entry for name, entry in plain["callbacks"].items() if changes_training(entry)}
+        keys = flat(plain)
         # The learning rates of other schedules depend on the number of steps.
         constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
         may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]
-        return {k: v for k, v in keys.items() if not is_within(k, may_change)}
+        fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
+        return fixed | flat({"callbacks": callbacks})
 
     there, here = fixed_values(before), fixed_values(now)
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}
