@@ -52,6 +52,11 @@ def test_a_config_from_elsewhere_is_refused_until_its_module_is_allowed(
     assert "this" not in sys.modules
 
 
+def test_to_resume_is_no_choice_of_this_command(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("resume", [str(run.path), "resume=never"]) == 2
+    assert capsys.readouterr().err.startswith("nin resume: resume=never: ")
+
+
 def test_an_interpolation_in_a_stored_config_is_not_resolved(
     run: RunFolder, requests: list[RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,5 @@
 import pytest
+from hydra.utils import get_class
 
 from nin.config import own
 from nin.config.composition import compose_config
@@ -50,6 +51,22 @@ def test_a_wrong_argument_is_named(arguments: dict[str, object], message: str) -
 def test_another_kind_of_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"_target_=.*Thing: must be a subclass of builtins.int"):
         own.build("model", thing(), int)
+
+
+def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(own, "get_class", get_class)  # Hydra's
+    for target, message in (
+        ("pathlib.Paht", r"model._target_=pathlib.Paht: pathlib has no class Paht$"),
+        (
+            "no_such.Net",
+            r"model._target_=no_such.Net: can't be imported .*; is the folder of its file in PYTHONPATH\?$",
+        ),
+    ):
+        config = OwnModel.model_validate({"_target_": target, "input_size": 28})
+        with pytest.raises(UserError, match=message):
+            own.import_class("model", config, int)
 
 
 def test_classes_of_the_users_own_are_part_of_the_settings() -> None:

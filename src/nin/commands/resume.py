@@ -15,6 +15,8 @@ from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError, global_rank, require_matching_start
 from nin.training.run import RunFailedError, execute_run
 
+_MAY_CHANGE = tuple(key for key in MAY_CHANGE if key != "resume")  # which is what this command does
+
 
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
@@ -40,7 +42,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
         description="Continue an interrupted or failed run from its last.ckpt, to the result that it would have had "
         "without the interruption; with trainer.max_epochs=… also a finished one.",
-        epilog=f"may change: {', '.join(MAY_CHANGE)}; of the callbacks those that only observe the training",
+        epilog=f"may change: {', '.join(_MAY_CHANGE)}; of the callbacks those that only observe the training",
     )
     parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
     parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
@@ -68,6 +70,6 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
     # Missing files are downloaded or generated, and not into a folder that only the stored config names.
     if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
         stored = ignore_stored_root(stored)
-    settings = apply_overrides(stored, overrides, MAY_CHANGE)
+    settings = apply_overrides(stored, overrides, _MAY_CHANGE)
     # The stored overrides are only recorded, not composed: they may name anything.
     return settings.model_copy(update={"resume": "auto"}), [*folder.read_overrides(), *overrides]

@@ -12,6 +12,8 @@ from pydantic_core import ErrorDetails
 from nin.config.schema import Settings
 from nin.config.types import OwnClass, Section
 
+NAME_RULE = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
+
 
 def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:
     """One message per key, from the errors that pydantic found in ``plain``, the values of ``section``."""
@@ -49,14 +51,14 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
         case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key
             return f"{key}: {first['ctx']['error']}"
         case "string_pattern_mismatch" if key.endswith("_target_"):
-            return f"{key}={shorten(json.dumps(first['input']))}: must be a module and a class in it, as in my_net.Net"
+            given = shorten(json.dumps(first["input"], ensure_ascii=False))
+            return f"{key}={given}: must be a module and a class in it, as in my_net.Net"
         case "string_pattern_mismatch":
-            rule = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
-            return f"{key}={shorten(json.dumps(first['input']))}: must be {rule}"
+            return f"{key}={shorten(json.dumps(first['input'], ensure_ascii=False))}: must be {NAME_RULE}"
     expected = list(dict.fromkeys(_expectation(error) for error in errors))
     if all(rule.startswith("be ") for rule in expected):
         expected = [expected[0], *(rule.removeprefix("be ") for rule in expected[1:])]
-    return f"{key}={shorten(json.dumps(first['input']))}: must {' or '.join(expected)}"
+    return f"{key}={shorten(json.dumps(first['input'], ensure_ascii=False))}: must {' or '.join(expected)}"
 
 
 def _expectation(error: ErrorDetails) -> str:

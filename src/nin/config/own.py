@@ -1,6 +1,7 @@
 """Classes of the user's own: imports them, and checks their arguments. Imports no torch."""
 
 import inspect
+import sys
 from typing import Any
 
 from hydra.errors import HydraException
@@ -24,6 +25,9 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
     try:
         found = get_class(config.target)
     except (HydraException, ImportError, ValueError, AttributeError) as error:
+        module, _, name = config.target.rpartition(".")
+        if module in sys.modules:
+            raise UserError(f"{key}._target_={config.target}: {module} has no class {name}") from error
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(
             f"{key}._target_={config.target}: can't be imported ({reason}); is the folder of its file in PYTHONPATH?"
