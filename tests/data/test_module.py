@@ -115,7 +115,10 @@ def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path
     assert (images.shape, images.dtype, labels.dtype) == ((5, 12, 12, 3), torch.uint8, torch.int64)
     assert module.prepare_images(images).shape == (5, 3, 6, 6)
     assert [len(part[1]) for part in (module.train, module.val, module.test)] == [18, 6, 6]
-    assert module.notes == {"test_split": "6 of 24 training images, chosen by seed 0"}
+    assert module.notes == {
+        "test_split": "6 of 24 training images, chosen by seed 0",
+        "images_sha256": module.state_dict()["fingerprint"],
+    }
     # The channel that is largest in each class's color: blue, green, red.
     assert module.val[0].float().mean((1, 2)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]
 

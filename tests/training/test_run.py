@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from nin.checkpoints.files import AtomicCheckpointIO
-from nin.config.schema import Settings, UserError
+from nin.config.schema import FolderData, Settings, UserError
+from nin.data.splits import open_folder
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
 from nin.training import experiment, run
+from pictures import folder_data, write_folder
 
 
 class KilledError(Exception):
@@ -78,6 +80,30 @@ def test_an_extended_run_that_is_killed_at_its_start_is_not_finished(
     assert run.read_finished_result(longer.folder, longer.settings) is None
     assert run.execute_run(longer)["epochs"] == 4
     assert run.execute_run(longer)["epochs"] == 4
+
+
+def test_a_finished_run_is_not_the_result_of_other_images(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_sum(experiment: FakeExperiment, resumes: int = 0) -> dict[str, Any]:
+        assert isinstance(experiment.settings.data, FolderData)
+        return train(experiment) | {"images_sha256": open_folder(experiment.settings.data).fingerprint}
+
+    train = FakeExperiment.run
+    monkeypatch.setattr(FakeExperiment, "run", add_sum)
+    monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
+
+    def request_of(root: Path) -> RunRequest:
+        data = folder_data(root, cache=str(tmp_path / "cache"))
+        return RunRequest(settings().model_copy(update={"data": data}), RunFolder(tmp_path / "run"))
+
+    first = write_folder(tmp_path / "first", {"train": 8})
+    result = run.execute_run(request_of(first))
+    moved = first.rename(tmp_path / "moved")
+    assert run.execute_run(request_of(moved)) == result
+    other = write_folder(tmp_path / "other", {"train": 9})
+    with pytest.raises(UserError, match=r"other: has other images than those of .*first, with which .*run is finished"):
+        run.execute_run(request_of(other))
 
 
 def test_a_folder_without_its_hidden_files_is_not_continued_by_another_experiment(

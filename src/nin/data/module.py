@@ -114,7 +114,8 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         info: class names, channels and stored size of the images.
-        notes: for the result: which parts were split off the training images. Empty for the published data sets.
+        notes: for the result: a folder's fingerprint, and which parts were split off its training images. Empty for the
+            published data sets.
     """
 
     def __init__(self, data: Data | FolderData, seed: int = 0, is_prepared: bool = False):
@@ -177,7 +178,7 @@ class ImageDataModule(LightningDataModule):
             else:
                 parts[part] = MappedImages(images, indices), labels[indices]
         self.train, self.val, self.test = (parts[part] for part in PARTS)
-        self.fingerprint = cache.fingerprint
+        self.fingerprint = self.notes["images_sha256"] = cache.fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the SHA-256 of a folder's decoded images and labels."""
@@ -206,10 +207,13 @@ class ImageDataModule(LightningDataModule):
 
     def sample(self, count: int) -> Tensor:
         """At most ``count`` training images from the whole data set, prepared and not augmented, on the CPU."""
-        images = self.train[0]
-        count = min(count, len(images))
-        chosen = torch.arange(count) * len(images) // count  # a folder's images are sorted by class
-        return self.prepare_images(images[chosen]).cpu().float()
+        return self.prepare_images(self.train[0][self.spread(count)]).cpu().float()
+
+    def spread(self, count: int) -> Tensor:
+        """Indices of at most ``count`` training images, at equal distances: a folder's images are sorted by class."""
+        total = len(self.train[0])
+        count = min(count, total)
+        return torch.arange(count) * total // count
 
     def train_dataloader(self) -> Batches:
         return self._batches(self.train, self.seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nin.config.changes import differences
-from nin.config.schema import Settings, UserError
+from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
@@ -108,14 +108,32 @@ def read_settings(folder: RunFolder) -> Settings:
 
 
 def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
-    """The result of a run that has ended, and that ``settings`` do not extend by more epochs; None otherwise."""
+    """The result of a run that has ended, and that ``settings`` extend neither by epochs nor by the test; else None.
+
+    Raises:
+        UserError: if the folder of images is another one, with other images.
+    """
     result = folder.read_result()
     if result is None or result["status"] == "failed":
         return None
-    requested = settings.trainer.max_epochs
-    if requested == read_settings(folder).trainer.max_epochs:
-        return result
-    return None if requested in (-1, None) or requested > result["epochs"] else result
+    untested = result["status"] == "finished" and result["metrics"].get("test/acc") is None
+    if untested and settings.sweep.test and settings.trainer.limit_test_batches != 0:
+        return None
+    requested, previous = settings.trainer.max_epochs, read_settings(folder)
+    if requested != previous.trainer.max_epochs and (requested in (-1, None) or requested > result["epochs"]):
+        return None
+    data, before = settings.data, previous.data
+    if isinstance(data, FolderData) and isinstance(before, FolderData) and data.root != before.root:
+        from nin.data.splits import open_folder
+
+        prepare(data)
+        # Results of earlier versions have no sum.
+        if result.get("images_sha256") not in (None, open_folder(data).fingerprint):
+            raise UserError(
+                f"data.root={data.root}: has other images than those of {before.root}, with which {folder.path} is "
+                "finished; give another name=…"
+            )
+    return result
 
 
 def _waiting(request: RunRequest) -> Callable[[str], None]:
