@@ -5,6 +5,7 @@ The backend "eager" runs the traced graph as it is. On a GPU the same graph beco
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.training import experiment
+from nin.training.classifier import Classifier
 
 # As on a GPU, but for its device: full batches, bfloat16 under autocast. 110 images: batches of 32, 32, 32 and 14.
 GPU_SETTINGS = (
@@ -100,6 +102,29 @@ def test_the_notebooks_network_is_one_graph(data_root: Path, tmp_path: Path, tra
     small = ("model=nin", "model.dropout=0.5", "data.image_size=67", "data.batch_size=4", "data.val_size=9990")
     run_experiment(compose(data_root, *small, "trainer.max_epochs=1", "logger=none", *CALLBACKS), RunFolder(tmp_path))
     require_one_graph()
+
+
+def test_a_run_is_compiled_however_many_were_before_it_in_this_process(
+    data_root: Path, tmp_path: Path, traced: list[dict[str, Any]]
+) -> None:
+    # The fixture makes a second trace of the same code an error, as torch leaves it out from the ninth on.
+    for width in (8, 12):
+        chosen = compose(data_root, f"model.widths=[8,{width}]", "trainer.max_steps=2", "logger=none", "callbacks=none")
+        run_experiment(chosen, RunFolder(tmp_path / f"{width}"))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_cuda_graphs_accumulate_no_gradients(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Classifier(settings("model=nin_small"), ["a", "b"])
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda _, mode, dynamic: modes.append(mode))
+    monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
+    for batches in (1, 2):
+        monkeypatch.setattr(Classifier, "trainer", SimpleNamespace(accumulate_grad_batches=batches))
+        module.on_train_start()
+    assert modes == ["reduce-overhead", "default"]
 
 
 @pytest.mark.parametrize("broken", ["graph", "shape"])

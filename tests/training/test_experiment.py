@@ -26,10 +26,12 @@ from nin.data.sources import load
 from nin.data.transforms import resize
 from nin.deploy.pipeline import read_checkpoint
 from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
 from nin.training import experiment
 from nin.training.classifier import Classifier
 from nin.training.evaluation import evaluate
 from nin.training.loss import NonFiniteLossError
+from nin.training.run import execute_run
 
 CLASSES = tuple("abcdefghij")
 
@@ -365,6 +367,47 @@ def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., S
     weight = next(module.network.parameters())
     assert weight.dtype == torch.float32
     assert torch.equal(weight, best["state_dict"]["network.0.0.weight"].float())
+
+
+def test_in_float64_an_extended_run_and_eval_have_the_weights_of_the_checkpoint(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = ["trainer.precision=64-true", "schedule=constant", "callbacks=none", "logger=none"]
+    whole = run_experiment(settings(*keys, "trainer.max_epochs=2"), RunFolder(tmp_path / "whole"))
+    folder = RunFolder(tmp_path / "extended")
+    run_experiment(settings(*keys, "trainer.max_epochs=1"), folder)
+    extended = run_experiment(settings(*keys, "trainer.max_epochs=2"), folder)
+    assert (extended["weights_sha256"], extended["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    best = checkpoint_files.read(folder.best)
+    weights = best["state_dict"]["network.0.0.weight"]
+    assert weights.dtype == torch.float64
+    assert not torch.equal(weights, weights.float().double())
+    tested, _ = evaluate(settings(*keys), best)
+    assert tested == {name: value for name, value in extended["metrics"].items() if name.startswith("test/")}
+
+
+def test_a_run_without_the_test_is_tested_when_it_is_started_again_with_it(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = ["callbacks=none", "logger=none"]
+    whole = run_experiment(settings(*keys), RunFolder(tmp_path / "whole"))
+    folder = RunFolder(tmp_path / "run")
+    untested = execute_run(RunRequest(settings(*keys, "sweep.test=false"), folder))
+    assert untested["metrics"]["test/acc"] is None
+    assert execute_run(RunRequest(settings(*keys, "sweep.test=false"), folder)) == untested
+    tested = execute_run(RunRequest(settings(*keys), folder))
+    assert (tested["weights_sha256"], tested["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    assert (untested["weights_sha256"], untested["steps"]) == (whole["weights_sha256"], whole["steps"])
+
+
+def test_weights_that_are_not_finite_after_the_last_step_fail_the_run(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = ["callbacks=none", "logger=none", "optimizer=sgd", "optimizer.lr=1e39", "schedule=constant"]
+    folder = RunFolder(tmp_path)
+    with pytest.raises(NonFiniteLossError, match=r"weight has values that are NaN or infinite at step 1 .*diverged"):
+        run_experiment(settings(*keys, "trainer.max_steps=1"), folder)
+    assert not folder.last.exists()
 
 
 def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
         pytest.param("trainer.check_val_every_n_epoch=2", marks=pytest.mark.long),
         pytest.param("trainer.limit_val_batches=0", marks=pytest.mark.long),
         pytest.param("trainer.max_steps=9 trainer.precision=bf16-true", marks=pytest.mark.long),
+        pytest.param("trainer.precision=64-true data.normalize=true", marks=pytest.mark.long),
         pytest.param("data.val_size=0 data.score_each_epoch=test", marks=pytest.mark.long),
         pytest.param(
             "callbacks=early_stopping callbacks.early_stopping.patience=1 trainer.max_epochs=5", marks=pytest.mark.long

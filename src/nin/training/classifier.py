@@ -1,5 +1,6 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
+import itertools
 import math
 import sys
 import warnings
@@ -26,7 +27,7 @@ from nin.config.schema import TOP5_CLASSES, OwnOptimizer, OwnSchedule, Schedule,
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
-from nin.training.loss import backward_micro_batches, process_weight, require_finite
+from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
 from nin.training.start import start_from_training_images
 
 
@@ -104,8 +105,12 @@ class Classifier(LightningModule):
     def on_train_start(self) -> None:
         requested, on_gpu = self.settings.compile, self.device.type == "cuda"
         if requested is True or (requested == "auto" and on_gpu):
-            # In place, so that the names of the weights stay the same. On a GPU with CUDA graphs.
-            self.network.compile(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+            # Earlier runs of this process count towards dynamo's limit, above which a network is not compiled.
+            torch.compiler.reset()
+            # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated.
+            graphs = on_gpu and self.trainer.accumulate_grad_batches == 1
+            # In place, so that the names of the weights stay the same.
+            self.network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
@@ -141,13 +146,18 @@ class Classifier(LightningModule):
         """Does nothing: Lightning calls it after the first micro-batches of a batch. See `optimizer_step`."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        calls = itertools.count()
+
+        def closure() -> Any:
+            if next(calls):  # an optimizer that evaluates the batch several times for one step, as LBFGS does
+                optimizer.zero_grad()
+            return optimizer_closure()
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
         optimizer.zero_grad()
 
-    def train_metrics_state(self) -> dict[str, Tensor]:
-        """The state of the training metrics of this process since the last logging, on the CPU."""
-        state = self.state_dict()
-        return {name: state[name].cpu() for name in state if name.startswith(("train_loss.", "train_acc."))}
+    def on_train_epoch_end(self) -> None:
+        require_finite_weights(self)  # before a checkpoint is saved
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._update_scores(batch)
@@ -249,11 +259,6 @@ class Classifier(LightningModule):
         clipped = self.settings.trainer.gradient_clip_val is not None
         fused = self.settings.speed.fused_optimizer and self.device.type in ("cpu", "cuda") and not clipped
         return kind(self.network.parameters(), **arguments, fused=fused)
-
-
-def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Plain numbers with the seven digits of a float32: 0.9127, not 0.9127000570297241."""
-    return {name: round(float(value), 7) for name, value in metrics.items()}
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:

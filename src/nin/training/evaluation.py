@@ -30,6 +30,8 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         found = ", ".join(data.class_names)
         raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
     module = Classifier(settings, data.class_names, data.channels)
+    if settings.trainer.precision == "64-true":
+        module.double()  # float32 would round the weights
     checkpoint_files.require_matching_weights(module, checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.

@@ -23,10 +23,10 @@ from nin.data.own import build_own_data
 from nin.runs.request import RunRequest
 from nin.system import devices
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
-from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
-from nin.training.classifier import Classifier, rounded
+from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,8 @@ class Experiment:
         self.pruning = self._pruning_callbacks() if self.settings.sweep.prune else []
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
+        if self.settings.trainer.precision == "64-true":
+            self.module.double()  # Lightning does so after it has loaded a checkpoint, which float32 would round
         devices.require_working_gpu(self.trainer.strategy.root_device)
         self.device_name = devices.device_name(self.trainer.strategy.root_device)
         self._require_resumable()

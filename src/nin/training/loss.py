@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is NaN or infinite: the message names the step, the learning rate and what to try."""
+    """The loss or a weight is NaN or infinite: the message names the step, the learning rate and what to try."""
 
 
 def backward_micro_batches(
@@ -50,11 +50,20 @@ def process_weight(strategy: Strategy, images: int, device: torch.device) -> Ten
 
 def require_finite(module: LightningModule, loss: float) -> None:
     """Raises NonFiniteLossError if ``loss`` is NaN or infinite."""
-    if math.isfinite(loss):
-        return
+    if not math.isfinite(loss):
+        raise _diverged(module, f"the loss is {loss}")
+
+
+def require_finite_weights(module: LightningModule) -> None:
+    """Raises NonFiniteLossError if a parameter has a value that is NaN or infinite, as after too large a step."""
+    for name, weights in module.named_parameters():
+        if not bool(weights.isfinite().all()):
+            raise _diverged(module, f"{name} has values that are NaN or infinite")
+
+
+def _diverged(module: LightningModule, what: str) -> NonFiniteLossError:
     lr = module.trainer.optimizers[0].param_groups[0]["lr"]
-    raise NonFiniteLossError(
-        f"the loss is {loss} at step {module.global_step} (epoch {module.current_epoch}), learning rate {lr:g}: "
-        "training diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or "
-        "model.norm=batch with NiN"
+    return NonFiniteLossError(
+        f"{what} at step {module.global_step} (epoch {module.current_epoch}), learning rate {lr:g}: training diverged. "
+        "Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or model.norm=batch with NiN"
     )

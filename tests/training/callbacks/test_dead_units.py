@@ -13,7 +13,7 @@ from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings
-from nin.data.module import split
+from nin.data.module import ImageDataModule, split
 from nin.data.sources import load
 from nin.data.transforms import resize
 from nin.networks import speed
@@ -23,6 +23,8 @@ from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
 from nin.training.callbacks.dead_units import DeadUnitMonitor, count_dead
 from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.classifier import Classifier
+from pictures import folder_data, write_folder
 
 # The notebooks' network, narrower: nothing but its start decides which classes are dead in so few steps.
 LOTTERY = (
@@ -140,6 +142,18 @@ def test_a_network_that_learns_is_not_warned_about(
         run_experiment(chosen, RunFolder(tmp_path), [])
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("zero_units/dead_classes")
     assert not [record for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
+
+
+def test_the_sample_of_a_folder_has_all_classes(tmp_path: Path, settings: Callable[..., Settings]) -> None:
+    data = folder_data(write_folder(tmp_path / "photos", {"train": 20}), cache=str(tmp_path / "cache"))
+    module = ImageDataModule(data)
+    module.prepare_data()
+    module.setup("fit")
+    classifier = Classifier(settings("data.test_time_flip=false").model_copy(update={"data": data}), ["r", "g", "b"], 3)
+    trainer: Any = SimpleNamespace(datamodule=module)
+    (images,) = DeadUnitMonitor(images=6)._sample(trainer, classifier)
+    # The channel that is largest in each class's color: blue, green, red.
+    assert images.mean((2, 3)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]
 
 
 def test_looking_changes_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:

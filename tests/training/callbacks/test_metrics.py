@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -51,6 +52,19 @@ def test_lr_and_gradient_norm_are_those_of_the_step(
     assert len(set(steps.rates)) == 12
     rows = list(csv.DictReader(folder.metrics.read_text().splitlines()))
     assert [float(row["lr"]) for row in rows] == pytest.approx([steps.rates[5], steps.rates[11]])
+
+
+def test_the_gradient_norm_is_that_without_the_scale_of_float16() -> None:
+    # GradScaler works on a GPU only; a fused optimizer is given scaled gradients, and others unscaled ones.
+    plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 8.0))
+    trainer = SimpleNamespace(global_step=0, loggers=[1], log_every_n_steps=1, precision_plugin=plugin)
+    network = torch.nn.Linear(1, 2)
+    network.weight.grad, network.bias.grad = torch.tensor([[3.0], [0.0]]), torch.tensor([4.0, 0.0])
+    for fused, norm in ((True, 5 / 8), (False, 5.0)):
+        metrics = MetricsLogger(Path())
+        optimizer = torch.optim.AdamW(network.parameters(), fused=fused)
+        metrics.on_before_optimizer_step(trainer, network, optimizer)
+        assert (metrics.grad_norm[0], float(metrics.grad_norm[1])) == (1, norm)
 
 
 def test_images_per_second_are_images_by_seconds(

@@ -10,12 +10,13 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
 from nin.config.schema import Checkpoint as CheckpointSettings
-from nin.config.schema import OwnClass
+from nin.config.schema import OwnClass, OwnModel
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
@@ -74,7 +75,7 @@ class ResumableCheckpoint(Checkpoint):
             if position is not None:
                 _batches(trainer).load_state_dict(position)
             own = self._loaded["processes"][trainer.global_rank]
-            if _layout(own["metrics"]) != _layout(pl_module.train_metrics_state()):
+            if _layout(own["metrics"]) != _layout(_train_metrics(pl_module)):
                 raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
             set_random_state(own["random_state"], pl_module.device)
             if position is None:
@@ -179,7 +180,7 @@ class ResumableCheckpoint(Checkpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.flush()
         # Lightning saves the state of rank 0 only; each process has its own.
-        own = {"random_state": random_state(pl_module.device), "metrics": pl_module.train_metrics_state()}
+        own = {"random_state": random_state(pl_module.device), "metrics": _train_metrics(pl_module)}
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, own)
@@ -216,17 +217,27 @@ def require_complete_state(trainer: Trainer, pl_module: Classifier, checkpoint: 
         raise TypeError("param_groups of the optimizer differ")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if settings.optimizer.name == "adamw" or settings.optimizer.momentum:
-        if sorted(saved["state"]) != list(range(len(weights))):
+        with_state = sorted(saved["state"])
+        # A network of the user's own may have frozen or unused weights, which have no state.
+        known = isinstance(settings.model, OwnModel) and set(with_state) <= set(range(len(weights)))
+        if not known and with_state != list(range(len(weights))):
             raise TypeError("the optimizer's state is not that of all weights")
-        for weight, state in zip(weights, (saved["state"][i] for i in range(len(weights))), strict=True):
+        for i, state in saved["state"].items():
+            weight = weights[i]
             shapes = {name: value.shape for name, value in state.items()}
-            if not shapes or shapes.keys() != saved["state"][0].keys():
+            if not shapes or shapes.keys() != saved["state"][with_state[0]].keys():
                 raise TypeError("the optimizer's state lacks a part")
             if any(shape not in ((), weight.shape) for shape in shapes.values()):
                 raise TypeError("the optimizer's state is that of other weights")
     schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
     if _layout(checkpoint["lr_schedulers"]) != _layout(schedulers):
         raise TypeError("the state of the schedule lacks a part, or has one of another type")
+
+
+def _train_metrics(pl_module: Classifier) -> dict[str, Tensor]:
+    """The state of the training metrics of this process since the last logging, on the CPU."""
+    state = pl_module.state_dict()
+    return {name: state[name].cpu() for name in state if name.startswith(("train_loss.", "train_acc."))}
 
 
 def _layout(value: Any) -> Any:

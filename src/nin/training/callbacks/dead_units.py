@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
-from nin.config.schema import OwnData, OwnModel
+from nin.config.schema import FolderData, OwnData, OwnModel
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
@@ -58,7 +58,9 @@ class DeadUnitMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        batches = int(trainer.num_training_batches)
+        batches = trainer.num_training_batches
+        if batches == math.inf:  # of a data module that does not know its number
+            return
         due = (batch_idx + 1) * self.checks_per_epoch // batches > batch_idx * self.checks_per_epoch // batches
         is_last = trainer.global_step == trainer.max_steps
         # With gradient accumulation several batches have the same step.
@@ -85,7 +87,9 @@ class DeadUnitMonitor(Callback):
     def _sample(self, trainer: Trainer, pl_module: Classifier) -> Iterator[Tensor]:
         """The images of the sample as the network receives them, in micro-batches where training uses them."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
-        for images in data.train[0][: self.images].to(pl_module.device).split(pl_module.micro_batch(self.images)):
+        of_folder = isinstance(pl_module.settings.data, FolderData)
+        sample = data.train[0][data.spread(self.images) if of_folder else slice(self.images)]
+        for images in sample.to(pl_module.device).split(pl_module.micro_batch(self.images)):
             yield data.prepare_images(images)
 
     def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from nin.runs.folder import write_atomically
-from nin.training.classifier import Classifier, rounded
+from nin.training.classifier import Classifier
 from nin.training.loss import require_finite
 
 COLUMNS = (
@@ -64,7 +64,11 @@ class MetricsLogger(Callback):
         step = trainer.global_step + 1
         if trainer.loggers and (_is_logging_step(trainer, step) or _is_last_step(trainer, step)):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self.grad_norm = step, get_total_norm(gradients)  # a tensor: read only when the metrics are logged
+            norm = get_total_norm(gradients)
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            if scaler and getattr(optimizer, "_step_supports_amp_scaling", False):
+                norm = norm / scaler.get_scale()  # a fused optimizer does so itself, in its step
+            self.grad_norm = step, norm  # a tensor: read only when the metrics are logged
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int
@@ -190,6 +194,11 @@ def _is_row(row: dict[str, Any]) -> bool:
     columns = [name for name in COLUMNS if not name.startswith(("val/", "test/")) or name.startswith(tuple(scored))]
     types = {name: int if name in ("epoch", "step") else float for name in columns}
     return {name: type(value) for name, value in row.items()} == types
+
+
+def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Plain numbers with the seven digits of a float32: 0.9127, not 0.9127000570297241."""
+    return {name: round(float(value), 7) for name, value in metrics.items()}
 
 
 def is_stopping(trainer: Trainer) -> bool:

@@ -56,7 +56,8 @@ class TrainingProgressBar(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         if self.progress:
             total, done = count_batches(trainer)
-            self.epochs = f"/{math.ceil(total / int(trainer.num_training_batches))}" if total < math.inf else ""
+            epochs = math.ceil(total / trainer.num_training_batches) if 0 < total < math.inf else 0
+            self.epochs = f"/{epochs}" if epochs else ""
             self.training = self.progress.add_task(
                 "training", total=total if total < math.inf else None, completed=done, metrics="first batch"
             )
@@ -82,7 +83,8 @@ class TrainingProgressBar(Callback):
 
     def _start_scoring(self, name: str, batches: list[int | float]) -> None:
         if self.progress:
-            self.scoring = self.progress.add_task(name, total=sum(batches), metrics="")
+            total = sum(batches)
+            self.scoring = self.progress.add_task(name, total=total if total < math.inf else None, metrics="")
 
     def on_validation_batch_end(self, *_: Any) -> None:
         if self.progress and self.scoring is not None:
@@ -110,7 +112,7 @@ class TrainingProgressBar(Callback):
 
 def count_batches(trainer: Trainer) -> tuple[float, int]:
     """The number of training batches of the run in all, infinity if it has no limit; and of those that are done."""
-    batches, epochs = int(trainer.num_training_batches), trainer.max_epochs or -1
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
     total = batches * epochs if epochs > 0 else math.inf
     if trainer.max_steps > 0:
         total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)

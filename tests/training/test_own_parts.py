@@ -1,0 +1,110 @@
+"""Runs with networks, optimizers and data modules of the user's own that differ from the project's in kind."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import LightningDataModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from helpers import run_experiment
+from nin.checkpoints import files as checkpoint_files
+from nin.config.schema import Settings
+from nin.config.validation import validate_plain
+from nin.runs.folder import RunFolder
+
+
+class Partly(nn.Sequential):
+    """A frozen layer, a mask that is infinite, and a parameter that no output depends on."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.AvgPool2d(7), nn.Flatten(), nn.Linear(16, 16), nn.Linear(16, num_classes))
+        self[2].requires_grad_(False)
+        self.unused = nn.Parameter(torch.zeros(3))
+        self.register_buffer("mask", torch.tensor([-torch.inf, 0.0]))
+
+
+def with_network(settings: Callable[..., Settings], *overrides: str) -> Settings:
+    plain = settings("logger=none", "callbacks=none", *overrides).model_dump(mode="json")
+    return validate_plain(plain | {"model": {"_target_": f"{__name__}.Partly", "input_size": 28}})
+
+
+@pytest.mark.parametrize("optimizer", [["optimizer=adamw"], ["optimizer=sgd", "optimizer.momentum=0.9"]])
+def test_a_network_with_frozen_and_unused_weights_is_resumed(
+    settings: Callable[..., Settings], tmp_path: Path, optimizer: list[str]
+) -> None:
+    keys = ["schedule=constant", *optimizer]
+    whole = run_experiment(with_network(settings, *keys, "trainer.max_epochs=2"), RunFolder(tmp_path / "whole"))
+    folder = RunFolder(tmp_path / "extended")
+    run_experiment(with_network(settings, *keys, "trainer.max_epochs=1"), folder)
+    before = checkpoint_files.read(folder.last)["state_dict"]
+    extended = run_experiment(with_network(settings, *keys, "trainer.max_epochs=2"), folder)
+    assert extended["weights_sha256"] == whole["weights_sha256"]
+    after = checkpoint_files.read(folder.last)["state_dict"]
+    (frozen,) = (name for name in after if name.endswith("2.weight"))
+    assert torch.equal(before[frozen], after[frozen])
+
+
+class ThreeLooks(torch.optim.SGD):
+    """Evaluates the batch three times for one step, as LBFGS does; records the gradients."""
+
+    seen: list[list[Tensor]] = []  # noqa: RUF012  # read by the test, which has no access to the object
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        with torch.enable_grad():
+            losses = [self._look(closure) for _ in range(3)]
+        super().step()
+        return losses[0]
+
+    def _look(self, closure: Any) -> Any:
+        loss = closure()
+        self.seen.append([p.grad.clone() for group in self.param_groups for p in group["params"]])
+        return loss
+
+
+def test_an_optimizer_that_evaluates_a_batch_several_times_has_its_gradients(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = ("logger=none", "callbacks=none", "trainer.max_steps=2", "model.dropout=0", "schedule=constant")
+    plain = settings(*keys, "speed.micro_batch=12").model_dump(mode="json")
+    asked = validate_plain(plain | {"optimizer": {"_target_": f"{__name__}.ThreeLooks", "lr": 0.1}})
+    ThreeLooks.seen.clear()
+    run_experiment(asked, RunFolder(tmp_path))
+    assert len(ThreeLooks.seen) == 6
+    for first, *others in (ThreeLooks.seen[:3], ThreeLooks.seen[3:]):
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+class Stream(IterableDataset):
+    """A data set without a length."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        random = torch.Generator().manual_seed(0)
+        for i in range(24):
+            yield torch.rand(1, 28, 28, generator=random), i % 2
+
+
+class Streams(LightningDataModule):
+    class_names, channels = ("even", "odd"), 1
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Stream(), batch_size=4)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+@pytest.mark.parametrize("limit", [["trainer.max_epochs=2"], ["trainer.max_epochs=-1", "trainer.max_steps=12"]])
+def test_a_data_module_without_a_length_is_trained_on(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: list[str]
+) -> None:
+    # As on a terminal, so that the progress bar has no length either.
+    monkeypatch.setattr("nin.training.experiment.sys.stdout.isatty", lambda: True)
+    keys = [f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test")]
+    plain = settings(*keys, *limit, "schedule=constant", "~callbacks.images").model_dump(mode="json")
+    own = {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}
+    result = run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
+    assert (result["status"], result["steps"]) == ("finished", 12)
