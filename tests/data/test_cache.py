@@ -50,6 +50,13 @@ def test_a_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert open_cache(data).counts == {"train": 5}
 
 
+def test_a_faulty_layout_is_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2})
+    (root / "train" / "empty").mkdir()
+    with nothing_is_decoded(monkeypatch), pytest.raises(UserError, match="1 fault of the layout"):
+        open_cache(folder_data(root, skip_broken=True))
+
+
 def test_an_altered_or_incomplete_cache_is_written_again(tmp_path: Path) -> None:
     data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
     first = open_cache(data)

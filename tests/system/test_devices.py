@@ -9,7 +9,7 @@ from helpers import SMALL, merge
 from nin import cli
 from nin.config.composition import compose_settings
 from nin.config.schema import UserError
-from nin.system.devices import add_remedy, require_accelerator, require_working_gpu
+from nin.system.devices import add_remedy, own_gpu, require_accelerator, require_working_gpu
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
 
@@ -31,6 +31,17 @@ def test_hidden_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         require_accelerator(compose_settings(["trainer=gpu"]).trainer)
 
 
+@pytest.mark.parametrize(
+    ("devices", "process", "gpu"),
+    [("auto", 0, 0), ("auto", 1, 1), (2, 1, 1), ("2", 0, 0), ([3], 0, 3), ([2, 5], 1, 5), ("1,", 0, 1), ("4,6", 1, 6)],
+)
+def test_the_gpu_that_is_asked_for_its_abilities_is_the_processs_own(
+    devices: int | str | list[int], process: int, gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", str(process))
+    assert own_gpu(devices) == gpu
+
+
 @without_gpu
 @pytest.mark.parametrize("trainer", ["gpu", "auto"])
 def test_a_gpu_that_the_driver_counts_and_torch_cannot_use_is_refused(
@@ -46,7 +57,7 @@ def test_a_gpu_that_the_driver_counts_and_torch_cannot_use_is_refused(
     words = merge([*SMALL, f"trainer={trainer}", f"data.root={data_root}", "callbacks=none", "logger=none"])
     assert cli.run("train", words) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"nin train: trainer: torch {torch.__version__} can't use cuda: ")
+    assert message.startswith(f"nin train: trainer: torch {torch.__version__} can't use cuda:0: ")
     assert f"; update the driver, which must support CUDA {torch.version.cuda}, or install a build of" in message
     assert message.endswith("or train without it: trainer=cpu\n")
     assert message.count("\n") == 1

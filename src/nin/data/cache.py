@@ -76,6 +76,8 @@ def open_cache(data: FolderData) -> Cache:
         UserError: names every fault of the folder and every broken file, or the place that can't be written.
     """
     listing = list_images(data)
+    if listing.faults and data.skip_broken:  # otherwise the broken files are found as well, and reported together
+        require_usable(listing, listing.broken, data)
     key = _key(data, listing)
     places = _places(data)
     for place in places if not listing.faults else []:

@@ -93,10 +93,21 @@ def resolve_precision(trainer: Trainer) -> int | str | None:
         return trainer.precision
     on_gpu = trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if on_gpu:
-        require_working_gpu(torch.device("cuda"))
-    on_cpu = not on_gpu and trainer.accelerator in ("auto", "cpu") and trainer.precision == "auto"
-    native = (on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)) or (on_cpu and cpu_has_bfloat16())
+        gpu = torch.device("cuda", own_gpu(trainer.devices))
+        require_working_gpu(gpu)
+        with torch.cuda.device(gpu):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = trainer.accelerator in ("auto", "cpu") and trainer.precision == "auto" and cpu_has_bfloat16()
     return "bf16-mixed" if native else None
+
+
+def own_gpu(devices: int | str | list[int]) -> int:
+    """The index of the GPU that this process will use, of those that ``trainer.devices`` selects."""
+    process = int(os.environ.get("LOCAL_RANK", 0))
+    if isinstance(devices, str) and "," in devices:
+        devices = [int(index) for index in devices.split(",") if index.strip()]
+    return devices[process % len(devices)] if isinstance(devices, list) and devices else process
 
 
 def cpu_has_bfloat16() -> bool:
