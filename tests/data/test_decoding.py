@@ -9,6 +9,7 @@ from PIL import Image
 from nin.data.decoding import ImageError, ImageTooLargeError, decode, has_color, open_image, to_pixels
 
 RED = (250, 10, 20)
+SCAN = b"\xff\xda"
 
 
 def content_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -114,14 +115,51 @@ def test_the_reason_is_named(tmp_path: Path) -> None:
         decode(tmp_path / "none.png", 3)
 
 
+def with_scans(count: int, **options: object) -> bytes:
+    """A JPEG file whose last scan is repeated until there are ``count``."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    content = content_of(Image.fromarray(noise), "JPEG", **options)
+    last = content[content.rindex(SCAN) : -2]
+    return content[:-2] + last * (count - content.count(SCAN)) + content[-2:]
+
+
+def test_a_jpeg_file_of_more_scans_than_programs_write_is_refused(tmp_path: Path) -> None:
+    for count in (10, 100):
+        assert decode(with_scans(count, progressive=True), 3).shape == (16, 16, 3)
+    # One after another for each color, without progression.
+    header, _, _ = with_scans(1, subsampling=0).partition(SCAN)
+    by_color = b"".join(SCAN + bytes([0, 8, 1, color, 0, 0, 63, 0]) + bytes(200) for color in (1, 2, 3))
+    assert decode(header + by_color + b"\xff\xd9", 3).shape == (16, 16, 3)
+    for content in (with_scans(101, progressive=True), header + by_color * 34 + b"\xff\xd9"):
+        (tmp_path / "file.jpg").write_bytes(content)
+        for source in (content, tmp_path / "file.jpg", str(tmp_path / "file.jpg")):
+            with pytest.raises(ImageError, match="a JPEG file of more than 100 scans"):
+                decode(source, 3)
+
+
+def test_scans_of_a_thumbnail_and_of_what_follows_a_jpeg_file_are_not_counted() -> None:
+    content = with_scans(10, progressive=True)
+    thumbnail = b"\xff\xe5" + (20_002).to_bytes(2) + SCAN * 10_000
+    assert np.array_equal(decode(content[:2] + thumbnail + content[2:] + SCAN * 10_000, 3), decode(content, 3))
+
+
+@pytest.mark.parametrize("kind", ["ICO", "ICNS"])
+def test_a_file_inside_a_file_of_another_format_is_not_decoded(kind: str) -> None:
+    with pytest.raises(ImageError, match="not an image in a format that Pillow can read"):
+        open_image(content_of(Image.new("L", (32, 32)), kind))
+
+
 def test_no_program_is_started_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pillow reads PostScript with Ghostscript, which runs it."""
+    """Pillow reads PostScript with Ghostscript, which runs it; also inside an IPTC file."""
     ghostscript = tmp_path / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ghostscript.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
-    with pytest.raises(ImageError, match="not an image in a format that Pillow can read"):
-        decode(eps, 1)
+    fields = [(3, 60, b"\1\0"), (3, 20, b"\0\t"), (3, 30, b"\0\t"), (3, 120, b"\5"), (8, 10, eps)]
+    iptc = b"".join(b"\x1c" + bytes(kind) + len(value).to_bytes(2) + value for *kind, value in fields)
+    for content in (eps, iptc):
+        with pytest.raises(ImageError, match="not an image in a format that Pillow can read"):
+            decode(content, 1)
     assert not (tmp_path / "started").exists()

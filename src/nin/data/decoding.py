@@ -5,16 +5,23 @@ Imports NumPy and Pillow only, since each process that decodes imports this modu
 
 import functools
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
+# Each scan of a JPEG file passes over all pixels, however few bytes it has. Progressive files have 6 to 18; libtiff and
+# others have this limit too.
+MAX_SCANS = 100
+# Markers of a JPEG file, without the bytes 255 and the restarts inside a scan.
+_MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
+_FRAMES, _START, _END, _SCAN = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xD8, 0xD9, 0xDA
 
 
 class ImageError(ValueError):
@@ -48,7 +55,7 @@ def decode(
 
     Raises:
         ImageTooLargeError: if it has more than ``max_pixels`` pixels.
-        ImageError: if it is not an image, or is damaged.
+        ImageError: if it is not an image, is damaged, or is a JPEG file of more than `MAX_SCANS` scans.
     """
     return to_array(open_image(content, max_pixels), channels, size, fit)
 
@@ -57,23 +64,56 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
     """Reads the header of an image; `to_array` reads its pixels. Raises as `decode` does."""
     try:
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
+        too_many_scans = image.format in ("JPEG", "MPO") and _has_too_many_scans(image)
     except Exception as error:
         raise _name_error(error) from error
     width, height = image.size
+    refused: ImageError | None = None
     if width * height > max_pixels:
         megapixels = f"{width}x{height} pixels are {width * height / 1e6:.0f} megapixels"
-        raise ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.0f}")
-    if not width * height:
-        raise ImageError("has no pixels")
+        refused = ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.0f}")
+    elif not width * height:
+        refused = ImageError("has no pixels")
+    elif too_many_scans:
+        refused = ImageError(f"a JPEG file of more than {MAX_SCANS} scans")
+    if refused:
+        image.close()
+        raise refused
     return image
+
+
+def _has_too_many_scans(image: ImageFile.ImageFile) -> bool:
+    assert image.fp is not None
+    image.fp.seek(0)
+    content = image.fp.read()
+    if len(content) < 10_000 and content.count(b"\xff\xda") <= MAX_SCANS:
+        return False  # takes less time than reading the segments
+    scans, place, components, progressive = 0, 0, 0, False
+    # Segments are skipped, as are thumbnails in them; what follows the end of the image, such as a video, is not read.
+    while scans <= MAX_SCANS and (found := _MARKER.search(content, place)) and (marker := found[1][0]) != _END:
+        place = found.end()
+        if marker in _FRAMES:
+            components, progressive = content[place + 7], marker & 3 == 2
+        elif marker == _SCAN:
+            if content[place + 2] == components and not progressive:
+                return False  # the usual file: libjpeg reads no second scan
+            scans += 1
+        if marker >= 0xC0 and marker != _START:  # those below have no segment
+            place += int.from_bytes(content[place : place + 2])
+    return scans > MAX_SCANS
 
 
 @functools.cache
 def formats() -> list[str]:
-    """Pillow's formats, without PostScript: Pillow starts Ghostscript for it, and a file must not be a program."""
+    """Pillow's formats, without those that can evade the limits.
+
+    For PostScript Pillow starts Ghostscript, and a file must not be a program. ICO, ICNS, BLP and IPTC files hold a
+    file of another format, whose size Pillow reads only when it decodes it (of ICO files already when they are opened),
+    and which in IPTC files may be PostScript.
+    """
     Image.preinit()  # the common ones are tried first
     Image.init()
-    return [name for name in Image.ID if name != "EPS"]
+    return [name for name in Image.ID if name not in ("EPS", "ICO", "ICNS", "BLP", "IPTC")]
 
 
 def to_array(image: Image.Image, channels: int, size: int | None = None, fit: str = "crop") -> np.ndarray:
