@@ -1,6 +1,5 @@
 """The HTTP service: what it answers, what it refuses, and how it ends."""
 
-import asyncio
 import concurrent.futures
 import contextlib
 import io
@@ -21,9 +20,9 @@ from deploy.server import Server, serve
 pytest.importorskip("uvicorn")
 
 
-def png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray, form: str = "png", **options: object) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(image).save(file, "png")
+    Image.fromarray(image).save(file, form, **options)
     return file.getvalue()
 
 
@@ -71,9 +70,13 @@ def test_forms_other_formats_and_inverted_images(server: Server, test_images: np
 
 def test_what_is_refused(server: Server) -> None:
     large = png(np.zeros((2001, 2001), np.uint8))
+    progressive = png(np.zeros((316, 316, 3), np.uint8), "jpeg", progressive=True)
+    last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     refused = [
         (400, "POST", "/predict", b"<html></html>"),
         (400, "POST", "/predict", png(np.zeros((28, 28), np.uint8))[:50]),
+        (400, "POST", "/predict", progressive[:-2] + last_scan * 1000 + progressive[-2:]),
+        (400, "POST", "/predict", png(np.zeros((32, 32), np.uint8), "ico")),
         (400, "POST", "/predict", b""),
         (400, "POST", "/predict?maps=perhaps", b"x"),
         (400, "POST", "/predict?top=0", b"x"),
@@ -220,43 +223,3 @@ def test_a_port_in_use_is_one_line(server: Server, export: Path) -> None:
 
     with pytest.raises(UserError, match=rf"^127.0.0.1:{server.port}: can't listen there \(Address already in use\); "):
         main([str(export), "--port", str(server.port)])
-
-
-def test_an_overloaded_batcher_refuses_and_recovers() -> None:
-    from nin.data.decoding import ImageTooLargeError
-    from nin.deploy.batching import Batcher, OverloadedError
-    from nin.deploy.trained import Description, Scores, TrainedNetwork
-
-    sizes: list[int] = []
-
-    def compute(images: np.ndarray, maps: bool) -> Scores:
-        time.sleep(0.05)
-        if images.max() == 255:
-            raise ValueError("a bad batch")
-        if images.max() == 254:
-            raise MemoryError
-        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
-        return Scores(values, values)
-
-    known = Description(["a"], 1, 2, 2, False, "gap", {})
-
-    async def play() -> list[object]:
-        batcher = Batcher(TrainedNetwork(known, compute), 8, 1000, sizes.append)
-        batcher.start()
-        images = [np.full((2, 2), i, np.uint8) for i in range(10)]
-        found = await asyncio.gather(*(batcher.score(i, False) for i in images), return_exceptions=True)
-        bad = [np.full((2, 2), value, np.uint8) for value in (255, 254)]
-        failed = [(await asyncio.gather(batcher.score(i, False), return_exceptions=True))[0] for i in bad]
-        one = await batcher.score(images[3], False)
-        await asyncio.to_thread(batcher.close)
-        assert (batcher.images, batcher.pixels) == (0, 0)
-        return [*found, *failed, one]
-
-    found = asyncio.run(play())
-    assert [float(s.probabilities[0]) for s in found[:8]] == list(range(8))  # type: ignore[attr-defined]
-    assert all(isinstance(error, OverloadedError) for error in found[8:10])
-    assert isinstance(found[10], ValueError)
-    assert isinstance(found[11], ImageTooLargeError)  # answered with 413
-    assert float(found[12].probabilities[0]) == 3  # type: ignore[attr-defined]
-    assert sum(sizes) == 11
-    assert max(sizes) >= 7  # what waited while the first was computed

@@ -1,9 +1,10 @@
 """Scores the images of concurrent requests together, in a thread beside the event loop. Imports no torch."""
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +46,7 @@ class Batcher:
     ):
         self.network, self.max_images, self.max_pixels, self.observe = network, max_images, max_pixels, observe
         self.waiting: deque[_Waiting] = deque()
-        self.images, self.pixels = 0, 0  # waiting or being computed
+        self.images, self.pixels = 0, 0  # waiting, being decoded or being computed
         self.changed, self.closed = threading.Condition(), False
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -62,10 +63,20 @@ class Batcher:
             self.changed.notify()
         self.thread.join()
 
-    def require_room(self, pixels: int) -> None:
-        """Raises OverloadedError if an image of ``pixels`` pixels can't wait too."""
+    @contextlib.contextmanager
+    def reserve(self, pixels: int) -> Iterator[None]:
+        """Counts an image that waits, for its turn here or to be decoded.
+
+        Raises:
+            OverloadedError: if an image of ``pixels`` pixels can't wait too.
+        """
         if self.images >= self.max_images or (self.images and self.pixels + pixels > self.max_pixels):
             raise OverloadedError
+        self.images, self.pixels = self.images + 1, self.pixels + pixels
+        try:
+            yield
+        finally:
+            self.images, self.pixels = self.images - 1, self.pixels - pixels
 
     async def score(self, image: np.ndarray, maps: bool) -> Scores:
         """Scores of one image, without the batch dimension.
@@ -73,17 +84,12 @@ class Batcher:
         Raises:
             OverloadedError: if too many images wait.
         """
-        pixels = image.shape[0] * image.shape[1]
-        self.require_room(pixels)
-        self.images, self.pixels = self.images + 1, self.pixels + pixels
-        try:
+        with self.reserve(image.shape[0] * image.shape[1]):
             future = asyncio.get_running_loop().create_future()
             with self.changed:
                 self.waiting.append(_Waiting(image, maps, future))
                 self.changed.notify()
             return await future
-        finally:
-            self.images, self.pixels = self.images - 1, self.pixels - pixels
 
     def _work(self) -> None:
         assert self.loop is not None

@@ -25,8 +25,9 @@ from nin.deploy.batching import Batcher, OverloadedError
 from nin.deploy.trained import Scores, TrainedNetwork
 
 PAGES = Path(__file__).parent / "pages"
-# Below this many pixels an image is decoded at once: handing it to a thread would take longer.
-SMALL_PIXELS = 100_000
+# An image of at most so many pixels and bytes is decoded at once: handing it to a thread would take longer. Both count:
+# a few pixels can be decoded many times, and many bytes can hold many empty chunks.
+SMALL_PIXELS, SMALL_IMAGE_BYTES = 10_000, 20_000
 # Below this many bytes a body is read even where large ones fill the memory.
 SMALL_BYTES = 500_000
 
@@ -39,9 +40,9 @@ class Limits:
         body_bytes: of a request's body; 413 above.
         all_body_bytes: of all bodies that arrive or wait to be decoded; 503 above for those that are not small.
         pixels: of one image; 413 above.
-        waiting_images, waiting_pixels: of all images that wait; 503 above.
+        waiting_images, waiting_pixels: of all images that wait to be decoded or scored; 503 above.
         body_seconds: until a request's body has arrived; 408 after.
-        answer_seconds: until an image that waits is scored; 503 after.
+        answer_seconds: from then until its image is decoded and scored; 503 after.
     """
 
     body_bytes: int = 20_000_000
@@ -77,7 +78,7 @@ class Service:
             "nin_batch_images", "Images of a batch.", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
         )
         self.batcher = Batcher(network, limits.waiting_images, limits.waiting_pixels, batch_sizes.observe)
-        waiting = Gauge("nin_waiting_images", "Images that wait or are computed.", registry=self.registry)
+        waiting = Gauge("nin_waiting_images", "Images that wait, are decoded or computed.", registry=self.registry)
         waiting.set_function(lambda: self.batcher.images)
         # One at a time: each large image takes hundreds of megabytes while it is decoded.
         self.decoder = ThreadPoolExecutor(1)
@@ -129,9 +130,9 @@ class Service:
         if self.batcher.images >= self.limits.waiting_images:
             raise _overloaded()  # before the upload is read
         try:
-            image = await self._receive(request)
-            image = 255 - image if invert else image
-            async with asyncio.timeout(self.limits.answer_seconds):
+            async with asyncio.timeout(None) as answer:
+                image = await self._receive(request, answer)
+                image = 255 - image if invert else image
                 scores = await self.batcher.score(image, maps)
         except ImageTooLargeError as error:
             raise _RefusedError(413, f"the image is too large: {error}") from None
@@ -157,10 +158,12 @@ class Service:
             answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in order[:top]}
         return answer
 
-    async def _receive(self, request: Request) -> np.ndarray:
+    async def _receive(self, request: Request, answer: asyncio.Timeout) -> np.ndarray:
+        """The image; the time for its answer begins when the body has arrived."""
         parts: list[bytes] = []
         try:
             await self._read_body(request, parts)
+            answer.reschedule(asyncio.get_running_loop().time() + self.limits.answer_seconds)
             body = b"".join(parts)
             if request.headers.get("content-type", "").startswith("multipart/form-data"):
                 body = await _first_file(request, body)
@@ -195,12 +198,16 @@ class Service:
             raise too_large
 
     async def _decode(self, body: bytes) -> np.ndarray:
-        opened, form = open_image(body, self.limits.pixels), self.network.description.form
-        pixels = opened.size[0] * opened.size[1]
-        if pixels <= SMALL_PIXELS:
-            return form.read(opened)
-        self.batcher.require_room(pixels)
-        return await asyncio.get_running_loop().run_in_executor(self.decoder, form.read, opened)
+        form, in_decoder = self.network.description.form, asyncio.get_running_loop().run_in_executor
+        if len(body) <= SMALL_IMAGE_BYTES:
+            opened = open_image(body, self.limits.pixels)
+            if opened.width * opened.height <= SMALL_PIXELS:
+                return form.read(opened)
+        else:
+            with self.batcher.reserve(0):
+                opened = await in_decoder(self.decoder, open_image, body, self.limits.pixels)
+        with self.batcher.reserve(opened.width * opened.height):
+            return await in_decoder(self.decoder, form.read, opened)
 
     def _require_key(self, request: Request) -> None:
         if self.key is None:

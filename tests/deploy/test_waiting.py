@@ -1,0 +1,95 @@
+"""Images that wait in the service to be decoded: beside the event loop, of a limited number, for a limited time."""
+
+import asyncio
+import contextlib
+import io
+import json
+import threading
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nin.deploy.trained import Description, Scores, TrainedNetwork
+
+pytest.importorskip("uvicorn")
+
+from starlette.requests import Request
+
+from nin.deploy.service import Limits, Service
+
+
+def encoded(image: np.ndarray, form: str = "png", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, form, **options)
+    return file.getvalue()
+
+
+SMALL, MANY_PIXELS = np.zeros((28, 28), np.uint8), np.zeros((500, 500), np.uint8)
+
+
+def brightness(images: np.ndarray, maps: bool) -> Scores:
+    values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
+    return Scores(values, values)
+
+
+@contextlib.asynccontextmanager
+async def busy_service(limits: Limits) -> AsyncIterator[tuple[Service, threading.Event]]:
+    """A service whose decoder is busy until the event is set."""
+    service = Service(TrainedNetwork(Description(["a"], 1, 28, 28, False, "gap", {}), brightness), limits, None)
+    service.batcher.start()
+    done = threading.Event()
+    service.decoder.submit(done.wait, 60)
+    try:
+        yield service, done
+    finally:
+        done.set()
+        await asyncio.to_thread(service.decoder.shutdown)
+        await asyncio.to_thread(service.batcher.close)
+
+
+async def post(service: Service, body: bytes) -> tuple[int, str]:
+    """Status, and the error if any."""
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body}
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+    response = await asyncio.wait_for(service.predict(Request(scope, receive)), 30)
+    return response.status_code, json.loads(response.body).get("error", "")
+
+
+def test_many_pixels_or_bytes_are_decoded_beside_the_event_loop() -> None:
+    async def play() -> None:
+        many_bytes = encoded(SMALL, "tiff", tiffinfo={270: "x" * 30_000})
+        async with busy_service(Limits()) as (service, done):
+            large = [asyncio.create_task(post(service, body)) for body in (encoded(MANY_PIXELS), many_bytes)]
+            assert await post(service, encoded(SMALL)) == (200, "")
+            assert not any(task.done() for task in large)
+            assert service.batcher.images == 2
+            done.set()
+            assert await asyncio.gather(*large) == [(200, "")] * 2
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize("limits", [Limits(waiting_images=2), Limits(waiting_pixels=2 * MANY_PIXELS.size)])
+def test_images_that_wait_to_be_decoded_count_as_waiting(limits: Limits) -> None:
+    async def play() -> None:
+        async with busy_service(limits) as (service, done):
+            asyncio.get_running_loop().call_later(1, done.set)
+            answers = await asyncio.gather(*(post(service, encoded(MANY_PIXELS)) for _ in range(5)))
+            assert sorted(answers) == [(200, "")] * 2 + [(503, "the server is overloaded")] * 3
+            assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
+
+    asyncio.run(play())
+
+
+def test_the_time_for_an_answer_includes_decoding() -> None:
+    async def play() -> None:
+        async with busy_service(Limits(answer_seconds=0.1)) as (service, _):
+            assert await post(service, encoded(MANY_PIXELS)) == (503, "the server is overloaded: no answer in time")
+            assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
+
+    asyncio.run(play())
