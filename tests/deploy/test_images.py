@@ -80,3 +80,28 @@ def test_files_for_a_network_of_a_folder_are_brought_to_its_size_as_its_images_w
     assert cropped[..., 0].min() == 255
     assert images.as_arrays([picture], ImageForm(3, 10, "stretch"))[0][:, 0, 0].max() == 0
     assert images.as_arrays([picture], ImageForm(1))[0].shape == (20, 40)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_arrays_and_idx_files_become_what_pillow_images_and_files_become(
+    fit: str, channels: int, tmp_path: Path
+) -> None:
+    form, random = ImageForm(channels, 28, fit), np.random.default_rng(0)
+    shapes = ((28, 84), (28, 28), (9, 7), (200, 150))
+    for shape in shapes + tuple((*shape, 3) for shape in shapes):
+        array = random.integers(0, 256, shape, np.uint8)
+        picture = Image.fromarray(array)
+        expected = images.as_arrays([picture], form)[0]
+        assert expected.shape[:2] == (28, 28)
+        assert np.array_equal(form.decode(encoded(picture)), expected)
+        assert np.array_equal(images.as_arrays(array[None], form)[0], expected)
+        assert np.array_equal(images.as_arrays([expected], form)[0], expected)
+        if array.ndim == 2:
+            (tmp_path / "idx").write_bytes(struct.pack(">4I", 0x0803, 1, *array.shape) + array.tobytes())
+            assert np.array_equal(next(images.iterate([tmp_path / "idx"], form, io.BytesIO()))[1], expected)
+
+
+def test_arrays_for_a_network_of_another_data_set_keep_their_pixels() -> None:
+    arrays = np.random.default_rng(0).integers(0, 256, (2, 28, 84), np.uint8)
+    assert np.array_equal(images.as_arrays(arrays, ImageForm(1)), arrays)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from nin.data.decoding import MAX_PIXELS, ImageError, convert, formats, open_image, to_array, to_pixels
+from nin.data.decoding import MAX_PIXELS, ImageError, formats, open_image, to_array
 
 _IDX_IMAGES, _IDX_LABELS = b"\x00\x00\x08\x03", b"\x00\x00\x08\x01"  # unsigned bytes in three dimensions, in one
 
@@ -100,7 +100,7 @@ def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:
 
     Args:
         images: one array ``(batch, height, width)`` or ``(batch, height, width, 3)``, or a list of arrays, Pillow
-            images and paths. Arrays are uint8; gray and color ones are converted as the network needs them.
+            images and paths. Arrays are uint8; they become what Pillow images of their pixels become.
 
     Raises:
         ValueError: on another type or shape. ImageError: if a file cannot be decoded.
@@ -115,12 +115,14 @@ def _as_array(image: object, form: ImageForm) -> np.ndarray:
         return form.decode(Path(image))
     if isinstance(image, Image.Image):
         # A copy: the caller's image stays open and unchanged.
-        return convert(to_pixels(image.copy(), form.size, form.fit), form.channels)
+        return form.read(image.copy())
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
         raise ValueError(
             f"images: {array.dtype} of shape {array.shape}; an image is uint8 (height, width) or (height, width, 3)"
         )
+    if form.size and array.shape[:2] != (form.size, form.size):
+        return form.read(Image.fromarray(array))
     if form.channels == 1 and array.ndim == 3:
         return np.array(Image.fromarray(array).convert("L"))
     return np.repeat(array[..., None], 3, axis=-1) if form.channels == 3 and array.ndim == 2 else array
