@@ -93,6 +93,55 @@ def test_overrides_that_do_not_change_the_experiment_make_no_other_row(tmp_path:
     assert len(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")) == 4
 
 
+def put_long_job(folder: Path, overrides: list[str], acc: float, config: str) -> None:
+    """A finished job with a config, which has more than the overrides."""
+    (put_job(folder, overrides, acc) / ".hydra" / "config.yaml").write_text(config)
+
+
+def keys_and_counts(folder: Path) -> list[tuple[dict[str, str], int]]:
+    return [(row.keys, len(row.jobs)) for row in sweep.group_by_seed(sweep.read_jobs(folder), "val/acc")]
+
+
+def test_runs_of_different_lengths_are_not_seeds_of_one_setting(tmp_path: Path) -> None:
+    # `nin train -m … seed=0,1` with one epoch, then seed=2,3 with two, of which seed 3 has them from its experiment.
+    for seed, given, epochs in ((0, "1", 1), (1, "1", 1), (2, "2", 2), (3, None, 2)):
+        words = [f"trainer.max_epochs={given}"] if given else []
+        config = f"trainer: {{max_epochs: {epochs}}}\ncallbacks: {{}}\n"
+        put_long_job(tmp_path / f"seed={seed}", [*words, f"seed={seed}"], epochs / 10, config)
+    write_request(tmp_path, "trainer.max_epochs=2", "seed=2,3,4")
+    assert keys_and_counts(tmp_path) == [({"trainer.max_epochs": "2"}, 3), ({"trainer.max_epochs": "1"}, 2)]
+    header = summary.tabulate(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")[0]
+    assert header[0] == "trainer.max_epochs"
+    # Extended to two epochs, as by nin resume, they are seeds of one setting again: the last value counts.
+    for seed in (0, 1):
+        hydra = tmp_path / f"seed={seed}" / ".hydra"
+        hydra.joinpath("overrides.yaml").write_text(f"[trainer.max_epochs=1, seed={seed}, trainer.max_epochs=2]")
+        hydra.joinpath("config.yaml").write_text("trainer: {max_epochs: 2}\ncallbacks: {}\n")
+    assert keys_and_counts(tmp_path) == [({}, 5)]
+
+
+def test_other_callbacks_and_other_images_make_another_row(tmp_path: Path) -> None:
+    observers = "images: {_target_: nin.training.callbacks.tensorboard.ImageLogger}"
+    average = f"{observers}, ema: {{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: %s}}"
+    for seed, acc, callbacks in ((0, 0.1, observers), (1, 0.1, ""), (2, 0.2, average % 0.9), (3, 0.3, average % 0.99)):
+        put_long_job(tmp_path / "c" / f"seed={seed}", [f"seed={seed}"], acc, f"callbacks: {{{callbacks}}}\n")
+    assert keys_and_counts(tmp_path / "c") == [
+        ({"callbacks": "ema", "callbacks.ema.decay": "0.99"}, 1),
+        ({"callbacks": "ema", "callbacks.ema.decay": "0.9"}, 1),
+        ({"callbacks": "", "callbacks.ema.decay": ""}, 2),
+    ]
+    for seed, name, root in (
+        (0, "folder", "/cats"),
+        (1, "folder", "/dogs"),
+        (2, "garments", "/a"),
+        (3, "garments", "/b"),
+    ):
+        config = f"data: {{name: {name}, root: {root}}}\n"
+        put_long_job(tmp_path / name / f"seed={seed}", [f"seed={seed}"], seed / 10, config)
+    assert keys_and_counts(tmp_path / "folder") == [({"data.root": "/dogs"}, 1), ({"data.root": "/cats"}, 1)]
+    assert keys_and_counts(tmp_path / "garments") == [({}, 2)]  # the same images, wherever they are stored
+
+
 def test_a_job_counts_as_started_though_the_sweep_was_started_again_with_other_overrides(tmp_path: Path) -> None:
     for lr in ("0.1", "0.05"):
         put_job(tmp_path / f"optimizer.lr={lr}", ["name=lr-11-22", f"optimizer.lr={lr}"], 0.5)

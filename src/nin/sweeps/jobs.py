@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import hashlib
-import json
 import math
 import re
 import statistics
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -23,11 +21,13 @@ from nin.config.changes import MAY_CHANGE, is_within
 from nin.config.composition import count_sweep_values
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
+from nin.sweeps.stored import read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
 _MAX_NAME_LENGTH = 100  # characters of a folder's name; file systems allow 255 bytes
 _MAX_JOBS = 10_000
+_PART_OF_RESULT = ("trainer.max_epochs", "callbacks", "data.root")  # of MAY_CHANGE: other values, another row
 
 
 def job_folder(overrides: str) -> str:
@@ -163,17 +163,19 @@ def read_jobs(folder: Path) -> list[Job]:
     # A key that was varied only later has given the same job another folder.
     keys = dict.fromkeys(["seed", *swept, *varying_keys(jobs)])
     for job in jobs:
-        _fill_in(job, keys)
+        for key, value in read_values(RunFolder(job.folder).config, keys).items():
+            job.overrides.setdefault(key, value)
+    others = [Job(folder, job, "not started") for name, job in requested if name not in started]
+    _drop_common([*jobs, *others], swept)
     unique: dict[frozenset[tuple[str, str]], Job] = {}
     for job in sorted(jobs, key=lambda job: job.status != "finished"):
         unique.setdefault(frozenset(job.overrides.items()), job)
-    jobs = sorted(unique.values(), key=lambda job: job.folder)
-    return jobs + [Job(folder, job, "not started") for name, job in requested if name not in started]
+    return sorted(unique.values(), key=lambda job: job.folder) + others
 
 
 def _are_single_runs(jobs: list[Job]) -> bool:
     """Whether the runs say themselves that no sweep started them: their configs list no keys that a sweep varies."""
-    configs = [_read_yaml(RunFolder(job.folder).config) for job in jobs]
+    configs = [read_yaml(RunFolder(job.folder).config) for job in jobs]
     sweeps = [config.get("sweep") for config in configs if isinstance(config, dict)]
     return any(isinstance(sweep, dict) and sweep.get("keys") == [] for sweep in sweeps)
 
@@ -184,7 +186,7 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
     Both are read from Hydra's multirun.yaml; they are empty if it does not exist or has other content.
     """
     try:
-        hydra = _read_yaml(sweep / "multirun.yaml")["hydra"]
+        hydra = read_yaml(sweep / "multirun.yaml")["hydra"]
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
         swept = [override.key_or_group for override in _parse(params, task) if override.is_sweep_override()]
         jobs = expand_jobs(params, task)
@@ -201,14 +203,16 @@ def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str)
         key: value
         for key, value in overrides.items()
         # An earlier sweep in this folder may have varied other keys than the last one.
-        if key in swept or f"{key}=" in folder or not (key == "trainer" or is_within(key, MAY_CHANGE))
+        if key in (*swept, "trainer.max_epochs")
+        or f"{key}=" in folder
+        or not (key == "trainer" or is_within(key, MAY_CHANGE))
     }
 
 
 def _read_job(path: Path, swept: list[str]) -> Job | None:
     """The job in folder ``path``; None if there is none, or if its overrides.yaml is not a list of overrides."""
     folder = RunFolder(path)
-    words = _read_yaml(folder.overrides)
+    words = read_yaml(folder.overrides)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
     overrides = _select_experiment(_by_key(words), swept, path.name)
@@ -244,27 +248,12 @@ def read_epochs(folder: RunFolder) -> list[dict[str, float]]:
     return []
 
 
-def _fill_in(job: Job, keys: Iterable[str]) -> None:
-    """Adds the values of ``keys`` that a job has without overriding them."""
-    missing = [key for key in keys if key not in job.overrides]
-    config = _read_yaml(RunFolder(job.folder).config) if missing else None
-    for key in missing:
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if isinstance(value, str | int | float):
-            job.overrides[key] = value if isinstance(value, str) else json.dumps(value)  # true, not True
-
-
-def _read_yaml(path: Path) -> Any:
-    """The content of a YAML file, None if it can't be read."""
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        if path.is_file():  # not a named pipe, which would be waited for
-            return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    return None
-
-
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _drop_common(jobs: list[Job], swept: list[str]) -> None:
+    """Drops keys of _PART_OF_RESULT that no sweep varies, and that have one value in all jobs that have them."""
+    for key in {key for job in jobs for key in job.overrides if is_within(key, _PART_OF_RESULT)} - {*swept}:
+        if len({job.overrides[key] for job in jobs if key in job.overrides}) == 1:
+            for job in jobs:
+                job.overrides.pop(key, None)
 
 
 def group_by_seed(jobs: list[Job], metric: str) -> list[Row]:
