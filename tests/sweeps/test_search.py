@@ -22,9 +22,10 @@ from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import search_checks, search_report
 from nin.sweeps.launch import Sweep
+from nin.sweeps.search import Search
 from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs, describe_answer
 from nin.sweeps.space import read_space
-from nin.sweeps.study import JOURNAL, JournalLock, Plan, build_sampler, open_journal, propose, visible
+from nin.sweeps.study import JOURNAL, JournalLock, Plan, Store, build_sampler, open_journal, propose, visible
 from nin.training.pruning import TrialPruner, write_comparison
 
 LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
@@ -178,6 +179,10 @@ def check(*words: str) -> Sweep:
         ([LR, "hydra.sweeper.storage=postgresql://u:secret@localhost:1/x"], "localhost:1/x: can't be reached"),
         ([LR, "data.score_each_epoch=test"], "a search compares val/acc on held-out images"),
         ([LR, "sweep.fail_fast=true"], "hydra.sweeper.max_failures=1"),
+        ([LR, "trainer.check_val_every_n_epoch=3"], "check_val_every_n_epoch=3: a trial has 2 epochs.*at most that"),
+        ([LR, "trainer.val_check_interval=4"], "val_check_interval=4, 6 batches in an epoch: .*without a validation"),
+        ([LR, "trainer.val_check_interval=0.7"], "val_check_interval=0.7, 6 batches.*leave trainer.val_check_interval"),
+        ([LR, "trainer.val_check_interval=00:00:01:00"], "val_check_interval=00:00:01:00: .*without a validation"),
     ],
 )
 def test_bad_input_is_refused_in_one_message_and_nothing_is_written(
@@ -188,6 +193,41 @@ def test_bad_input_is_refused_in_one_message_and_nothing_is_written(
         check(*(word for word in SMALL if "dropout" not in word), f"data.root={data_root}", "name=bad", *words)
     assert "secret" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_validations_that_meet_the_end_of_an_epoch_are_accepted(settings: Callable[..., Settings]) -> None:
+    for words in (
+        ["trainer.val_check_interval=3"],
+        ["trainer.val_check_interval=0.5", "trainer.check_val_every_n_epoch=2"],
+        ["trainer.val_check_interval=4", "trainer.check_val_every_n_epoch=null"],  # after the 12th batch
+        ["trainer.val_check_interval=4", "trainer.max_steps=7"],  # a run ends with a validation
+    ):
+        search_checks._require_validation_at_an_end(settings(*words))
+
+
+def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_report_continue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = Search()
+    search.plan, search.store = plan(), Store(plan(), tmp_path, None)
+    for number, score in enumerate((None, 0.5, None)):
+        search.store.add(propose(plan(), search.store.trials()))
+        folder = RunFolder(tmp_path / f"trial-000{number}")
+        folder.write_result({"status": "finished", "metrics": {"val/acc": score}})
+        if number < 2:
+            search._record(number, folder)
+    search.store.storage.set_trial_state_values(2, TrialState.COMPLETE, None)  # as earlier versions did
+    trials = search.store.trials()
+    assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "FAIL"]
+    propose(plan(), trials)
+    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 3, "max_epochs": 4}
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    search_report.report_search(tmp_path)
+    printed = capsys.readouterr().out
+    assert "trial 0 failed: no epoch ended with a validation" in printed
+    assert "s: 3 of 3 trials, 2 failed; best val/acc first" in printed
+    assert "best: trial-0001, val/acc 0.5000" in printed
+    assert "failed: trial-0002: no epoch ended with a validation" in printed
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     # The number of batches depends on the machine's devices.
     if not (is_single_process(settings.trainer) and _published(settings)):
         return
-    batches = _count_batches(settings)
+    batches = count_batches(settings)
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in _LIMITS}
     limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
     for key, (limit, available) in limits.items():
@@ -182,7 +182,7 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
         and is_single_process(settings.trainer)
         and _published(settings)
     ):
-        batches, limit = _count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
+        batches, limit = count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         if interval > batches > 0:
@@ -192,7 +192,7 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
             )
 
 
-def _count_batches(settings: Settings) -> dict[str, int]:
+def count_batches(settings: Settings) -> dict[str, int]:
     """The number of batches to which each limit applies, in a run of one process."""
     data = _published(settings)
     assert data  # its callers check that

@@ -202,6 +202,7 @@ class Search(Sweeper):
     def _record(self, number: int, folder: RunFolder) -> None:
         from optuna.trial import TrialState
 
+        from nin.sweeps.study import WITHOUT_SCORE
         from nin.training.pruning import TrialPruner
 
         result: dict[str, Any] = folder.read_result() or {}
@@ -220,8 +221,11 @@ class Search(Sweeper):
                 case "pruned":
                     print(f"trial {number} was pruned after {len(scores)} epochs", flush=True)
                     self.store.finish(number, TrialState.PRUNED, scores[max(scores)], scores, rungs)
+                case _ if (score := result["metrics"].get("val/acc")) is None:
+                    print(f"trial {number} failed: {WITHOUT_SCORE}", flush=True)
+                    self.store.finish(number, TrialState.FAIL, None, scores, {}, WITHOUT_SCORE)
                 case _:
-                    self.store.finish(number, TrialState.COMPLETE, result["metrics"]["val/acc"], scores, rungs)
+                    self.store.finish(number, TrialState.COMPLETE, score, scores, rungs)
 
     def _require_few_failures(self, trials: Sequence["FrozenTrial"]) -> None:
         failed = sum(trial.state.name == "FAIL" for trial in trials)

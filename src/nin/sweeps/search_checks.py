@@ -1,6 +1,7 @@
 """What a search needs is checked before anything is written."""
 
 import importlib.util
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,15 +12,22 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from nin.config.changes import MAY_CHANGE, is_within
 from nin.config.composition import compose_settings
+from nin.config.data_sets import Data
 from nin.config.errors import format_errors
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Positive, Section
+from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
 
 if TYPE_CHECKING:
     from nin.sweeps.study import Plan
 
 _PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "sklearn": "scikit-learn"}
+
+_AT_AN_END = (
+    "a search compares val/acc at the end of epochs, which would end without a validation; leave "
+    "trainer.val_check_interval out"
+)
 
 
 def _require_postgresql(url: str) -> str:
@@ -85,6 +93,7 @@ def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> 
         )
     checked = _check_space(space, fixed, on_this_machine)
     _require_held_out_images(checked[0])
+    _require_validation_at_an_end(checked[0])
     plan = read_plan(config, space, fixed, settings)
     folder = Path(config.hydra.sweep.dir)
     if settings.storage is not None:
@@ -164,3 +173,39 @@ def _require_held_out_images(settings: Settings) -> None:
             "a search compares val/acc on held-out images: it needs data.score_each_epoch=val, data.val_size above 0 "
             "and trainer.limit_val_batches above 0"
         )
+
+
+def _require_validation_at_an_end(settings: Settings) -> None:
+    """Checks, as far as it is known before training, that an epoch ends with a validation, which is a trial's score.
+
+    Raises:
+        UserError: names the key that prevents it.
+    """
+    trainer = settings.trainer
+    every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
+    epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
+    if every and every > epochs:
+        raise UserError(
+            f"trainer.check_val_every_n_epoch={every}: a trial has {epochs} epochs, so none would end with a "
+            "validation, and a search compares val/acc; choose at most that"
+        )
+    if isinstance(interval, str | dict):
+        raise UserError(f"trainer.val_check_interval={interval}: {_AT_AN_END}")
+    batches = _count_training_batches(settings)
+    if interval is None or batches is None or trainer.max_steps != -1 or trainer.max_time:  # it may end within an epoch
+        return
+    step = interval if isinstance(interval, int) else max(1, int(batches * interval))
+    # Within each epoch, or with check_val_every_n_epoch=null over all of them, every step-th batch is followed by one.
+    if step // math.gcd(batches, step) > (1 if every else epochs):
+        raise UserError(f"trainer.val_check_interval={interval}, {batches} batches in an epoch: {_AT_AN_END}")
+
+
+def _count_training_batches(settings: Settings) -> int | None:
+    """The number of batches in an epoch of training; None if it is not known before the data are read."""
+    limit = settings.trainer.limit_train_batches
+    if not isinstance(settings.data, Data) or settings.trainer.overfit_batches or settings.trainer.fast_dev_run:
+        return None
+    batches = count_batches(settings)["trainer.limit_train_batches"]
+    if isinstance(limit, float):
+        return int(batches * limit)
+    return batches if limit is None else min(batches, limit)

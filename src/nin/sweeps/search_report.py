@@ -26,7 +26,7 @@ from nin.runs.console import Console, format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.space import overrides_of, silence_optuna
-from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
+from nin.sweeps.study import JOURNAL, open_database, open_journal, require_scores, trial_name
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -82,7 +82,12 @@ def report_search(folder: Path) -> None:
         study = optuna.load_study(study_name=description["name"], storage=storage)
     except KeyError:
         raise UserError(f"{folder}: its storage has no study {description['name']}") from None
-    trials = study.get_trials(deepcopy=False)
+    trials = require_scores(study.get_trials(deepcopy=False))
+    study = optuna.create_study(study_name=study.study_name, direction="maximize")  # in memory, without the others
+    try:
+        study.add_trials(trials)
+    except ValueError as error:
+        raise UserError(f"{folder}: its study can't be read ({error}); run the search under another name=…") from error
     title = f"{description['name']}: {_count(trials, description['n_trials'])}; best val/acc first"
     console = Console(highlight=False, markup=False)
     console.print(title, style="italic", soft_wrap=True)

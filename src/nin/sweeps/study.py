@@ -5,9 +5,10 @@ new sampler is built for each trial and sees a copy of these trials in the order
 killed therefore proposes the same trials when it is run again.
 """
 
+import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nin.training.pruning import build_pruner, without_scores
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
 _PLAN = "nin:plan"  # the study's key for what the search is
 JOURNAL = "study.journal"
+WITHOUT_SCORE = "no epoch ended with a validation, so it has no val/acc"
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,16 @@ def visible(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> lis
     ]
 
 
+def require_scores(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """``trials``, where those that were completed without a score count as failed: Optuna can't read them."""
+    checked = list(trials)
+    for i, trial in enumerate(checked):
+        if trial.state == TrialState.COMPLETE and trial.values is None:
+            checked[i] = failed = copy.copy(trial)
+            failed.state, failed.user_attrs = TrialState.FAIL, trial.user_attrs | {"error": WITHOUT_SCORE}
+    return checked
+
+
 def trial_name(number: int) -> str:
     """The name of a trial's folder."""
     return f"trial-{number:04d}"
@@ -171,7 +183,7 @@ class Store:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in the order of their numbers."""
-        return self.storage.get_all_trials(self.study_id, deepcopy=False)
+        return require_scores(self.storage.get_all_trials(self.study_id, deepcopy=False))
 
     def add(self, trial: FrozenTrial) -> None:
         """Adds a proposed trial, in one write."""
