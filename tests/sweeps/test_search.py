@@ -15,6 +15,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from helpers import SMALL, run_experiment
+from nin import cli
 from nin.commands import train
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
@@ -228,6 +229,54 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
     assert "s: 3 of 3 trials, 2 failed; best val/acc first" in printed
     assert "best: trial-0001, val/acc 0.5000" in printed
     assert "failed: trial-0002: no epoch ended with a validation" in printed
+
+
+@pytest.mark.parametrize("url", ["postgresql://me:secret@far:1/x?password=secret", "sqlite:///x.db", "mysql://far/x"])
+def test_a_report_does_not_connect_to_what_a_folder_names(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = {"name": "s", "storage": url, "fixed": [], "n_trials": 1, "max_epochs": 4, "config_dir": None}
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    opened: list[str] = []
+    storage = optuna.storages.InMemoryStorage()
+    optuna.create_study(storage=storage, study_name="s", direction="maximize")
+    monkeypatch.setattr("nin.sweeps.study.RDBStorage", lambda url, **_: opened.append(url) or storage)
+    assert cli.run("report", [str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"nin report: {tmp_path}: its trials are in the database ")
+    assert "--storage postgresql://" in error
+    assert "secret" not in error
+    assert not opened
+    given = "postgresql://me:other@near/x"
+    assert cli.run("report", [str(tmp_path), "--storage", given]) == 0
+    assert opened == [given]
+    # A search of this process was started with the URL: its report at the end needs no option.
+    (tmp_path / "search.json").write_text(json.dumps(description | {"storage": given}))
+    assert cli.run("report", [str(tmp_path)]) == 0
+    assert opened == [given] * 2
+
+
+@pytest.mark.parametrize("url", ["sqlite:///x.db", "postgresql://host:port/x", "x"])
+def test_a_storage_that_is_no_database_of_postgresql_is_refused(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run("report", [str(tmp_path), "--storage", url]) == 2
+    assert "is not the folder of a search" in capsys.readouterr().err
+    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": None}
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    assert cli.run("report", [str(tmp_path), "--storage", url]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
+
+
+@pytest.mark.parametrize("changed", [{"name": 5}, {"fixed": [1]}, {"n_trials": "many"}, {"storage": {}}])
+def test_a_description_with_other_content_is_refused(
+    changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": 4} | changed
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    assert cli.run("report", [str(tmp_path)]) == 2
+    assert "search.json: can't be read" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

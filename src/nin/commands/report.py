@@ -20,5 +20,9 @@ def main(arguments: list[str]) -> None:
         "--metric", default="val/acc", choices=jobs.METRICS, help="to sort by and to draw; default: val/acc"
     )
     parser.add_argument("--x", default="epochs", choices=chart.X_AXES, help="x axis of the curves; default: epochs")
+    parser.add_argument(
+        "--storage", metavar="URL", help="the database of a search with hydra.sweeper.storage=URL; no file decides "
+        "where to connect to",
+    )  # fmt: skip
     args = parser.parse_args(arguments)
-    summary.report(args.folder, args.metric, args.x)
+    summary.report(args.folder, args.metric, args.x, args.storage)

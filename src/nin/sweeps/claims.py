@@ -1,12 +1,27 @@
 """Which process works on which trial of a search, where several processes share one storage."""
 
 import contextlib
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from nin.config.errors import printable
+
+
+def require_postgresql(url: str) -> str:
+    """Returns ``url``; raises ValueError if it is not that of a PostgreSQL database."""
+    if not re.match(r"postgresql(\+\w+)?://", url):
+        raise ValueError("must be postgresql://user@host/database, or null for the journal file in the search's folder")
+    return url
+
+
+def without_password(url: str) -> str:
+    """The host and the name of a database, without the user, the password and the arguments of its ``url``."""
+    return printable(url.rpartition("@")[2].rpartition("://")[2].partition("?")[0])
 
 
 class FileClaims:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +17,7 @@ from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Positive, Section
 from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
+from nin.sweeps.claims import require_postgresql
 
 if TYPE_CHECKING:
     from nin.sweeps.study import Plan
@@ -28,12 +28,6 @@ _AT_AN_END = (
     "a search compares val/acc at the end of epochs, which would end without a validation; leave "
     "trainer.val_check_interval out"
 )
-
-
-def _require_postgresql(url: str) -> str:
-    if not re.match(r"postgresql(\+\w+)?://", url):
-        raise ValueError("must be postgresql://user@host/database, or null for the journal file in the search's folder")
-    return url
 
 
 def _require_different(seeds: list[int]) -> list[int]:
@@ -49,7 +43,7 @@ class SearchSettings(Section):
     n_jobs: Positive
     sampler: Literal["tpe", "random", "cmaes", "qmc", "grid"]
     pruner: Literal["none", "median", "hyperband"]
-    storage: Annotated[str, AfterValidator(_require_postgresql)] | None
+    storage: Annotated[str, AfterValidator(require_postgresql)] | None
     max_failures: Positive | None
     final_seeds: (
         Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_require_different)]

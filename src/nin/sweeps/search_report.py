@@ -23,10 +23,11 @@ from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, tensorboard_command
-from nin.runs.folder import RunFolder, write_atomically
+from nin.runs.folder import RunFolder, read_text, write_atomically
 from nin.sweeps.chart import draw_study
+from nin.sweeps.claims import without_password
 from nin.sweeps.space import overrides_of, silence_optuna
-from nin.sweeps.study import JOURNAL, open_database, open_journal, require_scores, trial_name
+from nin.sweeps.study import DATABASES, JOURNAL, open_database, open_journal, require_scores, trial_name
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -68,15 +69,25 @@ def test_best(folder: Path, best: FrozenTrial) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def report_search(folder: Path) -> None:
+def report_search(folder: Path, url: str | None = None) -> None:
     """Prints the answer of the search in ``folder`` and writes its summary and ``best.yaml``.
 
+    Args:
+        url: of its database, if it has one, as the command line gives it. The folder may come from elsewhere: what it
+            names is not connected to, unless this process has searched there.
+
     Raises:
-        UserError: if the storage can't be read.
+        UserError: if the storage can't be read, or its ``url`` is missing.
     """
     silence_optuna()
     description = _read_description(folder)
-    url = description.get("storage")
+    named = description.get("storage")
+    if not url and named and named not in DATABASES:
+        raise UserError(
+            f"{folder}: its trials are in the database {without_password(named)}; a file does not decide where nin "
+            f"connects to: add --storage postgresql://user@{without_password(named)}"
+        )
+    url = url or named
     storage = open_database(url) if url else open_journal(folder / JOURNAL)
     try:
         study = optuna.load_study(study_name=description["name"], storage=storage)
@@ -113,9 +124,15 @@ def report_search(folder: Path) -> None:
 def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "search.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        return description if description["name"] and description["n_trials"] else {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        match json.loads(read_text(path)):
+            case {"name": str(), "n_trials": int(), "fixed": list(), "max_epochs": int() | None} as description if (
+                isinstance(description.get("storage"), str | None)
+                and isinstance(description.get("config_dir"), str | None)
+                and all(isinstance(word, str) for word in description["fixed"])
+            ):
+                return description
+        raise ValueError("not the description of a search")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
 
 

@@ -23,13 +23,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nin.config.schema import UserError
-from nin.sweeps.claims import DatabaseClaims, FileClaims
+from nin.sweeps.claims import DatabaseClaims, FileClaims, require_postgresql, without_password
 from nin.sweeps.space import Space, describe, enumerate_values
 from nin.training.pruning import build_pruner, without_scores
 
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
 _PLAN = "nin:plan"  # the study's key for what the search is
 JOURNAL = "study.journal"
+DATABASES: set[str] = set()  # those that this process has opened
 WITHOUT_SCORE = "no epoch ended with a validation, so it has no val/acc"
 
 
@@ -274,21 +275,23 @@ def open_journal(path: Path) -> JournalStorage:
 
 
 def open_database(url: str) -> RDBStorage:
-    """The study storage in a PostgreSQL database.
+    """The study storage in a PostgreSQL database. ``url`` must be of the command line, not of a file.
 
     Raises:
         UserError: if it can't be reached, or a package is missing.
     """
-    from sqlalchemy.exc import SQLAlchemyError
-
-    shown = url.rpartition("@")[2]  # without the password
+    shown = without_password(url)
     try:
+        from sqlalchemy.exc import SQLAlchemyError
+
+        require_postgresql(url)
+        DATABASES.add(url)
         return RDBStorage(url, engine_kwargs={"connect_args": {"connect_timeout": 10}})
     except ImportError as error:
         raise UserError(
             "hydra.sweeper.storage: its packages are not installed; run: python3 -m pip install "
             f"'sqlalchemy>=2.1' 'psycopg[binary]' ({error})"
         ) from error
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
         raise UserError(f"hydra.sweeper.storage={shown}: can't be reached ({reason})") from error

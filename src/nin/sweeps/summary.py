@@ -8,18 +8,20 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, tensorboard_command
 from nin.runs.folder import open_atomically, write_atomically
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
 
 
-def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> None:
+def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storage: str | None = None) -> None:
     """Prints the table of the sweep in ``folder`` and writes its summary, if the folder can be written.
 
     Args:
         metric: to sort by and to draw, one of ``METRICS``.
         x_axis: of the curves, "epochs" or "seconds".
+        storage: the URL of a search's database.
 
     Raises:
         UserError: if ``folder`` is not the folder of a sweep or of runs.
@@ -27,7 +29,9 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs") -> Non
     if (folder / "search.json").exists():
         from nin.sweeps.search_report import report_search  # needs Optuna
 
-        return report_search(folder)
+        return report_search(folder, storage)
+    if storage:
+        raise UserError(f"--storage: {folder} is not the folder of a search (it has no search.json); leave it out")
     jobs = read_jobs(folder)
     measured = {name for job in jobs for name in job.metrics}
     if metric == "val/acc" and metric not in measured and "test/acc" in measured:
