@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from nin.config.schema import UserError
-from nin.runs.folder import RunClaimedError, RunFolder, write_atomically
+from nin.runs.folder import RunClaimedError, RunFolder
 
 
 @pytest.fixture
@@ -37,24 +37,6 @@ def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Pat
     assert str(refused.value) == f"{link}: a symbolic link, which would be written through; replace it by its target"
     assert target.is_dir() or target.read_text() == "precious"
     assert target.is_file() or not list(target.iterdir())
-
-
-def test_a_link_that_appears_while_a_file_is_written_is_not_followed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (target := tmp_path / "target").write_text("precious")
-    unlink = Path.unlink
-
-    def unlink_and_link(path: Path, missing_ok: bool = False) -> None:
-        unlink(path, missing_ok)
-        path.symlink_to(target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", unlink_and_link)
-        with pytest.raises(FileExistsError):
-            write_atomically(tmp_path / "result.json", "new")
-    assert target.read_text() == "precious"
-    assert not (tmp_path / "result.json").exists()
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
@@ -147,6 +129,17 @@ def test_a_named_pipe_is_not_waited_for(folder: RunFolder, name: str) -> None:
     os.mkfifo(path)
     with pytest.raises(UserError, match=path.name):
         {"result": folder.read_result, "overrides": folder.read_overrides, "config": folder.read_request}[name]()
+
+
+def test_a_claim_removes_what_killed_processes_were_writing(folder: RunFolder) -> None:
+    leftovers = [
+        folder.path / name for name in (".a.tmp", ".hydra/.state.json.1f.tmp", "checkpoints/.best.ckpt.1f.tmp")
+    ]
+    for leftover in leftovers:
+        leftover.parent.mkdir(parents=True, exist_ok=True)
+        leftover.touch()
+    with folder.claim():
+        assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_a_refused_claim_leaves_no_new_folders(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""A run is a folder: the names of its files, what may be in it, which process has claimed it, and atomic writes."""
+"""A run is a folder: the names of its files, what may be in it, and which process has claimed it."""
 
 import contextlib
 import csv
-import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -11,7 +11,7 @@ import socket
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.schema import UserError
+from nin.runs.files import read_text, write_atomically
 
 # Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
@@ -77,7 +78,8 @@ class RunFolder:
             ) from error
         try:
             self.update_state(pid=os.getpid(), host=socket.gethostname())
-            for leftover in (*self.path.glob(".*.tmp"), *self.checkpoints.glob(".*.tmp"), self.fresh):
+            written = (folder.glob(".*.tmp") for folder in (self.path, self.config.parent, self.checkpoints))
+            for leftover in (*itertools.chain(*written), self.fresh):
                 leftover.unlink(missing_ok=True)  # a process that was killed was writing it
             yield
         finally:
@@ -256,45 +258,3 @@ def _is_of_state(key: str, value: Any) -> bool:
     if kind is None or not isinstance(value, kind):
         return False
     return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; ``Path.read_text`` would wait for ever for a named pipe."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return path.read_text(encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` atomically."""
-    with open_atomically(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file in the same folder; on exit it is flushed to disk and renamed to ``path``.
-
-    A symbolic link at ``path`` is replaced, not followed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # a process that was killed left it, or somebody placed a link here
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk: until then a rename may be lost in a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

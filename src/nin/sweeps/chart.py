@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import Row, read_epochs
 
@@ -186,6 +187,5 @@ def draw_study(study: "optuna.Study", path: Path) -> None:
         axes.imshow(part)
     for axes in whole.axes:
         axes.axis("off")
-    temporary = path.with_name(".summary.png.tmp")
-    whole.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with open_atomically(path) as file:
+        whole.savefig(file, format="png", dpi=120)
