@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from nin.runs.results import print_test
+from nin.runs.folder import RunFolder
+from nin.runs.results import print_result, print_test
 
 
 def printed(names: list[str], confusion: np.ndarray, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -31,3 +34,13 @@ def test_of_many_classes_the_worst_are_listed(capsys: pytest.CaptureFixture[str]
     assert rows[0] == ["class", "7", "0.0000", "6", "class", "250", "(5)"]
     assert rows[1] == ["class", "0", "1.0000", "2"]
     assert max(map(len, lines)) <= 120
+
+
+def test_the_values_of_a_result_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"metrics": {"test/acc": None}, "epochs": 1, "steps": 2, "train_seconds": 1.0, "images_per_second": None}
+    print_result(
+        RunFolder(tmp_path), result | {"parameters": 3, "weights_sha256": "[/x]", "best_weights_sha256": ":x:"}
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["weights", "[/x]"] in lines
+    assert ["best", "weights", ":x:"] in lines

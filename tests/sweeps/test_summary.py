@@ -251,6 +251,18 @@ def test_lists_of_words_are_shown_and_an_error_of_several_lines_takes_one(
     assert "two" not in out
 
 
+def test_cells_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = ("[conv,pool]", "[/x]", "[red]", ":x:", "[bold")
+    for i, value in enumerate(cells):
+        put_job(tmp_path / "s" / str(i), [f"model.blocks={value}"], 0.9)
+        job = put_job(tmp_path / "runs" / f"{i},{value.replace('/', '')}", [f"model.blocks={value}"], 0.9)
+        (job / ".hydra" / "config.yaml").write_text("sweep: {keys: []}")
+    for folder in ("s", "runs"):
+        summary.report(tmp_path / folder)
+        printed = capsys.readouterr().out
+        assert all(value in printed for value in cells), folder
+
+
 def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     for value in ("'a_$5'", "'$5_to_$10'"):
         put_job(tmp_path / "money" / value, [f"model.widths={value}"], 0.9)

@@ -27,7 +27,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
     table.add_row("parameters", f"{result['parameters']:,}")
     table.add_row("weights", result["weights_sha256"][:16])
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(table)
     print(f"run folder: {format_path(folder.path)}")
     if folder.event_files():
@@ -47,7 +47,7 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
     width = max(Console().width, 120)
-    Console(width=width, highlight=False, markup=False).print(table(names, accuracies, confusion.tolist()))
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table(names, accuracies, confusion.tolist()))
 
 
 def _confusion_matrix(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:

@@ -101,7 +101,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     except ValueError as error:
         raise UserError(f"{folder}: its study can't be read ({error}); run the search under another name=…") from error
     title = f"{description['name']}: {_count(trials, description['n_trials'])}; best val/acc first"
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)
     rows = [_header(trials), *(_row(trial) for trial in _sorted(trials))]
     _print_table(console, rows[: _MAX_ROWS + 1])
