@@ -17,6 +17,7 @@ from PIL import Image
 import nin
 from nin.commands.predict import _MapNames, _Rows, main
 from nin.config.schema import UserError
+from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
 @pytest.fixture
@@ -131,6 +132,20 @@ def test_a_light_ground_is_noticed_and_inverted(
     assert inverted.err == ""
     assert main([str(export), str(tmp_path / "dark.png"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)[0]["probabilities"] == json.loads(inverted.out)[0]["probabilities"]
+
+
+def test_light_and_dark_are_swapped_before_an_image_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = []
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        received.extend(images)
+        return Scores(np.ones((len(images), 1), np.float32), np.ones((len(images), 1), np.float32))
+
+    known = Description(["a"], 1, 28, 28, False, "gap", {"data": {}}, fit="pad")
+    monkeypatch.setattr("nin.deploy.loading.load", lambda path, allow: TrainedNetwork(known, compute))
+    Image.new("L", (84, 28), 255).save(tmp_path / "wide.png")
+    assert main([str(tmp_path), str(tmp_path / "wide.png"), "--invert"]) == 0
+    assert [image.max() for image in received] == [0]
 
 
 def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Path, tmp_path: Path) -> None:

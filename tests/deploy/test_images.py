@@ -105,3 +105,14 @@ def test_arrays_and_idx_files_become_what_pillow_images_and_files_become(
 def test_arrays_for_a_network_of_another_data_set_keep_their_pixels() -> None:
     arrays = np.random.default_rng(0).integers(0, 256, (2, 28, 84), np.uint8)
     assert np.array_equal(images.as_arrays(arrays, ImageForm(1)), arrays)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_light_and_dark_are_swapped_before_an_image_is_padded(channels: int, mode: str) -> None:
+    picture = Image.new(mode, (84, 28), "white")
+    inverted = ImageForm(channels, 28, "pad", invert=True)
+    assert [image.max() for image in images.as_arrays([picture, np.asarray(picture)], inverted)] == [0, 0]
+    for size, fit in ((28, "crop"), (28, "stretch"), (None, "stretch")):
+        gray = Image.new(mode, (84, 28), (200,) * len(mode))
+        assert set(ImageForm(channels, size, fit, invert=True).decode(encoded(gray)).flat) == {55}

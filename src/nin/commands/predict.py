@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,10 +81,10 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
     ) as progress:
         bar = progress.add_task("", total=None)
-        for window in _windows(iterate(args.images, description.form, sys.stdin.buffer)):
+        form = replace(description.form, invert=args.invert)
+        for window in _windows(iterate(args.images, form, sys.stdin.buffer)):
             images = [image for _, image in window if not isinstance(image, ImageError)]
             light += sum(map(has_light_border, images))
-            images = [255 - image for image in images] if args.invert else images
             scores = network.score(images, maps=bool(names))
             place = 0
             for name, image in window:

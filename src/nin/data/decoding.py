@@ -116,12 +116,16 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name not in ("EPS", "ICO", "ICNS", "BLP", "IPTC")]
 
 
-def to_array(image: Image.Image, channels: int, size: int | None = None, fit: str = "crop") -> np.ndarray:
-    """The pixels of an opened image, as `decode` returns them; closes it."""
+def to_array(
+    image: Image.Image, channels: int, size: int | None = None, fit: str = "crop", invert: bool = False
+) -> np.ndarray:
+    """The pixels of an opened image, as `decode` returns them, or with light and dark swapped; closes it."""
+    if invert:  # the padding is black after that too
+        return 255 - convert(to_pixels(image, size, fit, padding=255), channels)
     return convert(to_pixels(image, size, fit), channels)
 
 
-def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop") -> Image.Image:
+def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", padding: int = 0) -> Image.Image:
     """An opened image in mode "L" if its own mode has no color, otherwise "RGB", brought to ``size``; closes it."""
     try:
         with image:
@@ -132,7 +136,7 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop") ->
             # In a JPEG file these hold the orientation, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
                 ImageOps.exif_transpose(image, in_place=True)
-            return _fit(_flatten(image), size, fit) if size else _flatten(image)
+            return _fit(_flatten(image), size, fit, padding) if size else _flatten(image)
     except Exception as error:
         raise _name_error(error) from error
 
@@ -183,7 +187,7 @@ def _flatten(image: Image.Image) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _fit(image: Image.Image, size: int, fit: str) -> Image.Image:
+def _fit(image: Image.Image, size: int, fit: str, padding: int) -> Image.Image:
     """Brings an image to ``size`` by ``size`` pixels: bilinear, with antialiasing when it is reduced."""
     if image.size == (size, size):
         return image
@@ -193,7 +197,7 @@ def _fit(image: Image.Image, size: int, fit: str) -> Image.Image:
         return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
     scale = size / max(image.size)
     width, height = (max(1, round(side * scale)) for side in image.size)
-    padded = Image.new(image.mode, (size, size))
+    padded = Image.new(image.mode, (size, size), (padding,) * len(image.getbands()))
     inner = image.resize((width, height), Image.Resampling.BILINEAR)
     padded.paste(inner, ((size - width) // 2, (size - height) // 2))
     return padded

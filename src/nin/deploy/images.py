@@ -22,11 +22,13 @@ class ImageForm:
         channels: 1 (gray) or 3 (color).
         size: pixels per side to which files are brought, as those of `data=folder` were; None keeps their size.
         fit: "crop", "pad" or "stretch".
+        invert: whether light and dark are swapped; padding stays black.
     """
 
     channels: int
     size: int | None = None
     fit: str = "stretch"
+    invert: bool = False
 
     def decode(self, content: bytes | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         """``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3; raises ImageError."""
@@ -34,7 +36,7 @@ class ImageForm:
 
     def read(self, image: Image.Image) -> np.ndarray:
         """The pixels of an opened image; closes it."""
-        return to_array(image, self.channels, self.size, self.fit)
+        return to_array(image, self.channels, self.size, self.fit, self.invert)
 
 
 def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tuple[str, np.ndarray | ImageError]]:
@@ -121,7 +123,7 @@ def _as_array(image: object, form: ImageForm) -> np.ndarray:
         raise ValueError(
             f"images: {array.dtype} of shape {array.shape}; an image is uint8 (height, width) or (height, width, 3)"
         )
-    if form.size and array.shape[:2] != (form.size, form.size):
+    if form.invert or (form.size and array.shape[:2] != (form.size, form.size)):
         return form.read(Image.fromarray(array))
     if form.channels == 1 and array.ndim == 3:
         return np.array(Image.fromarray(array).convert("L"))

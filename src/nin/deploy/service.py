@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from nin.data.decoding import ImageError, ImageTooLargeError, open_image
 from nin.deploy.batching import Batcher, OverloadedError
+from nin.deploy.images import ImageForm
 from nin.deploy.trained import Scores, TrainedNetwork
 
 PAGES = Path(__file__).parent / "pages"
@@ -124,15 +125,15 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         self._require_key(request)
-        maps, invert, top = _flag(request, "maps"), _flag(request, "invert"), _top(request)
+        maps, top = _flag(request, "maps"), _top(request)
+        form = replace(self.network.description.form, invert=_flag(request, "invert"))
         if maps and self.network.description.maps == "none":
             raise _RefusedError(400, "this network's export has no score maps")
         if self.batcher.images >= self.limits.waiting_images:
             raise _overloaded()  # before the upload is read
         try:
             async with asyncio.timeout(None) as answer:
-                image = await self._receive(request, answer)
-                image = 255 - image if invert else image
+                image = await self._receive(request, form, answer)
                 scores = await self.batcher.score(image, maps)
         except ImageTooLargeError as error:
             raise _RefusedError(413, f"the image is too large: {error}") from None
@@ -158,7 +159,7 @@ class Service:
             answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in order[:top]}
         return answer
 
-    async def _receive(self, request: Request, answer: asyncio.Timeout) -> np.ndarray:
+    async def _receive(self, request: Request, form: ImageForm, answer: asyncio.Timeout) -> np.ndarray:
         """The image; the time for its answer begins when the body has arrived."""
         parts: list[bytes] = []
         try:
@@ -169,7 +170,7 @@ class Service:
                 body = await _first_file(request, body)
             elif not body:
                 raise _RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
-            return await self._decode(body)
+            return await self._decode(body, form)
         finally:
             self.body_bytes -= sum(map(len, parts))
 
@@ -197,8 +198,8 @@ class Service:
         if size > limit:
             raise too_large
 
-    async def _decode(self, body: bytes) -> np.ndarray:
-        form, in_decoder = self.network.description.form, asyncio.get_running_loop().run_in_executor
+    async def _decode(self, body: bytes, form: ImageForm) -> np.ndarray:
+        in_decoder = asyncio.get_running_loop().run_in_executor
         if len(body) <= SMALL_IMAGE_BYTES:
             opened = open_image(body, self.limits.pixels)
             if opened.width * opened.height <= SMALL_PIXELS:

@@ -1,4 +1,4 @@
-"""Images that wait in the service to be decoded: beside the event loop, of a limited number, for a limited time."""
+"""Requests to a service in this process: images that wait to be decoded, and those that are padded."""
 
 import asyncio
 import contextlib
@@ -49,13 +49,13 @@ async def busy_service(limits: Limits) -> AsyncIterator[tuple[Service, threading
         await asyncio.to_thread(service.batcher.close)
 
 
-async def post(service: Service, body: bytes) -> tuple[int, str]:
+async def post(service: Service, body: bytes, query: bytes = b"") -> tuple[int, str]:
     """Status, and the error if any."""
 
     async def receive() -> dict[str, object]:
         return {"type": "http.request", "body": body}
 
-    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": query, "headers": []}
     response = await asyncio.wait_for(service.predict(Request(scope, receive)), 30)
     return response.status_code, json.loads(response.body).get("error", "")
 
@@ -93,3 +93,22 @@ def test_the_time_for_an_answer_includes_decoding() -> None:
             assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
 
     asyncio.run(play())
+
+
+def test_light_and_dark_are_swapped_before_an_image_is_padded() -> None:
+    received = []
+
+    def compute(batch: np.ndarray, maps: bool) -> Scores:
+        received.append(batch[0])
+        return brightness(batch, maps)
+
+    async def play() -> None:
+        known = Description(["a"], 1, 28, 28, False, "gap", {}, fit="pad")
+        service = Service(TrainedNetwork(known, compute), Limits(), None)
+        service.batcher.start()
+        for size in ((28, 84), (280, 840)):  # decoded at once, and in the decoder's thread
+            assert await post(service, encoded(np.full(size, 255, np.uint8)), b"invert=true") == (200, "")
+        await asyncio.to_thread(service.batcher.close)
+
+    asyncio.run(play())
+    assert [image.max() for image in received] == [0, 0]
