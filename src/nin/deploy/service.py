@@ -41,7 +41,8 @@ class Limits:
         body_bytes: of a request's body; 413 above.
         all_body_bytes: of all bodies that arrive or wait to be decoded; 503 above for those that are not small.
         pixels: of one image; 413 above.
-        waiting_images, waiting_pixels: of all images that wait to be decoded or scored; 503 above.
+        waiting_images: of all images that wait to be decoded or scored; 503 above.
+        waiting_pixels: of all images that wait to be scored; 503 above.
         body_seconds: until a request's body has arrived; 408 after.
         answer_seconds: from then until its image is decoded and scored; 503 after.
     """
@@ -199,16 +200,15 @@ class Service:
             raise too_large
 
     async def _decode(self, body: bytes, form: ImageForm) -> np.ndarray:
-        in_decoder = asyncio.get_running_loop().run_in_executor
-        if len(body) <= SMALL_IMAGE_BYTES:
-            opened = open_image(body, self.limits.pixels)
-            if opened.width * opened.height <= SMALL_PIXELS:
-                return form.read(opened)
-        else:
-            with self.batcher.reserve(0):
-                opened = await in_decoder(self.decoder, open_image, body, self.limits.pixels)
-        with self.batcher.reserve(opened.width * opened.height):
-            return await in_decoder(self.decoder, form.read, opened)
+        opened = open_image(body, self.limits.pixels) if len(body) <= SMALL_IMAGE_BYTES else None
+        if opened and opened.width * opened.height <= SMALL_PIXELS:
+            return form.read(opened)
+        with self.batcher.reserve(0):  # its pixels take memory, and count, from when they are decoded
+
+            def read() -> np.ndarray:
+                return form.read(opened or open_image(body, self.limits.pixels))
+
+            return await asyncio.get_running_loop().run_in_executor(self.decoder, read)
 
     def _require_key(self, request: Request) -> None:
         if self.key is None:
