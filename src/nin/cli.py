@@ -90,12 +90,13 @@ def run(name: str, arguments: list[str]) -> int:
     128 and more: a signal ended it, as in a shell.
     """
     command = importlib.import_module(f"nin.commands.{name}")
+    from nin.config.errors import printable_lines
     from nin.config.schema import UserError
 
     try:
         return command.main(arguments) or 0
     except UserError as error:
-        print(f"nin {name}: {error}", file=sys.stderr)
+        print(f"nin {name}: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except PermissionError as error:  # somebody else's run
         print(f"nin {name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)

@@ -279,6 +279,30 @@ def test_a_description_with_other_content_is_refused(
     assert "search.json: can't be read" in capsys.readouterr().err
 
 
+def test_control_characters_of_a_study_from_elsewhere_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    known = optuna.create_study(storage=open_journal(tmp_path / JOURNAL), study_name=f"s{evil}", direction="maximize")
+    norm = {f"model.norm{evil}": CategoricalDistribution([f"a{evil}", "b"])}
+    params = {f"model.norm{evil}": f"a{evil}"}
+    known.add_trial(create_trial(params=params, distributions=norm, value=0.5))
+    failure = {"error": f"E: {evil}\n  more"}
+    known.add_trial(create_trial(params=params, distributions=norm, state=TrialState.FAIL, user_attrs=failure))
+    description = {"name": f"s{evil}", "storage": None, "fixed": [f"a={evil}"], "n_trials": 2, "max_epochs": 4}
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    assert cli.run("report", [str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
+    assert not [c for c in printed if not c.isprintable() and c != "\n"]
+    assert "failed: trial-0001: E: \\x1b]0;title\\x07\n  more" in printed
+    # A message is free of them too.
+    (tmp_path / "search.json").write_text(json.dumps(description | {"name": f"t{evil}"}))
+    assert cli.run("report", [str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith("has no study t\\x1b]0;title\\x07\n")
+
+
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search_checks.importlib.util, "find_spec", lambda name: None if name == "optuna" else True)
     with pytest.raises(UserError, match=r"not installed: optuna; run: python3 -m pip install optuna cmaes scipy"):

@@ -263,6 +263,26 @@ def test_cells_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
         assert all(value in printed for value in cells), folder
 
 
+def test_control_characters_of_a_folder_from_elsewhere_are_escaped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evil = "\x1b]0;title\x07\x1b[2J\x9b31m"
+    sweep = tmp_path / "s"
+    more = {"device": f"cpu{evil}", "versions": {"torch": f"2{evil}"}, "seed": f"1{evil}"}
+    job = put_job(sweep / f"0{evil}", [f"model.norm=a{evil}"], 0.9, **more)
+    config = {"trainer": {"max_epochs": f"1{evil}"}, "callbacks": {f"my{evil}": {"_target_": f"my{evil}"}}}
+    (job / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    put_job(sweep / f"1{evil}", [f"model.norm{evil}=b"], status="failed", error=f"E: {evil}")
+    write_config = '{"trainer": {"max_epochs": 2}, "callbacks": {}, "sweep": {"keys": []}}'
+    for number, single in enumerate((False, True)):
+        if single:
+            (job / ".hydra" / "config.yaml").write_text(write_config)
+        summary.report(sweep)
+        printed = capsys.readouterr().out + (sweep / "summary.md").read_text()
+        assert not [c for c in printed if not c.isprintable() and c != "\n"], number
+        assert "\\x1b]0;title\\x07" in printed
+
+
 def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     for value in ("'a_$5'", "'$5_to_$10'"):
         put_job(tmp_path / "money" / value, [f"model.widths={value}"], 0.9)

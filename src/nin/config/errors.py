@@ -79,6 +79,11 @@ def printable(name: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
+def printable_lines(text: str) -> str:
+    """`printable` for each line of ``text``."""
+    return "\n".join(map(printable, text.splitlines()))
+
+
 def _known_keys(section: type[Section], loc: tuple) -> list[str]:
     branches: list[type[Section]] = []
     for part in loc:

@@ -22,11 +22,13 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
         if result["metrics"].get(name) is not None:
             table.add_row(name, f"{result['metrics'][name]:.4f}")
     if tested := result.get("best_weights_sha256"):
-        table.add_row("tested weights" if result["metrics"]["test/acc"] is not None else "best weights", tested[:16])
+        table.add_row(
+            "tested weights" if result["metrics"]["test/acc"] is not None else "best weights", printable(tested[:16])
+        )
     table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
     table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
     table.add_row("parameters", f"{result['parameters']:,}")
-    table.add_row("weights", result["weights_sha256"][:16])
+    table.add_row("weights", printable(result["weights_sha256"][:16]))
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(table)
     print(f"run folder: {format_path(folder.path)}")

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from nin.config.changes import MAY_CHANGE, is_within
 from nin.config.composition import count_sweep_values
+from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
 from nin.sweeps.stored import read_values, read_yaml
@@ -157,7 +158,7 @@ def read_jobs(folder: Path) -> list[Job]:
     if not requested and _are_single_runs(jobs):
         for job in jobs:
             overrides = " ".join(f"{key}={value}" for key, value in job.overrides.items())
-            job.overrides = {"run": job.folder.name, "overrides": overrides}
+            job.overrides = {"run": printable(job.folder.name), "overrides": overrides}
         return jobs
     started = {job.folder.name for job in jobs}
     # A key that was varied only later has given the same job another folder.
@@ -200,7 +201,7 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
 def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
     """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
     return {
-        key: value
+        printable(key): printable(value)
         for key, value in overrides.items()
         # An earlier sweep in this folder may have varied other keys than the last one.
         if key in (*swept, "trainer.max_epochs")
@@ -222,11 +223,11 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
     match result:
         case {"status": "failed"}:
             lines = str(result.get("error", "")).splitlines()
-            return Job(path, overrides, "failed", error=lines[0] if lines else "unknown error")
+            return Job(path, overrides, "failed", error=printable(lines[0]) if lines else "unknown error")
         case {"status": "finished" | "pruned", "metrics": dict() as metrics}:
             values = {**metrics, **{key: result.get(key) for key in ("train_seconds", "test_images")}}
             if "seed" in result:
-                overrides.setdefault("seed", str(result["seed"]))
+                overrides.setdefault("seed", printable(str(result["seed"])))
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
             return Job(path, overrides, result["status"], numbers, hardware=_describe_hardware(result))
     epochs = read_epochs(folder)
@@ -237,7 +238,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
 def _describe_hardware(result: dict[str, Any]) -> str:
     match result:
         case {"device": str(device), "versions": {"torch": str(torch)}}:
-            return f"{device}, torch {torch}"
+            return printable(f"{device}, torch {torch}")
     return ""
 
 

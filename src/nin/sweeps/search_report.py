@@ -14,11 +14,13 @@ from typing import Any
 
 import optuna
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 from rich import box
 from rich.table import Table
 
+from nin.config.errors import printable, printable_lines
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
@@ -88,8 +90,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
             f"{folder}: its trials are in the database {without_password(named)}; a file does not decide where nin "
             f"connects to: add --storage postgresql://user@{without_password(named)}"
         )
-    url = url or named
-    storage = open_database(url) if url else open_journal(folder / JOURNAL)
+    storage = open_database(str(url or named)) if url or named else open_journal(folder / JOURNAL)
     try:
         study = optuna.load_study(study_name=description["name"], storage=storage)
     except KeyError:
@@ -100,7 +101,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
         study.add_trials(trials)
     except ValueError as error:
         raise UserError(f"{folder}: its study can't be read ({error}); run the search under another name=…") from error
-    title = f"{description['name']}: {_count(trials, description['n_trials'])}; best val/acc first"
+    title = f"{printable(description['name'])}: {_count(trials, description['n_trials'])}; best val/acc first"
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)
     rows = [_header(trials), *(_row(trial) for trial in _sorted(trials))]
@@ -109,8 +110,9 @@ def report_search(folder: Path, url: str | None = None) -> None:
         print(f"the other {len(rows) - 1 - _MAX_ROWS} trials are in summary.csv")
     for trial in trials:
         if trial.state == TrialState.FAIL:
-            print(f"failed: {trial_name(trial.number)}: {trial.user_attrs.get('error', 'unknown error')}")
-    notes = describe_answer(folder, description, trials, study)
+            reason = printable_lines(str(trial.user_attrs.get("error", "unknown error")))
+            print(f"failed: {trial_name(trial.number)}: {reason}")
+    notes = [printable(note) for note in describe_answer(folder, description, trials, study)]
     for note in notes:
         console.print(note, soft_wrap=True)
     try:
@@ -118,7 +120,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     except OSError as error:
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
     print(f"dashboards: {tensorboard_command(folder)}")
-    if not url:
+    if not (url or named):
         print(f"            optuna-dashboard {format_path(folder)}/{JOURNAL}")
 
 
@@ -152,7 +154,7 @@ def _sorted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
 
 
 def _header(trials: Sequence[FrozenTrial]) -> list[str]:
-    return ["trial", "val/acc", "epochs", "status", *(trials[0].params if trials else [])]
+    return ["trial", "val/acc", "epochs", "status", *map(printable, trials[0].params if trials else [])]
 
 
 def _short(header: list[str]) -> list[str]:
@@ -165,7 +167,8 @@ def _row(trial: FrozenTrial) -> list[str]:
     names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
     value = "" if trial.value is None else f"{trial.value:.4f}"
     state = names.get(trial.state, trial.state.name.lower())
-    return [str(trial.number), value, str(len(trial.intermediate_values)), state, *map(str, trial.params.values())]
+    params = [printable(str(param)) for param in trial.params.values()]
+    return [str(trial.number), value, str(len(trial.intermediate_values)), state, *params]
 
 
 def _print_table(console: Console, rows: list[list[str]]) -> None:
@@ -291,6 +294,7 @@ def _write(
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
         if _fits_config_file(description):
-            write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
-            written += ", best.yaml"
+            with contextlib.suppress(HydraException):  # not overrides, in a folder from elsewhere
+                write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
+                written += ", best.yaml"
     print(f"summary:    {format_path(folder)}/{written}")

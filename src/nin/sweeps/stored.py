@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from nin.config.errors import printable
+
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -37,7 +39,7 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
             if isinstance(arguments, dict):
                 values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}
     return {
-        key: value if isinstance(value, str) else json.dumps(value)  # true, not True
+        printable(key): printable(value if isinstance(value, str) else json.dumps(value))  # true, not True
         for key, value in values.items()
         if isinstance(value, str | int | float)
     }

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, tensorboard_command
 from nin.runs.files import open_atomically, write_atomically
@@ -37,7 +38,7 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
     if metric == "val/acc" and metric not in measured and "test/acc" in measured:
         metric = "test/acc"  # data.score_each_epoch=test: there are no held-out images
     rows = group_by_seed(jobs, metric)
-    name, seeds = folder.resolve().name, _describe_seeds(rows)
+    name, seeds = printable(folder.resolve().name), _describe_seeds(rows)
     title = f"{name}: best {metric} first{seeds}"
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)
@@ -121,7 +122,7 @@ def describe_errors(rows: list[Row]) -> list[str]:
 
 
 def describe_failures(jobs: list[Job]) -> list[str]:
-    return [f"{job.folder.name}: {job.error}" for job in jobs if job.status == "failed"]
+    return [f"{printable(job.folder.name)}: {job.error}" for job in jobs if job.status == "failed"]
 
 
 def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
