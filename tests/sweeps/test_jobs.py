@@ -1,4 +1,6 @@
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,7 @@ def test_a_stopped_run_is_unfinished(tmp_path: Path) -> None:
 
 
 def test_values_that_can_not_be_enumerated_are_refused() -> None:
-    for values, message in (("interval(0,1)", "its values can't be enumerated"), ("range(0,3,0)", "must not be 0")):
+    for values, message in (("interval(0,1)", "an interval is for a search"), ("range(0,3,0)", "must not be 0")):
         with pytest.raises(UserError, match=message):
             sweep.expand_jobs({}, [f"seed={values}"])
 
@@ -304,6 +306,14 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(t
     other = nin(*command, "optimizer.lr=0.001,0.002", "seed=0,1", "model.dropout=0.3", **there)
     assert other.returncode == 1
     assert "optimizer.lr=0.001,seed=0 belongs to another experiment" in other.stderr.replace("\n", "")
+
+
+def test_a_process_id_that_no_process_can_have_is_of_none(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.update_state(pid=os.getpid(), host=socket.gethostname())
+    assert sweep._is_running(folder)
+    folder.update_state(pid=10**30, host=socket.gethostname())
+    assert not sweep._is_running(folder)
 
 
 def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:

@@ -19,8 +19,7 @@ from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.config.validation import validate_plain
-from nin.runs.files import open_atomically, sync_folder
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, open_atomically, sync_folder
 
 log = logging.getLogger(__name__)
 

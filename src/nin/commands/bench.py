@@ -14,7 +14,7 @@ from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
-from nin.runs.files import write_atomically
+from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
 from nin.system.processes import StoppedError
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from nin.data.pictures import COLORS, blend, draw_image, escape, strongest
-from nin.runs.files import open_atomically
+from nin.runs.folder import open_atomically
 
 
 def write_maps(

@@ -4,6 +4,5 @@ A module imports only from the modules below it:
 
     results          the result as a table
     request          what is to be run, and where
-    folder, console  names of the files, lock; terminal and nin.log
-    files            atomic writes
+    folder, console  names of the files, lock, atomic writes; terminal and nin.log
 """

@@ -1,7 +1,9 @@
-"""A run is a folder: the names of its files, what may be in it, and which process has claimed it."""
+"""A run is a folder: the names of its files, what may be in it, which process has claimed it, and atomic writes."""
 
 import contextlib
 import csv
+import errno
+import glob
 import io
 import itertools
 import json
@@ -9,9 +11,11 @@ import os
 import shutil
 import socket
 import stat
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
@@ -19,7 +23,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.schema import UserError
-from nin.runs.files import read_text, write_atomically
 
 # Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
@@ -125,20 +128,6 @@ class RunFolder:
                 raise UserError(f"{path}: not a folder; remove it")
             if not stat.S_ISREG(mode) and (path in written or not stat.S_ISDIR(mode)):
                 raise UserError(f"{path}: not a file; remove it")
-
-    def is_claimed(self) -> bool:
-        """Whether the process that last claimed this folder is alive, as far as this machine knows."""
-        # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
-        state = self.read_state()
-        if state.get("host") != socket.gethostname() or not state.get("pid"):
-            return False
-        try:
-            os.kill(state["pid"], 0)
-        except PermissionError:
-            return True
-        except (OSError, OverflowError):
-            return False
-        return True
 
     def read_state(self) -> dict[str, Any]:
         """The run's identity, the process that has claimed it, and each start: what no checkpoint can know."""
@@ -258,3 +247,52 @@ def _is_of_state(key: str, value: Any) -> bool:
     if kind is None or not isinstance(value, kind):
         return False
     return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
+
+
+_LEFT_OVER_SECONDS = 3600  # nobody writes a file for that long without a byte in between
+
+
+def read_text(path: Path) -> str:
+    """The text of a file; ``Path.read_text`` would wait for ever for a named pipe."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes ``text`` to ``path`` atomically."""
+    with open_atomically(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Opens a temporary file in the same folder; on exit it is flushed to disk and renamed to ``path``.
+
+    Several processes may do so at the same time: the last one to end is the one whose content stays. A symbolic link at
+    ``path`` is replaced, not followed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):  # also .name.tmp, as earlier versions named it
+        with contextlib.suppress(OSError):  # another process may remove it in the meantime
+            if time.time() - leftover.lstat().st_mtime > _LEFT_OVER_SECONDS:  # of a process that was killed
+                leftover.unlink()
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes a folder's entries to disk: until then a rename may be lost in a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -8,8 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nin.runs.files import open_atomically
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, open_atomically
 from nin.sweeps.jobs import Row, read_epochs
 
 if TYPE_CHECKING:

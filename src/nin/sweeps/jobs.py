@@ -4,7 +4,9 @@ import contextlib
 import csv
 import hashlib
 import math
+import os
 import re
+import socket
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -80,6 +82,8 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
             raise UserError(f"{swept}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
+        if any(override.is_interval_sweep() for override in overrides):
+            raise UserError(f"{swept}: an interval is for a search; add hydra/sweeper=optuna") from error
         raise UserError(f"{swept}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
 
 
@@ -232,7 +236,22 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             return Job(path, overrides, result["status"], numbers, hardware=_describe_hardware(result))
     epochs = read_epochs(folder)
     scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
-    return Job(path, overrides, "running" if folder.is_claimed() else "unfinished", scores)
+    return Job(path, overrides, "running" if _is_running(folder) else "unfinished", scores)
+
+
+def _is_running(folder: RunFolder) -> bool:
+    """Whether the process that last claimed the folder is alive, as far as this machine knows."""
+    # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
+    state = folder.read_state()
+    if state.get("host") != socket.gethostname() or not state.get("pid"):
+        return False
+    try:
+        os.kill(state["pid"], 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def _describe_hardware(result: dict[str, Any]) -> str:

@@ -19,8 +19,7 @@ from omegaconf import DictConfig
 
 from nin.config.composition import compose_settings
 from nin.config.schema import UserError
-from nin.runs.files import write_atomically
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.search_checks import count_trials, read_plan, read_settings
 from nin.training.run import RunFailedError
 

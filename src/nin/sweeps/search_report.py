@@ -25,8 +25,7 @@ from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, tensorboard_command
-from nin.runs.files import read_text, write_atomically
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, read_text, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import without_password
 from nin.sweeps.space import overrides_of, silence_optuna

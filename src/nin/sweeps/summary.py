@@ -11,7 +11,7 @@ from rich.table import Table
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, tensorboard_command
-from nin.runs.files import open_atomically, write_atomically
+from nin.runs.folder import open_atomically, write_atomically
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
 
