@@ -54,22 +54,23 @@ def test_a_test_image_gets_the_probabilities_of_the_export(
 
 def test_forms_other_formats_and_inverted_images(server: Server, test_images: np.ndarray) -> None:
     expected = server.request("POST", "/predict", png(test_images[0]))[1]
-    form = (
-        b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nhi\r\n--x\r\n'
-        b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-        + png(test_images[0])
-        + b"\r\n--x--\r\n"
-    )
+    note = b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nhi\r\n'
+    file = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    file += png(test_images[0]) + b"\r\n"
+    form = note + file + b"--x--\r\n"
     multipart = {"Content-Type": "multipart/form-data; boundary=x"}
     assert server.request("POST", "/predict", form, multipart)[1] == expected
     assert server.request("POST", "/predict?invert=true", png(255 - test_images[0]))[1] == expected
+    for files, number in ((b"", "no file"), (file + file, "2 files")):
+        answer = server.request("POST", "/predict", note + files + b"--x--\r\n", multipart)
+        assert answer[:2] == (400, {"error": f"the form has {number}: send one image"})
     for broken in (form[:60], b"no form"):
         assert server.request("POST", "/predict", broken, multipart)[0] == 400
     assert server.request("POST", "/predict", form, {"Content-Type": "multipart/form-data"})[0] == 400
 
 
 def test_what_is_refused(server: Server) -> None:
-    large = png(np.zeros((2001, 2001), np.uint8))
+    large, small = (png(np.zeros((side, side), np.uint8)) for side in (2001, 28))
     progressive = png(np.zeros((316, 316, 3), np.uint8), "jpeg", progressive=True)
     last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     refused = [
@@ -80,6 +81,9 @@ def test_what_is_refused(server: Server) -> None:
         (400, "POST", "/predict", b""),
         (400, "POST", "/predict?maps=perhaps", b"x"),
         (400, "POST", "/predict?top=0", b"x"),
+        (400, "POST", "/predict?top=", b"x"),
+        (400, "POST", "/predict?topp=1", small),
+        (400, "POST", "/predict?top=1&top=2", small),
         (413, "POST", "/predict", large),
         (413, "POST", "/predict", bytes(2_000_001)),
         (413, "POST", "/predict", (bytes(100_000) for _ in range(1000))),  # of no declared length

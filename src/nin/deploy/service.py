@@ -5,7 +5,7 @@ import contextlib
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -23,6 +22,7 @@ from starlette.routing import Route
 from nin.data.decoding import ImageError, ImageTooLargeError, open_image
 from nin.deploy.batching import Batcher, OverloadedError
 from nin.deploy.images import ImageForm
+from nin.deploy.requests import Parameters, RefusedError, overloaded, read_file, read_parameters
 from nin.deploy.trained import Scores, TrainedNetwork
 
 PAGES = Path(__file__).parent / "pages"
@@ -116,7 +116,7 @@ class Service:
         begun = time.perf_counter()
         try:
             response = await self._predict(request)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             response = _json({"error": str(refused)}, refused.status, refused.headers)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
@@ -126,38 +126,39 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         self._require_key(request)
-        maps, top = _flag(request, "maps"), _top(request)
-        form = replace(self.network.description.form, invert=_flag(request, "invert"))
-        if maps and self.network.description.maps == "none":
-            raise _RefusedError(400, "this network's export has no score maps")
+        asked = read_parameters(request)
+        form = replace(self.network.description.form, invert=asked.invert)
+        if asked.maps and self.network.description.maps == "none":
+            raise RefusedError(400, "this network's export has no score maps")
         if self.batcher.images >= self.limits.waiting_images:
-            raise _overloaded()  # before the upload is read
+            raise overloaded()  # before the upload is read
         try:
             async with asyncio.timeout(None) as answer:
                 image = await self._receive(request, form, answer)
-                scores = await self.batcher.score(image, maps)
+                scores = await self.batcher.score(image, asked.maps)
         except ImageTooLargeError as error:
-            raise _RefusedError(413, f"the image is too large: {error}") from None
+            raise RefusedError(413, f"the image is too large: {error}") from None
         except ImageError as error:
-            raise _RefusedError(400, f"the image cannot be read: {error}") from None
+            raise RefusedError(400, f"the image cannot be read: {error}") from None
         except OverloadedError:
-            raise _overloaded() from None
+            raise overloaded() from None
         except TimeoutError:
-            raise _RefusedError(503, "the server is overloaded: no answer in time") from None
-        return _json(self._answer(scores, image, top, maps))
+            raise RefusedError(503, "the server is overloaded: no answer in time") from None
+        return _json(self._answer(scores, image, asked))
 
-    def _answer(self, scores: Scores, image: np.ndarray, top: int | None, maps: bool) -> dict[str, Any]:
+    def _answer(self, scores: Scores, image: np.ndarray, asked: Parameters) -> dict[str, Any]:
         names, probabilities = self.network.description.class_names, scores.probabilities
         order = (-probabilities).argsort(kind="stable").tolist()
+        shown = order[: asked.top]
         answer: dict[str, Any] = {
             "class": names[order[0]],
             "probability": round(float(probabilities[order[0]]), 9),
-            "probabilities": {names[i]: round(float(probabilities[i]), 9) for i in order[:top]},
+            "probabilities": {names[i]: round(float(probabilities[i]), 9) for i in shown},
         }
-        if maps and scores.maps is not None:
+        if asked.maps and scores.maps is not None:  # of a batch in which another request asks for them
             answer["image"] = {"height": image.shape[0], "width": image.shape[1]}
-            answer["logits"] = {names[i]: round(float(scores.logits[i]), 6) for i in order[:top]}
-            answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in order[:top]}
+            answer["logits"] = {names[i]: round(float(scores.logits[i]), 6) for i in shown}
+            answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in shown}
         return answer
 
     async def _receive(self, request: Request, form: ImageForm, answer: asyncio.Timeout) -> np.ndarray:
@@ -168,9 +169,9 @@ class Service:
             answer.reschedule(asyncio.get_running_loop().time() + self.limits.answer_seconds)
             body = b"".join(parts)
             if request.headers.get("content-type", "").startswith("multipart/form-data"):
-                body = await _first_file(request, body)
+                body = await read_file(request, body)
             elif not body:
-                raise _RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
+                raise RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
             return await self._decode(body, form)
         finally:
             self.body_bytes -= sum(map(len, parts))
@@ -178,7 +179,7 @@ class Service:
     async def _read_body(self, request: Request, parts: list[bytes]) -> None:
         """Adds what arrives to ``parts`` and to the bytes of all bodies."""
         limit, size = self.limits.body_bytes, 0
-        too_large = _RefusedError(413, f"the body is too large: the limit is {limit:,} bytes", {"connection": "close"})
+        too_large = RefusedError(413, f"the body is too large: the limit is {limit:,} bytes", {"connection": "close"})
         declared = request.headers.get("content-length", "")
         if declared.isdigit() and int(declared) > 2 * limit:
             raise too_large
@@ -191,11 +192,11 @@ class Service:
                     if size > limit:  # most clients read no answer before all is sent
                         continue
                     if size > SMALL_BYTES and self.body_bytes + len(part) > self.limits.all_body_bytes:
-                        raise _overloaded()
+                        raise overloaded()
                     parts.append(part)
                     self.body_bytes += len(part)
         except TimeoutError:
-            raise _RefusedError(408, "the body did not arrive in time", {"connection": "close"}) from None
+            raise RefusedError(408, "the body did not arrive in time", {"connection": "close"}) from None
         if size > limit:
             raise too_large
 
@@ -215,7 +216,7 @@ class Service:
             return
         given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
-            raise _RefusedError(401, "a key is needed: Authorization: Bearer …", {"www-authenticate": "Bearer"})
+            raise RefusedError(401, "a key is needed: Authorization: Bearer …", {"www-authenticate": "Bearer"})
 
     async def health(self, _: Request) -> Response:
         """GET /health: 200 as long as the process answers."""
@@ -231,7 +232,7 @@ class Service:
         """GET /metrics: Prometheus' text format."""
         try:
             self._require_key(request)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             return _json({"error": str(refused)}, refused.status, refused.headers)
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
@@ -241,48 +242,6 @@ class Service:
         about = {name: getattr(known, name) for name in ("class_names", "channels", "image_size", "light_on_dark")}
         about |= {"fit": known.fit or "stretch", "maps": known.maps != "none", "key": self.key is not None}
         return _json(about | known.more)
-
-
-class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.headers = status, headers
-
-
-def _overloaded() -> _RefusedError:
-    return _RefusedError(503, "the server is overloaded", {"retry-after": "1", "connection": "close"})
-
-
-def _flag(request: Request, name: str) -> bool:
-    value = request.query_params.get(name, "false").lower()
-    if value not in ("true", "false", "1", "0"):
-        raise _RefusedError(400, f"{name}={value}: must be true or false")
-    return value in ("true", "1")
-
-
-def _top(request: Request) -> int | None:
-    value = request.query_params.get("top")
-    if value is not None and not (value.isascii() and value.isdigit() and 0 < len(value) < 7 and int(value)):
-        raise _RefusedError(400, f"top={value[:20]}: must be a number, 1 or more")
-    return None if value is None else int(value)
-
-
-async def _first_file(request: Request, body: bytes) -> bytes:
-    async def parts() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    try:
-        form = await MultiPartParser(request.headers, parts(), max_files=10, max_fields=100).parse()
-    # A malformed form raises MultiPartException, one without a boundary KeyError.
-    except (MultiPartException, KeyError):
-        raise _RefusedError(400, "the form is malformed") from None
-    try:
-        for value in form.values():
-            if not isinstance(value, str):
-                return await value.read()
-    finally:
-        await form.close()
-    raise _RefusedError(400, "the form has no file")
 
 
 def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -1,0 +1,73 @@
+"""What a request for a prediction asks for: its parameters, and the image in a form. Imports no torch."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import Request
+
+
+class RefusedError(Exception):
+    """A request that is not answered with a prediction, with the status of its answer."""
+
+    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
+        super().__init__(message)
+        self.status, self.headers = status, headers
+
+
+def overloaded() -> RefusedError:
+    return RefusedError(503, "the server is overloaded", {"retry-after": "1", "connection": "close"})
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Of ``/predict?maps=true&invert=true&top=3``.
+
+    Attributes:
+        maps: whether the answer has the score maps.
+        invert: whether the image is dark on light, the reverse of the training images.
+        top: the number of classes in the answer; None: all.
+    """
+
+    maps: bool = False
+    invert: bool = False
+    top: int | None = None
+
+
+def read_parameters(request: Request) -> Parameters:
+    """The parameters in a request's address; raises RefusedError on another name or value, or a name given twice."""
+    values: dict[str, bool | int] = {}
+    for name, value in request.query_params.multi_items():
+        if name in values:
+            raise RefusedError(400, f"{name}: is given twice")
+        if name in ("maps", "invert"):
+            if value.lower() not in ("true", "false", "1", "0"):
+                raise RefusedError(400, f"{name}={value[:20]}: must be true or false")
+            values[name] = value.lower() in ("true", "1")
+        elif name == "top":
+            if not (value.isascii() and value.isdigit() and len(value) < 7 and int(value)):
+                raise RefusedError(400, f"top={value[:20]}: must be a number, 1 or more")
+            values[name] = int(value)
+        else:
+            raise RefusedError(400, f"{name[:20]}: no such parameter; there are maps, invert and top")
+    return Parameters(**values)  # type: ignore[arg-type]
+
+
+async def read_file(request: Request, body: bytes) -> bytes:
+    """The file in a form; raises RefusedError if there is not exactly one."""
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, parts(), max_files=10, max_fields=100).parse()
+    # A malformed form raises MultiPartException, one without a boundary KeyError.
+    except (MultiPartException, KeyError):
+        raise RefusedError(400, "the form is malformed") from None
+    try:
+        files = [value for _, value in form.multi_items() if not isinstance(value, str)]
+        if len(files) != 1:
+            raise RefusedError(400, f"the form has {len(files) or 'no'} file{'s' * (len(files) > 1)}: send one image")
+        return await files[0].read()
+    finally:
+        await form.close()
