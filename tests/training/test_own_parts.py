@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
-from nin.config.schema import Settings
+from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 
@@ -76,6 +76,9 @@ def test_an_optimizer_that_evaluates_a_batch_several_times_has_its_gradients(
     assert len(ThreeLooks.seen) == 6
     for first, *others in (ThreeLooks.seen[:3], ThreeLooks.seen[3:]):
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    accumulating = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"accumulate_grad_batches": 2})})
+    with pytest.raises(UserError, match="accumulate_grad_batches: must be 1 with ThreeLooks"):
+        run_experiment(accumulating, RunFolder(tmp_path / "accumulating"))
 
 
 class Stream(IterableDataset):

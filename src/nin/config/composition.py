@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.changes import flat, is_within
 from nin.config.errors import NAME_RULE, did_you_mean, shorten
-from nin.config.schema import CONF, Settings, UserError
+from nin.config.schema import CONF, NAME, Settings, UserError
 from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
@@ -182,7 +182,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         lexer_failed = "LexerNoViableAlt" in str(error)
         # A list, a dictionary, a quoted text or a sweep such as range(1,3) with a mistake is not to be quoted.
         is_text = not re.match(r"""[\[{"'(]|\w+\(""", value) or lexer_failed
-        if key == "name" and not re.fullmatch(r"[\w=.,+@-]*", value):  # refused also where it is quoted
+        if key == "name" and not re.match(NAME, value):  # refused also where it is quoted
             return f"{given}: must be {NAME_RULE}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"

@@ -250,6 +250,9 @@ OWN_OR_TYPED = Discriminator(
 )
 
 
+NAME = r"^[\w=,+@-][\w=.,+@-]*$"  # of a run; it also names a folder
+
+
 class Settings(Section):
     # NumPy's generators take 32 bits.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
@@ -257,7 +260,7 @@ class Settings(Section):
     name: Annotated[
         str,
         BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v),
-        Field(pattern=r"^[\w=,+@-][\w=.,+@-]*$", max_length=200),
+        Field(pattern=NAME, max_length=200),
     ]
     resume: Literal["auto", "never"]
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,

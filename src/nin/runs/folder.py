@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from nin.config.schema import UserError
 
+_LEFT_OVER_SECONDS = 3600  # nobody writes a file for that long without a byte in between
 # Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
 
@@ -247,9 +248,6 @@ def _is_of_state(key: str, value: Any) -> bool:
     if kind is None or not isinstance(value, kind):
         return False
     return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
-
-
-_LEFT_OVER_SECONDS = 3600  # nobody writes a file for that long without a byte in between
 
 
 def read_text(path: Path) -> str:

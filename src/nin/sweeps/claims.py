@@ -19,7 +19,7 @@ def require_postgresql(url: str) -> str:
     return url
 
 
-def without_password(url: str) -> str:
+def database_name(url: str) -> str:
     """The host and the name of a database, without the user, the password and the arguments of its ``url``."""
     return printable(url.rpartition("@")[2].rpartition("://")[2].partition("?")[0])
 

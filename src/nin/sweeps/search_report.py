@@ -27,9 +27,9 @@ from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder, read_text, write_atomically
 from nin.sweeps.chart import draw_study
-from nin.sweeps.claims import without_password
+from nin.sweeps.claims import database_name
 from nin.sweeps.space import overrides_of, silence_optuna
-from nin.sweeps.study import DATABASES, JOURNAL, open_database, open_journal, require_scores, trial_name
+from nin.sweeps.study import DATABASES, JOURNAL, fail_without_score, open_database, open_journal, trial_name
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -86,15 +86,15 @@ def report_search(folder: Path, url: str | None = None) -> None:
     named = description.get("storage")
     if not url and named and named not in DATABASES:
         raise UserError(
-            f"{folder}: its trials are in the database {without_password(named)}; a file does not decide where nin "
-            f"connects to: add --storage postgresql://user@{without_password(named)}"
+            f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
+            f"connects to: add --storage postgresql://user@{database_name(named)}"
         )
     storage = open_database(str(url or named)) if url or named else open_journal(folder / JOURNAL)
     try:
         study = optuna.load_study(study_name=description["name"], storage=storage)
     except KeyError:
         raise UserError(f"{folder}: its storage has no study {description['name']}") from None
-    trials = require_scores(study.get_trials(deepcopy=False))
+    trials = fail_without_score(study.get_trials(deepcopy=False))
     study = optuna.create_study(study_name=study.study_name, direction="maximize")  # in memory, without the others
     try:
         study.add_trials(trials)

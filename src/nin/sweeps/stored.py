@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from nin.config.changes import changes_training
 from nin.config.errors import printable
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -24,7 +25,8 @@ def read_yaml(path: Path) -> Any:
 def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
     """The values of ``keys`` in a job's config, and of what may change when it is resumed, but is part of its result.
 
-    These are ``trainer.max_epochs``, the names and arguments of callbacks, and ``data.root`` of ``data=folder``.
+    These are ``trainer.max_epochs``, the names and arguments of callbacks that may change training, and ``data.root``
+    of ``data=folder``.
     """
     config = read_yaml(path)
     values = {key: _value_at(config, key) for key in (*keys, "trainer.max_epochs")}
@@ -32,12 +34,10 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
         values["data.root"] = _value_at(config, "data.root")
     callbacks = _value_at(config, "callbacks")
     if isinstance(callbacks, dict):
-        # Those of the project only observe a run.
-        own = {k: v for k, v in callbacks.items() if not str(_value_at(v, "_target_")).startswith("nin.")}
-        values["callbacks"] = " ".join(map(str, own))
-        for name, arguments in own.items():
-            if isinstance(arguments, dict):
-                values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}
+        entries = {k: v for k, v in callbacks.items() if isinstance(v, dict) and changes_training(v)}
+        values["callbacks"] = " ".join(map(str, entries))
+        for name, arguments in entries.items():
+            values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}
     return {
         printable(key): printable(value if isinstance(value, str) else json.dumps(value))  # true, not True
         for key, value in values.items()

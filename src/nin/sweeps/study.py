@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nin.config.schema import UserError
-from nin.sweeps.claims import DatabaseClaims, FileClaims, require_postgresql, without_password
+from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
 from nin.sweeps.space import Space, describe, enumerate_values
 from nin.training.pruning import build_pruner, without_scores
 
@@ -118,7 +118,7 @@ def visible(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> lis
     ]
 
 
-def require_scores(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+def fail_without_score(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
     """``trials``, where those that were completed without a score count as failed: Optuna can't read them."""
     checked = list(trials)
     for i, trial in enumerate(checked):
@@ -184,7 +184,7 @@ class Store:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in the order of their numbers."""
-        return require_scores(self.storage.get_all_trials(self.study_id, deepcopy=False))
+        return fail_without_score(self.storage.get_all_trials(self.study_id, deepcopy=False))
 
     def add(self, trial: FrozenTrial) -> None:
         """Adds a proposed trial, in one write."""
@@ -280,7 +280,7 @@ def open_database(url: str) -> RDBStorage:
     Raises:
         UserError: if it can't be reached, or a package is missing.
     """
-    shown = without_password(url)
+    shown = database_name(url)
     try:
         from sqlalchemy.exc import SQLAlchemyError
 

@@ -11,19 +11,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import (
-    ConstantLR,
-    CosineAnnealingLR,
-    LinearLR,
-    LRScheduler,
-    OneCycleLR,
-    SequentialLR,
-)
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin.config import own
-from nin.config.schema import TOP5_CLASSES, OwnOptimizer, OwnSchedule, Schedule, Settings
+from nin.config.schema import TOP5_CLASSES, OwnOptimizer, OwnSchedule, Schedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
@@ -150,6 +143,11 @@ class Classifier(LightningModule):
 
         def closure() -> Any:
             if next(calls):  # an optimizer that evaluates the batch several times for one step, as LBFGS does
+                if self.trainer.accumulate_grad_batches > 1:  # those of the other batches would be lost
+                    kind = type(optimizer).__name__
+                    raise UserError(
+                        f"trainer.accumulate_grad_batches: must be 1 with {kind}, whose steps are of a batch"
+                    )
                 optimizer.zero_grad()
             return optimizer_closure()
 
