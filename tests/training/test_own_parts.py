@@ -77,7 +77,7 @@ def test_an_optimizer_that_evaluates_a_batch_several_times_has_its_gradients(
     for first, *others in (ThreeLooks.seen[:3], ThreeLooks.seen[3:]):
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     accumulating = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"accumulate_grad_batches": 2})})
-    with pytest.raises(UserError, match="accumulate_grad_batches: must be 1 with ThreeLooks"):
+    with pytest.raises(UserError, match=r"accumulate_grad_batches: must be 1 with .*\.ThreeLooks, which"):
         run_experiment(accumulating, RunFolder(tmp_path / "accumulating"))
 
 

@@ -144,10 +144,8 @@ class Classifier(LightningModule):
         def closure() -> Any:
             if next(calls):  # an optimizer that evaluates the batch several times for one step, as LBFGS does
                 if self.trainer.accumulate_grad_batches > 1:  # those of the other batches would be lost
-                    kind = type(optimizer).__name__
-                    raise UserError(
-                        f"trainer.accumulate_grad_batches: must be 1 with {kind}, whose steps are of a batch"
-                    )
+                    several = f"{self.settings.optimizer.name}, which evaluates a batch several times"
+                    raise UserError(f"trainer.accumulate_grad_batches: must be 1 with {several}")
                 optimizer.zero_grad()
             return optimizer_closure()
 
