@@ -17,6 +17,7 @@ from nin.commands.eval import evaluate_export
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter
 from nin.deploy.onnx_model import load_onnx, metadata_of
+from nin.deploy.scoring import MappedImages
 from pictures import folder_data
 
 onnx = pytest.importorskip("onnx")
@@ -101,6 +102,29 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     with pytest.raises(module.ExportError, match=r"it loses .* points, more than -100.0; not kept"):
         exporter.export_int8(export, tmp_path / "other.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["m.int8.onnx"]
+
+
+@pytest.mark.parametrize("count", [3, 512, 700, 1023, 1500])
+def test_int8_is_calibrated_with_images_of_every_class(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nin.deploy import quantize as module
+
+    batches: list[dict[str, np.ndarray]] = []
+
+    def read_all(*given: Any, **_: Any) -> None:
+        batches.extend(iter(lambda: given[2].get_next(), None))
+
+    monkeypatch.setattr(module, "quant_pre_process", lambda *_, **__: None)
+    monkeypatch.setattr(module, "quantize_static", read_all)
+    images = np.arange(count, dtype=np.int16)[:, None, None]  # each with its index as its only pixel
+    for given in (images, MappedImages(images, np.arange(count))):
+        batches.clear()
+        module.quantize(tmp_path / "m.onnx", tmp_path / "m.int8.onnx", given)
+        chosen = np.concatenate([batch["images"] for batch in batches]).flatten()
+        assert len(chosen) == min(count, 512)
+        # No stretch of the data set is left out: a folder's images are sorted by class.
+        assert np.diff(chosen, prepend=-1, append=count).max() <= -(-count // len(chosen))
 
 
 def _change(export: Path, path: Path, change: object) -> Path:

@@ -17,7 +17,7 @@ BATCH_IMAGES = 128
 
 
 class MappedImages:
-    """Images of a file that may be larger than memory: a slice reads its own.
+    """Images of a file that may be larger than memory: only those that are indexed are read.
 
     Args:
         pixels: all images of the file, memory-mapped, uint8.
@@ -30,8 +30,8 @@ class MappedImages:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, part: slice) -> np.ndarray:
-        return self.pixels[self.rows[part]]
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        return self.pixels[self.rows[index]]
 
 
 def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages, np.ndarray]:
