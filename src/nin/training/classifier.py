@@ -1,5 +1,6 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
+import inspect
 import itertools
 import math
 import sys
@@ -22,6 +23,8 @@ from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
 from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
 from nin.training.start import start_from_training_images
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
 class Classifier(LightningModule):
@@ -250,11 +253,13 @@ class Classifier(LightningModule):
         if isinstance(self.settings.optimizer, OwnOptimizer):
             return own.build("optimizer", self.settings.optimizer, torch.optim.Optimizer, self.network.parameters())
         arguments = self.settings.optimizer.model_dump(exclude={"name"})
-        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[self.settings.optimizer.name]
+        kind = OPTIMIZERS[self.settings.optimizer.name]
         # Lightning can't clip the gradients of a fused optimizer in mixed precision.
         clipped = self.settings.trainer.gradient_clip_val is not None
         fused = self.settings.speed.fused_optimizer and self.device.type in ("cpu", "cuda") and not clipped
-        return kind(self.network.parameters(), **arguments, fused=fused)
+        if "fused" in inspect.signature(kind).parameters:  # of a few of torch's optimizers only
+            arguments["fused"] = fused
+        return kind(self.network.parameters(), **arguments)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:

@@ -4,17 +4,20 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
+import torch
 from lightning import Callback
+from pydantic import Field
 
 from helpers import run_experiment
+from nin.config.schema import SGD, AdamW, Settings
 from nin.config.schema import Checkpoint as CheckpointSettings
-from nin.config.schema import Settings
+from nin.config.types import Section
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
-from nin.training import experiment
+from nin.training import classifier, experiment
 from nin.training.callbacks import checkpoints
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
@@ -32,6 +35,37 @@ def test_among_equal_accuracies_the_lowest_loss_is_best(tmp_path: Path, monkeypa
         callback.on_train_epoch_end(SimpleNamespace(global_step=metrics.scored_step), None)
     assert saved == [True, True, False, False, False, True]
     assert callback.best == {"val/acc": 0.91, "val/loss": 0.9}
+
+
+class Rprop(Section):
+    """An optimizer that is added as CONTRIBUTING.md says: torch has no fused form of it, and it has no momentum."""
+
+    name: Literal["rprop"]
+    lr: float
+
+
+class MoreSettings(Settings):
+    optimizer: Annotated[SGD | AdamW | Rprop, Field(discriminator="name")]
+
+
+def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(classifier.OPTIMIZERS, "rprop", torch.optim.Rprop)
+    plain = settings("schedule=constant").model_dump(mode="json") | {"optimizer": {"name": "rprop", "lr": 0.1}}
+    module = classifier.Classifier(MoreSettings.model_validate(plain), ["bag", "shoe"])
+    optimizer = module.configure_optimizers()
+    assert type(optimizer) is torch.optim.Rprop
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    module(torch.rand(2, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    loop = SimpleNamespace(state_dict=dict)
+    trainer = SimpleNamespace(optimizers=[optimizer], fit_loop=loop, lr_scheduler_configs=[])
+    saved = {"loops": {"fit_loop": {}}, "optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
+    checkpoints.require_complete_state(trainer, module, saved)
+    del saved["optimizer_states"][0]["state"][0]
+    with pytest.raises(TypeError, match="the optimizer's state is not that of all weights"):
+        checkpoints.require_complete_state(trainer, module, saved)
 
 
 class Clock(Callback):

@@ -15,8 +15,8 @@ from torch import Tensor
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
+from nin.config.schema import SGD, OwnClass, OwnModel
 from nin.config.schema import Checkpoint as CheckpointSettings
-from nin.config.schema import OwnClass, OwnModel
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
@@ -216,7 +216,7 @@ def require_complete_state(trainer: Trainer, pl_module: Classifier, checkpoint: 
     if _layout(saved["param_groups"]) != _layout(fresh["param_groups"]):
         raise TypeError("param_groups of the optimizer differ")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if settings.optimizer.name == "adamw" or settings.optimizer.momentum:
+    if not isinstance(settings.optimizer, SGD) or settings.optimizer.momentum:  # SGD without momentum has no state
         with_state = sorted(saved["state"])
         # A network of the user's own may have frozen or unused weights, which have no state.
         known = isinstance(settings.model, OwnModel) and set(with_state) <= set(range(len(weights)))
