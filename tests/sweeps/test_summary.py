@@ -283,6 +283,14 @@ def test_control_characters_of_a_folder_from_elsewhere_are_escaped(
         assert "\\x1b]0;title\\x07" in printed
 
 
+def test_a_vertical_bar_does_not_end_a_cell_of_the_summary(tmp_path: Path) -> None:
+    for value in ("'a|b'", "c"):
+        put_job(tmp_path / "bars" / value, [f"model.norm={value}"], 0.9)
+    summary.report(tmp_path / "bars")
+    text = (tmp_path / "bars" / "summary.md").read_text()
+    assert "| 'a\\|b' | 0.9000 |" in text
+
+
 def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     for value in ("'a_$5'", "'$5_to_$10'"):
         put_job(tmp_path / "money" / value, [f"model.widths={value}"], 0.9)

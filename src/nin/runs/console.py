@@ -8,7 +8,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,12 @@ def format_path(path: Path) -> str:
     """``path`` relative to the working directory if it lies in it, otherwise absolute."""
     path, working_directory = path.resolve(), Path.cwd()
     return str(path.relative_to(working_directory)) if path.is_relative_to(working_directory) else str(path)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown, in which ``|`` would end a cell."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
 
 
 def tensorboard_command(folder: Path) -> str:

@@ -24,7 +24,7 @@ from nin.config.errors import printable, printable_lines
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import Console, format_path, log_to, tensorboard_command
+from nin.runs.console import Console, format_path, log_to, markdown_table, tensorboard_command
 from nin.runs.folder import RunFolder, read_text, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
@@ -282,11 +282,9 @@ def _write(
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_atomically(folder / "summary.csv", text.getvalue())
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    table = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines]
     answer = [line for note in notes for line in ("", note)]
     picture = ["![](summary.png)", ""] if best_trial(trials) else []
-    content = [f"# {title}", *answer, "", *table, "", *picture]
+    content = [f"# {title}", *answer, "", *markdown_table(rows[0], rows[1:]), "", *picture]
     write_atomically(folder / "summary.md", "\n".join(content))
     written = "summary.csv, summary.md"
     if best := best_trial(trials):

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from nin.config.errors import printable
 from nin.config.schema import UserError
-from nin.runs.console import Console, format_path, tensorboard_command
+from nin.runs.console import Console, format_path, markdown_table, tensorboard_command
 from nin.runs.folder import open_atomically, write_atomically
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
@@ -168,8 +168,7 @@ def _as_csv(rows: list[Row]) -> str:
 
 def _as_markdown(title: str, jobs: list[Job], rows: list[Row], metric: str) -> str:
     header, *lines = tabulate(rows, metric)
-    text = [f"# {title}", ""]
-    text += [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *lines)]
+    text = [f"# {title}", "", *markdown_table(header, lines)]
     text += [line for note in describe_errors(rows) for line in ("", note)]
     if failed := describe_failures(jobs):
         text += ["", "Failed:", "", *(f"* {line}" for line in failed)]

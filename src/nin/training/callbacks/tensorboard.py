@@ -24,6 +24,7 @@ from nin.config.changes import flat
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.networks.score_maps import forward_with_maps, has_score_maps
+from nin.runs.console import markdown_table
 from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw_curves, draw_wrong
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
@@ -239,13 +240,11 @@ _PLACES = ("data.root", "data.mirrors")  # where files are does not change a res
 def _table(result: dict[str, Any]) -> str:
     """``result`` as a Markdown table."""
     rows = flat({name: value for name, value in result.items() if name != "overrides"})
-    lines = [f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None]
-    return "\n".join(["| | |", "| --- | --- |", *lines])
+    return "\n".join(markdown_table(["", ""], [(k, _cell(value)) for k, value in rows.items() if value is not None]))
 
 
 def _cell(value: Any) -> str:
-    text = f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else str(value)
-    return text.replace("|", "\\|")
+    return f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else str(value)
 
 
 def _add_figure(logger: TensorBoardLogger, name: str, step: int, draw: Callable[..., Figure], *arguments: Any) -> None:
