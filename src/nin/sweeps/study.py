@@ -216,9 +216,6 @@ class Store:
         if self.storage.get_study_user_attrs(self.study_id).get(key) != value:
             self.storage.set_study_user_attr(self.study_id, key, value)
 
-    def study(self) -> optuna.Study:
-        return optuna.load_study(study_name=self.plan.name, storage=self.storage)
-
 
 def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
     """Checks that a study of this name, if there is one, is the same search.
