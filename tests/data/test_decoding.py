@@ -1,15 +1,20 @@
 import io
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nin.data.decoding import ImageError, ImageTooLargeError, decode, has_color, open_image, to_pixels
+from nin.data.decoding import ImageError, ImageTooLargeError, has_color, open_image, to_array, to_pixels
 
 RED = (250, 10, 20)
 SCAN = b"\xff\xda"
+
+
+def decode(content: bytes | Path | str, channels: int, **options: Any) -> np.ndarray:
+    return to_array(open_image(content), channels, **options)
 
 
 def content_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

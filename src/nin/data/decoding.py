@@ -37,31 +37,13 @@ def silence_pillow() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def decode(
-    content: bytes | BinaryIO | Path | str,
-    channels: int,
-    max_pixels: int = MAX_PIXELS,
-    size: int | None = None,
-    fit: str = "crop",
-) -> np.ndarray:
-    """Decodes one image to ``(height, width)`` uint8 for 1 channel, or ``(height, width, 3)`` for 3.
-
-    The EXIF orientation is applied, transparency is composited over black, 16 bits are scaled to 8, colors become gray
-    by their luminance (ITU-R 601). Of several frames the first is decoded.
-
-    Args:
-        size: height and width of the result in pixels; None keeps those of the image.
-        fit: how the image is brought to ``size``: "crop" (the centered square), "pad" (with black) or "stretch".
+def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header of an image; `to_array` reads its pixels.
 
     Raises:
         ImageTooLargeError: if it has more than ``max_pixels`` pixels.
-        ImageError: if it is not an image, is damaged, or is a JPEG file of more than `MAX_SCANS` scans.
+        ImageError: if it is not an image, has no pixels, or is a JPEG file of more than `MAX_SCANS` scans.
     """
-    return to_array(open_image(content, max_pixels), channels, size, fit)
-
-
-def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header of an image; `to_array` reads its pixels. Raises as `decode` does."""
     try:
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
         too_many_scans = image.format in ("JPEG", "MPO") and _has_too_many_scans(image)
@@ -119,8 +101,21 @@ def formats() -> list[str]:
 def to_array(
     image: Image.Image, channels: int, size: int | None = None, fit: str = "crop", invert: bool = False
 ) -> np.ndarray:
-    """The pixels of an opened image, as `decode` returns them, or with light and dark swapped; closes it."""
-    if invert:  # the padding is black after that too
+    """The pixels of an opened image, ``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3; closes it.
+
+    The EXIF orientation is applied, transparency is composited over black, 16 bits are scaled to 8, colors become gray
+    by their luminance (ITU-R 601). Of several frames the first is decoded.
+
+    Args:
+        size: height and width of the result in pixels; None keeps those of the image.
+        fit: how the image is brought to ``size``: "crop" (the centered square), "pad" (with black) or "stretch".
+        invert: whether light and dark are swapped; the padding is black all the same.
+
+    Raises:
+        ImageTooLargeError: if it does not fit in memory.
+        ImageError: if it is damaged.
+    """
+    if invert:
         return 255 - convert(to_pixels(image, size, fit, padding=255), channels)
     return convert(to_pixels(image, size, fit), channels)
 

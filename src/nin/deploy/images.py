@@ -9,7 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from nin.data.decoding import MAX_PIXELS, ImageError, formats, open_image, to_array
+from nin.data.decoding import ImageError, formats, open_image, to_array
 
 _IDX_IMAGES, _IDX_LABELS = b"\x00\x00\x08\x03", b"\x00\x00\x08\x01"  # unsigned bytes in three dimensions, in one
 
@@ -30,9 +30,9 @@ class ImageForm:
     fit: str = "stretch"
     invert: bool = False
 
-    def decode(self, content: bytes | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    def decode(self, content: bytes | Path) -> np.ndarray:
         """``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3; raises ImageError."""
-        return self.read(open_image(content, max_pixels))
+        return self.read(open_image(content))
 
     def read(self, image: Image.Image) -> np.ndarray:
         """The pixels of an opened image; closes it."""
