@@ -207,11 +207,11 @@ def test_weights_of_another_network_are_named(weight: object, message: str) -> N
 
 @pytest.mark.parametrize("keep", [0, 1, 3])
 def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) -> None:
-    folder = RunFolder(tmp_path, keep)
+    folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     for number in range(1, 6):
         folder.fresh.write_text(str(number))
-        publish(folder, best=number == 2)
+        publish(folder, best=number == 2, keep=keep)
     found = {path.name: path.read_text() for path in folder.checkpoints.iterdir()}
     older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
     assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}

@@ -186,14 +186,14 @@ def weights_sha256(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def publish(folder: RunFolder, best: bool) -> None:
-    """Renames the fresh checkpoint to last.ckpt, and copies it to best.ckpt if it is; older ones move by one."""
+def publish(folder: RunFolder, best: bool, keep: int) -> None:
+    """Renames the fresh checkpoint to last.ckpt, copies it to best.ckpt if it is; ``keep`` older ones move by one."""
     last = folder.last
     if best:
         with folder.fresh.open("rb") as content, open_atomically(folder.best) as file:
             shutil.copyfileobj(content, file)
-    if folder.keep and last.exists():
-        for i in reversed(range(1, folder.keep)):
+    if keep and last.exists():
+        for i in reversed(range(1, keep)):
             if (older := last.with_name(f"last-{i}.ckpt")).exists():
                 older.replace(last.with_name(f"last-{i + 1}.ckpt"))
         last.replace(last.with_name("last-1.ckpt"))

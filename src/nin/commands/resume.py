@@ -24,7 +24,6 @@ def main(arguments: list[str]) -> int:
     silence_known_warnings()
     folder = RunFolder(args.run)
     settings, overrides = read_settings(folder, args.overrides, args.allow)
-    folder.keep = settings.checkpoint.keep
     require_matching_start(settings.trainer)
     try:
         execute_run(RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer)))

@@ -199,7 +199,7 @@ def _check(config: DictConfig) -> RunRequest:
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
-    folder = RunFolder(config.hydra.run.dir, settings.checkpoint.keep)
+    folder = RunFolder(config.hydra.run.dir)
     require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
         raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")

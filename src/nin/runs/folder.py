@@ -40,11 +40,10 @@ class RunFolder:
 
     Args:
         path: the folder; it need not exist.
-        keep: number of checkpoints before ``last.ckpt`` that are kept to fall back on.
     """
 
-    def __init__(self, path: str | Path, keep: int = 2):
-        self.path, self.keep = Path(path), keep
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
         self.config = self.path / ".hydra" / "config.yaml"
         self.overrides = self.path / ".hydra" / "overrides.yaml"
         self.state = self.path / ".hydra" / "state.json"

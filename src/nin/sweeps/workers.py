@@ -62,7 +62,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
     settings = validate(config)
     request = RunRequest(
         settings,
-        RunFolder(folder, settings.checkpoint.keep),
+        RunFolder(folder),
         own_overrides(hydra.overrides.task),
         label="" if in_turn else f"{folder.name}  ",
         rank=global_rank(settings.trainer),

@@ -42,6 +42,7 @@ class ResumableCheckpoint(Checkpoint):
     Args:
         folder: the run's folder.
         settings: number of optimizer steps and minutes between two saves; with None for both it saves after each epoch.
+            And how many earlier checkpoints are kept.
         metrics: the callback whose latest validation metrics choose the best epoch.
         stop: the signals that request a stop.
     """
@@ -166,7 +167,7 @@ class ResumableCheckpoint(Checkpoint):
         trainer.save_checkpoint(self.folder.fresh, weights_only=False)
         if trainer.is_global_zero:
             # best.ckpt first: killed before last.ckpt is renamed, the run repeats the epoch and saves both again.
-            publish(self.folder, best)
+            publish(self.folder, best, self.settings.keep)
         trainer.strategy.barrier()  # the other processes of ddp read best.ckpt at the end
         self.saved_at = time.monotonic()
         seconds = time.perf_counter() - started
