@@ -210,8 +210,11 @@ class RunFolder:
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")
 
     def read_epochs(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys."""
-        with contextlib.suppress(OSError, ValueError):
+        """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys.
+
+        There are none if the file is missing or has other content.
+        """
+        with contextlib.suppress(OSError, ValueError, TypeError, csv.Error):
             rows = csv.DictReader(read_text(self.metrics).splitlines())
             return [{k: float(v) for k, v in row.items() if v} for row in rows]
         return []

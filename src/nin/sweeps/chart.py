@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nin.runs.folder import RunFolder, open_atomically
-from nin.sweeps.jobs import Row, read_epochs
+from nin.sweeps.jobs import Row
 
 if TYPE_CHECKING:
     import optuna
@@ -67,7 +67,7 @@ def _draw_curves(
 
     for row, label, color in zip(rows, labels, colors, strict=True):
         for i, job in enumerate(row.jobs):
-            epochs = read_epochs(RunFolder(job.folder)) if job.status != "not started" else []
+            epochs = RunFolder(job.folder).read_epochs() if job.status != "not started" else []
             points = [(e[X_AXES[x_axis]], e[metric]) for e in epochs if metric in e and X_AXES[x_axis] in e]
             x, y = zip(*points, strict=True) if points else ((), ())
             axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None)

@@ -1,7 +1,6 @@
 """A sweep's jobs: their overrides and folders, what they have in common, and their results, summarized over seeds."""
 
 import contextlib
-import csv
 import hashlib
 import math
 import os
@@ -234,7 +233,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
                 overrides.setdefault("seed", printable(str(result["seed"])))
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
             return Job(path, overrides, result["status"], numbers, hardware=_describe_hardware(result))
-    epochs = read_epochs(folder)
+    epochs = folder.read_epochs()
     scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
     return Job(path, overrides, "running" if _is_running(folder) else "unfinished", scores)
 
@@ -259,13 +258,6 @@ def _describe_hardware(result: dict[str, Any]) -> str:
         case {"device": str(device), "versions": {"torch": str(torch)}}:
             return printable(f"{device}, torch {torch}")
     return ""
-
-
-def read_epochs(folder: RunFolder) -> list[dict[str, float]]:
-    """The rows of a run's metrics.csv; none if the file has other content."""
-    with contextlib.suppress(ValueError, TypeError, csv.Error):
-        return folder.read_epochs()
-    return []
 
 
 def _drop_common(jobs: list[Job], swept: list[str]) -> None:
