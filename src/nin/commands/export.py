@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.config.schema import UserError
-from nin.runs.console import Console, log_to, silence_known_warnings
+from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
-from nin.runs.results import format_path
 
 if TYPE_CHECKING:
     from nin.deploy.export import Exporter
@@ -103,7 +102,7 @@ def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
         return 0
     path = out.with_suffix(".int8.onnx")
     try:
-        _, measured = exporter.export_int8(out, path)
+        measured = exporter.export_int8(out, path)
     except ExportError as error:
         print(f"nin export: {error}", file=sys.stderr)
         return 1

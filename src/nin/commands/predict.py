@@ -67,7 +67,8 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     silence_pillow()
 
     description = network.description
-    writer = {True: _JSON, False: _CSV if args.csv else _Rows}[args.json](description.class_names, args.top)
+    kind = _JSON if args.json else _CSV if args.csv else _Rows
+    writer = kind(description.class_names, args.top)
     names = _MapNames(args.maps) if args.maps else None
     found, broken, light = 0, 0, 0
     errors = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -40,7 +40,7 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     exported, description = path.with_suffix(".export.pt2"), exporter.description
     with _written_when_checked(exported) as temporary:
         _save_program(program, temporary, description)
-        found = exporter.check(_trained(exporter, _load_program(temporary)))
+        found = exporter.check(_trained(exporter, torch.export.load(temporary).module()))
         _save_program(program, temporary, _add(description, check=found))
     with _written_when_checked(path) as temporary:
         # The metadata is compiled in, before the package can be checked: it has the check of its program.
@@ -76,10 +76,6 @@ def _save_program(program: torch.export.ExportedProgram, path: Path, description
         torch.export.save(program, path, extra_files={f"{METADATA_KEY}.json": metadata_of(description)[METADATA_KEY]})
 
 
-def _load_program(path: Path) -> Any:
-    return torch.export.load(path).module()
-
-
 def _compile_package(program: torch.export.ExportedProgram, path: Path, description: Description) -> None:
     metadata = {key: value for key, value in metadata_of(description).items() if key != METADATA_KEY}
     torch_log = logging.getLogger("torch")
@@ -107,4 +103,4 @@ def _trained(exporter: Exporter, module: Any) -> TrainedNetwork:
         with torch.no_grad():
             return Scores(*(output.numpy() for output in module(torch.tensor(images))[:2]))
 
-    return TrainedNetwork(dataclasses.replace(exporter.description), compute)
+    return TrainedNetwork(exporter.description, compute)

@@ -56,7 +56,7 @@ class Exporter:
         overrides: Sequence[str] = (),
         allow: Sequence[str] = (),
     ):
-        require("onnx", "onnxscript", "onnxruntime")
+        require_packages()
         self.module, self.description = read_checkpoint(path, run, allow)
         self.pipeline = pipeline_of(self.module, self.description)
         self.settings, self.progress = self.module.settings, progress
@@ -84,11 +84,11 @@ class Exporter:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def export_int8(self, source: Path, path: Path) -> tuple[Description, dict[str, Any]]:
+    def export_int8(self, source: Path, path: Path) -> dict[str, Any]:
         """Quantizes the export ``source`` to int8, and keeps it at ``path`` if it loses little accuracy.
 
         Returns:
-            Its description, and sizes and rates of both files.
+            Sizes, rates and accuracies of both files.
 
         Raises:
             ExportError: if it loses more than 0.3 points of accuracy; nothing is written.
@@ -116,7 +116,7 @@ class Exporter:
             sizes = {"float": source.stat().st_size, "int8": temporary.stat().st_size}
             rates = {"float": self._rate(source), "int8": self._rate(temporary)}
             temporary.replace(path)
-            return description, {"bytes": sizes, "images_per_second": rates, "accuracy": accuracy}
+            return {"bytes": sizes, "images_per_second": rates, "accuracy": accuracy}
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -160,7 +160,9 @@ class Exporter:
         return round(right / len(self.labels), 7)
 
     def _rate(self, path: Path) -> float:
-        return images_per_second(load_onnx(path), self.images[:BATCH_IMAGES])
+        network, batch = load_onnx(path), self.images[:BATCH_IMAGES]
+        network.predict(batch)  # to warm up
+        return round(images_per_second(lambda: network.predict(batch), len(batch), seconds=2), 1)
 
 
 def probabilities_of(module: Classifier, images: Tensor) -> Tensor:
@@ -169,14 +171,13 @@ def probabilities_of(module: Classifier, images: Tensor) -> Tensor:
         return module.score(resize(images, module.settings.data.image_size)).softmax(-1)
 
 
-def images_per_second(network: TrainedNetwork, batch: np.ndarray, seconds: float = 2.0) -> float:
-    """The rate at which ``network`` scores one batch again and again, after once to warm up."""
-    network.predict(batch)
+def images_per_second(score: Callable[[], object], images: int, seconds: float) -> float:
+    """The rate of ``score``, which scores a batch of ``images`` again and again."""
     begun, done = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - begun) < seconds or not done:
-        network.predict(batch)
-        done += len(batch)
-    return round(done / elapsed, 1)
+        score()
+        done += images
+    return done / elapsed
 
 
 def measure_untrained(settings: Settings, seconds: float) -> Callable[[], float]:
@@ -189,7 +190,7 @@ def measure_untrained(settings: Settings, seconds: float) -> Callable[[], float]
     Raises:
         UserError: if a package is missing.
     """
-    require("onnx", "onnxscript", "onnxruntime")
+    require_packages()
     info, data = describe(settings.data), settings.data
     module = Classifier(settings, info.class_names, info.channels).eval().requires_grad_(False)
     pipeline = Pipeline(module.network, info.channels, info.stored_size, data.image_size, data.test_time_flip).eval()
@@ -199,15 +200,9 @@ def measure_untrained(settings: Settings, seconds: float) -> Callable[[], float]
         session = open_session(path, torch.get_num_threads())
     shape = (data.batch_size, info.stored_size, info.stored_size)
     images = np.zeros(shape if info.channels == 1 else (*shape, 3), np.uint8)
-
-    def measure() -> float:
-        begun, done = time.perf_counter(), 0
-        while (elapsed := time.perf_counter() - begun) < seconds or not done:
-            session.run(["probabilities"], {"images": images})
-            done += len(images)
-        return done / elapsed
-
-    return measure
+    return lambda: images_per_second(
+        lambda: session.run(["probabilities"], {"images": images}), data.batch_size, seconds
+    )
 
 
 def trace_onnx(pipeline: Pipeline) -> Any:
@@ -243,9 +238,9 @@ def _save(model: Any, path: Path, description: Description) -> None:
     path.write_bytes(model.SerializeToString())
 
 
-def require(*packages: str) -> None:
+def require_packages() -> None:
     """Raises UserError, with the line that installs them, if a package is missing."""
     import importlib.util
 
-    if missing := [name for name in packages if not importlib.util.find_spec(name)]:
+    if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]:
         raise UserError(f"needs {', '.join(missing)}: python3 -m pip install {' '.join(missing)}")
