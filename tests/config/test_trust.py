@@ -57,6 +57,9 @@ def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(setting
     require_trusted_targets(settings(), [])  # the defaults
     require_trusted_targets(stored(settings, _target_="my_package.part.Callback"), ["my_package"])
     assert "my_package_of_another" in refusal(stored(settings, _target_="my_package_of_another.X"), "my_package")
+    # One class alone may be allowed too.
+    require_trusted_targets(stored(settings, _target_="my_package.part.Callback"), ["my_package.part.Callback"])
+    assert "my_package.part.C" in refusal(stored(settings, _target_="my_package.part.C"), "my_package.part.Callback")
 
 
 def test_a_class_of_another_package_is_not_trusted_because_a_trusted_one_imports_it(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nin.config.changes import is_within
 from nin.config.composition import compose_settings
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
@@ -27,7 +28,7 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
         for name, config in getattr(stored, group).items():
             for key, value in _leaves(config, f"{group}.{name}"):
                 if key.endswith("._target_"):
-                    if not _is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
+                    if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
                         module = str(value).partition(".")[0]
                         errors.append(
                             f"{key}={value}: this run's config is not allowed to call it; if you trust it, add "
@@ -65,7 +66,7 @@ def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
     errors = []
     for group in ("model", "data", "optimizer", "schedule"):
         section = getattr(stored, group)
-        if isinstance(section, OwnClass) and not _is_within(section.target, allowed):
+        if isinstance(section, OwnClass) and not is_within(section.target, allowed):
             if group in ("optimizer", "schedule") and section.target.startswith("torch.optim."):
                 continue
             module = section.target.partition(".")[0]
@@ -88,13 +89,9 @@ def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
         yield prefix, config
 
 
-def _is_within(target: str, modules: list[str]) -> bool:
-    return any(target.startswith(f"{module}.") for module in modules)
-
-
 def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
     """Whether ``target`` is a class of a trusted package, of the kind that the entry of ``group`` needs."""
-    if not isinstance(target, str) or not is_entry or not _is_within(target, list(_TRUSTED)):
+    if not isinstance(target, str) or not is_entry or not is_within(target, _TRUSTED):
         return False
     from hydra.errors import HydraException
     from hydra.utils import get_class
@@ -105,7 +102,7 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
         found = get_class(target)
     except (HydraException, ImportError, ValueError, AttributeError):
         return False
-    return issubclass(found, Logger if group == "logger" else Callback) and _is_within(found.__module__, list(_TRUSTED))
+    return issubclass(found, Logger if group == "logger" else Callback) and is_within(found.__module__, _TRUSTED)
 
 
 def ignore_stored_actions(stored: Settings) -> Settings:
@@ -122,9 +119,7 @@ def ignore_stored_actions(stored: Settings) -> Settings:
     if isinstance(data, FolderData):
         data = data.model_copy(update={"cache": None})
     elif isinstance(data, Data):
-        defaults = compose_settings([f"data={data.name}", "model=nin_small"])
-        assert isinstance(defaults.data, Data)
-        data = data.model_copy(update={"mirrors": defaults.data.mirrors})
+        data = data.model_copy(update={"mirrors": _default_data(data.name).mirrors})
     trainer = stored.trainer.model_copy(update={"profiler": None})
     return stored.model_copy(update={"data": data, "trainer": trainer})
 
@@ -143,6 +138,11 @@ def ignore_stored_root(stored: Settings) -> Settings:
     data: Data | FolderData | OwnData = stored.data
     if not isinstance(data, Data):
         return stored
-    defaults = compose_settings([f"data={data.name}", "model=nin_small"])
-    assert isinstance(defaults.data, Data)
-    return stored.model_copy(update={"data": data.model_copy(update={"root": defaults.data.root})})
+    return stored.model_copy(update={"data": data.model_copy(update={"root": _default_data(data.name).root})})
+
+
+def _default_data(name: str) -> Data:
+    """The section of a data set as it is on this machine when nothing is overridden."""
+    data = compose_settings([f"data={name}", "model=nin_small"]).data
+    assert isinstance(data, Data)
+    return data
