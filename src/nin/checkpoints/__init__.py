@@ -2,5 +2,6 @@
 
 A module imports only from the modules below it:
 
-    files, loop_state, random_state  atomic, checksummed files; the counters of Lightning's loops; random generators
+    files, weights            atomic, checksummed files; whether the weights in them are those of a network
+    loop_state, random_state  the counters of Lightning's loops; random generators
 """

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor, nn
 
 from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
@@ -142,48 +141,6 @@ def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | 
     if allowed is not None:
         require_allowed_classes(stored, allowed)
     return stored
-
-
-def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Checks that a checkpoint has the weights of ``module``, with their shapes and types, all finite.
-
-    Any type of floating-point numbers is accepted: ``module`` is float32 until the Trainer converts it to the type of
-    ``trainer.precision=bf16-true``, in which checkpoints are saved.
-
-    Raises:
-        UserError: names the weights that differ.
-    """
-    saved, current = checkpoint["state_dict"], module.state_dict()
-    wrong = [
-        f"{name} is {'missing' if name in current else 'unknown'}" for name in sorted(saved.keys() ^ current.keys())
-    ]
-    for name in (name for name in current if name in saved):
-        if not isinstance(saved[name], Tensor):
-            wrong.append(f"{name} is a {type(saved[name]).__name__}")
-        elif saved[name].shape != current[name].shape or not _same_type(saved[name], current[name]):
-            wrong.append(f"{name} is {_kind(saved[name])}, not {_kind(current[name])}")
-        # A buffer of the user's own network, such as a mask, may be infinite from the start.
-        elif not bool((saved[name].isfinite() | ~current[name].cpu().isfinite()).all()):
-            wrong.append(f"{name} has values that are NaN or infinite")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the checkpoint's weights are not those of the network: {', '.join(wrong[:3])}{more}")
-
-
-def _same_type(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype or (a.is_floating_point() and b.is_floating_point())
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def weights_sha256(network: nn.Module) -> str:
-    """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def publish(folder: RunFolder, best: bool, keep: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.files import weights_sha256
+from nin.checkpoints.weights import load_weights, weights_sha256
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
@@ -94,8 +94,7 @@ def read_checkpoint(
             "and RGB (3)"
         )
     module = Classifier(settings, class_names, in_channels)
-    checkpoint_files.require_matching_weights(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    load_weights(module, checkpoint)
     module = module.float().eval().requires_grad_(False)
     data = settings.data
     result = (run.read_result() if run else None) or {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.weights import load_weights
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import MetricsLogger
@@ -32,8 +32,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     module = Classifier(settings, data.class_names, data.channels)
     if settings.trainer.precision == "64-true":
         module.double()  # float32 would round the weights
-    checkpoint_files.require_matching_weights(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    load_weights(module, checkpoint)
     # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
     one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
     trainer = settings.trainer.model_copy(update={**one, "profiler": None})

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.files import weights_sha256
+from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
@@ -139,7 +139,7 @@ class Experiment:
     def _require_resumable(self) -> None:
         if self.checkpoint is None:
             return
-        checkpoint_files.require_matching_weights(self.module, self.checkpoint)
+        require_matching_weights(self.module, self.checkpoint)
         done = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
         max_epochs = self.settings.trainer.max_epochs
         if max_epochs not in (-1, None) and done > max_epochs:
@@ -187,9 +187,7 @@ class Experiment:
 
     def _load_best(self) -> None:
         """Loads the weights of ``best.ckpt``; if it is missing or damaged, no other weights are tested instead."""
-        best = checkpoint_files.read(self.folder.best)
-        checkpoint_files.require_matching_weights(self.module, best)
-        self.module.load_state_dict(best["state_dict"])
+        load_weights(self.module, checkpoint_files.read(self.folder.best))
 
     def _describe(self, tested: dict[str, Any], final_weights: str) -> dict[str, Any]:
         best, metrics = self.checkpoints.best, self.metrics

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from nin.checkpoints.weights import load_weights
+from nin.config.schema import UserError
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(4, 3), "weight is float32 [4, 3], not float32 [3, 4]"),
+        (torch.zeros(1), "weight is float32 [1], not float32 [3, 4]"),
+        (torch.zeros(3, 4, dtype=torch.int64), "weight is int64 [3, 4], not float32 [3, 4]"),
+        (torch.zeros(3, 4, dtype=torch.bool), "weight is bool [3, 4], not float32 [3, 4]"),
+        (torch.full((3, 4), torch.nan), "weight has values that are NaN or infinite"),
+        (torch.tensor([[0.0] * 4] * 2 + [[0.0, torch.nan, 0.0, 0.0]]), "weight has values that are NaN or infinite"),
+        (torch.tensor([[torch.inf] + [0.0] * 3] + [[0.0] * 4] * 2), "weight has values that are NaN or infinite"),
+        (torch.full((3, 4), -torch.inf), "weight has values that are NaN or infinite"),
+        ([1.0], "weight is a list"),
+        (None, "weight is missing"),
+    ],
+)
+def test_weights_of_another_network_are_named(weight: object, message: str) -> None:
+    module = torch.nn.Linear(4, 3)
+    state = module.state_dict() | {"weight": weight}
+    if weight is None:
+        del state["weight"]
+    with pytest.raises(UserError) as refused:
+        load_weights(module, {"state_dict": state})
+    assert str(refused.value) == f"the checkpoint's weights are not those of the network: {message}"
+    other = torch.nn.Linear(4, 3)
+    load_weights(other, {"state_dict": module.state_dict()})
+    assert torch.equal(other.weight, module.weight)
