@@ -6,6 +6,7 @@ import io
 import json
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ def encoded(image: np.ndarray, form: str = "png", **options: object) -> bytes:
     return file.getvalue()
 
 
+LIMITS = Limits(body_bytes=20_000_000, pixels=25_000_000, waiting_images=256, seconds=30)
 SMALL, MANY_PIXELS = np.zeros((28, 28), np.uint8), np.zeros((500, 500), np.uint8)
 
 
@@ -63,7 +65,7 @@ async def post(service: Service, body: bytes, query: bytes = b"") -> tuple[int, 
 def test_many_pixels_or_bytes_are_decoded_beside_the_event_loop() -> None:
     async def play() -> None:
         many_bytes = encoded(SMALL, "tiff", tiffinfo={270: "x" * 30_000})
-        async with busy_service(Limits()) as (service, done):
+        async with busy_service(LIMITS) as (service, done):
             large = [asyncio.create_task(post(service, body)) for body in (encoded(MANY_PIXELS), many_bytes)]
             assert await post(service, encoded(SMALL)) == (200, "")
             assert not any(task.done() for task in large)
@@ -76,7 +78,7 @@ def test_many_pixels_or_bytes_are_decoded_beside_the_event_loop() -> None:
 
 def test_images_that_wait_to_be_decoded_count_as_waiting() -> None:
     async def play() -> None:
-        async with busy_service(Limits(waiting_images=2)) as (service, done):
+        async with busy_service(replace(LIMITS, waiting_images=2)) as (service, done):
             asyncio.get_running_loop().call_later(1, done.set)
             answers = await asyncio.gather(*(post(service, encoded(MANY_PIXELS)) for _ in range(5)))
             assert sorted(answers) == [(200, "")] * 2 + [(503, "the server is overloaded")] * 3
@@ -87,7 +89,7 @@ def test_images_that_wait_to_be_decoded_count_as_waiting() -> None:
 
 def test_the_time_for_an_answer_includes_decoding() -> None:
     async def play() -> None:
-        async with busy_service(Limits(answer_seconds=0.1)) as (service, _):
+        async with busy_service(replace(LIMITS, seconds=0.1)) as (service, _):
             assert await post(service, encoded(MANY_PIXELS)) == (503, "the server is overloaded: no answer in time")
             assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
 
@@ -103,7 +105,7 @@ def test_light_and_dark_are_swapped_before_an_image_is_padded() -> None:
 
     async def play() -> None:
         known = Description(["a"], 1, 28, 28, False, "gap", {}, fit="pad")
-        service = Service(TrainedNetwork(known, compute), Limits(), None)
+        service = Service(TrainedNetwork(known, compute), LIMITS, None)
         service.batcher.start()
         for size in ((28, 84), (280, 840)):  # decoded at once, and in the decoder's thread
             assert await post(service, encoded(np.full(size, 255, np.uint8)), b"invert=true") == (200, "")

@@ -48,12 +48,9 @@ def main(arguments: list[str]) -> int:
         export = find_export(args.network)
         limits = Limits(
             body_bytes=int(args.max_megabytes * 1e6),
-            all_body_bytes=int(16 * args.max_megabytes * 1e6),
             pixels=int(args.max_megapixels * 1e6),
             waiting_images=args.max_waiting,
-            waiting_pixels=int(4 * args.max_megapixels * 1e6),
-            body_seconds=args.timeout,
-            answer_seconds=args.timeout,
+            seconds=args.timeout,
         )
         service = Service(load_onnx(export, args.threads), limits, os.environ.get(KEY) or None)
         address = f"[{args.host}]" if ":" in args.host else args.host

@@ -39,21 +39,25 @@ class Limits:
 
     Attributes:
         body_bytes: of a request's body; 413 above.
-        all_body_bytes: of all bodies that arrive or wait to be decoded; 503 above for those that are not small.
         pixels: of one image; 413 above.
         waiting_images: of all images that wait to be decoded or scored; 503 above.
-        waiting_pixels: of all images that wait to be scored; 503 above.
-        body_seconds: until a request's body has arrived; 408 after.
-        answer_seconds: from then until its image is decoded and scored; 503 after.
+        seconds: until a request's body has arrived, 408 after; from then until its image is scored, 503 after.
     """
 
-    body_bytes: int = 20_000_000
-    all_body_bytes: int = 320_000_000
-    pixels: int = 25_000_000
-    waiting_images: int = 256
-    waiting_pixels: int = 100_000_000
-    body_seconds: float = 30
-    answer_seconds: float = 30
+    body_bytes: int
+    pixels: int
+    waiting_images: int
+    seconds: float
+
+    @property
+    def all_body_bytes(self) -> int:
+        """Of all bodies that arrive or wait to be decoded; 503 above for those that are not small."""
+        return 16 * self.body_bytes
+
+    @property
+    def waiting_pixels(self) -> int:
+        """Of all images that wait to be scored; 503 above."""
+        return 4 * self.pixels
 
 
 class Service:
@@ -166,7 +170,7 @@ class Service:
         parts: list[bytes] = []
         try:
             await self._read_body(request, parts)
-            answer.reschedule(asyncio.get_running_loop().time() + self.limits.answer_seconds)
+            answer.reschedule(asyncio.get_running_loop().time() + self.limits.seconds)
             body = b"".join(parts)
             if request.headers.get("content-type", "").startswith("multipart/form-data"):
                 body = await read_file(request, body)
@@ -184,7 +188,7 @@ class Service:
         if declared.isdigit() and int(declared) > 2 * limit:
             raise too_large
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
+            async with asyncio.timeout(self.limits.seconds):
                 async for part in request.stream():
                     size += len(part)
                     if size > 2 * limit:
