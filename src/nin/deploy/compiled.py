@@ -15,7 +15,7 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import Dim
 
 from nin.config.schema import UserError
-from nin.deploy.export import Exporter, example_images
+from nin.deploy.export import Exporter, example_images, written_when_checked
 from nin.deploy.onnx_model import METADATA_KEY, metadata_of
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 
@@ -38,11 +38,11 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
     program = torch.export.export(exporter.pipeline, example_images(exporter.pipeline), dynamic_shapes=(sizes,))
     exported, description = path.with_suffix(".export.pt2"), exporter.description
-    with _written_when_checked(exported) as temporary:
+    with written_when_checked(exported) as temporary:
         _save_program(program, temporary, description)
         found = exporter.check(_trained(exporter, torch.export.load(temporary).module()))
         _save_program(program, temporary, _add(description, check=found))
-    with _written_when_checked(path) as temporary:
+    with written_when_checked(path) as temporary:
         # The metadata is compiled in, before the package can be checked: it has the check of its program.
         _compile_package(program, temporary, _add(description, check_of_program=found))
         found_of_package = exporter.check(_trained(exporter, aoti_load_package(str(temporary))))
@@ -50,17 +50,6 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
         (exported, _describe(found, "torch.export.load() in Python")),
         (path, _describe(found_of_package, "torch::inductor::AOTIModelPackageLoader in C++")),
     ]
-
-
-@contextlib.contextmanager
-def _written_when_checked(path: Path) -> Iterator[Path]:
-    """Gives a temporary file, which is renamed to ``path`` at the end and removed after an error."""
-    temporary = path.with_name(f"tmp-{path.name}")  # with the suffix that torch's functions require
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _add(description: Description, **more: Any) -> Description:

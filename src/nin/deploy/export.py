@@ -1,9 +1,10 @@
 """Exports a checkpoint to one file with all preprocessing inside, and checks it against the checkpoint."""
 
+import contextlib
 import dataclasses
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +72,14 @@ class Exporter:
         Raises:
             ExportError: if they differ; nothing is written.
         """
-        temporary = path.with_name(f".{path.stem}.tmp.onnx")
-        try:
+        with written_when_checked(path) as temporary:
             program = trace_onnx(self.pipeline)
             _save(program.model_proto, temporary, self.description)
             found = self.check(load_onnx(temporary))
             # What the check found is part of the file; the weights and operators stay those that were checked.
             description = dataclasses.replace(self.description, more=self.description.more | {"check": found})
             _save(program.model_proto, temporary, description)
-            temporary.replace(path)
-            return description
-        finally:
-            temporary.unlink(missing_ok=True)
+        return description
 
     def export_int8(self, source: Path, path: Path) -> dict[str, Any]:
         """Quantizes the export ``source`` to int8, and keeps it at ``path`` if it loses little accuracy.
@@ -93,14 +90,13 @@ class Exporter:
         Raises:
             ExportError: if it loses more than 0.3 points of accuracy; nothing is written.
         """
+        import onnx
+
         from nin.deploy.quantize import quantize
 
         images, _ = load_part(self.here, "train")
-        temporary = path.with_name(f".{path.stem}.tmp.onnx")
-        try:
+        with written_when_checked(path) as temporary:
             quantize(source, temporary, images)
-            import onnx
-
             accuracy = {
                 name: self._accuracy(load_onnx(file)) for name, file in (("float", source), ("int8", temporary))
             }
@@ -115,10 +111,7 @@ class Exporter:
             _save(onnx.load(temporary), temporary, description)
             sizes = {"float": source.stat().st_size, "int8": temporary.stat().st_size}
             rates = {"float": self._rate(source), "int8": self._rate(temporary)}
-            temporary.replace(path)
-            return {"bytes": sizes, "images_per_second": rates, "accuracy": accuracy}
-        finally:
-            temporary.unlink(missing_ok=True)
+        return {"bytes": sizes, "images_per_second": rates, "accuracy": accuracy}
 
     def map_size(self) -> tuple[int, int] | None:
         """Height and width of the score maps; None where the export has none."""
@@ -163,6 +156,17 @@ class Exporter:
         network, batch = load_onnx(path), self.images[:BATCH_IMAGES]
         network.predict(batch)  # to warm up
         return round(images_per_second(lambda: network.predict(batch), len(batch), seconds=2), 1)
+
+
+@contextlib.contextmanager
+def written_when_checked(path: Path) -> Iterator[Path]:
+    """Gives a temporary file, which is renamed to ``path`` at the end and removed after an error."""
+    temporary = path.with_name(f"tmp-{path.name}")  # with the suffix that torch's functions require
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def probabilities_of(module: Classifier, images: Tensor) -> Tensor:
