@@ -21,7 +21,7 @@ from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import search_checks, search_report
+from nin.sweeps import checks, search_checks, search_report
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
 from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs, describe_answer
@@ -304,7 +304,7 @@ def test_control_characters_of_a_study_from_elsewhere_are_escaped(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_checks.importlib.util, "find_spec", lambda name: None if name == "optuna" else True)
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "optuna" else True)
     with pytest.raises(UserError, match=r"not installed: optuna; run: python3 -m pip install optuna cmaes scipy"):
         check(*SMALL, LR)
 

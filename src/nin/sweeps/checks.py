@@ -19,6 +19,8 @@ _PACKAGES = {
     "hydra_submitit_launcher": "hydra-submitit-launcher submitit",
     "hydra_ray_launcher": "hydra-ray-launcher ray",
 }
+# What a search imports, and the names to install.
+_SEARCH_PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "sklearn": "scikit-learn"}
 
 
 def require_launcher(target: str) -> None:
@@ -37,6 +39,19 @@ def require_launcher(target: str) -> None:
     if not found:
         raise UserError(
             f"hydra/launcher: its package is not installed; run: python3 -m pip install {_PACKAGES[plugin]}"
+        )
+
+
+def require_search_packages() -> None:
+    """Checks that the packages of a search are installed.
+
+    Raises:
+        UserError: names those that are missing.
+    """
+    if missing := [name for module, name in _SEARCH_PACKAGES.items() if not importlib.util.find_spec(module)]:
+        raise UserError(
+            f"hydra/sweeper=optuna: not installed: {', '.join(missing)}; run: python3 -m pip install "
+            f"{' '.join(_SEARCH_PACKAGES.values())}"
         )
 
 

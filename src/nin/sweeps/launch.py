@@ -22,11 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
-from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher
+from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
-from nin.sweeps.search import TARGET, Search
-from nin.sweeps.search_checks import check_search
 from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
@@ -39,6 +37,9 @@ from nin.sweeps.workers import (
 from nin.system.devices import default_threads
 from nin.system.processes import StoppedError, multi_process_launcher, quoted, remove_left_over_ranks
 from nin.training.run import RunFailedError
+
+# Imported where a search starts: other sweeps need no Optuna.
+_SEARCH = "nin.sweeps.search.Search"
 
 
 class Sweep:
@@ -70,11 +71,14 @@ class Sweep:
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
-        self.is_search = config.hydra.sweeper._target_ == TARGET
+        self.is_search = config.hydra.sweeper._target_ == _SEARCH
         swept, fixed = self._parse(params, task)
         jobs = self._check(params, task)
         count = len(jobs)
         if self.is_search:
+            require_search_packages()
+            from nin.sweeps.search_checks import check_search
+
             jobs, count = check_search(config, task, on_this_machine=not is_cluster(launcher._target_))
         if is_joblib(launcher._target_):
             self._configure_joblib(launcher, jobs)
@@ -154,6 +158,8 @@ class Sweep:
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
         context = HydraContext(config_loader=loader, callbacks=callbacks)
         if self.is_search:  # not a plugin of Hydra, whose classes must be in the package hydra_plugins
+            from nin.sweeps.search import Search
+
             sweeper: Any = Search(**self.config.hydra.sweeper)
             sweeper.setup(config=self.config, hydra_context=context, task_function=run_sweep_job)
         else:

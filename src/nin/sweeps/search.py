@@ -10,24 +10,24 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
+from optuna.trial import FrozenTrial, TrialState
 
 from nin.config.composition import compose_settings
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.search_checks import count_trials, read_plan, read_settings
+from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
+from nin.sweeps.space import overrides_of, read_space, silence_optuna
+from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
+from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-
-TARGET = "nin.sweeps.search.Search"
 _POLL_SECONDS = 1.0
 
 
@@ -64,9 +64,6 @@ class Search(Sweeper):
             RunFailedError: if too many trials failed, or none completed.
             UserError, StoppedError, SweepInterrupt: what ended a job and the search with it.
         """
-        from nin.sweeps.space import read_space, silence_optuna
-        from nin.sweeps.study import Store
-
         silence_optuna()
         space, self.fixed = read_space(self.params, arguments)
         self.selects_configs = any("@" in key or self._group_options(key) for key in space)
@@ -74,7 +71,7 @@ class Search(Sweeper):
         self.total = count_trials(self.plan, self.settings)
         self.folder = Path(self.config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.store: Store = Store(self.plan, self.folder, self.settings.storage)
+        self.store = Store(self.plan, self.folder, self.settings.storage)
         self._write_description()
         if self.total < self.settings.n_trials:
             print(f"the grid has {self.total} points, so there are {self.total} trials")
@@ -112,14 +109,12 @@ class Search(Sweeper):
                     shared = True
                 time.sleep(_POLL_SECONDS)
 
-    def _take(self, trials: Sequence["FrozenTrial"]) -> tuple[list[int], int]:
+    def _take(self, trials: Sequence[FrozenTrial]) -> tuple[list[int], int]:
         """Claims the trials of the first batch that has some to run, and proposes those that it lacks.
 
         Returns:
             Their numbers, and the number with which the batch starts.
         """
-        from nin.sweeps.study import propose, visible
-
         known = list(trials)
         for start in range(0, self.total, self.plan.batch_size):
             taken = []
@@ -133,7 +128,7 @@ class Search(Sweeper):
                 return taken, start
         return [], 0
 
-    def _run_batch(self, batch: list[int], start: int, trials: Sequence["FrozenTrial"]) -> None:
+    def _run_batch(self, batch: list[int], start: int, trials: Sequence[FrozenTrial]) -> None:
         jobs: dict[int, list[str]] = {}
         for number in batch:
             if words := self._prepare(number, start, trials):
@@ -149,16 +144,10 @@ class Search(Sweeper):
             self.store.claims.release(number)
 
     def _run_folder(self, number: int) -> RunFolder:
-        from nin.sweeps.study import trial_name
-
         return RunFolder(self.folder / trial_name(number))
 
-    def _prepare(self, number: int, start: int, trials: Sequence["FrozenTrial"]) -> list[str] | None:
+    def _prepare(self, number: int, start: int, trials: Sequence[FrozenTrial]) -> list[str] | None:
         """The overrides of a trial's job; None if it has ended already, or its configuration can't be composed."""
-        from nin.sweeps.space import overrides_of
-        from nin.sweeps.study import visible
-        from nin.training.pruning import write_comparison
-
         folder, own = self._run_folder(number), overrides_of(trials[number].params)
         if folder.result_status():  # the search was killed before it was recorded
             return None
@@ -200,11 +189,6 @@ class Search(Sweeper):
         folder.write_result({"status": "failed", "error": str(error), "overrides": words})
 
     def _record(self, number: int, folder: RunFolder) -> None:
-        from optuna.trial import TrialState
-
-        from nin.sweeps.study import WITHOUT_SCORE
-        from nin.training.pruning import TrialPruner
-
         result: dict[str, Any] = folder.read_result() or {}
         scores = {int(row["epoch"]): row["val/acc"] for row in folder.read_epochs() if "val/acc" in row}
         rungs: dict[str, float] = {}
@@ -227,7 +211,7 @@ class Search(Sweeper):
                 case _:
                     self.store.finish(number, TrialState.COMPLETE, score, scores, rungs)
 
-    def _require_few_failures(self, trials: Sequence["FrozenTrial"]) -> None:
+    def _require_few_failures(self, trials: Sequence[FrozenTrial]) -> None:
         failed = sum(trial.state.name == "FAIL" for trial in trials)
         if self.settings.max_failures is not None and failed >= self.settings.max_failures:
             raise RunFailedError(self._give_up(f"{failed} trials have failed (hydra.sweeper.max_failures)"))
@@ -238,9 +222,6 @@ class Search(Sweeper):
 
     def _finish(self) -> None:
         """Tests the best trial, or trains its configuration anew with the final seeds."""
-        from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
-        from nin.sweeps.space import overrides_of
-
         trials = self.store.trials()[: self.total]
         best = best_trial(trials)
         if best is None:

@@ -1,10 +1,9 @@
 """What a search needs is checked before anything is written."""
 
-import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
@@ -18,11 +17,8 @@ from nin.config.types import Positive, Section
 from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
 from nin.sweeps.claims import require_postgresql
-
-if TYPE_CHECKING:
-    from nin.sweeps.study import Plan
-
-_PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "sklearn": "scikit-learn"}
+from nin.sweeps.space import grid_size, overrides_of, read_space, sample_corners
+from nin.sweeps.study import JOURNAL, Plan, open_database, open_journal, require_same_plan
 
 _AT_AN_END = (
     "a search compares val/acc at the end of epochs, which would end without a validation; leave "
@@ -65,13 +61,6 @@ def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> 
         UserError: lists every error that is found.
     """
     settings = read_settings(config)
-    if missing := [name for module, name in _PACKAGES.items() if not importlib.util.find_spec(module)]:
-        raise UserError(
-            f"hydra/sweeper=optuna: not installed: {', '.join(missing)}; run: python3 -m pip install "
-            f"{' '.join(_PACKAGES.values())}"
-        )
-    from nin.sweeps.space import read_space
-    from nin.sweeps.study import JOURNAL, open_database, open_journal, require_same_plan
 
     if config.sweep.fail_fast:
         raise UserError("sweep.fail_fast=true: of a search, give hydra.sweeper.max_failures=1 instead")
@@ -107,8 +96,7 @@ def read_settings(config: DictConfig) -> SearchSettings:
         raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
 
 
-def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: SearchSettings) -> "Plan":
-    from nin.sweeps.study import Plan
+def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: SearchSettings) -> Plan:
 
     may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
     words = [word for word in fixed if not is_within(word.partition("=")[0], [*may_change, "hydra"])]
@@ -125,9 +113,8 @@ def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: Se
     )
 
 
-def count_trials(plan: "Plan", settings: SearchSettings) -> int:
+def count_trials(plan: Plan, settings: SearchSettings) -> int:
     """The number of trials; of a grid, at most as many as it has points."""
-    from nin.sweeps.space import grid_size
 
     return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
 
@@ -138,7 +125,6 @@ def _check_space(space: Any, fixed: list[str], on_this_machine: bool) -> list[Se
     Raises:
         UserError: with the errors of the first point if all are refused, or of the keys that can't have a value.
     """
-    from nin.sweeps.space import overrides_of, sample_corners
 
     errors: list[tuple[str, ...]] = []
     checked: list[Settings] = []
