@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,20 @@ def test_overrides_choose_the_network(capsys: pytest.CaptureFixture[str]) -> Non
 def test_options_that_would_have_no_effect_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("inspect", options) == 2
     assert capsys.readouterr().err == f"nin inspect: {options[0]}: an option of nin train only; leave it out\n"
+
+
+def test_options_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("inspect", ["--experiment", "cpu"]) == 2
+    message = "nin inspect: --experiment: no such option; settings are given without dashes, as in experiment=…; "
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_the_users_own_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /model: lenet\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    assert cli.run("inspect", ["--config-dir", str(tmp_path), "experiment=mine"]) == 0
+    assert capsys.readouterr().out.strip().startswith("lenet at ")
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

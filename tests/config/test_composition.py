@@ -90,13 +90,6 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
                           "+callbacks.dead_units.image=…")  # fmt: skip
 
 
-def test_options_are_not_abbreviated() -> None:
-    assert errors_of("--experiment", "cpu") == (
-        "--experiment: no such option; settings are given without dashes, as in seed=1",
-    )
-    assert errors_of("--experimental-rerun", "x")[0].startswith("--experimental-rerun: no such option")
-
-
 def test_text_with_special_characters_is_to_be_quoted() -> None:
     assert errors_of("name=a (2)", "data.root=ph=1", "model.widths=[1,2") == (
         "name=a (2): must be one plain word that can name a folder: letters, digits and _-=,+@, and . not in front",
@@ -172,7 +165,7 @@ def test_a_key_that_only_another_model_has() -> None:
 def test_the_users_own_config_dir(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.7\n")
-    assert compose_settings(["--config-dir", str(tmp_path), "experiment=mine"]).optimizer.lr == 0.7
+    assert compose_settings(["experiment=mine"], str(tmp_path)).optimizer.lr == 0.7
 
 
 def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:

@@ -15,9 +15,9 @@ from nin.config.schema import CONF, NETWORKS, UserError
 from nin.networks.build import build_network, require_buildable
 
 
-def refused(*overrides: str) -> str:
+def refused(*overrides: str, config_dir: Path | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        require_buildable(compose_settings(list(overrides)))
+        require_buildable(compose_settings(list(overrides), str(config_dir) if config_dir else None))
     return str(caught.value)
 
 
@@ -66,7 +66,7 @@ def test_arguments_that_do_not_fit_each_other(override: str, message: str) -> No
 def test_a_class_that_can_not_be_imported_is_named_before_data_are_prepared(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("_target_: nowhere.Net\ninput_size: 28\n")
-    message = refused("--config-dir", str(tmp_path), "model=mine")
+    message = refused("model=mine", config_dir=tmp_path)
     assert message.startswith("model._target_=nowhere.Net: can't be imported (")
 
 

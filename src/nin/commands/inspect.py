@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from nin.config.composition import compose_config, compose_settings
-from nin.config.schema import Settings
+from nin.config.composition import compose_config, compose_settings, parse_arguments
+from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console
@@ -31,7 +31,10 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
-    settings = compose_settings(arguments)
+    args = parse_arguments(arguments)
+    if others := [name for name, value in vars(args).items() if value and name not in ("overrides", "config_dir")]:
+        raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
+    settings = compose_settings(args.overrides, args.config_dir)
     console = Console(highlight=False)
     console.print(_layers_table(settings))
     console.print("receptive field: pixels per side on which one output value can depend\n")

@@ -11,7 +11,7 @@ import hydra
 import hydra.version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import run_job
@@ -25,8 +25,8 @@ from nin.config.composition import (
     COMPOSITION_ERRORS,
     collect_errors,
     first_job_overrides,
+    parse_arguments,
 )
-from nin.config.errors import did_you_mean
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
@@ -47,28 +47,6 @@ def main(arguments: list[str]) -> int:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         config = compose(app, args, RunMode.MULTIRUN if is_sweep else RunMode.RUN)
         return start_sweep(app, config) if is_sweep else run_once(app, config)
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Parses Hydra's options. Settings are given as ``key=value``, without dashes.
-
-    Raises:
-        UserError: on an unknown option.
-    """
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
-    args, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        option = unknown[0].partition("=")[0]
-        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
-        options.remove("--experimental-rerun")  # refused below
-        raise UserError(
-            f"{option}: no such option; settings are given without dashes, as in {option.lstrip('-') or 'seed'}=…; "
-            f"{did_you_mean(option, options)}"
-        )
-    if args.experimental_rerun:
-        raise UserError("--experimental-rerun: not supported; use nin resume RUN")
-    return args
 
 
 def show(arguments: list[str], args: argparse.Namespace) -> int:

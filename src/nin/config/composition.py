@@ -1,5 +1,6 @@
 """Composes ``conf/`` outside ``hydra.main``, and reports all errors of a command line at once."""
 
+import argparse
 import contextlib
 import json
 import math
@@ -27,25 +28,42 @@ from nin.config.validation import find_override_errors, validate
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
 
 
-def compose_settings(arguments: list[str]) -> Settings:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parses Hydra's options. Settings are given as ``key=value``, without dashes.
+
+    Raises:
+        UserError: on an unknown option.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
+        options.remove("--experimental-rerun")  # refused below
+        raise UserError(
+            f"{option}: no such option; settings are given without dashes, as in {option.lstrip('-') or 'seed'}=…; "
+            f"{did_you_mean(option, options)}"
+        )
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun: not supported; use nin resume RUN")
+    return args
+
+
+def compose_settings(overrides: list[str], config_dir: str | None = None) -> Settings:
     """Returns the settings that a command line requests.
+
+    Args:
+        config_dir: a folder of the user's own configs.
 
     Raises:
         UserError: lists every error in it.
     """
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
-    known, unknown = parser.parse_known_args(arguments)
-    unknown += ["--experimental-rerun"] if known.experimental_rerun else []
-    if unknown:
-        raise UserError(f"{' '.join(unknown)}: no such option; settings are given without dashes, as in seed=1")
-    if others := [name for name, value in vars(known).items() if value and name not in ("overrides", "config_dir")]:
-        raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
     try:
-        config = compose_config(known.overrides, known.config_dir)
+        config = compose_config(overrides, config_dir)
     except COMPOSITION_ERRORS as error:
-        raise collect_errors(error, known.overrides, known.config_dir) from None
-    if errors := find_override_errors(known.overrides):
+        raise collect_errors(error, overrides, config_dir) from None
+    if errors := find_override_errors(overrides):
         raise UserError(*errors)
     return validate(config)
 
