@@ -2,6 +2,7 @@ import hashlib
 import io
 import os
 import pickle
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def batches() -> dict[str, object]:
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Data:
     path = tmp_path / "CIFAR10" / "raw" / cifar10.ARCHIVE
     archive_of(path, batches())
-    monkeypatch.setattr(cifar10, "MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(sources.PUBLISHED, "cifar10", {path.name: hashlib.sha256(path.read_bytes()).hexdigest()})
     return Data(
         name="cifar10", root=str(tmp_path), image_size=32, batch_size=4, val_size=2, score_each_epoch="val",
         augment="none", normalize=False, test_time_flip=False, mirrors=[],
@@ -64,6 +65,21 @@ def test_a_missing_archive_without_a_mirror_is_named(data: Data) -> None:
     (Path(data.root) / "CIFAR10" / "raw" / cifar10.ARCHIVE).unlink()
     with pytest.raises(UserError, match=r"cifar-10-python.tar.gz of cifar10 .*\n  data.mirrors is empty"):
         sources.prepare(data)
+
+
+def test_the_archive_is_downloaded_and_stays_packed(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchvision.datasets.utils.download_url", shutil.copy)
+    path = Path(data.root) / "CIFAR10" / "raw" / cifar10.ARCHIVE
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "other").mkdir()
+    path.rename(tmp_path / "mirror" / path.name)
+    (tmp_path / "other" / path.name).write_bytes(b"another file")
+    mirrors = [str(tmp_path / name) for name in ("other", "mirror")]
+    sources.prepare(data.model_copy(update={"mirrors": mirrors}))
+    assert [file.name for file in path.parent.iterdir() if file.name != ".lock"] == [cifar10.ARCHIVE]
+    assert sources.load(data, "t10k")[1].tolist() == [5, 1, 2, 9]
 
 
 class Attack:

@@ -27,7 +27,8 @@ CLASS_NAMES = (
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
-# SHA-256 of the unpacked files of Fashion-MNIST (published by Zalando Research) and MNIST (by LeCun et al.).
+# SHA-256 of the unpacked files of Fashion-MNIST (published by Zalando Research) and MNIST (by LeCun et al.), and of the
+# archive of CIFAR-10 (by Krizhevsky), which stays packed.
 PUBLISHED = {
     "fashion_mnist": {
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
@@ -40,6 +41,9 @@ PUBLISHED = {
         "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
         "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
         "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    },
+    "cifar10": {
+        "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     },
 }
 # Of KMNIST only the sums of the packed files are published. Those of the unpacked ones, like those of the synthetic
@@ -112,16 +116,6 @@ def prepare(data: Data | FolderData | OwnData) -> None:
         return
     folder = raw_folder(data)
     try:
-        if data.name == "cifar10":
-            from nin.data import cifar10
-
-            archive = folder / cifar10.ARCHIVE
-            if not archive.exists():
-                with _write_atomically(folder) as new:
-                    if not archive.exists():  # another process may have written it
-                        cifar10.download(new, data.mirrors)
-            cifar10.verify(archive)
-            return
         if _missing_files(folder, data):
             with _write_atomically(folder) as new:
                 missing = _missing_files(folder, data)  # another process may have written them
@@ -199,7 +193,7 @@ def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
 def _missing_files(folder: Path, data: Data) -> list[str]:
     """The names of the files to download or to generate."""
     if data.name in PUBLISHED:
-        return [name for name in FILES if not (folder / name).exists()]
+        return [name for name in PUBLISHED[data.name] if not (folder / name).exists()]
     # Without their recorded sums files could not be verified.
     return [] if all((folder / name).exists() for name in (*FILES, RECORDED)) else list(FILES)
 
@@ -235,18 +229,20 @@ def _write_atomically(folder: Path) -> Iterator[Path]:
 
 
 def _download(names: list[str], folder: Path, data: Data) -> None:
-    """Downloads and unpacks ``names`` into ``folder``, each from the first mirror that has the published file."""
+    """Downloads ``names``, unpacked, into ``folder``, each from the first mirror that has the published file."""
     from torchvision.datasets.utils import download_url, extract_archive
 
     for name in names:
-        file, packed = folder / name, folder / f"{name}.gz"
+        file = folder / name
+        packed = file if file.suffix == ".gz" else folder / f"{name}.gz"
         failures = []
         for mirror in data.mirrors:
             try:
                 download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
                 if data.name in PUBLISHED_PACKED and _sha256(packed) != PUBLISHED_PACKED[data.name][name]:
                     raise ValueError(f"sent a {packed.name} that is not the published one")
-                extract_archive(str(packed), str(folder), remove_finished=True)
+                if packed != file:
+                    extract_archive(str(packed), str(folder), remove_finished=True)
                 if data.name in PUBLISHED and _sha256(file) != PUBLISHED[data.name][name]:
                     raise ValueError(f"sent a {name} that is not the published one")
                 break
@@ -258,11 +254,11 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
         else:
             tried = "\n  ".join(failures) or "data.mirrors is empty"
             sums = [] if data.name in PUBLISHED else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
-            needed, raw = "\n  ".join([*FILES, *sums]), raw_folder(data)
+            needed, raw = "\n  ".join([*PUBLISHED.get(data.name, FILES), *sums]), raw_folder(data)
             raise UserError(
                 f"{name} of {data.name} is not in {raw} and could not be downloaded:\n  {tried}\nWithout network: copy "
-                f"the unpacked files\n  {needed}\ninto {raw}, or set NIN_DATA to the folder that holds "
-                f"{raw.parent.name}/raw; or use data=garments, which needs no download."
+                f"the {'' if packed == file else 'unpacked '}files\n  {needed}\ninto {raw}, or set NIN_DATA to the "
+                f"folder that holds {raw.parent.name}/raw; or use data=garments, which needs no download."
             )
 
 
@@ -273,7 +269,7 @@ def _verify(folder: Path, data: Data) -> None:
     """
     known = PUBLISHED.get(data.name) or _read_recorded(folder / RECORDED)
     kind = "published" if data.name in PUBLISHED else "recorded"
-    for name in FILES:
+    for name in known if data.name in PUBLISHED else FILES:
         state = (folder / name).stat()
         if _sha256_of(folder / name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) != known.get(name):
             raise UserError(
