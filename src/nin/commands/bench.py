@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
@@ -76,15 +77,11 @@ def read_settings(overrides: list[str]) -> Settings:
     Raises:
         UserError: lists every error in the overrides, or names a key that the measurement itself sets.
     """
-    given = {_key(word) for word in overrides}
-    if fixed := sorted(given & {_key(word) for word in _FIXED}):
+    given = {split_override(word)[0] for word in overrides}
+    if fixed := sorted(given & {split_override(word)[0] for word in _FIXED}):
         raise UserError(f"{fixed[0]}: nin bench sets it, and ends after --rounds measurements; leave it out")
-    defaults = [word for word in _DEFAULTS if _key(word) not in given]
+    defaults = [word for word in _DEFAULTS if split_override(word)[0] not in given]
     return compose_settings([*defaults, *_FIXED, *overrides])
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:

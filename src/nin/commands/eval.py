@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from nin.commands.options import add_allow_option
 from nin.config.composition import apply_overrides
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import ignore_stored_paths
@@ -41,10 +42,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
     parser.add_argument("overrides", nargs="*", help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
-    parser.add_argument(
-        "--allow", metavar="MODULE", action="append", default=[],
-        help="a Python module of yours whose classes the checkpoint may name; can be given several times",
-    )  # fmt: skip
+    add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from nin.commands.options import add_allow_option
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
@@ -35,10 +36,7 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("--int8", action="store_true", help="also a file in int8, if it loses at most 0.3 points")
     parser.add_argument("overrides", nargs="*", help="where the data set is: data.root=…, data.cache=…, data.mirrors=…")
-    parser.add_argument(
-        "--allow", metavar="MODULE", action="append", default=[],
-        help="a Python module of yours whose classes the checkpoint may name; can be given several times",
-    )  # fmt: skip
+    add_allow_option(parser)
     parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
     args = parser.parse_intermixed_args(arguments)
     silence_known_warnings()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 from rich.progress import BarColumn, Progress, TextColumn
 
+from nin.commands.options import add_allow_option
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, log_to, silence_known_warnings
@@ -43,10 +44,7 @@ def main(arguments: list[str]) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as a JSON array")
     form.add_argument("--csv", action="store_true", help="all probabilities, one row per image")
-    parser.add_argument(
-        "--allow", metavar="MODULE", action="append", default=[],
-        help="a Python module of yours whose classes the checkpoint may name; can be given several times",
-    )  # fmt: skip
+    add_allow_option(parser)
     args = parser.parse_args(arguments)
     silence_known_warnings()
     if args.top < 1:

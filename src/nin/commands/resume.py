@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from nin.commands.options import add_allow_option
 from nin.config.changes import MAY_CHANGE
 from nin.config.composition import apply_overrides
 from nin.config.schema import Data, Settings, UserError
@@ -45,10 +46,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
     parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
-    parser.add_argument(
-        "--allow", metavar="MODULE", action="append", default=[],
-        help="a Python module of yours whose classes the run's config may name; can be given several times",
-    )  # fmt: skip
+    add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
 

@@ -20,7 +20,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import MAY_CHANGE, changes_training, is_within
+from nin.config.changes import MAY_CHANGE, changes_training, is_within, split_override
 from nin.config.composition import (
     COMPOSITION_ERRORS,
     collect_errors,
@@ -112,7 +112,7 @@ def _name_with_changes(config: DictConfig) -> str | None:
     None if the command line gives the name, if the experiment has none, or if nothing is changed that makes it another
     experiment.
     """
-    words = {word.lstrip("+~").partition("=")[0]: word for word in _task_overrides(config)}
+    words = {split_override(word)[0]: word for word in _task_overrides(config)}
     if "name" in words or OmegaConf.is_interpolation(config, "name"):
         return None
     # The group `trainer` chooses where a run trains.

@@ -54,6 +54,12 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def split_override(word: str) -> tuple[str, str]:
+    """The key and the value of an override: ``+model.norm=none`` gives ``("model.norm", "none")``."""
+    key, _, value = word.lstrip("+~").partition("=")
+    return key, value
+
+
 def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
     """Whether ``key`` equals or starts with one of ``prefixes``: ``speed.micro_batch`` is within ``speed``."""
     return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-TRAIN, TEST = 10_000, 2_000
+from nin.config.data_sets import TEST_IMAGES, TRAINING_IMAGES
+
 _SCALE = 4  # generated at 112x112 and reduced to 28x28, for antialiased edges
 
 Point = tuple[float, float]
@@ -14,7 +15,7 @@ Point = tuple[float, float]
 
 def write_files(folder: Path) -> None:
     """Writes the four IDX files under Fashion-MNIST's file names. The images are the same on every machine."""
-    for part, count, seed in (("train", TRAIN, 1), ("t10k", TEST, 2)):
+    for part, count, seed in (("train", TRAINING_IMAGES["garments"], 1), ("t10k", TEST_IMAGES["garments"], 2)):
         random = np.random.default_rng(seed)
         labels = random.permutation(np.arange(count) % 10).astype(np.uint8)
         images = np.stack([garment(int(label), random) for label in labels])

@@ -76,9 +76,7 @@ def _draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
-    if metric.endswith("acc"):
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(max(0, bottom), min(1, top))
+    axes.set_ylim(_within_range(metric, axes.get_ylim()))
 
 
 def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[Color]") -> bool:
@@ -100,9 +98,7 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[
     if len(x) <= 6:
         axes.set_xticks(x, [f"{number:g}" for number in x])
         axes.set_xticks([], minor=True)
-    if metric.endswith("acc"):
-        bottom, top = axes.get_ylim()
-        axes.set_ylim(max(0, bottom), min(1, top))
+    axes.set_ylim(_within_range(metric, axes.get_ylim()))
     return True
 
 
@@ -115,9 +111,13 @@ def _draw_by_row(axes: "Axes", rows: list[Row], metric: str, labels: list[str], 
     axes.set_xlabel(metric)
     axes.grid(axis="x", alpha=0.3)
     axes.locator_params(axis="x", nbins=6)
-    if metric.endswith("acc"):
-        left, right = axes.get_xlim()
-        axes.set_xlim(max(0, left), min(1, right))
+    axes.set_xlim(_within_range(metric, axes.get_xlim()))
+
+
+def _within_range(metric: str, limits: tuple[float, float]) -> tuple[float, float]:
+    """The ends of an axis: that of an accuracy shows nothing below 0 or above 1."""
+    low, high = limits
+    return (max(0, low), min(1, high)) if metric.endswith("acc") else limits
 
 
 def _draw_seeds(

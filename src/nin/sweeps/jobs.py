@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from nin.config.changes import MAY_CHANGE, is_within
+from nin.config.changes import MAY_CHANGE, is_within, split_override
 from nin.config.composition import count_sweep_values
 from nin.config.errors import printable
 from nin.config.schema import UserError
@@ -62,7 +62,7 @@ def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[s
 
 
 def _by_key(words: Iterable[str]) -> dict[str, str]:
-    return {key: value for key, _, value in (word.lstrip("+~").partition("=") for word in words)}
+    return dict(map(split_override, words))
 
 
 def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str]]:

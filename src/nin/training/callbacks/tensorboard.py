@@ -20,7 +20,7 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from nin.config.changes import flat
+from nin.config.changes import flat, split_override
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.networks.score_maps import forward_with_maps, has_score_maps
@@ -96,7 +96,6 @@ class ImageLogger(Callback):
             if not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}={value!r}: must be an integer, 0 or more")
         self.wrong_images, self.sample_images = wrong_images, sample_images
-        # Image, label, predicted class, and where there are score maps the true and the predicted class's.
         self.wrong: list[Mistake] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
@@ -222,7 +221,7 @@ def _run_name(settings: Settings, logger: TensorBoardLogger) -> str:
 def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool | int | float | str]:
     """The columns of the HParams table: the keys that a sweep varies, else the keys that differ from the defaults."""
     if settings.sweep.keys:  # the same columns in all jobs of a sweep
-        given = dict(word.lstrip("+~").partition("=")[::2] for word in overrides)
+        given = dict(map(split_override, overrides))
         # Parsed as Hydra does: 1e-05 is a number.
         values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
     else:
