@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass(frozen=True)
@@ -11,7 +12,7 @@ class Layer:
     name: str
     output_shape: tuple[int, ...]  # without the batch dimension
     parameters: int
-    multiply_adds: int  # per image
+    multiply_adds: int  # per image; biases are not counted
     # Pixels per side of the smallest square of the input that contains every pixel on which one output value can
     # depend; of the output value for which it is largest. Padding is not counted, nor are pixels at the right and
     # bottom border that no window of a strided layer reaches.
@@ -27,13 +28,11 @@ def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[La
     network.eval()
     with torch.no_grad():
         for layer in network:
-            multiply_adds = 0
-            for part in list(layer) if isinstance(layer, nn.Sequential) else [layer]:
-                x = part(x)
-                if isinstance(part, nn.Conv2d | nn.Linear):
-                    # Every output value is one product with a filter or a row of weights; the bias is not counted.
-                    multiply_adds += x.numel() * part.weight[0].numel()
-                extents = _extents_after(part, extents)
+            with FlopCounterMode(display=False) as counter:
+                for part in list(layer) if isinstance(layer, nn.Sequential) else [layer]:
+                    x = part(x)
+                    extents = _extents_after(part, extents)
+            multiply_adds = counter.get_total_flops() // 2
             parameters = sum(p.numel() for p in layer.parameters())
             field = max(last - first + 1 for first, last in extents)
             rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, max(field, 0)))
