@@ -33,6 +33,9 @@ def prepare_training(
 
     The Trainer has the progress bar (which is drawn, and not printed), loggers and checkpoints of ``nin train``. The
     run folder is removed at the end.
+
+    Raises:
+        UserError: if the data module is the user's own.
     """
     with tempfile.TemporaryDirectory() as path, Path(os.devnull).open("w") as null, StopRequest() as stop:
         folder = RunFolder(path)

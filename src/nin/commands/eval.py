@@ -47,6 +47,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) -> tuple[Settings, dict[str, Any], Any]:
+    """Tests a checkpoint; returns its settings with the overrides, the test metrics and the confusion matrix.
+
+    Args:
+        allowed: modules whose classes the checkpoint may name.
+
+    Raises:
+        UserError: if the file is no checkpoint, names a class that is not allowed, or an override is refused.
+    """
     # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
     from nin.checkpoints.files import read, settings_of
     from nin.training.evaluation import evaluate
@@ -60,7 +68,11 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
 
 
 def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:
-    """The same with onnxruntime, and without torch."""
+    """The same with onnxruntime, and without torch.
+
+    Raises:
+        UserError: if the file is no export, it is not known where its images are, or an override is refused.
+    """
     from nin.deploy.onnx_model import load_onnx, settings_of
     from nin.deploy.scoring import evaluate, load_part
 

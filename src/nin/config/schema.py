@@ -216,6 +216,8 @@ class Checkpoint(Section):
 
 
 class Sweep(Section):
+    """What a sweep or a search is told, and what it tells its jobs."""
+
     # Whether a sweep stops at the first job that fails, instead of continuing with the others.
     fail_fast: bool
     # Set by the sweep for its jobs: the keys that it varies, the number of jobs (None: not known beforehand),
@@ -254,6 +256,8 @@ NAME = r"^[\w=,+@-][\w=.,+@-]*$"  # of a run; it also names a folder
 
 
 class Settings(Section):
+    """All that determines one run; ``conf/train.yaml`` has the same keys."""
+
     # NumPy's generators take 32 bits.
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     # The name of the run's folder.

@@ -2,7 +2,7 @@
 
 A rule is a function that yields a message for each error that it finds. Whether the arguments of a network fit each
 other, and whether images are large enough for it, is found by building it (``networks/build.py``). The number of images
-is known before any is read for the published data sets only; that of a folder is checked when it is read.
+is known before any is read for the named data sets only; that of a folder is checked when it is read.
 """
 
 import json
@@ -72,8 +72,7 @@ def validate(config: DictConfig) -> Settings:
 def validate_plain(plain: Any) -> Settings:
     """`validate` for plain values, as checkpoints and run folders store them: no interpolation is resolved.
 
-    Args:
-        plain: a dictionary, or a config whose interpolations are left as they are.
+    ``plain`` is a dictionary, or a config whose interpolations are left as they are. Raises as `validate` does.
     """
     if isinstance(plain, DictConfig):
         plain = OmegaConf.to_container(plain, resolve=False)
@@ -120,12 +119,12 @@ def find_errors(settings: Settings, invalid: Iterable[str] = ()) -> list[str]:
 
 
 def require_training_images(settings: Settings) -> Iterator[str]:
-    if (data := _published(settings)) and data.val_size >= (images := TRAINING_IMAGES[data.name]):
+    if (data := _with_known_size(settings)) and data.val_size >= (images := TRAINING_IMAGES[data.name]):
         yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"
 
 
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
-    data = _published(settings)
+    data = _with_known_size(settings)
     if data and 0 < (images := TRAINING_IMAGES[data.name] - data.val_size) < data.batch_size:
         yield (
             f"data.batch_size={data.batch_size}: there are {images} training images"
@@ -134,7 +133,7 @@ def require_one_full_batch(settings: Settings) -> Iterator[str]:
 
 
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
-    data = _published(settings)
+    data = _with_known_size(settings)
     if data and not data.val_size and data.score_each_epoch == "val":
         yield (
             "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
@@ -153,7 +152,7 @@ def require_valid_limits(settings: Settings) -> Iterator[str]:
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
     # The number of batches depends on the machine's devices.
-    if not (is_single_process(settings.trainer) and _published(settings)):
+    if not (is_single_process(settings.trainer) and _with_known_size(settings)):
         return
     batches = count_batches(settings)
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in _LIMITS}
@@ -180,7 +179,7 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
         isinstance(interval, int)
         and settings.trainer.check_val_every_n_epoch
         and is_single_process(settings.trainer)
-        and _published(settings)
+        and _with_known_size(settings)
     ):
         batches, limit = count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
         if limit is not None:
@@ -194,14 +193,14 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
 
 def count_batches(settings: Settings) -> dict[str, int]:
     """The number of batches to which each limit applies, in a run of one process."""
-    data = _published(settings)
+    data = _with_known_size(settings)
     assert data  # its callers check that
     training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
     images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
 
 
-def _published(settings: Settings) -> Data | None:
+def _with_known_size(settings: Settings) -> Data | None:
     """The data set if its number of images is known before any is read. That of a folder is checked when it is read."""
     return settings.data if isinstance(settings.data, Data) else None
 

@@ -96,6 +96,11 @@ class Batches:
         return dict(self._position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Sets the position in the data.
+
+        Raises:
+            TypeError: if a part is missing or of another type.
+        """
         if {key: type(value) for key, value in state.items()} != {"epoch": int, "batch": int}:
             raise TypeError("the position in the data lacks a part, or has one of another type")
         self._position, self._loaded = dict(state), dict(state)
@@ -185,6 +190,11 @@ class ImageDataModule(LightningDataModule):
         return {"fingerprint": self.fingerprint} if hasattr(self, "fingerprint") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compares the folder's images with those of the checkpoint.
+
+        Raises:
+            UserError: if they are others.
+        """
         saved = state_dict.get("fingerprint")
         if saved and saved != self.fingerprint:
             raise UserError(

@@ -116,7 +116,7 @@ class Service:
         self.decoder.shutdown()
 
     async def predict(self, request: Request) -> Response:
-        """POST /predict: the class and all probabilities of the image in the body, or of a form's first file."""
+        """POST /predict: the class and all probabilities of the image in the body, or of a form's one file."""
         begun = time.perf_counter()
         try:
             response = await self._predict(request)

@@ -74,7 +74,7 @@ class Dropout(nn.Dropout):
 def move_relu_after_pooling(network: nn.Sequential) -> None:
     """Moves each ReLU that is followed by max pooling after it, in place. Parameter names do not change.
 
-    The values and gradients are the same, and ReLU has a quarter of the maps.
+    The values and gradients are the same, and ReLU has a quarter of the values to compute.
     """
     layers = list(network)
     for i, layer in enumerate(layers):

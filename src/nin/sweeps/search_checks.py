@@ -87,6 +87,11 @@ def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> 
 
 
 def read_settings(config: DictConfig) -> SearchSettings:
+    """The keys of ``hydra.sweeper``.
+
+    Raises:
+        UserError: lists every key with a wrong value.
+    """
     plain = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
     assert isinstance(plain, dict)
     own = {str(key): value for key, value in plain.items() if key not in ("_target_", "params")}
@@ -97,6 +102,11 @@ def read_settings(config: DictConfig) -> SearchSettings:
 
 
 def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: SearchSettings) -> Plan:
+    """What the search is: all that must stay the same under its name.
+
+    Args:
+        fixed: the overrides that all trials share; those that may change are left out.
+    """
 
     may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
     words = [word for word in fixed if not is_within(word.partition("=")[0], [*may_change, "hydra"])]

@@ -113,6 +113,7 @@ def format_value(value: Any) -> str:
 
 
 def overrides_of(params: Mapping[str, Any]) -> list[str]:
+    """A trial's proposed values as overrides."""
     return [f"{key}={format_value(value)}" for key, value in params.items()]
 
 
@@ -133,6 +134,11 @@ def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
 
 
 def grid_size(space: Space) -> int:
+    """The number of points of a grid.
+
+    Raises:
+        UserError: if there are infinitely many.
+    """
     return math.prod(len(enumerate_values(key, distribution)) for key, distribution in space.items())
 
 
@@ -147,6 +153,7 @@ def sample_corners(space: Space) -> list[dict[str, str]]:
 
 
 def ends_of(distribution: BaseDistribution) -> list[str]:
+    """The lowest and the highest value as text; of choices all."""
     if isinstance(distribution, CategoricalDistribution):
         return [str(choice) for choice in distribution.choices]
     assert isinstance(distribution, FloatDistribution | IntDistribution)

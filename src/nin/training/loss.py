@@ -19,12 +19,13 @@ def backward_micro_batches(
 
     Args:
         loss: the mean loss of logits and labels.
+        images, labels: of the batch, ``(batch, channels, height, width)`` and ``(batch,)``.
         size: images per micro-batch.
         accumulated: batches whose gradients are accumulated for one optimizer step (``accumulate_grad_batches``).
 
     Returns:
-        The loss of the last micro-batch, weighted by its share of the batch; the mean loss of the batch; the
-        logits ``(batch, classes)``.
+        The loss of the last micro-batch, weighted by its share of the batch, and the mean loss of the batch, both
+        ``()``; the logits ``(batch, classes)``.
     """
     losses: list[Tensor] = []
     logits = []

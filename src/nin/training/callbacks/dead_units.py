@@ -24,11 +24,11 @@ class DeadUnitMonitor(Callback):
     TensorBoard sorts groups of curves by name: these come after ``train`` and ``val``.
 
     A channel is dead if the output of its ReLU is zero at every position of every image of a sample: the first
-    ``images`` training images (not held out, in the order of the files), in eval mode (without dropout and
-    augmentation). A class is dead if its score map is. On such a sample no gradient reaches the layers below through
-    that channel. Other images, augmentation, dropout or changes of the layers below can make it active again: classes
-    that were dead at one check have been active at a later one. Classes are counted in networks whose last layers are
-    one score map per class.
+    ``images`` training images (not held out, in the order of the files; with ``data=folder``, whose files are sorted by
+    class, as many at equal distances), in eval mode (without dropout and augmentation). A class is dead if its score
+    map is. On such a sample no gradient reaches the layers below through that channel. Other images, augmentation,
+    dropout or changes of the layers below can make it active again: classes that were dead at one check have been
+    active at a later one. Classes are counted in networks whose last layers are one score map per class.
 
     Warns once that classes are dead, and once that training is at the loss of guessing, if two checks in a row find it.
 
@@ -36,6 +36,9 @@ class DeadUnitMonitor(Callback):
         images: size of the sample.
         checks_per_epoch: number of checks per epoch, at equal distances, the last one at its end.
         patience_steps: number of optimizer steps before the first warning.
+
+    Raises:
+        ValueError: if one of them is no integer, or too small.
     """
 
     def __init__(self, images: int = 512, checks_per_epoch: int = 4, patience_steps: int = 200):

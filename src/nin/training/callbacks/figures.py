@@ -41,6 +41,11 @@ def draw_curves(rows: list[dict[str, Any]]) -> Figure:
 
 
 def draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
+    """The confusion matrix; of many classes, the part of those that are confused most.
+
+    Args:
+        counts: ``(classes, classes)``: rows are true classes, columns predicted.
+    """
     shown = list(range(len(class_names)))
     title = "test images"
     if len(class_names) > _MATRIX_CLASSES:

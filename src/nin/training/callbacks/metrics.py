@@ -169,6 +169,11 @@ class MetricsLogger(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the sums and scores.
+
+        Raises:
+            TypeError, KeyError: if a part is missing or of another type.
+        """
         names = (*_STATE, "window_seconds", "train_seconds")
         if wrong := [name for name in names if type(state_dict.get(name)) is not type(getattr(self, name, 0.0))]:
             raise TypeError(f"{', '.join(wrong)} of MetricsLogger missing or of another type")

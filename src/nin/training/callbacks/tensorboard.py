@@ -89,6 +89,9 @@ class ImageLogger(Callback):
     Args:
         wrong_images: number of wrongly classified test images, the first in the order of the files.
         sample_images: number of training images.
+
+    Raises:
+        ValueError: if one of them is no integer, or negative.
     """
 
     def __init__(self, wrong_images: int = 30, sample_images: int = 32):
