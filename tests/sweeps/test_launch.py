@@ -28,7 +28,7 @@ from helpers import SMALL, merge, nin, run_experiment, start, wait_for
 from nin import cli
 from nin.checkpoints import files as checkpoint_files
 from nin.commands import train
-from nin.config.composition import compose_config
+from nin.config.composition import compose_config, quote_value
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
@@ -240,7 +240,7 @@ def test_the_request_of_a_sweep_is_not_written_through_a_link(
 
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
     for folder in ("/home/o'brien/a b", '/ä="1",x'):
-        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={processes.quoted(folder)}"])
+        (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={quote_value(folder)}"])
         assert override.value() == folder
 
 

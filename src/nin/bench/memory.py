@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nin.bench.project import Progress, prepare_training
+from nin.bench.project import Report, prepare_training
 from nin.config.schema import Settings
 
 
-def measure_memory(settings: Settings, batch_size: int, progress: Progress) -> dict[str, int]:
+def measure_memory(settings: Settings, batch_size: int, progress: Report) -> dict[str, int]:
     """Bytes of a training step.
 
     Returns:

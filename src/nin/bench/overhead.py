@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from nin.bench.project import Progress, prepare_training
+from nin.bench.project import Report, prepare_training
 from nin.config.schema import Settings
 from nin.data.sources import describe
 
@@ -50,7 +50,7 @@ class LinearModule(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
-def measure_overhead(settings: Settings, rounds: int, progress: Progress) -> dict[str, float]:
+def measure_overhead(settings: Settings, rounds: int, progress: Report) -> dict[str, float]:
     """Milliseconds per step on a linear network, by name: "plain loop", "bare Trainer" and "nin train"."""
     data = describe(settings.data)
     shape, classes = (data.channels, _IMAGE_SIZE, _IMAGE_SIZE), len(data.class_names)

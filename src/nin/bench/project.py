@@ -22,7 +22,7 @@ from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.classifier import Classifier
 from nin.training.experiment import build_trainer
 
-Progress = Callable[[str], None]  # prints a line that says what is being measured
+Report = Callable[[str], None]  # prints a line that says what is being measured
 
 
 @contextlib.contextmanager

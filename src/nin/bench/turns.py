@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch.utils.flop_counter import FlopCounterMode
 
 from nin.bench.notebook import NotebookLoop
-from nin.bench.project import Progress, prepare_training, synchronize
+from nin.bench.project import Report, prepare_training, synchronize
 from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
 from nin.data.sources import describe
@@ -56,7 +56,7 @@ class Turns(Callback):
     others: dict[str, Callable[[], float]]
     seconds: float
     rounds: int
-    progress: Progress
+    progress: Report
     rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     steps: int = 0  # per turn; 0 until the time of a step is known
     done: int = 0
@@ -84,7 +84,7 @@ class Turns(Callback):
 
 
 def measure_rates(
-    settings: Settings, seconds: float, rounds: int, progress: Progress, more: Mapping[str, Callable[[], float]]
+    settings: Settings, seconds: float, rounds: int, progress: Report, more: Mapping[str, Callable[[], float]]
 ) -> dict[str, float]:
     """Median rates over ``rounds`` of about ``seconds`` each.
 

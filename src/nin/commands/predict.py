@@ -126,7 +126,7 @@ def _windows(images: "Iterator[tuple[str, np.ndarray | ImageError]]") -> "Iterat
 
 
 def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "Scores", place: int, top: int) -> None:
-    from nin.deploy.pictures import write_maps
+    from nin.deploy.map_figures import write_maps
 
     assert scores.maps is not None
     names = network.description.class_names

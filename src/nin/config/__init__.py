@@ -5,7 +5,7 @@ A module imports only from the modules below it:
     trust                what a stored config must not do
     composition          Hydra's composition; every error of a command line in one message
     validation           the composed config to `Settings`: types and ranges, and the rules on several keys at once
-    own                  classes of the user's own
+    own_classes          classes of the user's own
     errors               messages about a config
     changes              which keys may change when a run is resumed
     schema               types and ranges of all keys; of a network from the signature of its class

@@ -230,6 +230,11 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     return f"{given}: {_first_line(error.__cause__ or error)}"
 
 
+def quote_value(text: str) -> str:
+    """``text`` as a quoted value in Hydra's override grammar."""
+    return "'" + text.replace("'", "\\'") + "'"
+
+
 def _quoted(override: str) -> str:
     """An override whose value is one text for Hydra, as it is typed in a shell."""
     key, _, value = override.partition("=")

@@ -6,7 +6,7 @@ A module imports only from the modules below it:
     sources               the files of a data set: download, checksums, classes and channels
     own                   a LightningDataModule of the user's own
     garments, transforms  synthetic clothing silhouettes; augmentation and resizing of a batch
-    pictures              images and score maps over them, for matplotlib
+    overlays              images and score maps over them, for matplotlib
     cifar10               CIFAR-10's archive, read as data
     splits                a folder's images for training, validation and test
     cache                 the decoded images of a folder: written once, and memory-mapped

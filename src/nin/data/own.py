@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning import LightningDataModule
 
-from nin.config import own
+from nin.config import own_classes
 from nin.config.schema import OwnData, UserError
 
 
@@ -17,7 +17,9 @@ def build_own_data(data: OwnData) -> Any:
     Raises:
         UserError: if it can't be built, or lacks ``class_names`` or ``channels``.
     """
-    module: Any = own.build("data", data, LightningDataModule, image_size=data.image_size, batch_size=data.batch_size)
+    module: Any = own_classes.build(
+        "data", data, LightningDataModule, image_size=data.image_size, batch_size=data.batch_size
+    )
     names, channels = getattr(module, "class_names", None), getattr(module, "channels", None)
     if not isinstance(names, list | tuple) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise UserError(f"data: {data.target} needs an attribute class_names: a list of two or more strings")

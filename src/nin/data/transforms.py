@@ -9,21 +9,21 @@ from torch.nn import functional
 _GROUP = 8
 
 
-def augment(images: Tensor, augment: str) -> Tensor:
+def augment(images: Tensor, augmentation: str) -> Tensor:
     """Applies random changes to every image, with random numbers from torch's global generators.
 
     Args:
         images: ``(batch, height, width)``, any type, or ``(batch, height, width, 3)`` uint8.
-        augment: "none", "flip" (horizontally, with probability 0.5), "flip_shift" (also shifts by up to `max_shift`
-            pixels in each direction, padded with zeros), and on top of that, every eight images in the same way:
-            "erase" (a random rectangle is set to zero with probability 0.5, Zhong et al. 2020) or "trivial" (one
+        augmentation: "none", "flip" (horizontally, with probability 0.5), "flip_shift" (also shifts by up to
+            `max_shift` pixels in each direction, padded with zeros), and on top of that, every eight images in the same
+            way: "erase" (a random rectangle is set to zero with probability 0.5, Zhong et al. 2020) or "trivial" (one
             operation of TrivialAugment, Müller and Hutter 2021; uint8 only).
     """
-    if augment == "none":
+    if augmentation == "none":
         return images
     flip = torch.rand(len(images), 1, 1, device=images.device) < 0.5
     images = torch.where(flip if images.ndim == 3 else flip[..., None], images.flip(2), images)
-    if augment == "flip":
+    if augmentation == "flip":
         return images
     batch, height, width = images.shape[:3]
     most = max_shift(height)
@@ -33,7 +33,7 @@ def augment(images: Tensor, augment: str) -> Tensor:
     columns = columns + torch.arange(width, device=images.device)  # (batch, width)
     each = torch.arange(batch, device=images.device)[:, None, None]
     images = padded[each, rows[:, :, None], columns[:, None, :]]
-    return images if augment == "flip_shift" else _augment_groups(images, augment)
+    return images if augmentation == "flip_shift" else _augment_groups(images, augmentation)
 
 
 def max_shift(size: int) -> int:
@@ -41,11 +41,11 @@ def max_shift(size: int) -> int:
     return 4 * (size // 32) or 2
 
 
-def _augment_groups(images: Tensor, augment: str) -> Tensor:
+def _augment_groups(images: Tensor, augmentation: str) -> Tensor:
     # torchvision.transforms takes a second to import, and few runs need it.
     from torchvision.transforms import InterpolationMode, v2
 
-    trivial = augment == "trivial"
+    trivial = augmentation == "trivial"
     operation = v2.TrivialAugmentWide(interpolation=InterpolationMode.BILINEAR) if trivial else v2.RandomErasing()
     # torchvision takes (…, channels, height, width).
     planes = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)

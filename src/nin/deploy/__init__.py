@@ -9,7 +9,7 @@ A module imports only from the modules below it. Those marked * run without torc
     export                      the ONNX export, and the check of every export on the whole test set
     quantize                    * int8
     loading                     * what a path is: a run, a checkpoint or an export
-    scoring, pictures           * test metrics of an export; pictures of score maps
+    scoring, map_figures        * test metrics of an export; pictures of score maps
     pipeline, onnx_model        a checkpoint with all preprocessing, by torch; * an export, by onnxruntime
     trained                     * what both are for Python code
     images                      * the user's own images, decoded

@@ -31,7 +31,7 @@ INT8_LOSS = 0.003
 BATCH_IMAGES = 128
 MAY_CHANGE = ("data.root", "data.cache", "data.mirrors")
 
-Progress = Callable[[str, int, int], None]
+ReportImages = Callable[[str, int, int], None]
 
 
 class ExportError(RuntimeError):
@@ -53,7 +53,7 @@ class Exporter:
         self,
         path: Path,
         run: RunFolder | None,
-        progress: Progress,
+        progress: ReportImages,
         overrides: Sequence[str] = (),
         allow: Sequence[str] = (),
     ):

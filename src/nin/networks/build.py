@@ -9,7 +9,7 @@ from typing import TypeGuard, get_args
 import torch
 from torch import nn
 
-from nin.config import own
+from nin.config import own_classes
 from nin.config.schema import NETWORKS, Model, OwnData, OwnModel, Settings, UserError
 from nin.config.types import Init
 from nin.networks.normalize import Normalize
@@ -28,7 +28,7 @@ def require_buildable(settings: Settings) -> None:
     """
     model, size = settings.model, settings.data.image_size
     if isinstance(model, OwnModel):
-        own.import_class("model", model, nn.Module)
+        own_classes.import_class("model", model, nn.Module)
         return
     if model.init == "kaiming_dirac_pca" and isinstance(settings.data, OwnData):
         raise UserError(
@@ -122,7 +122,7 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
         UserError: if it can't be built, or does not map a batch of images to logits.
     """
     shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
-    network = own.build("model", model, nn.Module, **shape).eval()
+    network = own_classes.build("model", model, nn.Module, **shape).eval()
     first = next(network.parameters(), torch.empty(0))
     size = (2, in_channels, image_size, image_size)
     try:
@@ -169,20 +169,20 @@ def initialize(network: nn.Module, init: str) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     if init in ("kaiming_dirac", "kaiming_dirac_pca"):
-        _start_as_identity(network.modules())
+        _init_as_identity(network.modules())
         if has_score_maps(network):
             *_, score_maps, _, last = network.children()
-            _start_near_one(score_maps)
-            _start_as_average(last)
+            _init_near_one(score_maps)
+            _init_as_average(last)
 
 
-def _start_as_identity(modules: Iterable[nn.Module]) -> None:
+def _init_as_identity(modules: Iterable[nn.Module]) -> None:
     for layer in modules:
         if _keeps_channels(layer):
             nn.init.dirac_(layer.weight)
 
 
-def _start_near_one(score_maps: nn.Module) -> None:
+def _init_near_one(score_maps: nn.Module) -> None:
     drawn = [layer for layer in score_maps.modules() if isinstance(layer, nn.Conv2d) and not _keeps_channels(layer)]
     for layer in drawn[-1:]:  # there is none if all of them start as the identity
         layer.weight.data *= 0.3
@@ -190,7 +190,7 @@ def _start_near_one(score_maps: nn.Module) -> None:
             nn.init.ones_(layer.bias)
 
 
-def _start_as_average(layer: nn.Module) -> None:
+def _init_as_average(layer: nn.Module) -> None:
     """Makes a fully connected layer on score maps compute the mean of each class's map."""
     if isinstance(layer, nn.Linear):
         pixels = layer.in_features // layer.out_features

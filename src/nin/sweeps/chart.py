@@ -35,7 +35,7 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from nin.data.pictures import escape
+    from nin.data.overlays import escape
 
     finished = [row for row in rows if row.values(metric)]
     rows = finished[:_MAX_ROWS]

@@ -19,6 +19,7 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from nin.config.composition import quote_value
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
@@ -35,7 +36,7 @@ from nin.sweeps.workers import (
     start_worker,
 )
 from nin.system.devices import default_threads
-from nin.system.processes import StoppedError, multi_process_launcher, quoted, remove_left_over_ranks
+from nin.system.processes import StoppedError, multi_process_launcher, remove_left_over_ranks
 from nin.training.run import RunFailedError
 
 # Imported where a search starts: other sweeps need no Optuna.
@@ -130,7 +131,7 @@ class Sweep:
         unnamed = dict.fromkeys([*fixed, *common, "sweep.wait", KEYS])
         self.config.hydra.overrides.hydra += [
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]",
-            f"hydra.sweep.dir={quoted(str(self.folder.absolute() if on_cluster else self.folder))}",
+            f"hydra.sweep.dir={quote_value(str(self.folder.absolute() if on_cluster else self.folder))}",
             *(f"{key}={value}" for key, value in common.items()),
             f"{KEYS}=[{','.join(swept)}]",  # last: the job's own overrides follow it
         ]

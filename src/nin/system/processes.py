@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
+from nin.config.composition import quote_value
 from nin.config.schema import Trainer, UserError, is_single_process
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
@@ -92,7 +93,7 @@ def receive_run_dir() -> list[str]:
     """The override that puts another rank of torchrun's processes into the run folder of rank 0."""
     if not started_by_torchrun() or os.environ["RANK"] == "0":
         return []
-    return [f"hydra.run.dir={quoted(_torchrun_store().get(_run_dir_key()).decode())}"]
+    return [f"hydra.run.dir={quote_value(_torchrun_store().get(_run_dir_key()).decode())}"]
 
 
 def _run_dir_key() -> str:
@@ -104,11 +105,6 @@ def _torchrun_store() -> Any:
     from torch.distributed import TCPStore
 
     return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-
-
-def quoted(text: str) -> str:
-    """``text`` as a quoted value in Hydra's override grammar."""
-    return "'" + text.replace("'", "\\'") + "'"
 
 
 class StoppedError(Exception):

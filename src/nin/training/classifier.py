@@ -16,13 +16,13 @@ from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from nin.config import own
+from nin.config import own_classes
 from nin.config.schema import TOP5_CLASSES, OwnOptimizer, OwnSchedule, Schedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
+from nin.training.initial_statistics import start_from_training_images
 from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
-from nin.training.start import start_from_training_images
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -242,7 +242,7 @@ class Classifier(LightningModule):
         if isinstance(schedule, OwnSchedule):
             arguments = {name: steps if value == "steps" else value for name, value in schedule.arguments.items()}
             schedule = schedule.model_copy(update=arguments)
-            scheduler = own.build("schedule", schedule, LRScheduler, optimizer)
+            scheduler = own_classes.build("schedule", schedule, LRScheduler, optimizer)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule.interval}}
         return {
             "optimizer": optimizer,
@@ -250,10 +250,10 @@ class Classifier(LightningModule):
         }
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
-        if isinstance(self.settings.optimizer, OwnOptimizer):
-            return own.build("optimizer", self.settings.optimizer, torch.optim.Optimizer, self.network.parameters())
-        arguments = self.settings.optimizer.model_dump(exclude={"name"})
-        kind = OPTIMIZERS[self.settings.optimizer.name]
+        chosen = self.settings.optimizer
+        if isinstance(chosen, OwnOptimizer):
+            return own_classes.build("optimizer", chosen, torch.optim.Optimizer, self.network.parameters())
+        kind, arguments = OPTIMIZERS[chosen.name], chosen.model_dump(exclude={"name"})
         # Lightning can't clip the gradients of a fused optimizer in mixed precision.
         clipped = self.settings.trainer.gradient_clip_val is not None
         fused = self.settings.speed.fused_optimizer and self.device.type in ("cpu", "cuda") and not clipped

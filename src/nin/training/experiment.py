@@ -232,7 +232,7 @@ def build_trainer(
     """
     arguments = settings.trainer.model_dump()
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
-    loggers, own = _instantiate(_plugin_configs(settings, folder, resume_step))
+    loggers, own = _instantiate(_logger_and_callback_configs(settings, folder, resume_step))
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
         return lightning.Trainer(
@@ -246,7 +246,9 @@ def build_trainer(
         raise UserError(f"trainer: {error}") from error
 
 
-def _plugin_configs(settings: Settings, folder: Path | None, resume_step: int | None) -> dict[str, dict[str, Any]]:
+def _logger_and_callback_configs(
+    settings: Settings, folder: Path | None, resume_step: int | None
+) -> dict[str, dict[str, Any]]:
     """The configs of the loggers, with what depends on this run, and of the callbacks, by their keys."""
     configs = {}
     for name, config in settings.logger.items():

@@ -12,7 +12,7 @@ from nin.data.module import ImageDataModule
 from nin.networks.build import build_network
 from nin.networks.components import start_from_components
 from nin.runs.folder import RunFolder
-from nin.training.start import start_from_training_images
+from nin.training.initial_statistics import start_from_training_images
 
 
 def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(

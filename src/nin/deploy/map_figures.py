@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nin.data.pictures import COLORS, blend, draw_image, escape, strongest
+from nin.data.overlays import COLORS, blend, draw_image, escape, strongest
 from nin.runs.folder import open_atomically
 
 

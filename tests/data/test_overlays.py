@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from nin.data.pictures import blend, strongest
+from nin.data.overlays import blend, strongest
 
 
 def test_an_overlay_is_red_where_the_map_is_positive_blue_where_negative_and_nothing_where_0() -> None:

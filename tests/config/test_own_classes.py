@@ -1,7 +1,7 @@
 import pytest
 from hydra.utils import get_class
 
-from nin.config import own
+from nin.config import own_classes
 from nin.config.composition import compose_config
 from nin.config.schema import OwnModel, OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
@@ -26,13 +26,15 @@ def settings_with(**sections: dict[str, object]) -> Settings:
 
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(own, "get_class", lambda target: {"Thing": Thing, "int": int}[target.rpartition(".")[2]])
+    monkeypatch.setattr(
+        own_classes, "get_class", lambda target: {"Thing": Thing, "int": int}[target.rpartition(".")[2]]
+    )
 
 
 def test_the_signature_decides_what_is_given() -> None:
-    built = own.build("model", thing(width=3), Thing, 7, image_size=28, num_classes=10)
+    built = own_classes.build("model", thing(width=3), Thing, 7, image_size=28, num_classes=10)
     assert built.values == (7, 3, 28)
-    assert own.build("model", thing(width=3, image_size=5), Thing, 7, image_size=28).values == (7, 3, 5)
+    assert own_classes.build("model", thing(width=3, image_size=5), Thing, 7, image_size=28).values == (7, 3, 5)
 
 
 @pytest.mark.parametrize(
@@ -45,18 +47,18 @@ def test_the_signature_decides_what_is_given() -> None:
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        own.build("model", thing(**arguments), Thing, 7)
+        own_classes.build("model", thing(**arguments), Thing, 7)
 
 
 def test_another_kind_of_class_is_refused() -> None:
     with pytest.raises(UserError, match=r"_target_=.*Thing: must be a subclass of builtins.int"):
-        own.build("model", thing(), int)
+        own_classes.build("model", thing(), int)
 
 
 def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_are_told_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(own, "get_class", get_class)  # Hydra's
+    monkeypatch.setattr(own_classes, "get_class", get_class)  # Hydra's
     for target, message in (
         ("pathlib.Paht", r"model._target_=pathlib.Paht: pathlib has no class Paht$"),
         (
@@ -66,7 +68,7 @@ def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_are_told
     ):
         config = OwnModel.model_validate({"_target_": target, "input_size": 28})
         with pytest.raises(UserError, match=message):
-            own.import_class("model", config, int)
+            own_classes.import_class("model", config, int)
 
 
 def test_classes_of_the_users_own_are_part_of_the_settings() -> None:
