@@ -5,8 +5,10 @@ A module imports only from the modules below it:
     run                 from request to result: claims the folder, records the request and the result
     evaluation          tests the weights of a checkpoint
     experiment          builds the module, the data and the Trainer; fits, tests the best checkpoint
+    plugins             the loggers and callbacks that the config names by _target_
     callbacks           what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
-    classifier, pruning  the LightningModule: metrics, optimizer, schedule; the pruner of a search
+    classifier, pruning  the LightningModule: metrics, optimizer; the pruner of a search
+    schedule            the learning rate of every step
     initial_statistics  what the network takes from its training images: their mean and deviation, its first filters
     loss                the loss of a batch: in micro-batches, weighted among processes, required to be finite
 """

@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-from hydra.errors import HydraException
-from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
@@ -22,6 +18,7 @@ from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.runs.request import RunRequest
 from nin.system import devices
+from nin.training import plugins
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -232,7 +229,7 @@ def build_trainer(
     """
     arguments = settings.trainer.model_dump()
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
-    loggers, own = _instantiate(_logger_and_callback_configs(settings, folder, resume_step))
+    loggers, own = plugins.instantiate_all(settings, folder, resume_step)
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
         return lightning.Trainer(
@@ -244,45 +241,6 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
-
-
-def _logger_and_callback_configs(
-    settings: Settings, folder: Path | None, resume_step: int | None
-) -> dict[str, dict[str, Any]]:
-    """The configs of the loggers, with what depends on this run, and of the callbacks, by their keys."""
-    configs = {}
-    for name, config in settings.logger.items():
-        extra: dict[str, Any] = {"save_dir": str(folder)}
-        target = str(config.get("_target_", ""))
-        if resume_step and target.endswith("TensorBoardLogger"):
-            extra["purge_step"] = resume_step  # TensorBoard discards what it has read of the steps that are repeated
-        if target.endswith("SingleFileTensorBoardLogger"):
-            extra["score_each_epoch"] = settings.data.score_each_epoch
-        version = config.get("version")  # without one, CSVLogger itself uses the next number
-        if resume_step and version is not None and target.endswith("CSVLogger"):
-            extra["version"] = f"{version}-{resume_step}"  # CSVLogger would delete the existing file
-        configs[f"logger.{name}"] = config | extra
-    return configs | {f"callbacks.{name}": config for name, config in settings.callbacks.items()}
-
-
-def _instantiate(configs: dict[str, dict[str, Any]]) -> tuple[list[Logger], list[lightning.Callback]]:
-    instances: dict[type, list[Any]] = {Logger: [], lightning.Callback: []}
-    for key, config in configs.items():
-        kind = Logger if key.startswith("logger.") else lightning.Callback
-        try:
-            instance = instantiate(config)
-        except (HydraException, OmegaConfBaseException) as error:
-            if "Error locating target" not in str(error):
-                raise UserError(f"{key}: {error}") from error
-            where, *reasons = str(error.__cause__ or error).splitlines()
-            raise UserError(
-                f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of "
-                "its file in PYTHONPATH?"
-            ) from error
-        if not isinstance(instance, kind):
-            raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
-        instances[kind].append(instance)
-    return instances[Logger], instances[lightning.Callback]
 
 
 def test(

@@ -1,0 +1,64 @@
+"""Builds the loggers and callbacks that the config names by ``_target_``."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
+from omegaconf.errors import OmegaConfBaseException
+
+from nin.config.schema import Settings, UserError
+
+
+def instantiate_all(
+    settings: Settings, folder: Path | None, resume_step: int | None
+) -> tuple[list[Logger], list[lightning.Callback]]:
+    """The loggers and the callbacks of ``settings``.
+
+    Args:
+        folder: the run's folder, where loggers write; None for no files.
+        resume_step: the first optimizer step that is logged again after resuming.
+
+    Raises:
+        UserError: if one can't be imported or built, or is something else.
+    """
+    return _instantiate(_configs(settings, folder, resume_step))
+
+
+def _configs(settings: Settings, folder: Path | None, resume_step: int | None) -> dict[str, dict[str, Any]]:
+    """The configs of the loggers, with what depends on this run, and of the callbacks, by their keys."""
+    configs = {}
+    for name, config in settings.logger.items():
+        extra: dict[str, Any] = {"save_dir": str(folder)}
+        target = str(config.get("_target_", ""))
+        if resume_step and target.endswith("TensorBoardLogger"):
+            extra["purge_step"] = resume_step  # TensorBoard discards what it has read of the steps that are repeated
+        if target.endswith("SingleFileTensorBoardLogger"):
+            extra["score_each_epoch"] = settings.data.score_each_epoch
+        version = config.get("version")  # without one, CSVLogger itself uses the next number
+        if resume_step and version is not None and target.endswith("CSVLogger"):
+            extra["version"] = f"{version}-{resume_step}"  # CSVLogger would delete the existing file
+        configs[f"logger.{name}"] = config | extra
+    return configs | {f"callbacks.{name}": config for name, config in settings.callbacks.items()}
+
+
+def _instantiate(configs: dict[str, dict[str, Any]]) -> tuple[list[Logger], list[lightning.Callback]]:
+    instances: dict[type, list[Any]] = {Logger: [], lightning.Callback: []}
+    for key, config in configs.items():
+        kind = Logger if key.startswith("logger.") else lightning.Callback
+        try:
+            instance = instantiate(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            if "Error locating target" not in str(error):
+                raise UserError(f"{key}: {error}") from error
+            where, *reasons = str(error.__cause__ or error).splitlines()
+            raise UserError(
+                f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of "
+                "its file in PYTHONPATH?"
+            ) from error
+        if not isinstance(instance, kind):
+            raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
+        instances[kind].append(instance)
+    return instances[Logger], instances[lightning.Callback]

@@ -1,0 +1,46 @@
+"""The schedules of the learning rate."""
+
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+
+from nin.config.schema import Schedule
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:
+    """The schedule of the learning rate over ``steps`` optimizer steps.
+
+    Args:
+        schedule: its name, and ``warmup``: the share of the steps in which the learning rate rises linearly to
+            ``optimizer.lr`` (``one_cycle``: along a cosine, Smith and Topin 2017).
+        steps: with ``one_cycle`` at least 3 are assumed: OneCycleLR divides by the number of steps of both phases.
+    """
+    if schedule.name == "one_cycle":
+        group = optimizer.param_groups[0]
+        steps = max(3, steps)
+        return OneCycleLR(
+            optimizer,
+            max_lr=group["lr"],
+            total_steps=steps,
+            pct_start=max(schedule.warmup, 2 / steps),
+            **_momentum_range(group.get("momentum") or group.get("betas", (0.0,))[0]),
+        )
+    warmup = round(schedule.warmup * steps)
+    main: LRScheduler = (
+        CosineAnnealingLR(optimizer, max(1, steps - warmup))
+        if schedule.name == "cosine"
+        else ConstantLR(optimizer, 1.0)
+    )
+    if not warmup:
+        return main
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+    return SequentialLR(optimizer, [rise, main], milestones=[warmup])
+
+
+def _momentum_range(momentum: float) -> dict[str, Any]:
+    """From 0.05 above ``momentum`` to 0.05 below it; for 0.9 these are the defaults of OneCycleLR."""
+    if not momentum:
+        return {"cycle_momentum": False}
+    half = min(0.05, momentum, round((1 - momentum) / 2, 6))
+    return {"max_momentum": round(momentum + half, 6), "base_momentum": round(momentum - half, 6)}
