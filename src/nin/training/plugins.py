@@ -6,10 +6,12 @@ from typing import Any
 import lightning
 from hydra.errors import HydraException
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.schema import Settings, UserError
+from nin.runs.folder import RunFolder
 
 
 def instantiate_all(
@@ -24,7 +26,7 @@ def instantiate_all(
     Raises:
         UserError: if one can't be imported or built, or is something else.
     """
-    return _instantiate(_configs(settings, folder, resume_step))
+    return _instantiate(_configs(settings, folder, resume_step), folder)
 
 
 def _configs(settings: Settings, folder: Path | None, resume_step: int | None) -> dict[str, dict[str, Any]]:
@@ -44,7 +46,9 @@ def _configs(settings: Settings, folder: Path | None, resume_step: int | None) -
     return configs | {f"callbacks.{name}": config for name, config in settings.callbacks.items()}
 
 
-def _instantiate(configs: dict[str, dict[str, Any]]) -> tuple[list[Logger], list[lightning.Callback]]:
+def _instantiate(
+    configs: dict[str, dict[str, Any]], folder: Path | None
+) -> tuple[list[Logger], list[lightning.Callback]]:
     instances: dict[type, list[Any]] = {Logger: [], lightning.Callback: []}
     for key, config in configs.items():
         kind = Logger if key.startswith("logger.") else lightning.Callback
@@ -60,5 +64,20 @@ def _instantiate(configs: dict[str, dict[str, Any]]) -> tuple[list[Logger], list
             ) from error
         if not isinstance(instance, kind):
             raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
+        if folder is not None and isinstance(instance, Checkpoint):
+            _keep_apart(key, instance, RunFolder(folder))
         instances[kind].append(instance)
     return instances[Logger], instances[lightning.Callback]
+
+
+def _keep_apart(key: str, callback: Any, folder: RunFolder) -> None:
+    """Gives a `ModelCheckpoint` a folder of its own; by default it would overwrite the run's ``last.ckpt``.
+
+    Raises:
+        UserError: if its ``dirpath`` is that folder.
+    """
+    if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+        callback.dirpath = str(folder.path.resolve() / "model_checkpoints")
+    dirpath = getattr(callback, "dirpath", None)
+    if dirpath and Path(dirpath).resolve() == folder.checkpoints.resolve():
+        raise UserError(f"{key}.dirpath={dirpath}: has the run's own checkpoints; choose another folder")

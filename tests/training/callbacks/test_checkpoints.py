@@ -12,7 +12,8 @@ from lightning import Callback
 from pydantic import Field
 
 from helpers import run_experiment
-from nin.config.schema import SGD, AdamW, Settings
+from nin.checkpoints import files as checkpoint_files
+from nin.config.schema import SGD, AdamW, Settings, UserError
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.types import Section
 from nin.runs.folder import RunFolder
@@ -127,3 +128,37 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
                 run_experiment(chosen, folder, [])
         result = run_experiment(chosen, folder, [])
         assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resumed(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = "+callbacks.mc._target_=lightning.pytorch.callbacks.ModelCheckpoint"
+    keys = [target, "+callbacks.mc.every_n_train_steps=2", "+callbacks.mc.save_last=true"]
+    chosen = settings(*keys, "schedule=constant", "~callbacks.images", "logger=none")
+    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
+    folder, build = RunFolder(tmp_path / "stopped"), experiment.build_trainer
+
+    class KilledError(Exception):
+        pass
+
+    class Kill(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 9:  # epochs end at 6 and 12, and the ModelCheckpoint has saved at 8
+                raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, Kill()], *r))
+        with pytest.raises(KilledError):
+            run_experiment(chosen, folder, [])
+    assert checkpoint_files.read(folder.last)["global_step"] == 6
+    theirs = checkpoint_files.read(folder.path / "model_checkpoints" / "last.ckpt")
+    assert theirs["global_step"] == 8
+    # As Lightning has it, which resumes from there in the middle of the epoch.
+    assert theirs["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 2
+    result = run_experiment(chosen, folder, [])
+    assert (result["weights_sha256"], result["steps"]) == (whole["weights_sha256"], 12)
+    refused = settings(*keys, f"+callbacks.mc.dirpath={folder.path / 'model_checkpoints' / '..' / 'checkpoints'}")
+    with pytest.raises(UserError, match=r"callbacks.mc.dirpath=.*: has the run's own checkpoints; choose another"):
+        experiment.build_trainer(refused, folder.path)

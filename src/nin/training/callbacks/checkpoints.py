@@ -55,7 +55,7 @@ class ResumableCheckpoint(Checkpoint):
         self.is_restored = False  # whether all state is that of the checkpoint, or of a new run
         self._loaded: dict[str, Any] | None = None
         self._checkpoint: dict[str, Any] | None = None
-        self._save_point = SavePoint.EPOCH_END
+        self._save_point: SavePoint | None = None  # of the save that is under way
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
@@ -164,7 +164,10 @@ class ResumableCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer, save_point: SavePoint, best: bool = False) -> None:
         started = time.perf_counter()
         self._save_point, self.saved_step = save_point, trainer.global_step
-        trainer.save_checkpoint(self.folder.fresh, weights_only=False)
+        try:
+            trainer.save_checkpoint(self.folder.fresh, weights_only=False)
+        finally:
+            self._save_point = None
         if trainer.is_global_zero:
             # best.ckpt first: killed before last.ckpt is renamed, the run repeats the epoch and saves both again.
             publish(self.folder, best, self.settings.keep)
@@ -176,7 +179,8 @@ class ResumableCheckpoint(Checkpoint):
             raise self._stopped()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
-        rewrite_loop_state(checkpoint["loops"]["fit_loop"], self._save_point)
+        if self._save_point:  # a ModelCheckpoint of the user's saves too, elsewhere in the loop
+            rewrite_loop_state(checkpoint["loops"]["fit_loop"], self._save_point)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.flush()
