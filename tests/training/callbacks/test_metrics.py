@@ -2,6 +2,8 @@
 
 import csv
 import itertools
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
+from nin.system.processes import StoppedError
 from nin.training import experiment
 from nin.training.callbacks.dead_units import is_at_chance
 from nin.training.callbacks.metrics import MetricsLogger
@@ -86,6 +89,34 @@ def test_images_per_second_are_images_by_seconds(
     events = EventAccumulator(str(folder.path)).Reload()
     rates = [event.value for event in events.Scalars("while_training/images_per_second")]
     assert rates == pytest.approx([0.32] * 4, rel=0.05)
+
+
+class OwnScore(Callback):
+    """Logs a metric of its own in every validation; stops the run in the second one."""
+
+    def __init__(self) -> None:
+        self.validations = 0
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("val/f1", 0.5)
+
+    def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
+        self.validations += batch_idx == 0
+        if self.validations == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_metric_that_a_callback_logs_can_be_monitored_and_is_no_column_of_metrics_csv(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopping = ["callbacks=early_stopping", "callbacks.early_stopping.monitor=val/f1", "trainer.max_epochs=4"]
+    own = [f"+callbacks.own._target_={__name__}.OwnScore", "callbacks.early_stopping.patience=2", "logger=none"]
+    chosen, folder = settings(*stopping, *own), RunFolder(tmp_path)
+    with pytest.raises(StoppedError):
+        run_experiment(chosen, folder)
+    monkeypatch.setattr(OwnScore, "on_validation_batch_start", Callback.on_validation_batch_start)
+    assert run_experiment(chosen, folder)["epochs"] == 3  # the first, and two that are no better
+    assert [sorted(row) for row in folder.read_epochs()] == [sorted([*ROW, "val/loss", "val/acc"])] * 3
 
 
 ROW = {

@@ -20,6 +20,7 @@ COLUMNS = (
     "epoch", "step", "lr", "train/loss", "train/acc", "val/loss", "val/acc", "test/loss", "test/acc",
     "images_per_second", "seconds",
 )  # fmt: skip
+_SCORES = [name for name in COLUMNS if name.startswith(("val/", "test/"))]
 
 
 class MetricsLogger(Callback):
@@ -117,9 +118,9 @@ class MetricsLogger(Callback):
         if not trainer.sanity_checking:
             # The time of a validation in the middle of an epoch does not count as training time.
             self._open_window(self.window_images, self.validation_started - self.window_started)
-            self.scores = rounded(
-                {name: v for name, v in trainer.callback_metrics.items() if name.startswith(("val/", "test/"))}
-            )
+            # Not those that a callback of the user's logs, which may be of any name and missing in some epochs.
+            names = [name for name in _SCORES if name in trainer.callback_metrics]
+            self.scores = rounded({name: trainer.callback_metrics[name] for name in names})
             self.scored_step = trainer.global_step
             self._log(trainer, self.scores)
 
