@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch._dynamo.utils import counters
 
 from helpers import SMALL, merge, run_experiment
@@ -121,10 +122,12 @@ def test_cuda_graphs_accumulate_no_gradients(
     modes = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, mode, dynamic: modes.append(mode))
     monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
-    for batches in (1, 2):
-        monkeypatch.setattr(Classifier, "trainer", SimpleNamespace(accumulate_grad_batches=batches))
+    later = GradientAccumulationScheduler({3: 2})
+    for batches, callbacks in ((1, []), (2, []), (1, [later])):
+        trainer = SimpleNamespace(accumulate_grad_batches=batches, callbacks=callbacks)
+        monkeypatch.setattr(Classifier, "trainer", trainer)
         module.on_train_start()
-    assert modes == ["reduce-overhead", "default"]
+    assert modes == ["reduce-overhead", "default", "default"]
 
 
 @pytest.mark.parametrize("broken", ["graph", "shape"])

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler
@@ -104,8 +105,10 @@ class Classifier(LightningModule):
         if requested is True or (requested == "auto" and on_gpu):
             # Earlier runs of this process count towards dynamo's limit, above which a network is not compiled.
             torch.compiler.reset()
-            # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated.
-            graphs = on_gpu and self.trainer.accumulate_grad_batches == 1
+            # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated. A
+            # scheduler may accumulate them in later epochs.
+            scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)
+            graphs = on_gpu and self.trainer.accumulate_grad_batches == 1 and not scheduled
             # In place, so that the names of the weights stay the same.
             self.network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)
 

@@ -130,6 +130,24 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
         assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
 
 
+@pytest.mark.filterwarnings("ignore:When using `Trainer.accumulate_grad_batches")
+def test_a_run_that_accumulates_more_gradients_in_a_later_epoch_is_resumed_within_it(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scheduler = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    scheduled = "+callbacks.scheduler={_target_: %s, scheduling: {0: 1, 1: 2}}" % scheduler  # noqa: UP031  # braces
+    chosen = settings(scheduled, "schedule=constant", "~callbacks.images", "logger=none")
+    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
+    folder, build = RunFolder(tmp_path / "stopped"), experiment.build_trainer
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, StopAt(8)], *r))
+        with pytest.raises(StoppedError):
+            run_experiment(chosen, folder, [])
+    assert checkpoint_files.read(folder.last)["global_step"] == 7  # six of one batch and one of two
+    result = run_experiment(chosen, folder, [])
+    assert (result["weights_sha256"], result["steps"]) == (whole["weights_sha256"], 9)
+
+
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resumed(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

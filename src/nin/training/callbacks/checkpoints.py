@@ -70,6 +70,10 @@ class ResumableCheckpoint(Checkpoint):
         self.stop.listen()  # Lightning has just installed its own signal handlers
         if self._loaded:
             trainer.should_stop = self._loaded["should_stop"]
+            # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in
+            # its on_train_start, before this. Checkpoints of earlier versions lack it.
+            accumulated = self._loaded.get("accumulate_grad_batches", trainer.accumulate_grad_batches)
+            trainer.accumulate_grad_batches = accumulated
             # Lightning loads this state earlier, and then builds the dataloader again for estimated_stepping_batches.
             if ((position := self._loaded["batches"]) is not None) != _has_position(trainer):
                 raise ValueError("the position in the data is missing, or the dataloader can't restore it")
@@ -193,6 +197,7 @@ class ResumableCheckpoint(Checkpoint):
             "best": self.best,
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "processes": processes,
             "run_id": self.folder.read_state().get("run_id"),
             "batches": _batches(trainer).state_dict() if _has_position(trainer) else None,
