@@ -193,6 +193,16 @@ def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(
     assert result["resumed_with"] == [{"versions": {}, "git_commit": "second"}]
 
 
+def test_numbers_as_keys_of_a_callback_are_numbers_when_the_run_is_resumed_from_its_config(
+    request_of: Callable[..., RunRequest],
+) -> None:
+    target = "_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    started = request_of(f"+callbacks.later={{{target}, scheduling: {{0: 1, 4: 2}}}}")
+    run.execute_run(started)
+    assert run.read_settings(started.folder) == started.settings
+    assert run.read_settings(started.folder).callbacks["later"]["scheduling"] == {0: 1, 4: 2}
+
+
 def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]

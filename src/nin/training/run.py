@@ -206,7 +206,8 @@ def record_start(
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
     # With absolute paths, so that the run can be resumed from any working directory.
-    folder.write_request(settings.model_dump(mode="json"), request.overrides)
+    # Not as JSON, whose keys are texts: GradientAccumulationScheduler has the numbers of epochs as keys.
+    folder.write_request(settings.model_dump(), request.overrides)
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
