@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
+from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
+from nin.training.experiment import build_trainer
 
 
 class Partly(nn.Sequential):
@@ -79,6 +81,35 @@ def test_an_optimizer_that_evaluates_a_batch_several_times_has_its_gradients(
     accumulating = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"accumulate_grad_batches": 2})})
     with pytest.raises(UserError, match=r"accumulate_grad_batches: must be 1 with .*\.ThreeLooks, which"):
         run_experiment(accumulating, RunFolder(tmp_path / "accumulating"))
+
+
+def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_module(
+    settings: Callable[..., Settings],
+) -> None:
+    own = {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}
+    chosen = {}
+    for devices in (1, 2):
+        for given in ("null", "false", "true"):
+            keys = [f"trainer.devices={devices}", f"trainer.use_distributed_sampler={given}", "callbacks=none"]
+            projects = settings(*keys, f"trainer.strategy={'auto' if devices == 1 else 'ddp'}", "logger=none")
+            for kind, asked in (
+                ("project's", projects),
+                ("own", validate_plain(projects.model_dump(mode="json") | {"data": own})),
+            ):
+                trainer = build_trainer(asked, None)
+                chosen[kind, devices, given] = trainer._accelerator_connector.use_distributed_sampler
+    assert [key for key, used in chosen.items() if used] == [
+        *((kind, 1, "true") for kind in ("project's", "own")),
+        ("own", 2, "null"),
+        *((kind, 2, "true") for kind in ("project's", "own")),
+    ]
+    # A run of an earlier version, in which every process trained on all images, is not continued otherwise.
+    (before, now), one = (
+        [validate_plain(settings(*keys, f"trainer.use_distributed_sampler={given}").model_dump() | {"data": own})
+         for given in ("false", "null")] for keys in (["trainer.strategy=ddp", "trainer.devices=2"], [])
+    )  # fmt: skip
+    assert differences(before, now) == ["trainer.use_distributed_sampler: false there, true now"]
+    assert differences(*one) == []
 
 
 class Stream(IterableDataset):

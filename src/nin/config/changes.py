@@ -71,7 +71,8 @@ def differences(before: Settings, now: Settings) -> list[str]:
     def fixed_values(settings: Settings) -> dict[str, Any]:
         plain = settings.model_dump(mode="json")
         callbacks = {name: entry for name, entry in plain["callbacks"].items() if changes_training(entry)}
-        keys = flat(plain)
+        # It was false in all runs of earlier versions.
+        keys = flat(plain) | {"trainer.use_distributed_sampler": settings.use_distributed_sampler}
         # The learning rates of other schedules depend on the number of steps.
         constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
         may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]

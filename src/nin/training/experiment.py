@@ -230,6 +230,7 @@ def build_trainer(
     arguments = settings.trainer.model_dump()
     arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
     loggers, own = plugins.instantiate_all(settings, folder, resume_step)
+    arguments["use_distributed_sampler"] = settings.use_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
         return lightning.Trainer(
