@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
@@ -416,6 +417,21 @@ def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[...,
     result = run_experiment(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
     assert result["metrics"]["val/acc"] is None
     assert checkpoint_files.read(RunFolder(tmp_path).best)["global_step"] == 12
+
+
+class OwnLogger(DummyLogger):
+    def __init__(self, **others: Any):
+        super().__init__()
+        self.others = others
+
+
+def test_a_logger_is_given_the_runs_folder_where_it_takes_one_and_has_none(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    other = "+logger.other={_target_: lightning.pytorch.loggers.CSVLogger, save_dir: elsewhere}"
+    chosen = settings("logger=csv", other, f"+logger.own._target_={__name__}.OwnLogger", "callbacks=none")
+    csv_logger, other_logger, own = experiment.build_trainer(chosen, tmp_path).loggers
+    assert (csv_logger.save_dir, other_logger.save_dir, own.others) == (str(tmp_path), "elsewhere", {})
 
 
 def test_a_csv_logger_does_not_overwrite_its_file_on_resuming(

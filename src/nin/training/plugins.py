@@ -1,11 +1,12 @@
 """Builds the loggers and callbacks that the config names by ``_target_``."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.errors import HydraException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from omegaconf.errors import OmegaConfBaseException
@@ -33,8 +34,9 @@ def _configs(settings: Settings, folder: Path | None, resume_step: int | None) -
     """The configs of the loggers, with what depends on this run, and of the callbacks, by their keys."""
     configs = {}
     for name, config in settings.logger.items():
-        extra: dict[str, Any] = {"save_dir": str(folder)}
         target = str(config.get("_target_", ""))
+        takes_folder = "save_dir" in _parameters(target) and "save_dir" not in config
+        extra: dict[str, Any] = {"save_dir": str(folder)} if takes_folder else {}
         if resume_step and target.endswith("TensorBoardLogger"):
             extra["purge_step"] = resume_step  # TensorBoard discards what it has read of the steps that are repeated
         if target.endswith("SingleFileTensorBoardLogger"):
@@ -44,6 +46,13 @@ def _configs(settings: Settings, folder: Path | None, resume_step: int | None) -
             extra["version"] = f"{version}-{resume_step}"  # CSVLogger would delete the existing file
         configs[f"logger.{name}"] = config | extra
     return configs | {f"callbacks.{name}": config for name, config in settings.callbacks.items()}
+
+
+def _parameters(target: str) -> set[str]:
+    try:
+        return set(inspect.signature(get_object(target)).parameters)
+    except (HydraException, ImportError, AttributeError, ValueError, TypeError):
+        return set()  # `_instantiate` reports it
 
 
 def _instantiate(
