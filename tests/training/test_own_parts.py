@@ -1,5 +1,6 @@
 """Runs with networks, optimizers and data modules of the user's own that differ from the project's in kind."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,30 @@ def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_modu
     )  # fmt: skip
     assert differences(before, now) == ["trainer.use_distributed_sampler: false there, true now"]
     assert differences(*one) == []
+
+
+def test_a_plateau_schedule_follows_the_validation_loss_and_is_resumed(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    plateau = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "patience": 0, "factor": 0.5}
+    plateau |= {"threshold": 1e9, "threshold_mode": "abs"}
+
+    def asked(*overrides: str) -> Settings:
+        keys = ("optimizer=sgd", "optimizer.lr=0.1", "trainer.max_epochs=3", "logger=none", "callbacks=none")
+        return validate_plain(settings(*keys, *overrides).model_dump() | {"schedule": plateau})
+
+    whole, folder = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
+    result = run_experiment(asked(), whole)
+    # With such a threshold no epoch after the first is any better.
+    assert [row["lr"] for row in whole.read_epochs()] == [0.1, 0.1, 0.05]
+    # As after a kill: the checkpoint of the second epoch, with which the rate has been halved.
+    folder.checkpoints.mkdir(parents=True)
+    shutil.copyfile(whole.checkpoints / "last-1.ckpt", folder.last)
+    shutil.copyfile(whole.best, folder.best)
+    resumed = run_experiment(asked(), folder)
+    assert (resumed["weights_sha256"], resumed["metrics"]) == (result["weights_sha256"], result["metrics"])
+    with pytest.raises(UserError, match=r"schedule=.*ReduceLROnPlateau: follows val/loss, which this run does not"):
+        run_experiment(asked("trainer.limit_val_batches=0"), RunFolder(tmp_path / "unscored"))
 
 
 class Stream(IterableDataset):

@@ -13,7 +13,7 @@ from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
@@ -247,11 +247,22 @@ class Classifier(LightningModule):
             arguments = {name: steps if value == "steps" else value for name, value in schedule.arguments.items()}
             schedule = schedule.model_copy(update=arguments)
             scheduler = own_classes.build("schedule", schedule, LRScheduler, optimizer)
+            if isinstance(scheduler, ReduceLROnPlateau):
+                return {"optimizer": optimizer, "lr_scheduler": self._follow_validation(scheduler)}
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule.interval}}
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": build_schedule(optimizer, schedule, steps), "interval": "step"},
         }
+
+    def _follow_validation(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
+        if self.settings.data.score_each_epoch == "test" or self.settings.trainer.limit_val_batches == 0:
+            raise UserError(
+                f"schedule={self.settings.schedule.name}: follows val/loss, which this run does not compute; set "
+                "data.score_each_epoch=val and leave trainer.limit_val_batches as it is, or choose another schedule"
+            )
+        # Never called by Lightning, which would do so after the checkpoint of the epoch is saved: `MetricsLogger` does.
+        return {"scheduler": scheduler, "interval": "epoch", "frequency": sys.maxsize, "monitor": "val/loss"}
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         chosen = self.settings.optimizer

@@ -142,6 +142,9 @@ class MetricsLogger(Callback):
         }
         self.rows.append(row)
         self.train_seconds = time.perf_counter() - self.started
+        for config in trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and "val/loss" in self.scores:
+                config.scheduler.step(self.scores["val/loss"])
         if trainer.is_global_zero:
             self._write_rows()
 
