@@ -172,6 +172,10 @@ class Experiment:
     def _fit(self) -> None:
         try:
             self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
+        except MisconfigurationException as error:
+            if self.checkpoints.is_restored:
+                raise
+            raise UserError(f"trainer: {error}") from error  # no step was taken
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             if self.checkpoint is None or self.checkpoints.is_restored:
