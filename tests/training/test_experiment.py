@@ -30,6 +30,8 @@ from nin.deploy.pipeline import read_checkpoint
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.training import experiment
+from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.callbacks.progress import EpochPrinter
 from nin.training.classifier import Classifier
 from nin.training.evaluation import evaluate
 from nin.training.loss import NonFiniteLossError
@@ -288,6 +290,17 @@ def test_bfloat16_on_a_cpu_is_asked_for_and_native(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     trainer = experiment.build_trainer(settings(f"trainer.precision={asked}", "callbacks=none"), None, [])
     assert trainer.precision == used
+
+
+def test_a_progress_bar_of_the_users_replaces_the_projects(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    bar = "+callbacks.bar._target_=lightning.pytorch.callbacks.TQDMProgressBar"
+    printer = EpochPrinter(MetricsLogger(tmp_path))
+    trainer = experiment.build_trainer(settings(bar, "callbacks=none"), tmp_path, [printer])
+    assert trainer.progress_bar_callback in trainer.callbacks
+    assert printer not in trainer.callbacks
+    assert printer in experiment.build_trainer(settings("callbacks=none"), tmp_path, [printer]).callbacks
+    with pytest.raises(UserError, match=r"trainer: .*enable_progress_bar=False"):
+        experiment.build_trainer(settings(bar, "trainer.enable_progress_bar=false"), tmp_path, [])
 
 
 def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:

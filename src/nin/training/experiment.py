@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -232,8 +233,12 @@ def build_trainer(
         UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
     """
     arguments = settings.trainer.model_dump()
-    arguments["enable_progress_bar"] = False  # Lightning's own bar; `TrainingProgressBar` replaces it
     loggers, own = plugins.instantiate_all(settings, folder, resume_step)
+    # Lightning's own bar: `TrainingProgressBar` replaces it, and is replaced by one of the user's.
+    has_own_bar = any(isinstance(callback, ProgressBar) for callback in own)
+    arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
+    if has_own_bar:
+        callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
     arguments["use_distributed_sampler"] = settings.use_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
