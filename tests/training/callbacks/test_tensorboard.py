@@ -1,6 +1,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +71,22 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
     assert "optimizer.lr" in start.hparams
     # TensorBoard would show the columns of one run for all runs in a folder, and other runs have other keys.
     assert "_hparams_/experiment" not in events.summary_metadata
+
+
+@pytest.mark.parametrize(("channels", "drawn"), [(1, 1), (2, 1), (3, 3), (5, 3)])
+def test_of_images_with_other_numbers_of_channels_the_first_are_drawn(
+    monkeypatch: pytest.MonkeyPatch, channels: int, drawn: int
+) -> None:
+    grids, images = [], torch.rand(2, channels, 4, 4)
+    logger = SimpleNamespace(experiment=SimpleNamespace(add_image=lambda tag, grid, step: grids.append(grid)))
+    monkeypatch.setattr(tensorboard, "_tensorboard_loggers", lambda _: [logger])
+    monkeypatch.setattr(tensorboard, "_score_maps", lambda *_: None)
+    callback, outputs = tensorboard.ImageLogger(), torch.eye(2)
+    callback.on_train_batch_start(SimpleNamespace(global_step=0), None, (images,), 0)
+    (grid,) = grids
+    assert torch.equal(grid[:, 2:6, 2:6], images[0, :drawn].expand(3, 4, 4))  # beside a frame of two pixels
+    callback.on_test_batch_end(None, None, outputs, (images, torch.ones(2, dtype=torch.int64)), 0)
+    assert [wrong[0].shape for wrong in callback.wrong] == [(drawn, 4, 4)]
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_warning_and_the_run_has_its_result(

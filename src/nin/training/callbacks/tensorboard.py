@@ -122,7 +122,7 @@ class ImageLogger(Callback):
         if batch_idx or trainer.global_step or not self.sample_images:
             return
         for logger in _tensorboard_loggers(trainer):
-            grid = make_grid(batch[0][: self.sample_images].float().cpu(), nrow=8, pad_value=0.5)
+            grid = make_grid(_drawable(batch[0][: self.sample_images]).float().cpu(), nrow=8, pad_value=0.5)
             logger.experiment.add_image("while_training/samples", grid, 0)
 
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
@@ -146,7 +146,7 @@ class ImageLogger(Callback):
         for place, i in enumerate(wrong.tolist()):
             label, prediction = int(labels[i]), int(predicted[i])
             both = maps[place, [label, prediction]].numpy() if maps is not None else None
-            self.wrong.append((images[i].float().cpu().numpy(), label, prediction, both))
+            self.wrong.append((_drawable(images)[i].float().cpu().numpy(), label, prediction, both))
 
     def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         counts = pl_module.confusion.compute().cpu()
@@ -155,6 +155,11 @@ class ImageLogger(Callback):
             _add_figure(logger, "confusion", step, draw_confusion, counts, pl_module.class_names)
             if self.wrong:
                 _add_figure(logger, "wrong", step, draw_wrong, self.wrong, pl_module.class_names)
+
+
+def _drawable(images: Tensor) -> Tensor:
+    """One channel or three, as TensorBoard and matplotlib draw them: of other images the first three, or the first."""
+    return images[:, : 3 if images.shape[1] >= 3 else 1]
 
 
 def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
