@@ -167,3 +167,17 @@ def test_a_data_module_without_a_length_is_trained_on(
     own = {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}
     result = run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
     assert (result["status"], result["steps"]) == ("finished", 12)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+def test_a_schedule_over_an_unknown_number_of_steps_is_refused(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    plain = settings("trainer.limit_train_batches=null", "logger=none", "callbacks=none").model_dump()
+    plain |= {"data": {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}}
+    linear = {"_target_": "torch.optim.lr_scheduler.LinearLR", "total_iters": "steps"}
+    for i, schedule in enumerate(({"name": "cosine", "warmup": 0.0}, {"name": "one_cycle", "warmup": 0.3}, linear)):
+        with pytest.raises(UserError, match=r"^schedule=.*: depends on the number of steps, which this data module"):
+            run_experiment(validate_plain(plain | {"schedule": schedule}), RunFolder(tmp_path / f"{i}"))
+    limited = plain | {"trainer": plain["trainer"] | {"limit_train_batches": 2}, "schedule": linear}
+    assert run_experiment(validate_plain(limited), RunFolder(tmp_path / "limited"))["steps"] == 4

@@ -242,18 +242,27 @@ class Classifier(LightningModule):
         schedule = self.settings.schedule
         if schedule.name == "constant" and not schedule.warmup:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
         if isinstance(schedule, OwnSchedule):
-            arguments = {name: steps if value == "steps" else value for name, value in schedule.arguments.items()}
-            schedule = schedule.model_copy(update=arguments)
+            counted = [name for name, value in schedule.arguments.items() if value == "steps"]
+            schedule = schedule.model_copy(update={name: self._count_steps() for name in counted})
             scheduler = own_classes.build("schedule", schedule, LRScheduler, optimizer)
             if isinstance(scheduler, ReduceLROnPlateau):
                 return {"optimizer": optimizer, "lr_scheduler": self._follow_validation(scheduler)}
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule.interval}}
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": build_schedule(optimizer, schedule, steps), "interval": "step"},
+            "lr_scheduler": {"scheduler": build_schedule(optimizer, schedule, self._count_steps()), "interval": "step"},
         }
+
+    def _count_steps(self) -> int:
+        """The number of optimizer steps of the whole run."""
+        steps = self.trainer.estimated_stepping_batches
+        if not 1 <= steps < math.inf:  # -1, or infinity, for a loader without a length
+            raise UserError(
+                f"schedule={self.settings.schedule.name}: depends on the number of steps, which this data module does "
+                "not know; set trainer.max_steps or trainer.limit_train_batches=<number>, or schedule=constant"
+            )
+        return int(steps)
 
     def _follow_validation(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
         if self.settings.data.score_each_epoch == "test" or self.settings.trainer.limit_val_batches == 0:
