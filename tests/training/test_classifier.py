@@ -42,6 +42,27 @@ def test_one_cycle_takes_an_optimizer_without_momentum() -> None:
     assert rates[0] < 0.1 > rates[-1]
 
 
+def test_one_cycle_has_the_learning_rate_and_momentum_of_each_group() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    groups = [
+        {"params": [weights[0]], "lr": 0.1},
+        {"params": [weights[1]], "lr": 1.0, "momentum": 0.5},
+        {"params": [weights[2]], "lr": 2.0, "momentum": 0.0},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+    scheduler = build_schedule(optimizer, validate(compose_config(["schedule=one_cycle"])).schedule, 10)
+    rates: list[list[float]] = []
+    momenta: list[list[float]] = []
+    for _ in range(10):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        momenta.append([group["momentum"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert [max(column) for column in zip(*rates, strict=True)] == pytest.approx([0.1, 1.0, 2.0])
+    assert [max(column) for column in zip(*momenta, strict=True)] == pytest.approx([0.95, 0.55, 0.0])
+    assert [min(column) for column in zip(*momenta, strict=True)] == pytest.approx([0.85, 0.45, 0.0])
+
+
 def test_cosine_by_hand() -> None:
     assert learning_rates(4, "schedule=cosine", "schedule.warmup=0") == pytest.approx(
         [1, (1 + math.cos(math.pi / 4)) / 2, 0.5, (1 + math.cos(3 * math.pi / 4)) / 2]

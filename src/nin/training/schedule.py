@@ -17,14 +17,14 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: 
         steps: with ``one_cycle`` at least 3 are assumed: OneCycleLR divides by the number of steps of both phases.
     """
     if schedule.name == "one_cycle":
-        group = optimizer.param_groups[0]
+        groups = optimizer.param_groups  # an optimizer of the user's own may have several
         steps = max(3, steps)
         return OneCycleLR(
             optimizer,
-            max_lr=group["lr"],
+            max_lr=[group["lr"] for group in groups],
             total_steps=steps,
             pct_start=max(schedule.warmup, 2 / steps),
-            **_momentum_range(group.get("momentum") or group.get("betas", (0.0,))[0]),
+            **_momentum_ranges([group.get("momentum") or group.get("betas", (0.0,))[0] for group in groups]),
         )
     warmup = round(schedule.warmup * steps)
     main: LRScheduler = (
@@ -38,9 +38,13 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: 
     return SequentialLR(optimizer, [rise, main], milestones=[warmup])
 
 
-def _momentum_range(momentum: float) -> dict[str, Any]:
-    """From 0.05 above ``momentum`` to 0.05 below it; for 0.9 these are the defaults of OneCycleLR."""
-    if not momentum:
+def _momentum_ranges(momenta: list[float]) -> dict[str, Any]:
+    """From 0.05 above each of ``momenta`` to 0.05 below it; for 0.9 these are the defaults of OneCycleLR."""
+    if not any(momenta):
         return {"cycle_momentum": False}
-    half = min(0.05, momentum, round((1 - momentum) / 2, 6))
-    return {"max_momentum": round(momentum + half, 6), "base_momentum": round(momentum - half, 6)}
+    halves = [min(0.05, momentum, round((1 - momentum) / 2, 6)) for momentum in momenta]
+    both = list(zip(momenta, halves, strict=True))
+    return {
+        "max_momentum": [round(momentum + half, 6) for momentum, half in both],
+        "base_momentum": [round(momentum - half, 6) for momentum, half in both],
+    }
