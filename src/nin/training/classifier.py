@@ -107,7 +107,8 @@ class Classifier(LightningModule):
             torch.compiler.reset()
             # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated. A
             # scheduler may accumulate them in later epochs.
-            scheduled = any(isinstance(c, GradientAccumulationScheduler) for c in self.trainer.callbacks)
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+            scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
             graphs = on_gpu and self.trainer.accumulate_grad_batches == 1 and not scheduled
             # In place, so that the names of the weights stay the same.
             self.network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)

@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nin.runs.folder import write_atomically
 from nin.training.classifier import Classifier
@@ -143,7 +144,7 @@ class MetricsLogger(Callback):
         self.rows.append(row)
         self.train_seconds = time.perf_counter() - self.started
         for config in trainer.lr_scheduler_configs:
-            if config.reduce_on_plateau and "val/loss" in self.scores:
+            if isinstance(config.scheduler, ReduceLROnPlateau) and "val/loss" in self.scores:
                 config.scheduler.step(self.scores["val/loss"])
         if trainer.is_global_zero:
             self._write_rows()
