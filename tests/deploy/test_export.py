@@ -13,12 +13,12 @@ import pytest
 
 import nin
 from nin.checkpoints import files as checkpoint_files
-from nin.commands.eval import evaluate_export
+from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter
 from nin.deploy.onnx_model import load_onnx, metadata_of
 from nin.deploy.scoring import MappedImages
-from pictures import folder_data
+from pictures import folder_data, write_folder
 
 onnx = pytest.importorskip("onnx")
 
@@ -178,6 +178,32 @@ def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_p
         evaluate_export(path, [])
     with pytest.raises(UserError, match="nowhere: no such folder"):
         evaluate_export(path, ["data.root=nowhere"])
+
+
+def test_labels_of_other_classes_are_not_compared_with_predictions(
+    run_folder: Path, export: Path, tmp_path: Path
+) -> None:
+    """A folder that is given later may have as many classes, or more, and other ones."""
+    root = write_folder(tmp_path / "photos", {"train": 2, "test": 1}, {"light\nblue": (1, 2, 3), "red": (9, 0, 0)})
+    folder = folder_data(root, image_size=28).model_dump(mode="json")
+
+    def trained_on_a_folder(model: "onnx.ModelProto") -> None:
+        known = nin.load(export).description
+        changed = dataclasses.replace(known, settings=known.settings | {"data": folder})
+        onnx.helper.set_model_props(model, metadata_of(changed))
+
+    exported, checkpoint = _change(export, tmp_path / "m.onnx", trained_on_a_folder), tmp_path / "x.ckpt"
+    content = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    content["hyper_parameters"]["settings"]["data"] = folder
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, checkpoint)
+    here = [f"data.root={root}"]
+    message = r"^data: its classes are light\\nblue, red; the network was trained for T-shirt/top, Trouser, "
+    with pytest.raises(UserError, match=message):
+        evaluate_export(exported, here)
+    with pytest.raises(UserError, match=message):
+        Exporter(checkpoint, None, lambda *_: None, here)
+    with pytest.raises(UserError, match=message):
+        evaluate_checkpoint(checkpoint, here, [])
 
 
 def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from nin.commands.options import add_allow_option
 from nin.config.composition import apply_overrides
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import ignore_stored_paths
-from nin.data.sources import prepare
+from nin.data.classes import require_same_classes
+from nin.data.sources import describe, prepare
 from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.results import print_test
@@ -71,7 +72,8 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     """The same with onnxruntime, and without torch.
 
     Raises:
-        UserError: if the file is no export, it is not known where its images are, or an override is refused.
+        UserError: if the file is no export, it is not known where its images are, they have other classes, or an
+            override is refused.
     """
     from nin.deploy.onnx_model import load_onnx, settings_of
     from nin.deploy.scoring import evaluate, load_part
@@ -85,6 +87,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
         prepare(settings.data)
     images, labels = load_part(settings, "test")
     network = load_onnx(path, settings.threads)
+    require_same_classes(describe(settings.data).class_names, network.description.class_names)
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("testing", total=len(labels))

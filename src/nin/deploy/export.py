@@ -15,6 +15,7 @@ from torch import Tensor
 from nin.config.composition import apply_overrides
 from nin.config.schema import Settings, UserError
 from nin.config.trust import ignore_stored_paths
+from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
@@ -47,6 +48,9 @@ class Exporter:
         progress: called with what is done, the number of images done, and of all.
         overrides: where the data set is: `MAY_CHANGE`.
         allow: modules whose classes the checkpoint may name.
+
+    Raises:
+        UserError: if a package is missing, the file is no checkpoint, or the data set is missing or has other classes.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Exporter:
         self.here = apply_overrides(ignore_stored_paths(self.settings), list(overrides), MAY_CHANGE)
         prepare(self.here.data)
         self.images, self.labels = load_part(self.here, "test")
+        require_same_classes(describe(self.here.data).class_names, self.description.class_names)
 
     def export_onnx(self, path: Path) -> Description:
         """Writes ``path``, once the file's probabilities are the checkpoint's on every test image.

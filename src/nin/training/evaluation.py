@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from nin.checkpoints.weights import load_weights
-from nin.config.schema import Settings, UserError, is_single_process
+from nin.config.schema import Settings, is_single_process
+from nin.data.classes import require_same_classes
 from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
@@ -22,13 +23,11 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
 
     Raises:
-        UserError: if the weights are not those of the network, or not finite.
+        UserError: if the weights are not those of the network, or not finite, or the images have other classes.
     """
     set_threads(settings)
     data = build_data(settings)
-    if (trained := checkpoint["hyper_parameters"].get("class_names")) != list(data.class_names):
-        found = ", ".join(data.class_names)
-        raise UserError(f"data: its classes are {found}; the network was trained for {trained}")
+    require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))
     module = Classifier(settings, data.class_names, data.channels)
     if settings.trainer.precision == "64-true":
         module.double()  # float32 would round the weights
