@@ -87,7 +87,7 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     from nin.deploy import export as module
 
     exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", None, lambda *_: None)
-    monkeypatch.setattr(module, "images_per_second", lambda *_: 1.0)
+    monkeypatch.setattr(module, "images_per_second", lambda *_, **__: 1.0)
     monkeypatch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
     path = tmp_path / "m.int8.onnx"
     measured = exporter.export_int8(export, path)
