@@ -25,6 +25,12 @@ def test_bare_nin_and_help_list_the_commands(tmp_path: Path) -> None:
             assert f"nin {command} " in run.stdout
 
 
+def test_help_on_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        dispatch(monkeypatch, "help", "report")
+    assert capsys.readouterr().out.startswith("usage: nin report ")
+
+
 def dispatch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit status of the program, run in this process."""
     monkeypatch.setattr(sys, "argv", ["nin", *arguments])

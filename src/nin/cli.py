@@ -57,6 +57,8 @@ def dispatch() -> int:
     if "LOCAL_RANK" in os.environ and ("=" in name or name.startswith("~")):
         # Lightning starts the other processes of trainer=ddp with the overrides alone.
         name, arguments = "train", sys.argv[1:]
+    if name == "help" and arguments[:1] and arguments[0] in COMMANDS:
+        name, arguments = arguments[0], ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -21,6 +21,11 @@ def test_mistakes(run_folder: Path, arguments: list[str], message: str) -> None:
         main([str(run_folder), *arguments])
 
 
+def test_an_export_is_not_exported_again(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is an export already; nin predict, nin eval and nin serve take it"):
+        main([str(tmp_path / "model.onnx")])
+
+
 def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 

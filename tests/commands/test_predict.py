@@ -126,7 +126,7 @@ def test_a_light_ground_is_noticed_and_inverted(
     Image.fromarray(255 - test_images[5]).save(tmp_path / "light.png")
     Image.fromarray(test_images[5]).save(tmp_path / "dark.png")
     assert main([str(export), str(tmp_path / "light.png"), "--json"]) == 0
-    assert "1 of 1 images have a light border" in capfd.readouterr().err.replace("\n", " ")
+    assert "images with a light border: 1 of 1; the" in capfd.readouterr().err.replace("\n", " ")
     assert main([str(export), str(tmp_path / "light.png"), "--json", "--invert"]) == 0
     inverted = capfd.readouterr()
     assert inverted.err == ""

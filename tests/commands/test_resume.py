@@ -57,6 +57,18 @@ def test_to_resume_is_no_choice_of_this_command(run: RunFolder, capsys: pytest.C
     assert capsys.readouterr().err.startswith("nin resume: resume=never: ")
 
 
+def test_of_a_sweep_its_command_is_run_again(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run("resume", [str(run.path.parent)]) == 2
+    assert capsys.readouterr().err.endswith("holds several runs; to resume a sweep, run its command again\n")
+
+
+def test_a_missing_run_is_the_only_missing_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, argument in (("resume", "run"), ("eval", "network"), ("export", "run_or_checkpoint")):
+        with pytest.raises(SystemExit):
+            cli.run(command, [])
+        assert capsys.readouterr().err.endswith(f"the following arguments are required: {argument}\n")
+
+
 def test_an_interpolation_in_a_stored_config_is_not_resolved(
     run: RunFolder, requests: list[RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

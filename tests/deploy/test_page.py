@@ -110,6 +110,9 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         assert page.evaluate(hint) == ""
         expected = dict(zip(network.description.class_names, network.predict([255 - dark])[0].tolist(), strict=True))
         assert inverted == pytest.approx(expected, abs=1e-6)
+        # On the empty pad there is nothing to classify.
+        page.evaluate("document.getElementById('clear').click(), nin.again()")
+        assert page.evaluate("document.querySelectorAll('#classes tr, figure').length") == 0
         # Nothing was loaded from elsewhere, and no script failed.
         urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
         assert len(urls) >= 4
@@ -117,3 +120,4 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         assert not [e for e in page.events if e["method"] == "Runtime.exceptionThrown"]
         page.open(f"{server.url}docs")
         assert page.evaluate("new Promise(r => setTimeout(() => r(document.querySelectorAll('h2').length), 1000))") == 5
+        assert f"{server.url}predict?top=3" in page.evaluate("document.querySelector('pre').textContent")

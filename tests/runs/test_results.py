@@ -16,11 +16,17 @@ def printed(names: list[str], confusion: np.ndarray, capsys: pytest.CaptureFixtu
 
 def test_a_few_classes_have_a_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(["[red]ants", "bees\nand wasps", "none"], np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), capsys)
-    assert [line.split() for line in lines[-4:-1]] == [
-        ["[red]ants", "0.7500", "3", "1", "·"],
-        ["bees\\nand", "wasps", "1.0000", "·", "2", "·"],  # a name is one line, and no markup
-        ["none", "-", "·", "·", "·"],
+    assert [line.split() for line in lines[-4:]] == [
+        ["accuracy", "0", "1", "2"],
+        ["0", "[red]ants", "0.7500", "3", "1", "·"],
+        ["1", "bees\\nand", "wasps", "1.0000", "·", "2", "·"],  # a name is one line, and no markup
+        ["2", "none", "-", "·", "·", "·"],
     ]
+
+
+def test_the_matrix_of_ten_classes_fits_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = printed(["T-shirt/top", *(f"class {i}" for i in range(9))], np.full((10, 10), 1000), capsys)
+    assert max(map(len, lines)) <= 80
 
 
 def test_of_many_classes_the_worst_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

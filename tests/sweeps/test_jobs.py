@@ -263,6 +263,9 @@ def test_what_is_no_sweep_is_named(tmp_path: Path) -> None:
         sweep.read_jobs(tmp_path / "none")
     with pytest.raises(UserError, match="no job was started here"):
         sweep.read_jobs(tmp_path)
+    put_job(tmp_path / "first", ["seed=0"], 0.9)
+    with pytest.raises(UserError, match=f"first: is a single run, .* with the others: nin report {tmp_path}$"):
+        sweep.read_jobs(tmp_path / "first")
 
 
 def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(tmp_path: Path, data_root: Path) -> None:

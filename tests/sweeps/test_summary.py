@@ -174,6 +174,20 @@ def test_the_curves_are_over_epochs_or_seconds(lr_sweep: Path) -> None:
         assert [list(line.get_xdata()) for line in right.lines if len(line.get_xdata())] == [values] * 4
 
 
+def test_one_epoch_is_one_tick(tmp_path: Path) -> None:
+    put_job(tmp_path / "s/0", ["optimizer.lr=0.1", "seed=0"], 0.9)
+    (tmp_path / "s/0/metrics.csv").write_text("epoch,val/acc,seconds\n1,0.9,8\n")
+    figure = draw(tmp_path / "s")
+    figure.canvas.draw()
+    assert [label.get_text() for label in figure.axes[1].get_xticklabels() if label.get_text()] == ["1"]
+
+
+def test_of_a_metric_that_is_measured_once_there_are_no_curves(lr_sweep: Path) -> None:
+    _, right = draw(lr_sweep, metric="test/acc").axes
+    assert [text.get_text() for text in right.texts] == ["test/acc is measured once, at the end: no curves"]
+    assert not right.axison
+
+
 def test_labels_and_legends_stay_on_the_page(tmp_path: Path) -> None:
     for i in range(30):
         overrides = [

@@ -33,7 +33,9 @@ def main(arguments: list[str]) -> int:
         epilog="example: nin bench model=nin_small data.batch_size=256 trainer=cpu",
         allow_abbrev=False,
     )
-    parser.add_argument("overrides", nargs="*", help="key=value as for nin train: model, size, batch, precision, …")
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value as for nin train: model, data.batch_size, trainer.precision, …"
+    )
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement; default: 4")
     parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
     parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")

@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         epilog="example: nin eval outputs/runs/first trainer=cpu",
     )
     parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
-    parser.add_argument("overrides", nargs="*", help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
+    parser.add_argument("overrides", nargs="*", default=[], help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
     add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 

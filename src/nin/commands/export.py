@@ -35,15 +35,19 @@ def main(arguments: list[str]) -> int:
         "AOTInductor package for C++; triton: a model repository for Triton or KServe",
     )
     parser.add_argument("--int8", action="store_true", help="also a file in int8, if it loses at most 0.3 points")
-    parser.add_argument("overrides", nargs="*", help="where the data set is: data.root=…, data.cache=…, data.mirrors=…")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="where the data set is: data.root=…, data.cache=…, data.mirrors=…"
+    )
     add_allow_option(parser)
     parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
     args = parser.parse_intermixed_args(arguments)
     silence_known_warnings()
     if args.int8 and args.format != "onnx":
         raise UserError(f"--int8: quantizes ONNX files; leave out --format {args.format}")
-    from nin.deploy.loading import default_export, find_checkpoint
+    from nin.deploy.loading import default_export, find_checkpoint, is_export
 
+    if is_export(args.run_or_checkpoint):
+        raise UserError(f"{args.run_or_checkpoint}: is an export already; nin predict, nin eval and nin serve take it")
     checkpoint = find_checkpoint(args.run_or_checkpoint)
     suffix = {"onnx": ".onnx", "pt2": ".pt2", "triton": ""}[args.format]
     default = default_export(args.run_or_checkpoint, suffix)

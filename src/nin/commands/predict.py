@@ -103,7 +103,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     writer.finish()
     if not args.invert and light > 0 and description.light_on_dark:
         errors.print(
-            f"nin predict: {light} of {found} images have a light border; the network was trained on light things on "
+            f"nin predict: images with a light border: {light} of {found}; the network was trained on light things on "
             "a dark ground: if they are dark on light, add --invert",
             markup=False,
         )

@@ -41,11 +41,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="nin resume",
         allow_abbrev=False,
         description="Continue an interrupted or failed run from its last.ckpt, to the result that it would have had "
-        "without the interruption; with trainer.max_epochs=… also a finished one.",
+        "without the interruption; with trainer.max_epochs=… also a finished one, if its learning rate is constant.",
         epilog=f"may change: {', '.join(_MAY_CHANGE)}; of the callbacks those that only observe the training",
     )
     parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
-    parser.add_argument("overrides", nargs="*", help="key=value for what may change, as in trainer.max_epochs=20")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], help="key=value for what may change, as in trainer.max_epochs=20"
+    )
     add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
@@ -61,6 +63,8 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
     """
     config = folder.read_request()
     if config is None:
+        if any(folder.path.glob("*/.hydra/overrides.yaml")):
+            raise UserError(f"{folder.path}: holds several runs; to resume a sweep, run its command again")
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = ignore_stored_actions(validate_plain(config))
     require_trusted_targets(stored, allowed)

@@ -55,6 +55,8 @@ def find_checkpoint(path: Path) -> Path:
     for checkpoint in (folder.best, folder.last):
         if checkpoint.exists():
             return checkpoint
+    if run := next(path.glob("*/checkpoints/*.ckpt"), None):
+        raise UserError(f"{path}: holds several runs; give one of them, as in {run.parent.parent}")
     raise UserError(f"{path}: no checkpoint in it yet ({folder.best.relative_to(path)}); is it a run's folder?")
 
 

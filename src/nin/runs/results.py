@@ -31,9 +31,8 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     table.add_row("weights", printable(result["weights_sha256"][:16]))
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(table)
-    print(f"run folder: {format_path(folder.path)}")
-    if folder.event_files():
-        print(f"curves:     {tensorboard_command(folder.path.parent)}")
+    curves = f"\ncurves:     {tensorboard_command(folder.path.parent)}" if folder.event_files() else ""
+    print(f"run folder: {format_path(folder.path)}{curves}", flush=True)  # several processes may share the terminal
 
 
 def print_test(metrics: dict[str, Any], confusion: Any) -> None:
@@ -53,13 +52,15 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
 
 
 def _confusion_matrix(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:
-    table = Table(title="true class (rows), predicted class (columns)", title_justify="left", box=box.SIMPLE)
+    table = Table(
+        title="true class (rows), predicted class (columns)", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
     table.add_column("")
     table.add_column("accuracy", justify="right", style="bold")
-    for name in names:
-        table.add_column(Text(name[:7]), justify="right")
-    for name, acc, row in zip(names, accuracies, confusion, strict=True):
-        table.add_row(Text(name), _format(acc), *(str(count) if count else "·" for count in row))
+    for i in range(len(names)):  # numbers: so many names don't fit
+        table.add_column(str(i), justify="right")
+    for i, (name, acc, row) in enumerate(zip(names, accuracies, confusion, strict=True)):
+        table.add_row(Text(f"{i} {name}"), _format(acc), *(str(count) if count else "·" for count in row))
     return table
 
 

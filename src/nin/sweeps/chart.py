@@ -71,9 +71,13 @@ def _draw_curves(
             points = [(e[X_AXES[x_axis]], e[metric]) for e in epochs if metric in e and X_AXES[x_axis] in e]
             x, y = zip(*points, strict=True) if points else ((), ())
             axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None)
+    if rows and not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
+        axes.axis("off")
+        axes.text(0.5, 0.5, f"{metric} is measured once, at the end: no curves", ha="center", transform=axes.transAxes)
+        return
     axes.set_xlabel("epoch" if x_axis == "epochs" else "seconds of training")
     if x_axis == "epochs":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     axes.set_ylim(_within_range(metric, axes.get_ylim()))
@@ -89,7 +93,7 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[
     axes.plot(x, [statistics.fmean(rows[i].values(metric)) for _, i in points], color="0.6", zorder=1)
     for number, i in points:
         _draw_seeds(axes, rows[i], metric, colors[i], x=number)
-    axes.margins(x=0.1)  # for the number beside the last point
+    axes.margins(x=0.16)  # for the number beside the last point
     axes.set_xlabel(next(iter(rows[0].keys)))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
@@ -156,6 +160,7 @@ def draw_study(study: "optuna.Study", path: Path) -> None:
     """Optuna's own pictures, one after another in one file: history, importances, parallel coordinates."""
     from matplotlib import image, pyplot, rc_context
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization import matplotlib as pictures
 
@@ -169,10 +174,12 @@ def draw_study(study: "optuna.Study", path: Path) -> None:
     pyplot.switch_backend("Agg")
     with warnings.catch_warnings(), rc_context():  # they change matplotlib's style
         warnings.simplefilter("ignore")  # Optuna's pictures are marked experimental
-        for plot in plots:
+        for place, plot in enumerate(plots):
             with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError, IndexError):  # too few trials
                 figure = plot().get_figure(root=True)
                 assert figure is not None
+                if place == 0:  # the history: trials are counted
+                    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
                 figure.set_size_inches(9, 5)
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")

@@ -156,6 +156,11 @@ def read_jobs(folder: Path) -> list[Job]:
         raise UserError(f"{folder}: no such folder; sweeps are folders in outputs/sweeps, single runs in outputs/runs")
     requested, swept = _read_requested_jobs(folder)
     jobs = [job for path in sorted(folder.iterdir()) if (job := _read_job(path, swept))]
+    if not jobs and RunFolder(folder).has_progress():
+        raise UserError(
+            f"{folder}: is a single run, whose result is in {RunFolder(folder).result.name}; to compare it with the "
+            f"others: nin report {folder.parent}"
+        )
     if not jobs:
         raise UserError(f"{folder}: no job was started here; is it a sweep's folder, as in outputs/sweeps/lr?")
     if not requested and _are_single_runs(jobs):

@@ -30,6 +30,8 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
     if (folder / "search.json").exists():
         from nin.sweeps.search_report import report_search  # needs Optuna
 
+        if metric != "val/acc":
+            raise UserError(f"--metric {metric}: the trials of a search are compared by val/acc; leave --metric out")
         return report_search(folder, storage)
     if storage:
         raise UserError(f"--storage: {folder} is not the folder of a search (it has no search.json); leave it out")

@@ -124,7 +124,8 @@ def device_name(device: "torch.device") -> str:
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({platform.processor() or platform.machine()}, {threads} thread{'s' * (threads != 1)})"
 
 
 def default_threads() -> int:

@@ -200,7 +200,7 @@ class StopRequest:
         if self.signum is not None:
             return
         self.signum, self._received_at = signum, time.monotonic()
-        _write(b"\nstopping after this batch with a checkpoint (Ctrl-C again stops at once)\n")
+        _write(b"\nstopping after this batch (Ctrl-C again stops at once)\n")
 
 
 def _signals() -> list[signal.Signals]:

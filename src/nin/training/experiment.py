@@ -94,7 +94,8 @@ class Experiment:
         """Network, data, device and precision in one line."""
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
-        epochs = f", {trainer.max_epochs} epochs" if (trainer.max_epochs or -1) > 0 else ""
+        count = trainer.max_epochs or -1
+        epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
             f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
@@ -163,7 +164,8 @@ class Experiment:
             log_request(self.trainer, self.settings, self.request.overrides)
             return
         assert self.resume_path is not None  # found together with the checkpoint
-        place = f"epoch {self.checkpoint['epoch']}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
+        done = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        place = f"epoch {done + 1}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)
         print(f"{self.request.label}resuming from {place}", flush=True)
         sizes = self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"]

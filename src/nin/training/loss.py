@@ -65,6 +65,7 @@ def require_finite_weights(module: LightningModule) -> None:
 def _diverged(module: LightningModule, what: str) -> NonFiniteLossError:
     lr = module.trainer.optimizers[0].param_groups[0]["lr"]
     return NonFiniteLossError(
-        f"{what} at step {module.global_step} (epoch {module.current_epoch}), learning rate {lr:g}: training diverged. "
-        "Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or model.norm=batch with NiN"
+        f"{what} at step {module.global_step} (epoch {module.current_epoch + 1}), learning rate {lr:g}: training "
+        "diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or model.norm=batch "
+        "with NiN"
     )

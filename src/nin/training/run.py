@@ -85,7 +85,14 @@ def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
     if settings.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or resume=auto to resume it")
     previous = read_settings(folder)
-    if different := differences(previous, settings):
+    different = differences(previous, settings)
+    if [line.partition(":")[0] for line in different] == ["trainer.max_epochs"]:
+        raise UserError(
+            f"{folder.path}: trainer.max_epochs is {previous.trainer.max_epochs} and can't be changed to "
+            f"{settings.trainer.max_epochs}: with schedule={settings.schedule.name} the learning rate of every step "
+            "depends on it; train a new run, with another name=…"
+        )
+    if different:
         header = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
         raise UserError("\n  ".join([header, *different]))
 
