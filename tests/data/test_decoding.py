@@ -52,6 +52,13 @@ def test_cmyk_and_float_images_are_converted() -> None:
     assert decode(content_of(floats, "TIFF"), 1).tolist() == [[128, 128]] * 2
 
 
+def test_integers_of_32_bits_are_those_of_8_or_of_16_bits() -> None:
+    for largest, expected in ((255, [0, 100, 255]), (65535, [0, 0, 255])):
+        values = Image.fromarray(np.array([[0, 100, largest]], np.int32))
+        assert values.mode == "I"
+        assert decode(content_of(values, "TIFF"), 1).tolist() == [expected]
+
+
 def test_the_orientation_that_a_camera_noted_is_applied() -> None:
     image = Image.new("L", (2, 3))
     image.putpixel((0, 0), 255)

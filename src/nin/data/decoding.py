@@ -167,9 +167,10 @@ def _name_error(error: Exception) -> ImageError:
 def _flatten(image: Image.Image) -> Image.Image:
     """Converts any of Pillow's modes to "L" or "RGB"."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        # 16-bit PNG and TIFF files; 65535 becomes 255.
-        values = np.asarray(image).astype(np.float64) / 257
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+        # 16-bit PNG and TIFF files; 65535 becomes 255. Of 32 bits, programs use as many as 16 bits or 8 bits have.
+        values = np.asarray(image).astype(np.float64)
+        scale = 257 if image.mode != "I" or values.max(initial=0) > 255 else 1
+        image = Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8))
     elif image.mode == "F":
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         scale = 255 if values.max(initial=0) <= 1 else 1  # floats are from 0 to 1 or from 0 to 255
