@@ -121,6 +121,10 @@ def test_the_reason_is_named(tmp_path: Path) -> None:
     for content, reason in ((b"text", "not an image"), (truncated(), "damaged .image file is truncated")):
         with pytest.raises(ImageError, match=reason):
             decode(content, 3)
+    (tmp_path / "empty.png").touch()
+    for nothing in (b"", tmp_path / "empty.png", str(tmp_path / "empty.png")):
+        with pytest.raises(ImageError, match=r"^has no bytes$"):  # as `list_images` names it
+            decode(nothing, 3)
     with pytest.raises(ImageTooLargeError, match="8000x8000 pixels are 64 megapixels; the limit is 50"):
         decode(bomb(8000), 3)
     with pytest.raises(ImageError, match="No such file"):

@@ -92,10 +92,12 @@ def test_files_that_can_not_be_images_are_named(tmp_path: Path) -> None:
     (folder / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     os.mkfifo(folder / "pipe.jpg")
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jpg")).touch()
+    (folder / "empty.jpg").touch()
     (tmp_path / "train" / "lost.jpg").touch()
     broken = {printable(name): reason for name, reason in list_images(folder_data(tmp_path)).broken.items()}
     assert broken == {
         "train/lost.jpg": "in no class's folder",
+        "train/red/empty.jpg": "has no bytes",
         "train/red/gone.jpg": "a link to nothing (No such file or directory)",
         "train/red/pipe.jpg": "not a regular file",
         "train/red/\\udcff.jpg": "the name is not UTF-8",

@@ -48,7 +48,7 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
         too_many_scans = image.format in ("JPEG", "MPO") and _has_too_many_scans(image)
     except Exception as error:
-        raise _name_error(error) from error
+        raise ImageError("has no bytes") if _is_empty(content) else _name_error(error) from error
     width, height = image.size
     refused: ImageError | None = None
     if width * height > max_pixels:
@@ -62,6 +62,13 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
         image.close()
         raise refused
     return image
+
+
+def _is_empty(content: bytes | BinaryIO | Path | str) -> bool:
+    if isinstance(content, str | Path):
+        path = Path(content)
+        return path.is_file() and not path.stat().st_size
+    return content == b""
 
 
 def _has_too_many_scans(image: ImageFile.ImageFile) -> bool:
