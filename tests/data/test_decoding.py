@@ -149,8 +149,22 @@ def test_a_jpeg_file_of_more_scans_than_programs_write_is_refused(tmp_path: Path
     for content in (with_scans(101, progressive=True), header + by_color * 34 + b"\xff\xd9"):
         (tmp_path / "file.jpg").write_bytes(content)
         for source in (content, tmp_path / "file.jpg", str(tmp_path / "file.jpg")):
-            with pytest.raises(ImageError, match="a JPEG file of more than 100 scans"):
+            with pytest.raises(ImageError, match="a JPEG file of 16x16 pixels and more than 100 scans"):
                 decode(source, 3)
+
+
+@pytest.mark.parametrize(("side", "most"), [(2500, 100), (3000, 69), (5000, 25), (7000, 25)])
+def test_a_large_jpeg_file_may_have_fewer_scans(side: int, most: int) -> None:
+    """Only the header is read, so it may declare another size than the scans have."""
+    for count in (most, most + 1):
+        content = with_scans(count, progressive=True)
+        place = content.index(b"\xff\xc2") + 5  # behind marker, length and precision
+        content = content[:place] + side.to_bytes(2) * 2 + content[place + 4 :]
+        if count == most:
+            assert open_image(content).size == (side, side)
+        else:
+            with pytest.raises(ImageError, match=f"{side}x{side} pixels and more than {most} scans"):
+                open_image(content)
 
 
 def test_scans_of_a_thumbnail_and_of_what_follows_a_jpeg_file_are_not_counted() -> None:

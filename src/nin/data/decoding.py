@@ -17,8 +17,9 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
 # Each scan of a JPEG file passes over all pixels, however few bytes it has. Progressive files have 6 to 18; libtiff and
-# others have this limit too.
-MAX_SCANS = 100
+# others have the first limit too. 625 megapixels are 25 scans of the largest image that `nin serve` takes by default;
+# as many are allowed for any size.
+MAX_SCANS, ALWAYS_ALLOWED_SCANS, MAX_SCANNED_PIXELS = 100, 25, 625_000_000
 # Markers of a JPEG file, without the bytes 255 and the restarts inside a scan.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _FRAMES, _START, _END, _SCAN = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xD8, 0xD9, 0xDA
@@ -42,7 +43,7 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
 
     Raises:
         ImageTooLargeError: if it has more than ``max_pixels`` pixels.
-        ImageError: if it is not an image, has no pixels, or is a JPEG file of more than `MAX_SCANS` scans.
+        ImageError: if it is not an image, has no pixels, or is a JPEG file of more scans than `most_scans` allows.
     """
     try:
         image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=formats())
@@ -57,7 +58,7 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
     elif not width * height:
         refused = ImageError("has no pixels")
     elif too_many_scans:
-        refused = ImageError(f"a JPEG file of more than {MAX_SCANS} scans")
+        refused = ImageError(f"a JPEG file of {width}x{height} pixels and more than {most_scans(image)} scans")
     if refused:
         image.close()
         raise refused
@@ -74,12 +75,12 @@ def _is_empty(content: bytes | BinaryIO | Path | str) -> bool:
 def _has_too_many_scans(image: ImageFile.ImageFile) -> bool:
     assert image.fp is not None
     image.fp.seek(0)
-    content = image.fp.read()
-    if len(content) < 10_000 and content.count(b"\xff\xda") <= MAX_SCANS:
+    content, most = image.fp.read(), most_scans(image)
+    if len(content) < 10_000 and content.count(b"\xff\xda") <= most:
         return False  # takes less time than reading the segments
     scans, place, components, progressive = 0, 0, 0, False
     # Segments are skipped, as are thumbnails in them; what follows the end of the image, such as a video, is not read.
-    while scans <= MAX_SCANS and (found := _MARKER.search(content, place)) and (marker := found[1][0]) != _END:
+    while scans <= most and (found := _MARKER.search(content, place)) and (marker := found[1][0]) != _END:
         place = found.end()
         if marker in _FRAMES:
             components, progressive = content[place + 7], marker & 3 == 2
@@ -89,7 +90,12 @@ def _has_too_many_scans(image: ImageFile.ImageFile) -> bool:
             scans += 1
         if marker >= 0xC0 and marker != _START:  # those below have no segment
             place += int.from_bytes(content[place : place + 2])
-    return scans > MAX_SCANS
+    return scans > most
+
+
+def most_scans(image: Image.Image) -> int:
+    """How many scans a JPEG file of this size may have: 100, and 25 from 25 megapixels on."""
+    return max(ALWAYS_ALLOWED_SCANS, min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, image.width * image.height)))
 
 
 @functools.cache
