@@ -202,7 +202,7 @@ def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> N
     assert (result["status"], result["overrides"]) == ("finished", small)
     lines = first.stdout.splitlines()
     assert re.match(r"nin \([\d,]+ parameters\) on garments at 28x28, 2 epochs, batches of 32; 1 x cpu ", lines[0])
-    assert lines[0].endswith("threads), precision 32-true")
+    assert re.search(r" threads?\), precision 32-true$", lines[0])
     assert re.fullmatch(r"run folder: outputs/runs/first, curves: \S*tensorboard --logdir outputs/runs", lines[1])
     assert [line.split("  ")[0] for line in lines[2:4]] == ["epoch 1/2", "epoch 2/2"]
     assert "run folder: outputs/runs/first" in lines

@@ -174,12 +174,12 @@ def test_the_curves_are_over_epochs_or_seconds(lr_sweep: Path) -> None:
         assert [list(line.get_xdata()) for line in right.lines if len(line.get_xdata())] == [values] * 4
 
 
-def test_one_epoch_is_one_tick(tmp_path: Path) -> None:
+def test_epochs_are_whole_numbers(tmp_path: Path) -> None:
     put_job(tmp_path / "s/0", ["optimizer.lr=0.1", "seed=0"], 0.9)
     (tmp_path / "s/0/metrics.csv").write_text("epoch,val/acc,seconds\n1,0.9,8\n")
-    figure = draw(tmp_path / "s")
-    figure.canvas.draw()
-    assert [label.get_text() for label in figure.axes[1].get_xticklabels() if label.get_text()] == ["1"]
+    _, right = draw(tmp_path / "s").axes
+    assert all(label.get_text().isdigit() for label in right.get_xticklabels())
+
 
 
 def test_of_a_metric_that_is_measured_once_there_are_no_curves(lr_sweep: Path) -> None:
