@@ -149,6 +149,22 @@ def test_a_run_is_not_resumed_with_other_images(tmp_path: Path) -> None:
         other.load_state_dict(state)
 
 
+def test_a_run_is_not_resumed_with_the_images_in_other_parts(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8, "val": 2})
+    module = ImageDataModule(folder_data(root), seed=0)
+    module.setup("fit")
+    state = module.state_dict()
+    module.load_state_dict(state)
+    module.load_state_dict({"fingerprint": state["fingerprint"]})  # of an earlier version
+    (root / "val").rename(root / "test")
+    other = ImageDataModule(folder_data(root), seed=0)
+    other.prepare_data()
+    other.setup("fit")
+    assert other.fingerprint == state["fingerprint"]
+    with pytest.raises(UserError, match="has other images than those the run was started with, or in other parts, so"):
+        other.load_state_dict(state)
+
+
 def test_files_that_are_left_out_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_folder(tmp_path / "root", {"train": 8})
     (root / "train" / "red" / "1.png").write_bytes(b"no image")

@@ -184,22 +184,26 @@ class ImageDataModule(LightningDataModule):
                 parts[part] = MappedImages(images, indices), labels[indices]
         self.train, self.val, self.test = (parts[part] for part in PARTS)
         self.fingerprint = self.notes["images_sha256"] = cache.fingerprint
+        self.counts = dict(cache.counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the SHA-256 of a folder's decoded images and labels."""
-        return {"fingerprint": self.fingerprint} if hasattr(self, "fingerprint") else {}
+        """For a checkpoint: the SHA-256 of a folder's decoded images and labels, and how many each part has.
+
+        The sum does not tell whether the last images were in ``val/`` or in ``test/``.
+        """
+        return {"fingerprint": self.fingerprint, "counts": self.counts} if hasattr(self, "fingerprint") else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compares the folder's images with those of the checkpoint.
 
         Raises:
-            UserError: if they are others.
+            UserError: if they are others, or in other parts.
         """
-        saved = state_dict.get("fingerprint")
-        if saved and saved != self.fingerprint:
+        saved, counts = state_dict.get("fingerprint"), state_dict.get("counts")  # earlier versions saved no counts
+        if saved and (saved != self.fingerprint or counts not in (None, self.counts)):
             raise UserError(
-                f"data.root={self.data.root}: has other images than those the run was started with, so it can't be "
-                "resumed exactly; restore them, or give another name=…"
+                f"data.root={self.data.root}: has other images than those the run was started with, or in other "
+                "parts, so it can't be resumed exactly; restore them, or give another name=…"
             )
 
     def statistics(self) -> tuple[Tensor, Tensor]:
