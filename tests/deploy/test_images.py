@@ -21,8 +21,10 @@ def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
 
 def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) -> None:
     grey = Image.new("L", (2, 2), 7)
-    (tmp_path / "below").mkdir()
-    for name in ("b.png", "below/a.webp", ".hidden.png"):
+    tmp_path /= ".given"  # the user names it, hidden or not
+    for folder in ("below", "below/.thumbnails"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("b.png", "below/a.webp", ".hidden.png", "below/.thumbnails/c.png"):
         grey.save(tmp_path / name, lossless=True)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")

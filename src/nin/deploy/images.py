@@ -43,7 +43,8 @@ def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tup
     """Yields ``(name, image)`` for each image of files, folders (with all below them), IDX files and ``-``.
 
     A file that cannot be decoded is yielded with its ImageError in place of the image. In folders only files whose
-    suffix is one of Pillow's are read, in the order of their names. An image of an IDX file is named ``file[index]``.
+    suffix is one of Pillow's are read, in the order of their names, and nothing that is hidden, as with `data=folder`.
+    An image of an IDX file is named ``file[index]``.
     """
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
     for path in paths:
@@ -51,7 +52,8 @@ def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tup
             yield from _read("-", stdin.read(), form)
         elif path.is_dir():
             for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in suffixes and file.is_file() and not file.name.startswith("."):
+                hidden = any(name.startswith(".") for name in file.relative_to(path).parts)
+                if file.suffix.lower() in suffixes and file.is_file() and not hidden:
                     yield from _read_file(file, form)
         else:
             yield from _read_file(path, form)
