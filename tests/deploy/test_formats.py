@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +51,15 @@ def test_tritons_own_protobuf_reads_the_model_repository(run_folder: Path, tmp_p
     assert config.output[0].label_filename == "labels.txt"
     assert (folder / "labels.txt").read_text().splitlines() == network.description.class_names
     assert config.parameters["weights_sha256"].string_value == network.description.more["weights_sha256"]
+
+
+def test_each_of_tritons_labels_is_one_line(tmp_path: Path) -> None:
+    from nin.deploy.triton import export_triton
+
+    known = SimpleNamespace(class_names=["ant", "bee\nhive"], channels=1, more={"run": "a", "weights_sha256": "0"})
+    exporter: Any = SimpleNamespace(description=known, export_onnx=lambda _: known, map_size=lambda: None)
+    labels = (export_triton(exporter, tmp_path) / "labels.txt").read_text()
+    assert labels == "ant\nbee\\nhive\n"
 
 
 def test_the_pages_onnxruntime_program_runs_with_onnxruntime_and_numpy_alone(export: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from nin.config.errors import printable
 from nin.deploy.export import BATCH_IMAGES, Exporter, ExportError
 from nin.deploy.trained import Description
 from nin.runs.folder import write_atomically
@@ -28,7 +29,7 @@ def export_triton(exporter: Exporter, repository: Path) -> Path:
             if not any(made.iterdir()):
                 made.rmdir()
         raise
-    write_atomically(folder / "labels.txt", "".join(f"{label}\n" for label in description.class_names))
+    write_atomically(folder / "labels.txt", "".join(f"{printable(label)}\n" for label in description.class_names))
     map_size = exporter.map_size()
     write_atomically(folder / "config.pbtxt", _config(name, description, map_size))
     return folder
