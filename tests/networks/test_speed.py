@@ -1,5 +1,6 @@
 """What computes faster computes the same."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
+from nin.config.schema import OwnModel, Settings
 from nin.config.validation import validate
 from nin.networks import speed
 from nin.networks.nin import NiN
@@ -104,6 +106,17 @@ def test_in_float64_the_switches_differ_by_its_rounding(
         weights.append({key: value for key, value in state.items() if key.startswith("network.")})
     assert next(iter(weights[0].values())).dtype == torch.float64
     assert 0 < far(*weights) < 1e-12
+
+
+def test_only_weights_of_rank_4_are_converted(settings: Callable[..., Settings]) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv3d(2, 3, 3), nn.BatchNorm2d(3))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    own = OwnModel.model_validate({"_target_": "my_net.Net", "input_size": 28})
+    chosen = settings("speed.channels_last=true").model_copy(update={"model": own})
+    speed.optimize(module, chosen, in_channels=2)
+    assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert module[1].weight.is_contiguous()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 def test_relu_after_the_pooling_gives_the_same_values_and_gradients_to_the_bit() -> None:

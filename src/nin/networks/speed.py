@@ -1,5 +1,6 @@
 """The same function of the same weights, computed faster: nothing here changes a result by more than rounding."""
 
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -28,7 +29,10 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
     """
     options = settings.speed
     if options.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+        # Not `network.to`, which fails on tensors of rank 5: a network of the user's own may have some.
+        for tensor in itertools.chain(network.parameters(), network.buffers()):
+            if tensor.dim() == 4:
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
     if isinstance(settings.model, OwnModel):
         # What lies within the user's own module is not known: where it may be split, its dropout, its ReLUs.
         log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
