@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from nin.config.composition import apply_overrides, compose_config, compose_settings, count_sweep_values
+from nin.config.composition import (
+    apply_overrides,
+    compose_config,
+    compose_settings,
+    count_sweep_values,
+    parse_arguments,
+)
 from nin.config.schema import CONF, FolderData, UserError
 from nin.config.validation import validate
 from nin.networks.build import build_network
@@ -103,6 +109,14 @@ def test_text_with_special_characters_is_to_be_quoted() -> None:
         """data.root=ph,3: takes one value here; a text with a comma is quoted, as in 'data.root="ph,3"'""",
         """name=a,b: takes one value here; a text with a comma is quoted, as in 'name="a,b"'""",
     )
+
+
+def test_settings_may_stand_behind_options() -> None:
+    args = parse_arguments(["experiment=cpu", "--config-dir", "my", "model=deep", "-m", "name=x"])
+    assert args.overrides == ["experiment=cpu", "model=deep", "name=x"]
+    assert (args.config_dir, args.multirun) == ("my", True)
+    with pytest.raises(UserError, match=r"^--experiment: no such option; .* as in experiment=…"):
+        parse_arguments(["seed=1", "-m", "model=nin", "--experiment", "cpu"])
 
 
 def test_several_values_need_a_sweep() -> None:

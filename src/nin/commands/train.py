@@ -51,7 +51,8 @@ def main(arguments: list[str]) -> int:
 
 def show(arguments: list[str], args: argparse.Namespace) -> int:
     """Hydra's own ``--help``, ``--cfg``, ``--info`` and shell completion."""
-    sys.argv = [sys.argv[0], *arguments]
+    # Hydra's parser refuses overrides that follow an option.
+    sys.argv = [sys.argv[0], *args.overrides, *(word for word in arguments if word not in args.overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda config: None)()

@@ -37,8 +37,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = get_args_parser()
     parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
     args, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        option = unknown[0].partition("=")[0]
+    if wrong := [word for word in unknown if word.startswith("-")]:
+        option = wrong[0].partition("=")[0]
         options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
         options.remove("--experimental-rerun")  # refused below
         raise UserError(
@@ -47,6 +47,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         )
     if args.experimental_rerun:
         raise UserError("--experimental-rerun: not supported; use nin resume RUN")
+    args.overrides += unknown  # argparse leaves those out that follow an option
     return args
 
 
