@@ -1,8 +1,11 @@
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from nin import cli
 from nin.bench import turns
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
@@ -34,6 +37,29 @@ def test_operations_are_two_per_multiply_add(overrides: list[str]) -> None:
     height, width = rows[0].output_shape[1:]
     images = 2 * height * width * first.weight.numel()
     assert count_operations(settings) == {"scoring": forward, "training": 3 * forward - images}
+
+
+class Deep(nn.Module):
+    """Reads values of tensors when it is constructed, as networks with stochastic depth do."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        rates = [float(rate) for rate in torch.linspace(0, 0.1, 2)]
+        self.layers = nn.Sequential(nn.Flatten(), *map(nn.Dropout, rates), nn.Linear(784, num_classes))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layers(images)
+
+
+def test_operations_of_a_network_that_needs_values_of_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "deep.yaml").write_text(f"_target_: {__name__}.Deep\ninput_size: 28\n")
+    counted = count_operations(compose_settings(["model=deep"], str(tmp_path)))
+    assert counted == {"scoring": 2 * 7840, "training": 4 * 7840}
+    assert cli.run("inspect", ["--config-dir", str(tmp_path), "model=deep"]) == 0
+    assert "7,850" in capsys.readouterr().out
 
 
 def test_operations_of_the_notebooks_network() -> None:

@@ -19,7 +19,7 @@ from nin.bench.project import Report, prepare_training, synchronize
 from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
 from nin.data.sources import describe
-from nin.networks.build import build_network
+from nin.networks.build import build_network, counting_device
 from nin.training.classifier import Classifier
 
 
@@ -31,7 +31,7 @@ def count_operations(settings: Settings) -> dict[str, int]:
         pass.
     """
     data = describe(settings.data)
-    with torch.device("meta"):
+    with counting_device(settings.model):
         network = build_network(settings, data.channels, len(data.class_names))
         # Two, since batch norm needs more than one value per channel.
         images = torch.zeros(2, data.channels, settings.data.image_size, settings.data.image_size)

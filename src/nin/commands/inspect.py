@@ -42,13 +42,11 @@ def main(arguments: list[str]) -> None:
 
 
 def _build(settings: Settings) -> "nn.Sequential":
-    import torch
-
-    from nin.networks.build import build_network, require_buildable
+    from nin.networks.build import build_network, counting_device, require_buildable
 
     require_buildable(settings)
     data = describe(settings.data)
-    with torch.device("meta"):
+    with counting_device(settings.model):
         return build_network(settings, data.channels, len(data.class_names))
 
 

@@ -84,6 +84,15 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
     return _with_normalization(network, in_channels) if settings.data.normalize else network
 
 
+def counting_device(model: Model | OwnModel) -> torch.device:
+    """Where a network is built of which only layers and operations are counted.
+
+    That is the "meta" device, where nothing is computed, but not for a class of the user's own: it may read values of
+    tensors, which do not exist there.
+    """
+    return torch.device("cpu" if isinstance(model, OwnModel) else "meta")
+
+
 def _construct(model: Model, image_size: int, in_channels: int, num_classes: int) -> nn.Sequential:
     """A network of the project: the class in ``networks/<name>.py`` from whose signature the section was read."""
     module = importlib.import_module(f"nin.networks.{model.name}")
