@@ -1,16 +1,21 @@
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torchmetrics import MeanMetric
 
 from nin import cli
 from nin.bench import turns
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
+from nin.data.module import ImageDataModule
 from nin.networks.build import build_network
 from nin.networks.layers import layers
+from pictures import folder_data, write_folder
 
 
 def test_the_rate_of_training_is_images_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,6 +28,25 @@ def test_the_rate_of_training_is_images_by_seconds(monkeypatch: pytest.MonkeyPat
         measured.on_train_batch_end(trainer, module, None, (None, torch.zeros(32)), 0)
     assert measured.steps == 4  # 40 s of 10 s each
     assert measured.rates == {"training": [3.2, 3.2], "other": [7.0, 7.0]}
+
+
+def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path) -> None:
+    data = ImageDataModule(folder_data(write_folder(tmp_path / "root", {"train": 4}), memory_limit_mib=0))
+    data.setup("fit")
+    seen: list[str] = []
+    module: Any = SimpleNamespace(
+        device=torch.device("meta"), training=True, eval=lambda: None, train=lambda _: None,
+        validation_step=lambda batch, _: seen.extend(tensor.device.type for tensor in batch),
+        score_loss=MeanMetric(), score_acc=MeanMetric(),
+    )  # fmt: skip
+    trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(val_step_context=contextlib.nullcontext))
+    turns._scoring_rate(data, module, trainer, 0.01)
+    assert set(seen) == {"meta"}
+    prepare = data.on_after_batch_transfer
+    data.on_after_batch_transfer = lambda batch, i: (seen.append(batch[0].device.type), prepare(batch, i))[1]  # type: ignore[method-assign]
+    seen.clear()
+    turns._data_rate(data, module, 0)
+    assert seen == ["meta"]
 
 
 @pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])

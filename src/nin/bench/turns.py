@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nin.bench.notebook import NotebookLoop
@@ -121,15 +122,20 @@ def _data_rate(data: ImageDataModule, module: Classifier, seconds: float) -> flo
     images, started = 0, time.perf_counter()
     while True:
         for batch in data.train_dataloader():
-            images += len(data.on_after_batch_transfer(batch, 0)[1])
+            images += len(_transfer(data, batch, module)[1])
             if time.perf_counter() > started + seconds:
                 synchronize(module.device)
                 return images / (time.perf_counter() - started)
 
 
+def _transfer(data: ImageDataModule, batch: Any, module: Classifier) -> tuple[Tensor, Tensor]:
+    """A batch as the Trainer hands it to a step; only images above data.memory_limit_mib are not on the device yet."""
+    return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, module.device, 0), 0)
+
+
 def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, seconds: float) -> float:
     """Images per second of `Classifier.validation_step`, which ``nin eval`` runs too."""
-    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
+    batch = _transfer(data, next(iter(data.train_dataloader())), module)
     training, images, started = module.training, 0, time.perf_counter()
     module.eval()
     with torch.inference_mode(), trainer.precision_plugin.val_step_context():
