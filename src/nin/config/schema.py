@@ -295,9 +295,3 @@ class Settings(Section):
     # Extension points: each entry has a `_target_`, which Hydra instantiates.
     logger: dict[str, dict[str, Any]]
     callbacks: dict[str, dict[str, Any]]
-
-    @property
-    def use_distributed_sampler(self) -> bool:
-        """Whether Lightning divides the images among processes, as the project's data module does itself."""
-        chosen, is_own = self.trainer.use_distributed_sampler, isinstance(self.data, OwnData)
-        return is_own and not is_single_process(self.trainer) if chosen is None else chosen

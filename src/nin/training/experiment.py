@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
+from nin.config.changes import uses_distributed_sampler
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
@@ -241,7 +242,7 @@ def build_trainer(
     arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
     if has_own_bar:
         callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
-    arguments["use_distributed_sampler"] = settings.use_distributed_sampler
+    arguments["use_distributed_sampler"] = uses_distributed_sampler(settings)
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
         return lightning.Trainer(
