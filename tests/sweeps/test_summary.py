@@ -181,7 +181,6 @@ def test_epochs_are_whole_numbers(tmp_path: Path) -> None:
     assert all(label.get_text().isdigit() for label in right.get_xticklabels())
 
 
-
 def test_of_a_metric_that_is_measured_once_there_are_no_curves(lr_sweep: Path) -> None:
     _, right = draw(lr_sweep, metric="test/acc").axes
     assert [text.get_text() for text in right.texts] == ["test/acc is measured once, at the end: no curves"]
