@@ -34,7 +34,7 @@ from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps import checks, gpus, launch
-from nin.sweeps.workers import PARENT_VARIABLE, start_worker
+from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
@@ -219,6 +219,23 @@ def test_joblibs_workers_know_the_sweeps_process(
     assert started == [{"initializer": start_worker}]
 
 
+@pytest.mark.parametrize(
+    ("ended", "status", "printed"),
+    [(UserError("result.json: damaged"), 2, "nin train: result.json: damaged\n"), (ReportedError("of a job"), 1, "")],
+)
+def test_an_error_of_the_sweeper_itself_is_printed_and_that_of_a_job_is_not_printed_again(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    ended: UserError, status: int, printed: str,
+) -> None:  # fmt: skip
+    def sweep(arguments: list[str]) -> None:
+        raise ended
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: SimpleNamespace(sweep=sweep))
+    assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == status
+    assert capsys.readouterr().err == printed
+
+
 def test_a_rank_left_in_the_environment_does_not_change_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert cli.run("train", ["-m", "name=a,b"]) == 2
@@ -247,6 +264,8 @@ def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
 def test_what_ends_a_job_travels_between_processes() -> None:
     stopped = pickle.loads(pickle.dumps(StoppedError(signal.SIGTERM)))
     assert (stopped.signum, stopped.exit_status, str(stopped)) == (signal.SIGTERM, 143, "stopped by SIGTERM")
+    refused = pickle.loads(pickle.dumps(ReportedError("one", "two")))
+    assert (type(refused), refused.errors) == (ReportedError, ("one", "two"))
 
 
 @pytest.mark.long

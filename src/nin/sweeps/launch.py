@@ -29,6 +29,7 @@ from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_ov
 from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
+    ReportedError,
     SweepInterrupt,
     is_cluster,
     is_joblib,
@@ -173,8 +174,8 @@ class Sweep:
             sweeper.sweep(arguments=OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False))
         except SweepInterrupt as interrupt:
             return interrupt.exit_status
-        except (UserError, RunFailedError):
-            return self._status_of_signals() or 1  # already reported; the other jobs have run
+        except (ReportedError, RunFailedError):
+            return self._status_of_signals() or 1  # the other jobs have run; a UserError of the search itself goes on
         except StoppedError as stopped:
             return self._status_of_signals() or stopped.exit_status
         except KeyboardInterrupt:

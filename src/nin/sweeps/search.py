@@ -182,7 +182,7 @@ class Search(Sweeper):
                 raise
             self._write_failure(folder, words[:-1], error)
             return
-        raise RunFailedError(f"{folder.path}: has no result")
+        raise RunFailedError(self._give_up(f"{folder.path}: has no result"))
 
     def _write_failure(self, folder: RunFolder, words: list[str], error: UserError) -> None:
         write_atomically(folder.overrides, json.dumps(words) + "\n")  # JSON is YAML

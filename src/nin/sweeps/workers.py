@@ -33,6 +33,10 @@ JOB_FAILED_SIGNAL = signal.SIGUSR1
 PARENT_VARIABLE = "NIN_SWEEP_PROCESS"
 
 
+class ReportedError(UserError):
+    """What a job refused; its message has been printed, and is not printed again at the end of the sweep."""
+
+
 class SweepInterrupt(BaseException):
     """Ends a sweep whose jobs run one after another; not an Exception, because Hydra continues after those."""
 
@@ -45,7 +49,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
     """Hydra's task function: runs one job of a sweep and returns its val/acc.
 
     Raises:
-        UserError, RunFailedError, StoppedError: what ended the job, where the sweep continues with other jobs.
+        ReportedError, RunFailedError, StoppedError: what ended the job, where the sweep continues with other jobs.
         SweepInterrupt: if the sweep ends with this job.
     """
     # The objects of Lightning refer to each other: without this the previous job would still hold its memory.
@@ -83,7 +87,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if Hydra has just made it and nothing was written
         status = 2
-        ended: Exception = UserError(*error.errors)
+        ended: Exception = ReportedError(*error.errors)
     except RunFailedError:
         status, ended = 1, RunFailedError()
     except StoppedError as stopped:
