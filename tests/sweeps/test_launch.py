@@ -8,6 +8,7 @@ import pickle
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -188,7 +189,7 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     process.join()
     assert status == 0, printed
     assert FakeExperiment.trained == ["seed=1", "seed=0"]
-    assert "1 jobs are run by another process; waiting for them" in printed
+    assert "two: 1 job is run by another process; waiting for it\n" in printed
     assert {job: result["status"] for job, result in results(other.path.parent).items()} == {
         "seed=0": "finished", "seed=1": "finished",
     }  # fmt: skip
@@ -234,6 +235,25 @@ def test_an_error_of_the_sweeper_itself_is_printed_and_that_of_a_job_is_not_prin
     monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: SimpleNamespace(sweep=sweep))
     assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == status
     assert capsys.readouterr().err == printed
+
+
+def test_a_sweep_waits_for_its_own_jobs_only_and_not_for_others_in_its_folder(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched: list[int] = []
+    monkeypatch.setattr(launch.Sweep, "_launch", lambda *_: launched.append(1) or 0)
+    for running, expected in ((["optimizer.lr=0.1"], []), (["seed=0", "seed=1"], [1])):
+        for name in running:
+            folder = RunFolder(tmp_path / "outputs" / "sweeps" / "x" / name)
+            folder.checkpoints.mkdir(parents=True)
+            folder.config.parent.mkdir()
+            folder.write_request({"seed": 0}, [name])
+            folder.update_state(pid=os.getpid(), host=socket.gethostname())
+        launched.clear()
+        assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == 0
+        assert launched == [1, *expected]
+        assert ("x: 2 jobs are run by another process; waiting for them\n" in capsys.readouterr().out) == bool(expected)
 
 
 def test_a_rank_left_in_the_environment_does_not_change_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,12 @@ def job_folder(overrides: str) -> str:
     return f"{plain[: _MAX_NAME_LENGTH - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
+def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
+    """The name of each job's folder, as Hydra composes it: from the overrides of the keys ``swept``."""
+    keys = set(swept)
+    return [job_folder(",".join(sorted(word for word in job if split_override(word)[0] in keys))) for job in jobs]
+
+
 def own_overrides(words: Sequence[str]) -> list[str]:
     """A job's overrides without those that the sweep adds to all its jobs, the last of which sets KEYS."""
     own = max((i + 1 for i, word in enumerate(words) if word.startswith(f"{KEYS}=")), default=0)
@@ -201,8 +207,7 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
         jobs = expand_jobs(params, task)
     except (LookupError, TypeError, AttributeError, HydraException, UserError):
         return [], []
-    # As Hydra names them.
-    names = [job_folder(",".join(sorted(word for word in job if _by_key([word]).keys() & swept))) for job in jobs]
+    names = folder_names(jobs, swept)
     return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
 
 

@@ -25,7 +25,7 @@ from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
-from nin.sweeps.jobs import KEYS, expand_jobs, job_folder, read_jobs, without_overridden
+from nin.sweeps.jobs import KEYS, expand_jobs, folder_names, job_folder, read_jobs, without_overridden
 from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
@@ -63,6 +63,9 @@ class Sweep:
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
+        self.names: list[
+            str
+        ] = []  # of the folders of its jobs; none of a sweeper that chooses its values while it runs
         launcher = config.hydra.launcher
         if starter := multi_process_launcher():
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
@@ -75,7 +78,7 @@ class Sweep:
         config.hydra.sweeper.params = params
         self.is_search = config.hydra.sweeper._target_ == _SEARCH
         swept, fixed = self._parse(params, task)
-        jobs = self._check(params, task)
+        jobs = self._check(params, task, swept)
         count = len(jobs)
         if self.is_search:
             require_search_packages()
@@ -101,7 +104,7 @@ class Sweep:
             raise UserError(*errors)
         return swept, fixed
 
-    def _check(self, params: dict[str, Any], task: list[str]) -> list[Settings]:
+    def _check(self, params: dict[str, Any], task: list[str], swept: list[str]) -> list[Settings]:
         launcher, sweeper = self.config.hydra.launcher, self.config.hydra.sweeper
         on_cluster = is_cluster(launcher._target_)
         if self.config.sweep.fail_fast and on_cluster:
@@ -111,8 +114,10 @@ class Sweep:
         if is_joblib(launcher._target_):
             require_joblib_arguments(launcher)
         if not sweeper._target_.endswith("BasicSweeper"):
-            return []  # another sweeper chooses its values while it runs
-        return check_jobs(expand_jobs(params, task), on_this_machine=not on_cluster)
+            return []
+        jobs = expand_jobs(params, task)
+        self.names = folder_names(jobs, swept)
+        return check_jobs(jobs, on_this_machine=not on_cluster)
 
     def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
         # Threads that wait for work leave the cores to the other jobs.
@@ -148,14 +153,20 @@ class Sweep:
             status = self._launch(loader, callbacks)
             if self.is_search:
                 return status  # it has waited for other processes itself
-            if status == 0 and (others := [job for job in read_jobs(self.folder) if job.status == "running"]):
-                print(f"{format_path(self.folder)}: {len(others)} jobs are run by another process; waiting for them")
+            if status == 0 and (others := self._count_jobs_of_others()):
+                jobs, them = ("1 job is", "it") if others == 1 else (f"{others} jobs are", "them")
+                print(f"{format_path(self.folder)}: {jobs} run by another process; waiting for {them}")
                 keys = self.config.hydra.overrides.hydra.pop()
                 self.config.hydra.overrides.hydra += ["sweep.wait=true", keys]
                 status = self._launch(loader, callbacks)
         finally:
             callbacks.on_multirun_end(config=self.config, config_name="train")
         return status
+
+    def _count_jobs_of_others(self) -> int:
+        # Another command of this name may run other jobs in the same folder, for which this one does not wait.
+        running = [job.folder.name for job in read_jobs(self.folder) if job.status == "running"]
+        return sum(name in self.names for name in running) if self.names else len(running)
 
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
         context = HydraContext(config_loader=loader, callbacks=callbacks)
