@@ -43,6 +43,9 @@ from nin.training.run import RunFailedError
 # Imported where a search starts: other sweeps need no Optuna.
 _SEARCH = "nin.sweeps.search.Search"
 
+# hydra.sweep.subdir in conf/train.yaml. The report, and a sweep that waits for others, find jobs by these names.
+_SUBDIR = "${job_folder:${hydra.job.override_dirname}}"
+
 
 class Sweep:
     """A sweep, checked and ready to start.
@@ -58,8 +61,9 @@ class Sweep:
         OmegaConf.register_new_resolver("job_folder", job_folder, replace=True)  # of conf/train.yaml
         if not config.hydra.sweep.dir.strip():
             raise UserError("hydra.sweep.dir: is empty; leave it out, or give the sweep's folder")
-        if not OmegaConf.is_interpolation(config.hydra.sweep, "subdir"):
-            raise UserError("hydra.sweep.subdir: all jobs would share this folder; leave it out")
+        sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        if sweep["subdir"] != _SUBDIR:
+            raise UserError("hydra.sweep.subdir: a sweep names its jobs' folders by what it varies; leave it out")
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
