@@ -196,6 +196,26 @@ def test_bad_input_is_refused_in_one_message_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_search_and_a_sweep_do_not_share_a_name(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("outputs", "sweeps", "x")
+    small = [*(word for word in SMALL if "dropout" not in word), f"data.root={data_root}", "name=x"]
+    job = folder / "seed=0" / ".hydra"
+    job.mkdir(parents=True)
+    (job / "overrides.yaml").write_text("[seed=0]")
+    with pytest.raises(UserError, match="outputs/sweeps/x: has a sweep of this name; give another name"):
+        check(*small, LR)
+    job.parent.rename(folder / "trial-0000")
+    check(*small, LR)  # a search whose search.json was lost
+    (folder / "search.json").write_text("{}")
+    check(*small, LR)  # a search that is run again
+    assert cli.run("train", ["-m", *small, "seed=0,1"]) == 2
+    message = "nin train: outputs/sweeps/x: has a search of this name; give another name=…\n"
+    assert capsys.readouterr().err == message
+
+
 def test_validations_that_meet_the_end_of_an_epoch_are_accepted(settings: Callable[..., Settings]) -> None:
     for words in (
         ["trainer.val_check_interval=3"],

@@ -81,6 +81,7 @@ class Sweep:
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
         self.is_search = config.hydra.sweeper._target_ == _SEARCH
+        self._require_same_kind()
         swept, fixed = self._parse(params, task)
         jobs = self._check(params, task, swept)
         count = len(jobs)
@@ -92,6 +93,16 @@ class Sweep:
         if is_joblib(launcher._target_):
             self._configure_joblib(launcher, jobs)
         self._complete_config(swept, fixed, count or None)
+
+    def _require_same_kind(self) -> None:
+        """A folder has one report, that of a search if it has search.json: the jobs of a sweep would not be in it."""
+        has_search = (self.folder / "search.json").exists()
+        if has_search and not self.is_search:
+            raise UserError(f"{self.folder}: has a search of this name; give another name=…")
+        jobs = (path.parents[1].name for path in self.folder.glob("*/.hydra/overrides.yaml"))
+        # A search whose search.json was lost writes it anew.
+        if self.is_search and not has_search and not all(name.startswith(("trial-", "final-")) for name in jobs):
+            raise UserError(f"{self.folder}: has a sweep of this name; give another name=…")
 
     def _parse(self, params: dict[str, Any], task: list[str]) -> tuple[list[str], list[str]]:
         """The keys that the sweep varies, and those that all jobs share."""
