@@ -81,6 +81,27 @@ def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "default", "other", "config"),
+    [
+        ("trainer.gradient_clip_val", "null", "1.0", "trainer: {gradient_clip_val: %s}"),
+        ("model.widths", "[48,128]", "[64,160]", "model: {widths: %s}"),
+        ("model.norm", "none", "batch", "model: {norm: %s}"),
+    ],
+)
+def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
+    tmp_path: Path, key: str, default: str, other: str, config: str
+) -> None:
+    for seed in (0, 1):
+        put_long_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.9, f"seed: {seed}\n{config % default}\n")
+    for value, acc in ((default, 0.9), (other, 0.8)):
+        put_long_job(
+            tmp_path / sweep.job_folder(f"{key}={value}"), [f"{key}={value}"], acc, f"seed: 0\n{config % value}\n"
+        )
+    write_request(tmp_path, f"{key}={default},{other}")
+    assert keys_and_counts(tmp_path) == [({key: default}, 2), ({key: other}, 1)]
+
+
 def test_overrides_that_do_not_change_the_experiment_make_no_other_row(tmp_path: Path) -> None:
     for lr, more in (("0.1", []), ("0.05", ["threads=1", "callbacks=none", "trainer=cpu"])):
         for seed in (0, 1):

@@ -11,6 +11,7 @@ import yaml
 from nin.config.changes import changes_training
 from nin.config.errors import printable
 
+_MISSING = object()  # unlike null, which is a value
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -38,14 +39,23 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
         values["callbacks"] = " ".join(map(str, entries))
         for name, arguments in entries.items():
             values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}
-    return {
-        printable(key): printable(value if isinstance(value, str) else json.dumps(value))  # true, not True
-        for key, value in values.items()
-        if isinstance(value, str | int | float)
-    }
+    texts = {key: text for key, value in values.items() if (text := _as_override(value)) is not None}
+    return {printable(key): printable(text) for key, text in texts.items()}
+
+
+def _as_override(value: Any) -> str | None:
+    """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a section or a missing key."""
+    if isinstance(value, list):
+        if any(isinstance(item, list) for item in value):  # which may hold itself, in a file from elsewhere
+            return None
+        items = [_as_override(item) for item in value]
+        return None if None in items else f"[{','.join(map(str, items))}]"
+    if value is None or isinstance(value, int | float):
+        return json.dumps(value)
+    return value if isinstance(value, str) else None
 
 
 def _value_at(config: Any, key: str) -> Any:
     for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
+        config = config.get(part, _MISSING) if isinstance(config, dict) else _MISSING
     return config
