@@ -15,6 +15,7 @@ from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import jobs as sweep
 from nin.sweeps import summary
+from nin.sweeps.stored import is_running
 
 
 def put_job(folder: Path, overrides: list[str], acc: float | None = None, error: str | None = None) -> Path:
@@ -100,6 +101,15 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
         )
     write_request(tmp_path, f"{key}={default},{other}")
     assert keys_and_counts(tmp_path) == [({key: default}, 2), ({key: other}, 1)]
+
+
+def test_a_job_that_has_not_started_is_in_the_row_of_its_command_after_another_key_was_varied(tmp_path: Path) -> None:
+    for lr, acc in (("0.01", 0.9), ("0.005", 0.8)):
+        config = f"seed: 0\noptimizer: {{lr: {lr}}}\n"
+        put_long_job(tmp_path / f"optimizer.lr={lr}", [f"optimizer.lr={lr}"], acc, config)
+    put_long_job(tmp_path / "seed=0", ["seed=0"], 0.9, "seed: 0\noptimizer: {lr: 0.01}\n")
+    write_request(tmp_path, "seed=0,1,2")
+    assert keys_and_counts(tmp_path) == [({"optimizer.lr": "0.01"}, 3), ({"optimizer.lr": "0.005"}, 1)]
 
 
 def test_overrides_that_do_not_change_the_experiment_make_no_other_row(tmp_path: Path) -> None:
@@ -335,9 +345,9 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(t
 def test_a_process_id_that_no_process_can_have_is_of_none(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.update_state(pid=os.getpid(), host=socket.gethostname())
-    assert sweep._is_running(folder)
+    assert is_running(folder)
     folder.update_state(pid=10**30, host=socket.gethostname())
-    assert not sweep._is_running(folder)
+    assert not is_running(folder)
 
 
 def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:

@@ -13,5 +13,5 @@ A module imports only from the modules below it:
     claims, space  which process works on which trial; Hydra's syntax for spaces as Optuna's distributions
     chart          the picture of a sweep or a search
     jobs           the jobs of a sweep and their folders
-    stored         what their configs say
+    stored         what the files in these folders say
 """

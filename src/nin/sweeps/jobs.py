@@ -3,9 +3,7 @@
 import contextlib
 import hashlib
 import math
-import os
 import re
-import socket
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +21,7 @@ from nin.config.composition import count_sweep_values
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
-from nin.sweeps.stored import read_values, read_yaml
+from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
@@ -181,11 +179,23 @@ def read_jobs(folder: Path) -> list[Job]:
         for key, value in read_values(RunFolder(job.folder).config, keys).items():
             job.overrides.setdefault(key, value)
     others = [Job(folder, job, "not started") for name, job in requested if name not in started]
+    # They have no config yet: what the command does not vary is as in those of its jobs that have one.
+    names = {name for name, _ in requested}
+    same = _values_of_all([job for job in jobs if job.folder.name in names])
+    for other in others:
+        for key, value in same.items():
+            if not is_within(key, swept):
+                other.overrides.setdefault(key, value)
     _drop_common([*jobs, *others], swept)
     unique: dict[frozenset[tuple[str, str]], Job] = {}
     for job in sorted(jobs, key=lambda job: job.status != "finished"):
         unique.setdefault(frozenset(job.overrides.items()), job)
     return sorted(unique.values(), key=lambda job: job.folder) + others
+
+
+def _values_of_all(jobs: list[Job]) -> dict[str, str]:
+    """The overrides that have the same value in all ``jobs``."""
+    return dict(set.intersection(*({*job.overrides.items()} for job in jobs))) if jobs else {}
 
 
 def _are_single_runs(jobs: list[Job]) -> bool:
@@ -242,32 +252,10 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             if "seed" in result:
                 overrides.setdefault("seed", printable(str(result["seed"])))
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
-            return Job(path, overrides, result["status"], numbers, hardware=_describe_hardware(result))
+            return Job(path, overrides, result["status"], numbers, hardware=describe_hardware(result))
     epochs = folder.read_epochs()
     scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
-    return Job(path, overrides, "running" if _is_running(folder) else "unfinished", scores)
-
-
-def _is_running(folder: RunFolder) -> bool:
-    """Whether the process that last claimed the folder is alive, as far as this machine knows."""
-    # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
-    state = folder.read_state()
-    if state.get("host") != socket.gethostname() or not state.get("pid"):
-        return False
-    try:
-        os.kill(state["pid"], 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
-
-
-def _describe_hardware(result: dict[str, Any]) -> str:
-    match result:
-        case {"device": str(device), "versions": {"torch": str(torch)}}:
-            return printable(f"{device}, torch {torch}")
-    return ""
+    return Job(path, overrides, "running" if is_running(folder) else "unfinished", scores)
 
 
 def _drop_common(jobs: list[Job], swept: list[str]) -> None:

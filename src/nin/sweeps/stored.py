@@ -1,7 +1,9 @@
-"""What the YAML files in a sweep's folder say. They may come from elsewhere: any other content is ignored."""
+"""What the files in a sweep's folder say. They may come from elsewhere: any other content is ignored."""
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import yaml
 
 from nin.config.changes import changes_training
 from nin.config.errors import printable
+from nin.runs.folder import RunFolder
 
 _MISSING = object()  # unlike null, which is a value
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -59,3 +62,25 @@ def _value_at(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part, _MISSING) if isinstance(config, dict) else _MISSING
     return config
+
+
+def describe_hardware(result: dict[str, Any]) -> str:
+    match result:
+        case {"device": str(device), "versions": {"torch": str(torch)}}:
+            return printable(f"{device}, torch {torch}")
+    return ""
+
+
+def is_running(folder: RunFolder) -> bool:
+    """Whether the process that last claimed the folder is alive, as far as this machine knows."""
+    # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
+    state = folder.read_state()
+    if state.get("host") != socket.gethostname() or not state.get("pid"):
+        return False
+    try:
+        os.kill(state["pid"], 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
