@@ -1,8 +1,10 @@
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,7 @@ from nin.training.run import RunFailedError
 PROGRAM = r"""
 import sys, time
 from types import SimpleNamespace
+from typing import Any
 from nin.sweeps import workers
 workers.start_worker()
 worker = workers.this_worker()
@@ -77,3 +80,18 @@ def test_a_job_that_another_process_runs_does_not_end_the_sweep(
     with pytest.raises(RunFailedError):
         worker.run(request)
     assert (worker.failure, signals) == (ended, [workers.JOB_FAILED_SIGNAL])
+
+
+def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) -> None:
+    for lr in range(5):  # of an earlier command, two minutes each
+        job = tmp_path / f"optimizer.lr={lr}"
+        job.mkdir()
+        result = {"status": "finished", "metrics": {}, "train_seconds": 120.0}
+        (job / "result.json").write_text(json.dumps(result))
+    settings: Any = SimpleNamespace(sweep=SimpleNamespace(jobs=4))
+    # Of a search, whose jobs have no names before they start, those that were begun earlier are done.
+    assert workers._progress(tmp_path / "trial-0001", 1, settings).endswith("(about 6 min of training left)")
+    hydra = {"sweeper": {}, "overrides": {"task": ["optimizer.lr=4,5,6,7"]}}
+    (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
+    progress = workers._progress(tmp_path / "optimizer.lr=4", 0, settings)
+    assert progress == "job 1 of 4: optimizer.lr=4 (about 6 min of training left)"

@@ -205,6 +205,11 @@ def _are_single_runs(jobs: list[Job]) -> bool:
     return any(isinstance(sweep, dict) and sweep.get("keys") == [] for sweep in sweeps)
 
 
+def requested_names(sweep: Path) -> list[str]:
+    """The names of the folders of the command that last started the sweep; none of a search, or if it is unknown."""
+    return [name for name, _ in _read_requested_jobs(sweep)[0]]
+
+
 def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
     """The jobs of the command that last started the sweep, each with its folder's name, and the keys that it varies.
 

@@ -22,7 +22,7 @@ from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps.gpus import acquire_gpu
-from nin.sweeps.jobs import own_overrides
+from nin.sweeps.jobs import own_overrides, requested_names
 from nin.system.processes import StoppedError, StopRequest, global_rank, is_requeued
 from nin.training.run import RunFailedError, execute_run
 
@@ -105,14 +105,18 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
     """ "job 2 of 6: optimizer.lr=0.1,seed=0 (about 3 min of training left)", from the time of the finished jobs."""
     if settings.sweep.jobs is None:
         return f"job {number + 1}: {folder.name}"
-    seconds = []
+    seconds: dict[str, float] = {}
     for path in folder.parent.glob("*/result.json"):
         with contextlib.suppress(UserError):
             result = RunFolder(path.parent).read_result() or {}
-            seconds += [result["train_seconds"]] if "train_seconds" in result else []
+            seconds |= {path.parent.name: result["train_seconds"]} if "train_seconds" in result else {}
     left = ""
     if seconds:
-        minutes = sum(seconds) / len(seconds) * max(0, settings.sweep.jobs - len(seconds)) / 60
+        # The folder may have finished jobs of other commands: they tell how long a job takes, not how many are left.
+        names = requested_names(folder.parent)
+        is_known = folder.name in names and len(names) == settings.sweep.jobs
+        jobs = len({*names} - {*seconds}) if is_known else max(0, settings.sweep.jobs - number)
+        minutes = sum(seconds.values()) / len(seconds) * jobs / 60
         left = f" (about {minutes:.0f} min of training left)" if minutes >= 1 else " (under a minute of training left)"
     return f"job {number + 1} of {settings.sweep.jobs}: {folder.name}{left}"
 
