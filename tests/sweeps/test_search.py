@@ -1,5 +1,6 @@
 """Searches: what is proposed, what is refused, what is resumed."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -26,7 +27,17 @@ from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
 from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs, describe_answer
 from nin.sweeps.space import read_space
-from nin.sweeps.study import JOURNAL, JournalLock, Plan, Store, build_sampler, open_journal, propose, visible
+from nin.sweeps.study import (
+    JOURNAL,
+    JournalLock,
+    Plan,
+    Store,
+    build_sampler,
+    open_journal,
+    propose,
+    require_same_plan,
+    visible,
+)
 from nin.training.pruning import TrialPruner, write_comparison
 
 LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
@@ -67,6 +78,8 @@ def test_hydras_syntax_becomes_optunas_distributions(word: str, distribution: Ba
         ("model.last_width=tag(int, interval(1.5, 3))", "both ends must be integers"),
         ("model.last_width=tag(log, range(1, 3))", "a range has steps; use tag"),
         ("model.norm=none,none", "has a value twice"),
+        ("model.norm=shuffle(none,batch)", "leave shuffle out"),
+        ("model.last_width=shuffle(range(16,65,16))", "leave shuffle out"),
     ],
 )
 def test_a_space_without_values_is_refused(word: str, message: str) -> None:
@@ -149,6 +162,13 @@ def test_a_damaged_journal_is_refused_in_one_message(content: bytes, tmp_path: P
     with pytest.raises(UserError, match=r"damaged, or not the journal of a study"):
         open_journal(tmp_path / JOURNAL)
     assert (tmp_path / JOURNAL).read_bytes() == content
+
+
+def test_a_journal_with_another_name_is_refused_with_the_name_that_resumes_it(tmp_path: Path) -> None:
+    first = dataclasses.replace(plan(), name="2026-01-02_03-04-05")
+    Store(first, tmp_path, None)
+    with pytest.raises(UserError, match=r"to resume it give name=2026-01-02_03-04-05; or another hydra.sweep.dir=…"):
+        require_same_plan(open_journal(tmp_path / JOURNAL), dataclasses.replace(first, name="2026-01-02_03-04-06"))
 
 
 def check(*words: str) -> Sweep:

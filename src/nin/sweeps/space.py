@@ -56,7 +56,9 @@ def _distribution(override: Override) -> BaseDistribution:
         raise UserError(f"{given}: no such tag {unknown[0]}; there are: {', '.join(sorted(_TAGS))}")
     if isinstance(value, IntervalSweep):
         return _interval(value, tags, given)
-    if isinstance(value, RangeSweep) and not value.shuffle:
+    if getattr(value, "shuffle", False):  # in another order, so another space, at each start
+        raise UserError(f"{given}: shuffle is for a sweep; a search has no order of values, leave shuffle out")
+    if isinstance(value, RangeSweep):
         return _range(value, tags, given)
     if tags:
         raise UserError(f"{given}: {' and '.join(sorted(tags))} is for interval and range; leave the tag out")

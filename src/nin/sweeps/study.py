@@ -227,7 +227,10 @@ def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
     others = [study.study_name for study in storage.get_all_studies() if study.study_name != plan.name]
     if not found:
         if others and isinstance(storage, JournalStorage):
-            raise UserError(f"{JOURNAL}: the study of another search, {others[0]}; give another name=…")
+            raise UserError(
+                f"{JOURNAL}: the study of another search; to resume it give name={others[0]}; or another "
+                "hydra.sweep.dir=…"
+            )
         return
     study_id = storage.get_study_id_from_name(plan.name)
     there = storage.get_study_user_attrs(study_id).get(_PLAN)
