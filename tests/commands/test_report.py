@@ -35,6 +35,11 @@ def test_the_table_is_printed_and_the_summary_written(
     assert {path.name for path in sweep.iterdir() if path.is_file()} == {"summary.csv", "summary.md", "summary.png"}
 
 
+def test_a_name_whose_characters_no_font_has_is_no_warning(sweep: Path, recwarn: pytest.WarningsRecorder) -> None:
+    assert cli.run("report", [str(sweep.rename(sweep.with_name("实验")))]) == 0
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_a_folder_without_jobs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("report", [str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith(f"nin report: {tmp_path}/none: no such folder")

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from nin.runs.console import silence_known_warnings
 from nin.sweeps import chart, jobs, summary
 
 
@@ -25,4 +26,5 @@ def main(arguments: list[str]) -> None:
         "where to connect to",
     )  # fmt: skip
     args = parser.parse_args(arguments)
+    silence_known_warnings()  # of matplotlib, whose fonts lack the characters of some names
     summary.report(args.folder, args.metric, args.x, args.storage)
