@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from helpers import ENVIRONMENT
+from helpers import ENVIRONMENT, SMALL
+from nin import cli
+from nin.config.schema import UserError
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps import workers
@@ -95,3 +97,17 @@ def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) 
     (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
     progress = workers._progress(tmp_path / "optimizer.lr=4", 0, settings)
     assert progress == "job 1 of 4: optimizer.lr=4 (about 6 min of training left)"
+
+
+def test_a_job_whose_own_config_is_refused_says_why(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(config: object) -> None:
+        raise UserError("seed: not today")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workers, "validate", refuse)
+    small = [*SMALL, f"data.root={data_root}", "name=s", "seed=0,1"]
+    for more, count in (([], 2), (["sweep.fail_fast=true"], 1)):
+        assert cli.run("train", ["-m", *small, *more]) == (1 if count == 2 else 2)
+        assert capfd.readouterr().err.count("nin train: seed: not today\n") == count

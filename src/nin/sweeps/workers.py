@@ -63,7 +63,13 @@ def run_sweep_job(config: DictConfig) -> float | None:
     folder = Path(hydra.runtime.output_dir)
     in_worker = is_joblib(hydra.launcher._target_) and is_joblib_worker()
     in_turn = not in_worker and not is_cluster(hydra.launcher._target_)
-    settings = validate(config)
+    try:
+        settings = validate(config)
+    except UserError as error:
+        _report_refusal(error, folder)
+        if in_turn and config.sweep.fail_fast is True:
+            raise SweepInterrupt(2) from None
+        raise
     request = RunRequest(
         settings,
         RunFolder(folder),
@@ -83,9 +89,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         print(f"{request.label}{error}", flush=True)
         return None
     except UserError as error:
-        print(f"nin train: {error}", file=sys.stderr)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if Hydra has just made it and nothing was written
+        _report_refusal(error, folder)
         status = 2
         ended: Exception = ReportedError(*error.errors)
     except RunFailedError:
@@ -99,6 +103,12 @@ def run_sweep_job(config: DictConfig) -> float | None:
         sys.exit(status)  # SLURM runs this job again: the waiting sweep must not take it for ended
     # Hydra keeps the exception until the end of the sweep: a new one, whose traceback holds no network.
     raise ended
+
+
+def _report_refusal(error: UserError, folder: Path) -> None:
+    print(f"nin train: {error}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # if Hydra has just made it and nothing was written
 
 
 def _progress(folder: Path, number: int, settings: Settings) -> str:
