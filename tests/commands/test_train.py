@@ -9,6 +9,7 @@ from helpers import SMALL
 from nin import cli
 from nin.commands import train
 from nin.commands.train import compose, open_hydra, parse_arguments
+from nin.config.schema import UserError
 from nin.runs.request import RunRequest
 
 
@@ -116,3 +117,22 @@ def test_a_name_that_depends_on_the_time_stays(monkeypatch: pytest.MonkeyPatch) 
     with open_hydra() as app:
         config = compose(app, parse_arguments(["experiment=cpu", "seed=1"]), RunMode.RUN)
     assert config.name in (123, "123")
+
+
+def test_errors_are_those_of_the_config_that_the_command_names(tmp_path: Path) -> None:
+    def error_of(name: str, *words: str) -> str:
+        args = parse_arguments(["--config-dir", str(tmp_path), "--config-name", name, *words])
+        with open_hydra(args.config_dir) as app, pytest.raises(UserError) as refused:
+            compose(app, args, RunMode.RUN)
+        return str(refused.value)
+
+    mine = "# @package _global_\ndefaults: [train, {override model: mlp}, _self_]\n"
+    (tmp_path / "mine.yaml").write_text(mine)
+    assert error_of("mine", "model.hidden_with=16").startswith(
+        "model.hidden_with=16: no such key; did you mean hidden_width?"
+    )
+    (tmp_path / "bad.yaml").write_text(f"{mine}seed: -1\n")
+    assert error_of("bad", "foo=1").startswith("2 errors\n  foo=1: no such key")
+    assert error_of("nosuch").startswith(f"--config-dir {tmp_path} --config-name nosuch: Cannot find primary config")
+    (tmp_path / "open.yaml").write_text("# @package _global_\ndefaults: [{model: '???'}]\n")
+    assert error_of("open", "model=nosuch").startswith("In 'open': Could not find 'model/nosuch'")

@@ -67,7 +67,7 @@ def test_an_unknown_key_is_looked_for_in_one_job_and_the_other_errors_of_all_job
 ) -> None:
     composed: list[list[str]] = []
     compose_settings = checks.compose_settings
-    monkeypatch.setattr(checks, "compose_settings", lambda job: (composed.append(job), compose_settings(job))[1])
+    monkeypatch.setattr(checks, "compose_settings", lambda job, **_: (composed.append(job), compose_settings(job))[1])
     with pytest.raises(UserError) as refused:
         checks.check_jobs([["optimzer.lr=0.1", "seed=1"], ["optimzer.lr=0.2", "seed=-1"]], on_this_machine=True)
     assert refused.value.errors == (
@@ -75,6 +75,34 @@ def test_an_unknown_key_is_looked_for_in_one_job_and_the_other_errors_of_all_job
         "seed=-1: must be greater than or equal to 0",
     )
     assert composed == [["optimzer.lr=0.1", "seed=1"], ["seed=-1"]]
+
+
+OWN = """# @package _global_
+defaults: [train, {override model: mlp}, {override data: garments}, _self_]
+model: {hidden_width: 32}
+trainer: {max_epochs: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model.hidden_width=16,32"], None),
+        (["hydra/sweeper=optuna", "model.hidden_width=16,32"], None),
+        (["model.hidden_with=16,32"], "model.hidden_with=16: no such key; did you mean hidden_width?"),
+        (["trainer.min_epochs=5,6"], "trainer.min_epochs=5"),  # more than max_epochs of this config
+    ],
+)
+def test_a_sweep_of_the_users_own_config_is_checked_as_its_jobs_are_composed(
+    words: list[str], message: str | None, tmp_path: Path, data_root: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(OWN)
+    options = ["-m", "--config-dir", str(tmp_path), "--config-name", "mine"]
+    args = train.parse_arguments([*options, "name=own", f"data.root={data_root}", *words])
+    refused = pytest.raises(UserError) if message else contextlib.nullcontext()
+    with train.open_hydra(str(tmp_path)) as app, refused as error:
+        launch.Sweep(train.compose(app, args, RunMode.MULTIRUN))
+    assert message is None or error.value.errors[0].startswith(message)
 
 
 def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(

@@ -57,7 +57,8 @@ def show(arguments: list[str], args: argparse.Namespace) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda config: None)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise collect_errors(error, args.overrides, args.config_dir) from None
+        with open_hydra(args.config_dir, args.config_path):
+            raise collect_errors(error, args.overrides, args.config_dir, args.config_name or "train") from None
     except ValueError as error:  # options that exclude each other
         raise UserError(str(error)) from None
     return 0
@@ -96,12 +97,13 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     Raises:
         UserError: lists every error in the overrides.
     """
+    config_name = args.config_name or "train"
     try:
-        config = app.compose_config(args.config_name or "train", args.overrides, run_mode=mode)
+        config = app.compose_config(config_name, args.overrides, run_mode=mode)
         config.hydra.mode = mode
     except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
-        raise collect_errors(error, known, args.config_dir) from None
+        raise collect_errors(error, known, args.config_dir, config_name) from None
     if mode == RunMode.RUN and (name := _name_with_changes(config)):
         config.name = name
     return config

@@ -51,33 +51,34 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def compose_settings(overrides: list[str], config_dir: str | None = None) -> Settings:
+def compose_settings(overrides: list[str], config_dir: str | None = None, config_name: str = "train") -> Settings:
     """Returns the settings that a command line requests.
 
     Args:
         config_dir: a folder of the user's own configs.
+        config_name: of the config to start from (``--config-name``).
 
     Raises:
         UserError: lists every error in it.
     """
     try:
-        config = compose_config(overrides, config_dir)
+        config = compose_config(overrides, config_dir, config_name)
     except COMPOSITION_ERRORS as error:
-        raise collect_errors(error, overrides, config_dir) from None
+        raise collect_errors(error, overrides, config_dir, config_name) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
     return validate(config)
 
 
-def compose_config(overrides: list[str], config_dir: str | None = None) -> DictConfig:
+def compose_config(overrides: list[str], config_dir: str | None = None, config_name: str = "train") -> DictConfig:
     """Returns the config that Hydra composes from ``conf/``, the user's own ``config_dir`` and the overrides."""
     # Hydra warns about conf/hydra/launcher: its files have the names of the launchers' schemas.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
     if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has all directories
-        return compose("train", overrides=overrides)
+        return compose(config_name, overrides=overrides)
     extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=extra + overrides)
+        return compose(config_name, overrides=extra + overrides)
 
 
 def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
@@ -130,7 +131,9 @@ def _for_defaults(override: Override, earlier: DictConfig) -> str | None:
     return word if word.startswith("+") else f"++{word}"
 
 
-def collect_errors(first: Exception, overrides: list[str], config_dir: str | None = None) -> UserError:
+def collect_errors(
+    first: Exception, overrides: list[str], config_dir: str | None = None, config_name: str = "train"
+) -> UserError:
     """Returns all errors of a command line. Hydra stops at the ``first``; the others are found one override at a time.
 
     Also finds the errors of the config that the valid overrides give.
@@ -138,19 +141,23 @@ def collect_errors(first: Exception, overrides: list[str], config_dir: str | Non
     errors: list[str] = []
     valid: list[str] = []
     try:
-        compose_config([], config_dir)
+        compose_config([], config_dir, config_name)
     except COMPOSITION_ERRORS as error:
-        return UserError(f"--config-dir {config_dir}: {_first_line(error)}")
+        if str(error) != str(first):  # a config that needs an override, as in model: ???
+            return UserError(_first_line(first))
+        given = {"--config-dir": config_dir, "--config-name": config_name if config_name != "train" else None}
+        options = " ".join(f"{option} {value}" for option, value in given.items() if value)
+        return UserError(f"{options}{': ' if options else ''}{_first_line(error)}")
     # Groups first: whether a key exists depends on the chosen options.
     for override in sorted(overrides, key=lambda o: "." in o.partition("=")[0]):
         try:
-            compose_config([*valid, override], config_dir)
+            compose_config([*valid, override], config_dir, config_name)
             valid.append(override)
         except COMPOSITION_ERRORS as error:
-            errors.append(format_error(override, error, compose_config(valid, config_dir)))
+            errors.append(format_error(override, error, compose_config(valid, config_dir, config_name)))
     errors += find_override_errors(valid)
     try:
-        validate(compose_config(valid, config_dir))
+        validate(compose_config(valid, config_dir, config_name))
     except UserError as more:
         errors += more.errors
     return UserError(*(errors or [_first_line(first)]))

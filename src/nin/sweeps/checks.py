@@ -83,13 +83,14 @@ def require_joblib_arguments(launcher: DictConfig) -> None:
         raise UserError(f"hydra.launcher: {error}") from None
 
 
-def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
+def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = "train") -> list[Settings]:
     """Composes and validates all jobs, tries their networks, prepares their data, and has Lightning check their Trainer
     arguments.
 
     Args:
         jobs: the overrides of each job.
         on_this_machine: whether the jobs run here, so that this machine needs the accelerators that they request.
+        config_name: of the config that the jobs start from.
 
     Raises:
         UserError: with the errors of all jobs.
@@ -100,7 +101,8 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool) -> list[Settings]:
         # A key that is unknown is reported once. To look for it in each job again would take a second per job.
         unknown = {key for error in errors if (key := _unknown_key(error))}
         try:
-            settings = compose_settings([word for word in job if word.partition("=")[0] not in unknown])
+            words = [word for word in job if word.partition("=")[0] not in unknown]
+            settings = compose_settings(words, config_name=config_name)
             _require_one_process(settings.trainer)
             checked.append(settings)
         except UserError as error:

@@ -129,10 +129,11 @@ class Sweep:
         if is_joblib(launcher._target_):
             require_joblib_arguments(launcher)
         if not sweeper._target_.endswith("BasicSweeper"):
-            return []
-        jobs = expand_jobs(params, task)
-        self.names = folder_names(jobs, swept)
-        return check_jobs(jobs, on_this_machine=not on_cluster)
+            return []  # another sweeper chooses its values while it runs
+        expanded = expand_jobs(params, task)
+        self.names = folder_names(expanded, swept)
+        config_name = self.config.hydra.job.config_name
+        return check_jobs(expanded, on_this_machine=not on_cluster, config_name=config_name)
 
     def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
         # Threads that wait for work leave the cores to the other jobs.

@@ -154,7 +154,7 @@ class Search(Sweeper):
         words = [*self.fixed, *own]
         if self.selects_configs:  # Hydra's launcher would end the search where it can't compose a combination of them
             try:
-                compose_settings(words)
+                compose_settings(words, config_name=self.config.hydra.job.config_name)
             except UserError as error:
                 self._write_failure(folder, words, error)
                 return None

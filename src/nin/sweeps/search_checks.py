@@ -74,7 +74,7 @@ def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> 
         raise UserError(
             "seed: is not searched, because the best one says nothing; use hydra.sweeper.final_seeds=[0,1,2]"
         )
-    checked = _check_space(space, fixed, on_this_machine)
+    checked = _check_space(space, fixed, on_this_machine, config.hydra.job.config_name)
     _require_held_out_images(checked[0])
     _require_validation_at_an_end(checked[0])
     plan = read_plan(config, space, fixed, settings)
@@ -129,7 +129,7 @@ def count_trials(plan: Plan, settings: SearchSettings) -> int:
     return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
 
 
-def _check_space(space: Any, fixed: list[str], on_this_machine: bool) -> list[Settings]:
+def _check_space(space: Any, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:
     """Validates points at the ends of the space. A combination that is refused there may be accepted elsewhere.
 
     Raises:
@@ -141,9 +141,9 @@ def _check_space(space: Any, fixed: list[str], on_this_machine: bool) -> list[Se
     for point in sample_corners(space):
         try:
             if checked:  # the data and the devices are the same
-                compose_settings([*fixed, *overrides_of(point)])
+                compose_settings([*fixed, *overrides_of(point)], config_name=config_name)
             else:
-                checked = check_jobs([[*fixed, *overrides_of(point)]], on_this_machine)
+                checked = check_jobs([[*fixed, *overrides_of(point)]], on_this_machine, config_name)
         except UserError as error:
             errors.append(error.errors)
     outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in space)]
