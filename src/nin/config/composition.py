@@ -164,17 +164,28 @@ def collect_errors(
 
 
 def first_job_overrides(overrides: list[str]) -> list[str]:
-    """A sweep's overrides with only the first value of each swept key."""
+    """A sweep's overrides with only the first value of each swept key; those without any value are left out."""
+    hydra = GlobalHydra.instance().hydra
+    parser = OverridesParser.create(hydra.config_loader if hydra else None)  # glob(*) looks for files
     job = []
     for word in overrides:
+        first: str | None = word
         with contextlib.suppress(HydraException):  # what is no override stays as it is, to be reported as an error
-            override = OverridesParser.create().parse_override(word)
+            (override,) = parser.parse_overrides([word])  # which gives it the loader; parse_override does not
             if override.is_interval_sweep():  # of a search
-                word = f"{override.get_key_element()}={override.value().start}"  # type: ignore[union-attr]
+                first = str(override.value().start)  # type: ignore[union-attr]
             elif override.is_discrete_sweep():
-                word = f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
-        job.append(word)
+                first = _first_value(override)
+            if override.is_sweep_override():
+                first = None if first is None else f"{override.get_key_element()}={first}"
+        job += [] if first is None else [first]
     return job
+
+
+def _first_value(override: Override) -> str | None:
+    with contextlib.suppress(ValueError):  # range(0,3,0)
+        return next(override.sweep_string_iterator(), None)
+    return None
 
 
 def count_sweep_values(override: Override) -> int:
