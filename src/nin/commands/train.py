@@ -177,6 +177,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
 def _check(config: DictConfig) -> RunRequest:
     overrides = _task_overrides(config)
+    _require_working_directory(config)
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
@@ -189,6 +190,14 @@ def _check(config: DictConfig) -> RunRequest:
     broadcast_run_dir(config.hydra.run.dir)
     rank = global_rank(settings.trainer)
     return RunRequest(settings, folder, overrides, rank=rank)
+
+
+def _require_working_directory(config: DictConfig) -> None:
+    if config.hydra.job.chdir:
+        raise UserError(
+            f"hydra.job.chdir={str(config.hydra.job.chdir).lower()}: a run stays in the working directory, so that "
+            "relative paths keep their meaning; leave it out"
+        )
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:
@@ -204,6 +213,7 @@ def start_sweep(app: Hydra, config: DictConfig) -> int:
     from nin.sweeps.launch import Sweep
     from nin.sweeps.summary import report
 
+    _require_working_directory(config)
     sweep = Sweep(config)
     try:
         return sweep.run(app.config_loader)
