@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from nin.runs.folder import RunFolder
 from nin.sweeps import checks, search_checks, search_report
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
-from nin.sweeps.search_report import best_config, best_trial, count_saved_epochs, describe_answer
-from nin.sweeps.space import read_space
+from nin.sweeps.search_best import best_command, best_config
+from nin.sweeps.search_report import best_trial, count_saved_epochs, describe_answer
+from nin.sweeps.space import overrides_of, read_space
 from nin.sweeps.study import (
     JOURNAL,
     JournalLock,
@@ -309,7 +311,9 @@ def test_a_storage_that_is_no_database_of_postgresql_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
 
 
-@pytest.mark.parametrize("changed", [{"name": 5}, {"fixed": [1]}, {"n_trials": "many"}, {"storage": {}}])
+@pytest.mark.parametrize(
+    "changed", [{"name": 5}, {"fixed": [1]}, {"n_trials": "many"}, {"storage": {}}, {"config_name": 1}]
+)
 def test_a_description_with_other_content_is_refused(
     changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -411,18 +415,47 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
     best = best_trial(trials)
     assert best is trials[1]
     assert best_trial([create_trial(state=TrialState.FAIL)]) is None
-    (tmp_path / "best.yaml").write_text(best_config("s", ["experiment=cpu", "name=s", "data.batch_size=64"], best))
-    with train.open_hydra(str(tmp_path)) as app:
-        args = train.parse_arguments(["--config-dir", str(tmp_path), "--config-name", "best"])
-        config = train.compose(app, args, RunMode.RUN)
-        found = validate(config.copy() if "hydra" not in config else _without_hydra(config))
+    description = {"name": "s", "fixed": ["experiment=cpu", "name=s", "data.batch_size=64"]}
+    (tmp_path / "best.yaml").write_text(best_config(description, best))
+    found = requested("--config-dir", str(tmp_path), "--config-name", "best")
     words = [f"{key}={value}" for key, value in best.params.items()]
     expected = validate(compose_config(["experiment=cpu", "data.batch_size=64", "name=s-best", *words]))
     assert found == expected
 
 
-def _without_hydra(config: Any) -> Any:
-    return type(config)({key: config._get_node(key) for key in config if key != "hydra"})
+def requested(*arguments: str) -> Settings:
+    """What a command line for a single run asks for; refused if that is a sweep."""
+    args = train.parse_arguments(list(arguments))
+    with train.open_hydra(args.config_dir, args.config_path) as app:
+        return train._check(train.compose(app, args, RunMode.RUN)).settings
+
+
+@pytest.mark.parametrize(
+    "fixed",
+    [
+        ["data=garments"],
+        ["data=garments", "model=lenet", "optimizer=sgd"],
+        ["experiment=cpu", "data=garments"],
+        ["trainer=cpu", "experiment=cpu", "schedule=cosine"],
+    ],
+)
+def test_the_best_of_a_search_that_is_ready_is_what_its_trial_was(fixed: list[str], tmp_path: Path) -> None:
+    given = ["name=s", *fixed, "sweep=tune_nin_small"]
+    args = train.parse_arguments(["-m", *given])
+    with train.open_hydra() as app:
+        params = train.compose(app, args, RunMode.MULTIRUN).hydra.sweeper.params
+    params = {key: value for key, value in params.items() if "model=lenet" not in fixed or not key.startswith("model.")}
+    space, words = read_space(params, given)
+    best = propose(dataclasses.replace(plan(), space=space), [])
+    best.number, best.values = 0, [0.5]
+    trial = requested(*words, *overrides_of(best.params), "hydra.sweeper.params=null")
+    assert "schedule=cosine" in fixed or trial.schedule.name == "one_cycle"  # of experiment=nin_small
+    description = {"name": "s", "fixed": words, "in_files": True}
+    (tmp_path / "best.yaml").write_text(best_config(description, best))
+    expected = trial.model_copy(update={"name": "s-best"})
+    assert requested("--config-dir", str(tmp_path), "--config-name", "best") == expected
+    nin, command, *arguments = shlex.split(best_command(description, best))
+    assert (nin, command, requested(*arguments)) == ("nin", "train", expected)
 
 
 def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp_path: Path) -> None:
@@ -437,7 +470,12 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
     notes = describe_answer(tmp_path, description, study.trials, study)
     assert "    nin train name=s-best '~optimizer.momentum' optimizer.lr=0.1" in notes
     assert not any("--config-name best" in note for note in notes)
-    description["fixed"] = []
+    description |= {"fixed": ["model=tiny"], "config_name": "mine", "config_path": "/p"}
+    notes = describe_answer(tmp_path, description, study.trials, study)
+    command = "nin train --config-path /p --config-name mine name=s-best model=tiny optimizer.lr=0.1"
+    assert f"    {command} hydra.sweeper.params=null" in notes
+    assert not any("--config-name best" in note for note in notes)
+    description |= {"fixed": [], "config_name": None, "config_path": None}
     assert any("--config-name best" in note for note in describe_answer(tmp_path, description, study.trials, study))
 
 

@@ -118,3 +118,16 @@ def test_a_trial_whose_settings_are_refused_fails_and_the_search_continues(
     (failed,) = (result for result in results if result["status"] == "failed")
     assert any(word.endswith(refused) for word in failed["overrides"])
     assert message in failed["error"]
+
+
+def test_the_answer_of_a_search_from_the_users_own_config_names_it(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("# @package _global_\ndefaults: [train, {override model: nin_small}, _self_]\n")
+    options = ["--config-dir", str(tmp_path), "--config-name", "mine"]
+    own = ["optimizer.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=1"]
+    status, printed = search(capfd, data_root, *options, *own)
+    assert status == 0, printed
+    assert f"nin train --config-dir {tmp_path} --config-name mine name=tune-best " in printed
+    assert not (tmp_path / "outputs/sweeps/tune/best.yaml").exists()

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
 from nin.config.composition import compose_settings
-from nin.config.schema import UserError
+from nin.config.schema import CONF, UserError
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.search_checks import count_trials, read_plan, read_settings
 from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
@@ -83,8 +83,12 @@ class Search(Sweeper):
         path = self.folder / "search.json"
         final_seeds = self.settings.final_seeds
         content: dict[str, Any] = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
-        sources = self.config.hydra.runtime.config_sources
-        content["config_dir"] = next((s.path for s in sources if s.provider == "command-line"), None)
+        sources = {source.provider: source.path for source in self.config.hydra.runtime.config_sources}
+        config_name = self.config.hydra.job.config_name
+        content["config_dir"] = sources.get("command-line")
+        content["config_path"] = sources["main"] if sources["main"] != str(CONF) else None
+        content["config_name"] = config_name if config_name != "train" else None
+        content["in_files"] = bool(self.params)  # the space, or a part of it
         content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
         text = json.dumps(content, indent=2) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:

@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import shlex
 import statistics
 import sys
 import warnings
@@ -13,22 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 from rich import box
 from rich.table import Table
 
 from nin.config.errors import printable, printable_lines
-from nin.config.schema import CONF, UserError
+from nin.config.schema import UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, markdown_table, tensorboard_command
 from nin.runs.folder import RunFolder, read_text, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
-from nin.sweeps.space import overrides_of, silence_optuna
+from nin.sweeps.search_best import CONFIG_OPTIONS, best_command, best_config, fits_config_file
+from nin.sweeps.space import silence_optuna
 from nin.sweeps.study import DATABASES, JOURNAL, fail_without_score, open_database, open_journal, trial_name
 
 _MAX_ROWS = 10
@@ -129,7 +127,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         match json.loads(read_text(path)):
             case {"name": str(), "n_trials": int(), "fixed": list(), "max_epochs": int() | None} as description if (
                 isinstance(description.get("storage"), str | None)
-                and isinstance(description.get("config_dir"), str | None)
+                and all(isinstance(description.get(key), str | None) for key in CONFIG_OPTIONS)
                 and all(isinstance(word, str) for word in description["fixed"])
             ):
                 return description
@@ -200,13 +198,8 @@ def describe_answer(
     best = best_trial(trials)
     if best is None:
         return ["no trial has completed yet"]
-    words = [word for word in description["fixed"] if not word.startswith(("name=", "sweep=", "hydra"))]
-    words += overrides_of(best.params)
-    name = f"{description['name']}-best"
-    own = description.get("config_dir")
-    command = shlex.join(["nin", "train", *(["--config-dir", own] if own else []), f"name={name}", *words])
-    notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {command}"]
-    if _fits_config_file(description):
+    notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {best_command(description, best)}"]
+    if fits_config_file(description):
         notes.append(f"    nin train --config-dir {format_path(folder)} --config-name best    (the same)")
     notes += _describe_test(folder, best)
     if importances := _importances(study):
@@ -216,11 +209,6 @@ def describe_answer(
         saved = count_saved_epochs(trials, description["max_epochs"])
         notes.append(f"pruning saved {saved} of {len(trials) * description['max_epochs']} epochs")
     return notes
-
-
-def _fits_config_file(description: dict[str, Any]) -> bool:
-    """Whether best.yaml can hold the best configuration: it deletes no key, and is alone in its ``--config-dir``."""
-    return not (description.get("config_dir") or any(word.startswith("~") for word in description["fixed"]))
 
 
 def _describe_test(folder: Path, best: FrozenTrial) -> list[str]:
@@ -252,24 +240,6 @@ def _importances(study: optuna.Study) -> dict[str, float]:
     return {}
 
 
-def best_config(name: str, fixed: Sequence[str], best: FrozenTrial) -> str:
-    """The best configuration as a file that ``--config-name`` takes: only what differs from ``conf/train.yaml``."""
-    groups, values = [], OmegaConf.create()
-    for override in OverridesParser.create().parse_overrides([*fixed, *overrides_of(best.params)]):
-        key = override.key_or_group
-        if key.split(".")[0] in ("name", "sweep", "hydra") or key.startswith("hydra/"):
-            continue
-        if "." not in key and (CONF / key).is_dir():
-            groups.append(f"  - override {key}: {override.value()}\n")
-        else:
-            OmegaConf.update(values, key, override.value(), force_add=True)
-    OmegaConf.update(values, "name", f"{name}-best")
-    header = (
-        f"# The best of the search {name}: {trial_name(best.number)}, val/acc {best.value:.4f}.\n# @package _global_\n"
-    )
-    return f"{header}defaults:\n  - train\n{''.join(groups)}  - _self_\n{OmegaConf.to_yaml(values)}"
-
-
 def _write(
     folder: Path,
     description: dict[str, Any],
@@ -290,8 +260,8 @@ def _write(
     if best := best_trial(trials):
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
-        if _fits_config_file(description):
+        if fits_config_file(description):
             with contextlib.suppress(HydraException):  # not overrides, in a folder from elsewhere
-                write_atomically(folder / "best.yaml", best_config(description["name"], description["fixed"], best))
+                write_atomically(folder / "best.yaml", best_config(description, best))
                 written += ", best.yaml"
     print(f"summary:    {format_path(folder)}/{written}")

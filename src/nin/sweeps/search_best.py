@@ -1,0 +1,63 @@
+"""The best configuration of a search as a command and as a file, which give what its trial was trained with."""
+
+import shlex
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+from optuna.trial import FrozenTrial
+
+from nin.config.changes import split_override
+from nin.config.schema import CONF
+from nin.sweeps.space import overrides_of
+from nin.sweeps.study import trial_name
+
+# The keys in a search's description, and the options of its command that choose other configs than conf/train.yaml.
+CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
+_NO_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
+
+
+def best_command(description: dict[str, Any], best: FrozenTrial) -> str:
+    """The command that trains the configuration of the ``best`` trial alone."""
+    options = [
+        word for key, option in CONFIG_OPTIONS.items() if (own := description.get(key)) for word in (option, own)
+    ]
+    words = [word for word in description["fixed"] if not word.startswith(("name=", "hydra"))]
+    words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(description) else [])]
+    return shlex.join(["nin", "train", *options, f"name={description['name']}-best", *words])
+
+
+def fits_config_file(description: dict[str, Any]) -> bool:
+    """Whether best.yaml can hold the best configuration: it deletes no key, and needs no other config."""
+    is_own = any(description.get(key) for key in CONFIG_OPTIONS)
+    return not (is_own or any(word.startswith("~") for word in description["fixed"]))
+
+
+def best_config(description: dict[str, Any], best: FrozenTrial) -> str:
+    """The best configuration as a file that ``--config-name`` takes: only what differs from ``conf/train.yaml``."""
+    name, values = description["name"], OmegaConf.create()
+    groups: list[str] = []
+    for override in OverridesParser.create().parse_overrides([*description["fixed"], *overrides_of(best.params)]):
+        key = override.key_or_group
+        if key.split(".")[0] in ("name", "hydra") or key.startswith(("sweep.", "hydra/")):
+            continue
+        if "." not in key and (CONF / key).is_dir():
+            groups.append(f"  - override {key}: {override.value()}\n")
+        else:
+            OmegaConf.update(values, key, override.value(), force_add=True)
+    OmegaConf.update(values, "name", f"{name}-best")
+    if _has_space_in_file(description):
+        OmegaConf.update(values, "hydra", {"sweeper": {"params": None}}, force_add=True)
+    header = (
+        f"# The best of the search {name}: {trial_name(best.number)}, val/acc {best.value:.4f}.\n# @package _global_\n"
+    )
+    return f"{header}defaults:\n  - train\n{''.join(groups)}  - _self_\n{OmegaConf.to_yaml(values)}"
+
+
+def _has_space_in_file(description: dict[str, Any]) -> bool:
+    """Whether a file may give the space: that of ``sweep=…``, one of ``--config-name``, or any other.
+
+    ``in_files`` is missing in the descriptions that earlier versions wrote.
+    """
+    has_sweep = any(split_override(word)[0] == "sweep" for word in description["fixed"])
+    return has_sweep or bool(description.get("config_name") or description.get("in_files"))
