@@ -69,7 +69,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         _report_refusal(error, folder)
         if in_turn and config.sweep.fail_fast is True:
             raise SweepInterrupt(2) from None
-        raise
+        raise ReportedError(*error.errors) from None
     request = RunRequest(
         settings,
         RunFolder(folder),
