@@ -183,8 +183,9 @@ def test_epochs_are_whole_numbers(tmp_path: Path) -> None:
 
 def test_of_a_metric_that_is_measured_once_there_are_no_curves(lr_sweep: Path) -> None:
     _, right = draw(lr_sweep, metric="test/acc").axes
-    assert [text.get_text() for text in right.texts] == ["test/acc is measured once, at the end: no curves"]
+    assert [text.get_text() for text in right.texts] == ["no curves: metrics.csv has no test/acc"]
     assert not right.axison
+    assert right.get_legend() is None
 
 
 def test_labels_and_legends_stay_on_the_page(tmp_path: Path) -> None:

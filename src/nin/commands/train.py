@@ -144,7 +144,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
     request = _check(config)
     existing = [folder for folder in request.folder.path.resolve().parents if folder.exists()]
     callbacks = Callbacks(config)
-    callbacks.on_run_start(config=config, config_name="train")
+    callbacks.on_run_start(config=config, config_name=config.hydra.job.config_name)
     context = HydraContext(config_loader=app.config_loader, callbacks=callbacks)
     ended: list[Exception] = []
 
@@ -157,7 +157,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
     try:
         done = run_job(task, config, "hydra.run.dir", None, context)
-        callbacks.on_run_end(config=config, config_name="train", job_return=done)
+        callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=done)
         for error in ended:
             raise error
         return 0

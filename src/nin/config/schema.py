@@ -216,7 +216,7 @@ class Checkpoint(Section):
 
 
 class Sweep(Section):
-    """What a sweep or a search is told, and what it tells its jobs."""
+    """The settings of a sweep or a search, and what it sets for its jobs."""
 
     # Whether a sweep stops at the first job that fails, instead of continuing with the others.
     fail_fast: bool

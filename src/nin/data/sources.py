@@ -193,9 +193,14 @@ def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
 def _missing_files(folder: Path, data: Data) -> list[str]:
     """The names of the files to download or to generate."""
     if data.name in PUBLISHED:
-        return [name for name in PUBLISHED[data.name] if not (folder / name).exists()]
+        return [name for name in _files_of(data) if not (folder / name).exists()]
     # Without their recorded sums files could not be verified.
     return [] if all((folder / name).exists() for name in (*FILES, RECORDED)) else list(FILES)
+
+
+def _files_of(data: Data) -> tuple[str, ...]:
+    """The names of a data set's files: the four IDX files, or CIFAR-10's archive."""
+    return tuple(PUBLISHED.get(data.name, FILES))
 
 
 @contextlib.contextmanager
@@ -254,7 +259,7 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
         else:
             tried = "\n  ".join(failures) or "data.mirrors is empty"
             sums = [] if data.name in PUBLISHED else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
-            needed, raw = "\n  ".join([*PUBLISHED.get(data.name, FILES), *sums]), raw_folder(data)
+            needed, raw = "\n  ".join([*_files_of(data), *sums]), raw_folder(data)
             raise UserError(
                 f"{name} of {data.name} is not in {raw} and could not be downloaded:\n  {tried}\nWithout network: copy "
                 f"the {'' if packed == file else 'unpacked '}files\n  {needed}\ninto {raw}, or set NIN_DATA to the "
@@ -269,7 +274,7 @@ def _verify(folder: Path, data: Data) -> None:
     """
     known = PUBLISHED.get(data.name) or _read_recorded(folder / RECORDED)
     kind = "published" if data.name in PUBLISHED else "recorded"
-    for name in known if data.name in PUBLISHED else FILES:
+    for name in _files_of(data):
         state = (folder / name).stat()
         if _sha256_of(folder / name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) != known.get(name):
             raise UserError(

@@ -53,9 +53,9 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
     elif not over_number:
         _draw_by_row(left, rows, metric, labels, colors)
     _draw_curves(right, rows, metric, x_axis, labels, colors)
-    if over_number:
+    if over_number and right.axison:
         right.legend(fontsize="small", ncols=1 + (len(rows) > 8))
-    elif rows:
+    elif rows and right.axison:
         right.set_title("colors as on the left", fontsize="small")
     return figure
 
@@ -73,7 +73,7 @@ def _draw_curves(
             axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None)
     if rows and not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
         axes.axis("off")
-        axes.text(0.5, 0.5, f"{metric} is measured once, at the end: no curves", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, f"no curves: metrics.csv has no {metric}", ha="center", transform=axes.transAxes)
         return
     axes.set_xlabel("epoch" if x_axis == "epochs" else "seconds of training")
     if x_axis == "epochs":

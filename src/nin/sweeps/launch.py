@@ -67,9 +67,8 @@ class Sweep:
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
-        self.names: list[
-            str
-        ] = []  # of the folders of its jobs; none of a sweeper that chooses its values while it runs
+        # Of the folders of its jobs; none of a sweeper that chooses its values while it runs.
+        self.names: list[str] = []
         launcher = config.hydra.launcher
         if starter := multi_process_launcher():
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
@@ -164,7 +163,7 @@ class Sweep:
         A job that another process is running is skipped first, and waited for when all others are done.
         """
         callbacks = Callbacks(self.config)
-        callbacks.on_multirun_start(config=self.config, config_name="train")
+        callbacks.on_multirun_start(config=self.config, config_name=self.config.hydra.job.config_name)
         try:
             status = self._launch(loader, callbacks)
             if self.is_search:
@@ -176,7 +175,7 @@ class Sweep:
                 self.config.hydra.overrides.hydra += ["sweep.wait=true", keys]
                 status = self._launch(loader, callbacks)
         finally:
-            callbacks.on_multirun_end(config=self.config, config_name="train")
+            callbacks.on_multirun_end(config=self.config, config_name=self.config.hydra.job.config_name)
         return status
 
     def _count_jobs_of_others(self) -> int:
@@ -202,7 +201,7 @@ class Sweep:
         except SweepInterrupt as interrupt:
             return interrupt.exit_status
         except (ReportedError, RunFailedError):
-            return self._status_of_signals() or 1  # the other jobs have run; a UserError of the search itself goes on
+            return self._status_of_signals() or 1  # the other jobs have run
         except StoppedError as stopped:
             return self._status_of_signals() or stopped.exit_status
         except KeyboardInterrupt:

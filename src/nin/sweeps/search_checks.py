@@ -61,7 +61,6 @@ def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> 
         UserError: lists every error that is found.
     """
     settings = read_settings(config)
-
     if config.sweep.fail_fast:
         raise UserError("sweep.fail_fast=true: of a search, give hydra.sweeper.max_failures=1 instead")
     space, fixed = read_space(config.hydra.sweeper.params, task)
@@ -107,7 +106,6 @@ def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: Se
     Args:
         fixed: the overrides that all trials share; those that may change are left out.
     """
-
     may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
     words = [word for word in fixed if not is_within(word.partition("=")[0], [*may_change, "hydra"])]
     max_epochs = config.trainer.max_epochs
@@ -125,7 +123,6 @@ def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: Se
 
 def count_trials(plan: Plan, settings: SearchSettings) -> int:
     """The number of trials; of a grid, at most as many as it has points."""
-
     return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
 
 
@@ -135,7 +132,6 @@ def _check_space(space: Any, fixed: list[str], on_this_machine: bool, config_nam
     Raises:
         UserError: with the errors of the first point if all are refused, or of the keys that can't have a value.
     """
-
     errors: list[tuple[str, ...]] = []
     checked: list[Settings] = []
     for point in sample_corners(space):

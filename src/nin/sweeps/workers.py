@@ -119,14 +119,15 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
     for path in folder.parent.glob("*/result.json"):
         with contextlib.suppress(UserError):
             result = RunFolder(path.parent).read_result() or {}
-            seconds |= {path.parent.name: result["train_seconds"]} if "train_seconds" in result else {}
+            if "train_seconds" in result:
+                seconds[path.parent.name] = result["train_seconds"]
     left = ""
     if seconds:
-        # The folder may have finished jobs of other commands: they tell how long a job takes, not how many are left.
+        # Finished jobs of other commands in the folder count for the time of a job, and not for how many are left.
         names = requested_names(folder.parent)
         is_known = folder.name in names and len(names) == settings.sweep.jobs
-        jobs = len({*names} - {*seconds}) if is_known else max(0, settings.sweep.jobs - number)
-        minutes = sum(seconds.values()) / len(seconds) * jobs / 60
+        jobs_left = len({*names} - {*seconds}) if is_known else settings.sweep.jobs - number
+        minutes = sum(seconds.values()) / len(seconds) * jobs_left / 60
         left = f" (about {minutes:.0f} min of training left)" if minutes >= 1 else " (under a minute of training left)"
     return f"job {number + 1} of {settings.sweep.jobs}: {folder.name}{left}"
 

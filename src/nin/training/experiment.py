@@ -140,7 +140,7 @@ class Experiment:
         if self.checkpoint is None:
             return
         require_matching_weights(self.module, self.checkpoint)
-        done = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        done = _completed_epochs(self.checkpoint)
         max_epochs = self.settings.trainer.max_epochs
         if max_epochs not in (-1, None) and done > max_epochs:
             raise UserError(
@@ -165,8 +165,8 @@ class Experiment:
             log_request(self.trainer, self.settings, self.request.overrides)
             return
         assert self.resume_path is not None  # found together with the checkpoint
-        done = self.checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        place = f"epoch {done + 1}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
+        epoch = _completed_epochs(self.checkpoint) + 1
+        place = f"epoch {epoch}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)
         print(f"{self.request.label}resuming from {place}", flush=True)
         sizes = self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"]
@@ -210,6 +210,10 @@ class Experiment:
             "device": self.device_name,
             "overrides": self.request.overrides,
         }
+
+
+def _completed_epochs(checkpoint: dict[str, Any]) -> int:
+    return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]  # type: ignore[no-any-return]
 
 
 def build_data(settings: Settings) -> Any:
