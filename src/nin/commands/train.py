@@ -115,9 +115,11 @@ def _name_with_changes(config: DictConfig) -> str | None:
     None if the command line gives the name, if the experiment has none, or if nothing is changed that makes it another
     experiment.
     """
-    words = {split_override(word)[0]: word for word in _task_overrides(config)}
-    if "name" in words or OmegaConf.is_interpolation(config, "name"):
+    overrides = _task_overrides(config)
+    given = any(word.lstrip("+").startswith("name=") for word in overrides)
+    if given or "name" not in config or OmegaConf.is_interpolation(config, "name"):
         return None
+    words = {split_override(word)[0]: word for word in overrides}
     # The group `trainer` chooses where a run trains.
     same = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
     callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]

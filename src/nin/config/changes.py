@@ -4,8 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nin.config.data_sets import OwnData
-from nin.config.schema import Settings, is_single_process
+from nin.config.schema import Settings
 
 # The keys that may be overridden when a run is resumed.
 MAY_CHANGE = (
@@ -66,12 +65,6 @@ def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
     return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
 
 
-def uses_distributed_sampler(settings: Settings) -> bool:
-    """Whether Lightning divides the images among processes, as the project's data module does itself."""
-    chosen, is_own = settings.trainer.use_distributed_sampler, isinstance(settings.data, OwnData)
-    return is_own and not is_single_process(settings.trainer) if chosen is None else chosen
-
-
 def differences(before: Settings, now: Settings) -> list[str]:
     """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
 
@@ -79,7 +72,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
         plain = settings.model_dump(mode="json")
         callbacks = {name: entry for name, entry in plain["callbacks"].items() if changes_training(entry)}
         # It was false in all runs of earlier versions.
-        keys = flat(plain) | {"trainer.use_distributed_sampler": uses_distributed_sampler(settings)}
+        keys = flat(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
         # The learning rates of other schedules depend on the number of steps.
         constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
         may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]

@@ -270,10 +270,7 @@ class Settings(Section):
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
     # and crashes with a segmentation fault when the system refuses that many threads.
     threads: Annotated[int, Field(ge=1, le=1024)] | None
-    model: Annotated[
-        Annotated[TypedModel, Tag("typed")] | Annotated[OwnModel, Tag("_target_")],
-        OWN_OR_TYPED,
-    ]
+    model: Annotated[Annotated[TypedModel, Tag("typed")] | Annotated[OwnModel, Tag("_target_")], OWN_OR_TYPED]
     data: Annotated[
         Annotated[Data | FolderData, Field(discriminator="name"), Tag("typed")] | Annotated[OwnData, Tag("_target_")],
         OWN_OR_TYPED,
@@ -295,3 +292,9 @@ class Settings(Section):
     # Extension points: each entry has a `_target_`, which Hydra instantiates.
     logger: dict[str, dict[str, Any]]
     callbacks: dict[str, dict[str, Any]]
+
+    @property
+    def uses_distributed_sampler(self) -> bool:
+        """Whether Lightning divides the images among processes, as the project's data module does itself."""
+        chosen, is_own = self.trainer.use_distributed_sampler, isinstance(self.data, OwnData)
+        return is_own and not is_single_process(self.trainer) if chosen is None else chosen

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
-from nin.config.changes import uses_distributed_sampler
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
@@ -246,7 +245,7 @@ def build_trainer(
     arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
     if has_own_bar:
         callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
-    arguments["use_distributed_sampler"] = uses_distributed_sampler(settings)
+    arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
         return lightning.Trainer(
