@@ -27,7 +27,7 @@ from nin.data import module as data_module
 from nin.data.module import ImageDataModule
 from nin.networks.normalize import Normalize
 from nin.training.classifier import Classifier
-from nin.training.experiment import build_trainer
+from nin.training.trainer import build_trainer
 
 CUDA = torch.device("cuda", 0)
 CLASSES = tuple("abcdefghij")

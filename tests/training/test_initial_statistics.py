@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from torch import nn
@@ -9,10 +10,9 @@ from helpers import run_experiment
 from nin.checkpoints.files import read
 from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
-from nin.networks.build import build_network
 from nin.networks.components import start_from_components
 from nin.runs.folder import RunFolder
-from nin.training.initial_statistics import start_from_training_images
+from nin.training.classifier import Classifier
 
 
 def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
@@ -35,8 +35,15 @@ def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
     assert torch.allclose(filters, convolution.weight, atol=1e-5)
 
 
+def fit_without_data(settings: Settings) -> None:
+    module = Classifier(settings, [str(i) for i in range(10)])
+    module.trainer = trainer = lightning.Trainer(barebones=True)
+    assert getattr(trainer, "datamodule", None) is None
+    module.setup("fit")
+
+
 def test_other_data_modules_are_refused_where_training_images_are_needed(settings: Callable[..., Settings]) -> None:
-    needed = settings("model.init=kaiming_dirac_pca")
-    with pytest.raises(TypeError, match="need an ImageDataModule"):
-        start_from_training_images(build_network(needed, 1, 10), needed, None)
-    start_from_training_images(build_network(settings(), 1, 10), settings(), None)
+    for needed in (settings("model.init=kaiming_dirac_pca"), settings("data.normalize=true")):
+        with pytest.raises(TypeError, match="need an ImageDataModule"):
+            fit_without_data(needed)
+    fit_without_data(settings())

@@ -17,7 +17,7 @@ from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
-from nin.training.experiment import build_trainer
+from nin.training.trainer import build_trainer
 
 
 class Partly(nn.Sequential):

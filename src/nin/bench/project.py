@@ -20,7 +20,7 @@ from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.classifier import Classifier
-from nin.training.experiment import build_trainer
+from nin.training.trainer import build_trainer
 
 Report = Callable[[str], None]  # prints a line that says what is being measured
 

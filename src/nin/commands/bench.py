@@ -93,8 +93,8 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Ca
     from nin.bench.turns import count_operations, measure_rates
     from nin.deploy.export import measure_untrained
     from nin.system.devices import device_name, set_threads
-    from nin.training.experiment import build_trainer
     from nin.training.run import versions
+    from nin.training.trainer import build_trainer
 
     set_threads(settings)
     more = {}

@@ -162,7 +162,7 @@ def _try_network(settings: Settings) -> None:
 
 
 def _try_trainer(settings: Settings) -> None:
-    from nin.training.experiment import build_trainer
+    from nin.training.trainer import build_trainer
 
     require_accelerator(settings.trainer)
     with log_to(None):

@@ -4,8 +4,8 @@ A module imports only from the modules below it:
 
     run                 from request to result: claims the folder, records the request and the result
     evaluation          tests the weights of a checkpoint
-    experiment          builds the module, the data and the Trainer; fits, tests the best checkpoint
-    plugins             the loggers and callbacks that the config names by _target_
+    experiment          builds the module and the data; fits, tests the best checkpoint
+    trainer             builds Lightning's Trainer, with the loggers and callbacks that the config names by _target_
     callbacks           what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
     classifier, pruning  the LightningModule: metrics, optimizer; the pruner of a search
     schedule            the learning rate of every step

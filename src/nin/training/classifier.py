@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin.config import own_classes
-from nin.config.schema import TOP5_CLASSES, OwnOptimizer, OwnSchedule, Settings, UserError
+from nin.config.schema import TOP5_CLASSES, OwnModel, OwnOptimizer, OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
@@ -90,8 +90,13 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         # A resumed run has the weights of its checkpoint, which Lightning loads after this.
-        if stage == "fit":
-            start_from_training_images(self.network, self.settings, getattr(self.trainer, "datamodule", None))
+        if stage != "fit":
+            return
+        model = self.settings.model
+        # A network of the user's own may have an argument of that name.
+        has_components = not isinstance(model, OwnModel) and model.init == "kaiming_dirac_pca"
+        if self.settings.data.normalize or has_components:
+            start_from_training_images(self.network, getattr(self.trainer, "datamodule", None), has_components)
 
     def on_fit_start(self) -> None:
         # With precision=bf16-true the module is bfloat16, in which a sum over many images loses digits.

@@ -13,7 +13,8 @@ from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.classifier import Classifier
-from nin.training.experiment import build_data, build_trainer, test
+from nin.training.experiment import build_data, test
+from nin.training.trainer import build_trainer
 
 
 def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:

@@ -3,12 +3,10 @@
 import contextlib
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -19,12 +17,12 @@ from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.runs.request import RunRequest
 from nin.system import devices
-from nin.training import plugins
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier
+from nin.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -220,43 +218,6 @@ def build_data(settings: Settings) -> Any:
     if isinstance(settings.data, OwnData):
         return build_own_data(settings.data)
     return ImageDataModule(settings.data, settings.seed, is_prepared=True)
-
-
-def build_trainer(
-    settings: Settings,
-    folder: Path | None,
-    callbacks: Sequence[lightning.Callback] = (),
-    resume_step: int | None = None,
-) -> lightning.Trainer:
-    """Builds Lightning's Trainer.
-
-    Args:
-        folder: the run's folder, where loggers write; None for no files.
-        callbacks: added before those of ``settings.callbacks``.
-        resume_step: the first optimizer step that is logged again after resuming.
-
-    Raises:
-        UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
-    """
-    arguments = settings.trainer.model_dump()
-    loggers, own = plugins.instantiate_all(settings, folder, resume_step)
-    # Lightning's own bar: `TrainingProgressBar` replaces it, and is replaced by one of the user's.
-    has_own_bar = any(isinstance(callback, ProgressBar) for callback in own)
-    arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
-    if has_own_bar:
-        callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
-    arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
-    arguments["precision"] = devices.resolve_precision(settings.trainer)
-    try:
-        return lightning.Trainer(
-            **arguments,
-            logger=loggers,
-            callbacks=[*callbacks, *own],
-            plugins=[checkpoint_files.AtomicCheckpointIO()],
-            default_root_dir=folder,
-        )
-    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
-        raise UserError(f"trainer: {error}") from error
 
 
 def test(

@@ -1,36 +1,65 @@
-"""Builds the loggers and callbacks that the config names by ``_target_``."""
+"""Builds Lightning's Trainer, with the loggers and callbacks that the config names by ``_target_``."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
+from nin.checkpoints.files import AtomicCheckpointIO
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
+from nin.system import devices
+from nin.training.callbacks.progress import EpochPrinter, TrainingProgressBar
 
 
-def instantiate_all(
-    settings: Settings, folder: Path | None, resume_step: int | None
-) -> tuple[list[Logger], list[lightning.Callback]]:
-    """The loggers and the callbacks of ``settings``.
+def build_trainer(
+    settings: Settings,
+    folder: Path | None,
+    callbacks: Sequence[lightning.Callback] = (),
+    resume_step: int | None = None,
+) -> lightning.Trainer:
+    """Builds Lightning's Trainer.
 
     Args:
         folder: the run's folder, where loggers write; None for no files.
+        callbacks: added before those of ``settings.callbacks``.
         resume_step: the first optimizer step that is logged again after resuming.
 
     Raises:
-        UserError: if one can't be imported or built, or is something else.
+        UserError: if Lightning refuses an argument, or the machine lacks what ``settings.trainer`` needs.
     """
-    return _instantiate(_configs(settings, folder, resume_step), folder)
+    arguments = settings.trainer.model_dump()
+    loggers, own = _instantiate(_logger_and_callback_configs(settings, folder, resume_step), folder)
+    # Lightning's own bar: `TrainingProgressBar` replaces it, and is replaced by one of the user's.
+    has_own_bar = any(isinstance(callback, ProgressBar) for callback in own)
+    arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
+    if has_own_bar:
+        callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
+    arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
+    arguments["precision"] = devices.resolve_precision(settings.trainer)
+    try:
+        return lightning.Trainer(
+            **arguments,
+            logger=loggers,
+            callbacks=[*callbacks, *own],
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
-def _configs(settings: Settings, folder: Path | None, resume_step: int | None) -> dict[str, dict[str, Any]]:
+def _logger_and_callback_configs(
+    settings: Settings, folder: Path | None, resume_step: int | None
+) -> dict[str, dict[str, Any]]:
     """The configs of the loggers, with what depends on this run, and of the callbacks, by their keys."""
     configs = {}
     for name, config in settings.logger.items():
