@@ -10,11 +10,15 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 import nin as package
 from helpers import nin
-from nin.config.composition import compose_settings, first_job_overrides
-from nin.config.schema import CONF
+from nin.config.changes import flat
+from nin.config.composition import compose_config, compose_settings, first_job_overrides
+from nin.config.schema import CONF, UserError
+from nin.config.validation import validate
 
 ROOT = Path(__file__).parents[1]
 PLAIN_LOOP = ROOT / "docs" / "plain_loop.py"
@@ -117,3 +121,79 @@ def test_the_package_list_in_the_architecture_page_is_that_of_the_package() -> N
     rows = [line for line in (package.__doc__ or "").splitlines() if line.startswith("    ")]
     assert rows
     assert "\n".join(rows) in page
+
+
+CONFIG_PAGE = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+GROUPS, _, KEYS = CONFIG_PAGE.partition("## The run")
+# Key, default, values. In the rows of the trainer the third column is Lightning's default.
+KEY_ROWS = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| ([^|]*) \|", KEYS, re.MULTILINE)
+# Further options of the groups, of which the page gives keys or defaults.
+OPTIONS = (
+    "data=folder", "model=alexnet", "model=mlp", "optimizer=adamw", "schedule=cosine", "schedule=one_cycle",
+    "callbacks=early_stopping", "callbacks=ema",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def composed() -> dict[str, DictConfig]:
+    configs = {"": compose_config([])}
+    for option in OPTIONS:
+        configs[option.partition("=")[2]] = compose_config([option, "data.root=photos"])
+    return configs
+
+
+def _flat(config: DictConfig) -> dict:
+    return flat(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+
+
+def test_the_config_page_has_every_key(composed: dict[str, DictConfig]) -> None:
+    keys = {key for config in composed.values() for key in _flat(config)}
+    # Which class or option it is; the arguments of Lightning's classes; what a sweep sets.
+    keys = {key for key in keys if key.rpartition(".")[2] not in ("_target_", "name") or key == "name"}
+    keys -= {key for key in keys if key.startswith(("trainer.", "logger.")) or key == "callbacks.early_stopping.mode"}
+    set_by_sweeps = {f"sweep.{key}" for key in re.findall(r"`sweep\.(\w+)`[,a ]", CONFIG_PAGE)}
+    documented = {key for key, _, _ in KEY_ROWS if not key.startswith(("hydra.", "trainer."))}
+    assert len(KEY_ROWS) > 60
+    assert documented | set_by_sweeps == keys
+
+
+def test_the_config_page_has_the_defaults(composed: dict[str, DictConfig]) -> None:
+    wrong = {}
+    for key, default, _ in KEY_ROWS:
+        for part in default.split("; "):
+            option, text = re.fullmatch(r"(?:`(\w+)`: )?(?:of )?(.+)", part).groups()  # type: ignore[union-attr]
+            if not (value := re.fullmatch("`(.+)`", text)) or key.startswith("hydra."):
+                continue
+            found = [_flat(config) for name, config in composed.items() if not option or option == name]
+            first = next((config[key] for config in found if key in config), "no such key")
+            if first != yaml.safe_load(value[1]):
+                wrong[key] = first
+    assert wrong == {}
+
+
+def test_the_config_page_has_the_values_that_are_accepted(composed: dict[str, DictConfig]) -> None:
+    wrong = []
+    for key, _, values in KEY_ROWS:
+        literals = [yaml.safe_load(value) for value in re.findall("`([^`]+)`", values)]
+        if key == "name" or not literals or key.startswith("trainer."):
+            continue
+        config = next(config for config in composed.values() if key in _flat(config)).copy()
+        for value in (*literals, "other"):
+            OmegaConf.update(config, key, value)
+            try:
+                validate(config)
+                refused = False
+            except UserError as error:
+                refused = f"{key}=" in str(error) and "must be" in str(error)
+            if refused != (value == "other"):
+                wrong.append(f"{key}={value}")
+    assert wrong == []
+
+
+def test_the_config_page_has_every_option_of_every_group() -> None:
+    rows = re.findall(r"^\| `([\w/]+)` \| ((?:`\w+`(?:, )?)+) \|", GROUPS, re.MULTILINE)
+    page = {group: sorted(re.findall(r"\w+", options)) for group, options in rows}
+    groups = {path.parent for path in CONF.rglob("*.yaml")} - {CONF}
+    assert page == {
+        str(group.relative_to(CONF)): sorted(path.stem for path in group.glob("*.yaml")) for group in groups
+    }
