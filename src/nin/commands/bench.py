@@ -115,6 +115,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Ca
 
 
 def print_results(results: dict[str, Any]) -> None:
+    """Prints what `run_benchmarks` returns: rates, overhead and memory."""
     console = Console(highlight=False)
     rates = results["rates"]
     console.print(_rates_table(results))

@@ -59,6 +59,11 @@ def main(arguments: list[str]) -> int:
 
 
 def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
+    """Classifies the images, prints the rows and writes the pictures of score maps; returns the exit status.
+
+    Raises:
+        UserError: if there are no images.
+    """
     from nin.data.decoding import ImageError, silence_pillow
     from nin.deploy.images import has_light_border, iterate
 

@@ -40,6 +40,8 @@ class Images(Section):
 
 
 class Data(Images):
+    """A published data set, or the synthetic clothing silhouettes."""
+
     name: Literal["fashion_mnist", "mnist", "kmnist", "garments", "cifar10"]
     val_size: NonNegative
     # Base URLs for downloading missing files, tried in this order. garments are generated, not downloaded.
@@ -47,6 +49,8 @@ class Data(Images):
 
 
 class FolderData(Images):
+    """The user's own images, one folder per class."""
+
     name: Literal["folder"]
     # Training images that are held out, where the folder has no val/ or no test/: a number, or a share of them.
     val_size: NonNegative | Share

@@ -71,6 +71,7 @@ def _expectation(error: ErrorDetails) -> str:
 
 
 def shorten(text: str, length: int = 80) -> str:
+    """``text`` with at most ``length`` characters; "…" replaces what is cut off."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
@@ -96,12 +97,14 @@ def _known_keys(section: type[Section], loc: tuple) -> list[str]:
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a field's type allows: the members of a union, without ``Annotated``."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in get_args(annotation) for section in sections_of(part)]
 
 
 def names_of(section: type[Section]) -> tuple[str, ...]:
+    """The values that ``name`` may have in a section, as in ``("sgd",)``; none if it has no such key."""
     return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
 
 

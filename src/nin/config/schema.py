@@ -225,7 +225,7 @@ class Sweep(Section):
     keys: list[str]
     jobs: Positive | None
     wait: bool
-    # Set by a search for its trials: whether the test set is read at the end, and whether a pruner may end the run.
+    # Whether the test set is read at the end, and whether a pruner may end the run; a search sets both for its trials.
     test: bool
     prune: bool
 

@@ -25,6 +25,7 @@ class OwnClass(Section):
 
     @property
     def arguments(self) -> dict[str, Any]:
+        """The arguments of the class: all keys that the section itself does not declare."""
         return dict(self.model_extra or {})
 
 

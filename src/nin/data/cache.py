@@ -38,11 +38,13 @@ class Cache:
 
     Attributes:
         path: the folder of the cache.
+        class_names: one per class, in the order of the labels.
         channels: 1 or 3.
         counts: the number of images in each part; a part that the folder lacks is missing.
         broken: names of the files that were left out, with the reason.
         other_files: names of files without the suffix of an image.
         fingerprint: SHA-256 of pixels, labels and class names.
+        stored_size: height and width of each image, in pixels.
     """
 
     path: Path
@@ -67,7 +69,7 @@ class Cache:
         return range(start, start + self.counts.get(part, 0))
 
     def labels(self) -> np.ndarray:
-        """The labels of all rows, int64."""
+        """The labels of all rows, ``(count,)`` int64."""
         return np.load(self.path / "labels.npy", allow_pickle=False)
 
 

@@ -94,7 +94,7 @@ def _has_too_many_scans(image: ImageFile.ImageFile) -> bool:
 
 
 def most_scans(image: Image.Image) -> int:
-    """How many scans a JPEG file of this size may have: 100, and 25 from 25 megapixels on."""
+    """How many scans a JPEG file of this size may have: 100 up to 6.25 megapixels, 25 from 25 megapixels on."""
     return max(ALWAYS_ALLOWED_SCANS, min(MAX_SCANS, MAX_SCANNED_PIXELS // max(1, image.width * image.height)))
 
 
@@ -221,6 +221,9 @@ class Chunk:
         names: of the files, relative to ``root``; empty ones are left out.
         images: the file to which the pixels are written, ``(size, size, channels)`` for each name; None: nowhere.
         start: the row of ``images`` that is the first one's.
+        size: height and width to which images are brought, in pixels.
+        fit: "crop", "pad" or "stretch", as in `to_array`.
+        channels: 1 or 3.
         search: the number of images, the first ones, that are searched for color.
     """
 

@@ -27,6 +27,8 @@ class ImageFile(NamedTuple):
     Attributes:
         name: path relative to the root.
         label: the index of its class.
+        size: in bytes.
+        modified_ns: time of the last modification, in nanoseconds since 1970.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Listing:
     """The files of a folder.
 
     Attributes:
+        class_names: names of the folders in ``train/``, sorted; the label of an image is the index of its class.
         files: of each part, sorted by name.
         broken: names of files that can't be used, with the reason.
         other_files: names of files without the suffix of an image, which are left out.
@@ -88,6 +91,7 @@ def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -
 
 
 def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
+    """The error about a folder of images: the remedy, then one line for each fault."""
     return UserError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
 
 

@@ -46,6 +46,8 @@ class Batches:
     is the state that is saved and loaded, so that a resumed run continues in the middle of an epoch.
 
     Args:
+        images, labels: all images of the part, as they are yielded, and their labels.
+        batch_size: number of images per batch of each process.
         seed: of the shuffled order; None keeps the order of the images.
         epoch: returns the current epoch.
         reshuffled: whether every epoch has its own order.
@@ -220,11 +222,17 @@ class ImageDataModule(LightningDataModule):
         return mean.float(), deviation.float()
 
     def sample(self, count: int) -> Tensor:
-        """At most ``count`` training images from the whole data set, prepared and not augmented, on the CPU."""
+        """At most ``count`` training images at equal distances, prepared and not augmented, on the CPU.
+
+        Float32 ``(count, channels, image_size, image_size)``.
+        """
         return self.prepare_images(self.train[0][self.spread(count)]).cpu().float()
 
     def spread(self, count: int) -> Tensor:
-        """Indices of at most ``count`` training images, at equal distances: a folder's images are sorted by class."""
+        """Indices ``(count,)`` of at most ``count`` training images at equal distances.
+
+        A folder's images are sorted by class: so there are some of each.
+        """
         total = len(self.train[0])
         count = min(count, total)
         return torch.arange(count) * total // count
@@ -274,6 +282,9 @@ class ImageDataModule(LightningDataModule):
 
 
 def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Returns the sorted indices of ``val_size`` held-out images and of the others; they depend only on ``seed``."""
+    """The sorted indices of the held-out images, ``(val_size,)``, and of the others, ``(count - val_size,)``.
+
+    They depend on nothing but these arguments.
+    """
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return order[:val_size].sort().values, order[val_size:].sort().values

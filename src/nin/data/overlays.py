@@ -46,5 +46,5 @@ def escape(text: str) -> str:
 
 
 def strongest(score_maps: np.ndarray) -> float:
-    """The limit of one color scale for several maps; 1 where all are 0."""
+    """The largest magnitude in several maps ``(maps, height, width)``, for one color scale; 1 where all are 0."""
     return float(np.abs(score_maps).max(initial=0)) or 1.0

@@ -134,7 +134,7 @@ def prepare(data: Data | FolderData | OwnData) -> None:
 
 
 def raw_folder(data: Data) -> Path:
-    """The folder of the files, which is also torchvision's: ``<root>/FashionMNIST/raw``."""
+    """The folder of the files, as in ``<root>/FashionMNIST/raw``; of the MNIST family torchvision has the same."""
     folders = {
         "fashion_mnist": "FashionMNIST",
         "mnist": "MNIST",

@@ -77,7 +77,7 @@ def describe_split(cache: Cache, data: FolderData, seed: int) -> dict[str, str]:
 
 
 def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndarray]:
-    """The rows of each part, ascending: "train", "val" and "test".
+    """The rows of "train", "val" and "test": int64 ``(count,)``, ascending.
 
     What the folder lacks is held out of the training images, with the classes in proportion. The test images depend on
     nothing but ``seed`` and ``data.test_size``.

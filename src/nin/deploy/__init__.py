@@ -4,7 +4,7 @@ A module imports only from the modules below it. Those marked * run without torc
 
     server                      * runs the HTTP service until a signal ends it
     service                     * its routes, limits and metrics
-    requests, batching          * what a request asks for; scores the images of concurrent requests together
+    requests, batching          * the content of a request; scores the images of concurrent requests together
     triton, compiled            exports for Triton and KServe, and for C++
     export                      the ONNX export, and the check of every export on the whole test set
     quantize                    * int8

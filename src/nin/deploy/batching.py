@@ -79,7 +79,11 @@ class Batcher:
             self.images, self.pixels = self.images - 1, self.pixels - pixels
 
     async def score(self, image: np.ndarray, maps: bool) -> Scores:
-        """Scores of one image, without the batch dimension.
+        """Scores of one image, without the batch dimension: probabilities and logits ``(classes,)``.
+
+        Args:
+            image: uint8 ``(height, width)`` for 1 channel, ``(height, width, 3)`` for 3.
+            maps: whether the score maps ``(classes, height', width')`` are computed.
 
         Raises:
             OverloadedError: if too many images wait.

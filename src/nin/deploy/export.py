@@ -229,7 +229,10 @@ def trace_onnx(pipeline: Pipeline) -> Any:
 
 
 def example_images(pipeline: Pipeline) -> tuple[Tensor]:
-    """uint8 images of which no size is one that the exporter would take for a constant."""
+    """Two uint8 images, ``(2, height, width)`` or with a last dimension of 3, for tracing.
+
+    No size is one that the exporter would take for a constant.
+    """
     shape = (2, pipeline.stored_size + 3, pipeline.stored_size + 5)
     return (torch.zeros(shape if pipeline.channels == 1 else (*shape, 3), dtype=torch.uint8),)
 

@@ -35,7 +35,7 @@ class ImageForm:
         return self.read(open_image(content))
 
     def read(self, image: Image.Image) -> np.ndarray:
-        """The pixels of an opened image; closes it."""
+        """The pixels of an opened image, as `decode` returns them; closes it."""
         return to_array(image, self.channels, self.size, self.fit, self.invert)
 
 
@@ -133,13 +133,21 @@ def _as_array(image: object, form: ImageForm) -> np.ndarray:
 
 
 def has_light_border(image: np.ndarray) -> bool:
-    """Whether most of the outermost pixels are light: it is dark on light, the reverse of Fashion-MNIST."""
+    """Whether most of the outermost pixels are light: dark things on a light ground, the reverse of Fashion-MNIST.
+
+    Args:
+        image: ``(height, width)`` or ``(height, width, 3)``, uint8.
+    """
     edges = [image[0], image[-1], image[:, 0], image[:, -1]]
     return float(np.median(np.concatenate([edge.reshape(len(edge), -1).mean(-1) for edge in edges]))) > 127
 
 
 def batches_of_one_size(images: list[np.ndarray], max_images: int, max_pixels: int) -> Iterator[list[int]]:
-    """Indices of images that have one shape, at most ``max_images`` and ``max_pixels`` pixels together."""
+    """Indices of images that have one shape, at most ``max_images`` and ``max_pixels`` pixels together.
+
+    Args:
+        images: each ``(height, width)`` or ``(height, width, 3)``.
+    """
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         by_shape.setdefault(image.shape, []).append(i)

@@ -30,7 +30,8 @@ def quantize(source: Path, path: Path, images: np.ndarray | MappedImages) -> Non
     Preprocessing, pooling to logits and softmax stay float32. Weights have one scale per output channel.
 
     Args:
-        images: training images to calibrate with, uint8; at most 512 are used, at equal distances.
+        images: training images to calibrate with, ``(count, height, width)`` or ``(count, height, width, 3)`` uint8; at
+            most 512 are used, at equal distances.
     """
     prepared = path.with_name(f"{path.stem}-prepared.onnx")
     count = min(CALIBRATION_IMAGES, len(images))

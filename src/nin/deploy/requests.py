@@ -1,4 +1,4 @@
-"""What a request for a prediction asks for: its parameters, and the image in a form. Imports no torch."""
+"""The content of a request for a prediction: its parameters, and the image in a form. Imports no torch."""
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ class RefusedError(Exception):
 
 
 def overloaded() -> RefusedError:
+    """The refusal of a request while others use all that the limits allow."""
     return RefusedError(503, "the server is overloaded", {"retry-after": "1", "connection": "close"})
 
 

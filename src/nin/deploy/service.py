@@ -130,16 +130,16 @@ class Service:
 
     async def _predict(self, request: Request) -> Response:
         self._require_key(request)
-        asked = read_parameters(request)
-        form = replace(self.network.description.form, invert=asked.invert)
-        if asked.maps and self.network.description.maps == "none":
+        requested = read_parameters(request)
+        form = replace(self.network.description.form, invert=requested.invert)
+        if requested.maps and self.network.description.maps == "none":
             raise RefusedError(400, "this network's export has no score maps")
         if self.batcher.images >= self.limits.waiting_images:
             raise overloaded()  # before the upload is read
         try:
             async with asyncio.timeout(None) as answer:
                 image = await self._receive(request, form, answer)
-                scores = await self.batcher.score(image, asked.maps)
+                scores = await self.batcher.score(image, requested.maps)
         except ImageTooLargeError as error:
             raise RefusedError(413, f"the image is too large: {error}") from None
         except ImageError as error:
@@ -148,18 +148,18 @@ class Service:
             raise overloaded() from None
         except TimeoutError:
             raise RefusedError(503, "the server is overloaded: no answer in time") from None
-        return _json(self._answer(scores, image, asked))
+        return _json(self._answer(scores, image, requested))
 
-    def _answer(self, scores: Scores, image: np.ndarray, asked: Parameters) -> dict[str, Any]:
+    def _answer(self, scores: Scores, image: np.ndarray, requested: Parameters) -> dict[str, Any]:
         names, probabilities = self.network.description.class_names, scores.probabilities
         order = (-probabilities).argsort(kind="stable").tolist()
-        shown = order[: asked.top]
+        shown = order[: requested.top]
         answer: dict[str, Any] = {
             "class": names[order[0]],
             "probability": round(float(probabilities[order[0]]), 9),
             "probabilities": {names[i]: round(float(probabilities[i]), 9) for i in shown},
         }
-        if asked.maps and scores.maps is not None:  # of a batch in which another request asks for them
+        if requested.maps and scores.maps is not None:  # another request of the batch may want them too
             answer["image"] = {"height": image.shape[0], "width": image.shape[1]}
             answer["logits"] = {names[i]: round(float(scores.logits[i]), 6) for i in shown}
             answer["maps"] = {names[i]: np.round(scores.maps[i].astype(np.float64), 6).tolist() for i in shown}

@@ -9,13 +9,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Layer:
+    """One row of the table.
+
+    Attributes:
+        name: of the layer's class.
+        output_shape: without the batch dimension.
+        parameters: their number.
+        multiply_adds: per image; biases are not counted.
+        receptive_field: pixels per side of the smallest square of the input that contains every pixel on which one
+            output value can depend; of the output value for which it is largest. Padding is not counted, nor are
+            pixels at the right and bottom border that no window of a strided layer reaches.
+    """
+
     name: str
-    output_shape: tuple[int, ...]  # without the batch dimension
+    output_shape: tuple[int, ...]
     parameters: int
-    multiply_adds: int  # per image; biases are not counted
-    # Pixels per side of the smallest square of the input that contains every pixel on which one output value can
-    # depend; of the output value for which it is largest. Padding is not counted, nor are pixels at the right and
-    # bottom border that no window of a strided layer reaches.
+    multiply_adds: int
     receptive_field: int
 
 

@@ -9,6 +9,9 @@ class LeNet(Network):
     """Two convolutions with sigmoids and average pooling, three fully connected layers.
 
     Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.
+
+    Args:
+        image_size: height and width of the input.
     """
 
     def __init__(self, in_channels: int = 1, num_classes: int = 10, image_size: int = 28):

@@ -10,6 +10,11 @@ class MLP(Network):
     """One hidden layer on the flattened image: a network without convolutions to compare the others with.
 
     Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.
+
+    Args:
+        image_size: height and width of the input.
+        hidden_width: number of values of the hidden layer.
+        dropout: probability of zeroing a value after the hidden layer.
     """
 
     def __init__(

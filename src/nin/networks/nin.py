@@ -18,6 +18,8 @@ class NiNBlock(Network):
 
     Args:
         widths: output channels of each convolution. One width is a plain convolution, three are the paper's block.
+        kernel_size, stride, padding: of the first convolution, in pixels; the others are 1x1.
+        norm: "batch" adds batch norm after every convolution, which then has no bias; "none".
         final_relu: whether the output passes a ReLU.
         conv1x1_relu: whether a ReLU follows each 1x1 convolution.
     """
@@ -58,6 +60,7 @@ class NiN(Network):
         widths: output channels of every block but the last; an entry may be a list with the width of each convolution.
         last_width: width of the last block's convolutions before the class maps; None is ``num_classes``.
         kernel_sizes: of each block's first convolution, including the last block's; all but the first are odd.
+        first_stride: of the first convolution; the others have stride 1.
         first_padding: of the first convolution, 0 or 1 in the notebooks; the others preserve height and width.
         conv1x1_layers: number of 1x1 convolutions that follow each block's first convolution.
         conv1x1_relu: whether a ReLU follows each 1x1 convolution.
@@ -66,6 +69,7 @@ class NiN(Network):
         head_width: of the two hidden layers of ``head="mlp"``.
         dropout: probability of zeroing a value before the last block; with ``head="mlp"`` after each hidden layer.
         dropout_between: whether dropout is applied before every block but the first, as in the paper (section 4).
+        norm: "batch" adds batch norm after every convolution; "none".
         final_relu: whether the class maps pass a ReLU, as in the notebooks.
 
     Raises:

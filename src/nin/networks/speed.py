@@ -54,6 +54,7 @@ class Dropout(nn.Dropout):
     graph with the same masks.
 
     Args:
+        p: probability of zeroing a value.
         shape: of one image's feature maps, ``(channels, height, width)`` or ``(features,)``.
     """
 

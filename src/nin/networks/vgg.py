@@ -10,6 +10,10 @@ class VGG(Network):
     """Five blocks of 3x3 convolutions that each end in 2x2 max pooling, three fully connected layers.
 
     Input: ``(batch, in_channels, image_size, image_size)``; output: logits ``(batch, num_classes)``.
+
+    Args:
+        image_size: height and width of the input.
+        dropout: probability of zeroing a value after each hidden fully connected layer.
     """
 
     def __init__(

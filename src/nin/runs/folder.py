@@ -253,7 +253,7 @@ def _is_of_state(key: str, value: Any) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file; ``Path.read_text`` would wait for ever for a named pipe."""
+    """The text of a file; raises OSError for a named pipe, for which ``Path.read_text`` would wait for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a file", str(path))
     return path.read_text(encoding="utf-8")

@@ -32,7 +32,7 @@ def share_gpus(launcher: Any, jobs: list[Settings]) -> None:
 
 
 def acquire_gpu(sweep: Path, stop: StopRequest) -> FileLock | None:
-    """Makes a free one of the shared GPUs the only one that this process sees, before torch looks for them.
+    """Makes a free one of the shared GPUs the only one that is visible to this process, before torch lists them.
 
     Waits while other processes of the same sweep use all of them.
 

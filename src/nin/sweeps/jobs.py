@@ -143,6 +143,7 @@ class Row:
 
     @property
     def label(self) -> str:
+        """The name of a single run, or the varied keys without their sections: "norm=batch lr=0.1"."""
         if "run" in self.keys:
             return self.keys["run"]
         return " ".join(f"{key.split('.')[-1]}={value}" for key, value in self.keys.items() if value) or "all"

@@ -124,6 +124,7 @@ def describe_errors(rows: list[Row]) -> list[str]:
 
 
 def describe_failures(jobs: list[Job]) -> list[str]:
+    """The folder's name and the error of each failed job."""
     return [f"{printable(job.folder.name)}: {job.error}" for job in jobs if job.status == "failed"]
 
 

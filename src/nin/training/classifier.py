@@ -78,6 +78,7 @@ class Classifier(LightningModule):
 
     @property
     def num_classes(self) -> int:
+        """The number of classes, and of logits."""
         return len(self.class_names)
 
     def _accuracy(self, top_k: int = 1) -> MulticlassAccuracy:
@@ -119,6 +120,7 @@ class Classifier(LightningModule):
             self.network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """The loss ``()`` for which Lightning calls backward: of the batch, or of its last micro-batch."""
         images, labels = batch
         for dropout in self.dropouts:
             dropout.begin(len(labels), labels.device)

@@ -223,7 +223,10 @@ def build_data(settings: Settings) -> Any:
 def test(
     trainer: lightning.Trainer, module: Classifier, data: lightning.LightningDataModule
 ) -> tuple[dict[str, Any], Tensor]:
-    """Test loss, accuracy and accuracy by class of the module's weights, and the confusion matrix."""
+    """Test loss, accuracy and accuracy by class of the module's weights.
+
+    Also the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
+    """
     trainer.test(module, data, verbose=False)
     scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
     confusion = module.confusion.compute().cpu()

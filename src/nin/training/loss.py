@@ -41,7 +41,7 @@ def backward_micro_batches(
 
 
 def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:
-    """The weight of this process's mean loss where the images of a batch are not divided equally among processes.
+    """The weight ``()`` of this process's mean loss where a batch is not divided equally among processes.
 
     DDP averages gradients over processes; weighted by ``images`` of this process divided by the mean number per
     process, the average is the gradient of the mean loss over all images of the batch.

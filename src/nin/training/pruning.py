@@ -33,6 +33,7 @@ def build_pruner(name: str, max_epochs: int | None) -> BasePruner:
 
 
 def comparison_path(run_folder: Path) -> Path:
+    """The file in a trial's folder that has the earlier trials with which it is compared."""
     return run_folder / ".hydra" / "comparison.json"
 
 

@@ -151,9 +151,10 @@ def is_at_chance(latest: dict[str, float], num_classes: int) -> bool:
 def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[int, int], list[int] | None]:
     """Finds the channels whose ReLU is zero for all images of all ``batches``.
 
-    Each batch is ``(batch, channels, height, width)``.
-
     Runs the network in eval mode, and restores its mode.
+
+    Args:
+        batches: each ``(batch, channels, height, width)``.
 
     Returns:
         The number of dead channels in each child of ``network`` with ReLUs, numbered from 1, added up over its ReLUs;

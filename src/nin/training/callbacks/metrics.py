@@ -207,7 +207,7 @@ def _is_row(row: dict[str, Any]) -> bool:
 
 
 def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Plain numbers with the seven digits of a float32: 0.9127, not 0.9127000570297241."""
+    """Scalars ``()`` as plain numbers, rounded to seven decimals: 0.9127, not 0.9127000570297241."""
     return {name: round(float(value), 7) for name, value in metrics.items()}
 
 

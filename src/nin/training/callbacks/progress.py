@@ -193,7 +193,7 @@ def _warn_of_few_cores(used: float) -> None:
     """
     threads = torch.get_num_threads()
     if threads > 1 and used < 0.8 * threads and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
-        # Other programs, or a container that is granted fewer cores than it sees.
+        # Other programs, or a container with fewer cores than the machine has.
         log.warning(
             "training gets %.1f CPU cores for its %d threads, which wait for each other: are other programs running? "
             "It may be faster with threads=%d (Ctrl-C, then the same command with it resumes the run).",

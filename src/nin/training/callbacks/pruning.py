@@ -23,7 +23,7 @@ class PruningCallback(Callback):
         self.is_pruned = False
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        # All epochs each time: the pruner of a resumed run has seen none of them.
+        # All epochs each time: to the pruner of a resumed run none of them is reported yet.
         scores = {row["epoch"]: row["val/acc"] for row in self.metrics.rows if "val/acc" in row}
         if self.pruner.report(scores):
             self.is_pruned = trainer.should_stop = True
