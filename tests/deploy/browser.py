@@ -1,6 +1,5 @@
 """A headless Chromium, driven through its DevTools protocol."""
 
-import base64
 import contextlib
 import itertools
 import json
@@ -54,10 +53,6 @@ class Page:
         for kind, (x, y) in zip(kinds, [*points, points[-1]], strict=True):
             buttons = 0 if kind == "mouseReleased" else 1
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", buttons=buttons, clickCount=1)
-
-    def screenshot(self, path: Path) -> None:
-        found = self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
 
 
 @contextlib.contextmanager
