@@ -1,4 +1,4 @@
-"""Shared by all tests: settings in one process, the garments drawn once, and the real data where NIN_DATA has it."""
+"""Shared by all tests: settings in one process, the garments generated once, the real data where NIN_DATA has it."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ from pictures import write_folder
 # Half a minute each: several processes, one after another.
 LONGEST = (
     "test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again",
-    "test_killed_stopped_refused_and_gone_on_with_as_a_person_would",
-    "test_train_then_say_it_again_then_eval",
+    "test_killed_stopped_refused_and_resumed_as_a_person_would",
+    "test_train_then_run_the_command_again_then_eval",
 )
 
 
@@ -56,7 +56,7 @@ def _shared_loggers() -> list[tuple[str, logging.Logger]]:
 
 @pytest.fixture(scope="session")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the garments, drawn once a session."""
+    """Holds the garments, generated once a session."""
     from nin.data.sources import prepare
 
     root = tmp_path_factory.mktemp("data")
@@ -75,7 +75,7 @@ def real_root() -> Path:
 
 @pytest.fixture(scope="session")
 def settings(data_root: Path) -> Callable[..., Settings]:
-    """Composes settings of a small run on the garments, with more overrides behind."""
+    """Composes settings of a small run on the garments, with more overrides after its own."""
     return lambda *overrides: validate(compose_config([*SMALL, f"data.root={data_root}", *overrides]))
 
 

@@ -187,7 +187,7 @@ def test_a_process_without_a_gpu_ends_with_2_and_one_message(tmp_path: Path, dat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_train_then_say_it_again_then_eval(tmp_path: Path, data_root: Path) -> None:
+def test_train_then_run_the_command_again_then_eval(tmp_path: Path, data_root: Path) -> None:
     small = [*SMALL, "name=first"]
     first = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
     assert (first.returncode, first.stderr) == (0, "")

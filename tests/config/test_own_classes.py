@@ -55,7 +55,7 @@ def test_another_kind_of_class_is_refused() -> None:
         own_classes.build("model", thing(), int)
 
 
-def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_are_told_apart(
+def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_their_own_messages(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(own_classes, "get_class", get_class)  # Hydra's

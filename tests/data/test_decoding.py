@@ -158,7 +158,7 @@ def test_a_large_jpeg_file_may_have_fewer_scans(side: int, most: int) -> None:
     """Only the header is read, so it may declare another size than the scans have."""
     for count in (most, most + 1):
         content = with_scans(count, progressive=True)
-        place = content.index(b"\xff\xc2") + 5  # behind marker, length and precision
+        place = content.index(b"\xff\xc2") + 5  # after marker, length and precision
         content = content[:place] + side.to_bytes(2) * 2 + content[place + 4 :]
         if count == most:
             assert open_image(content).size == (side, side)

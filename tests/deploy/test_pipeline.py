@@ -19,7 +19,7 @@ from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
 
 
-def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_sees(
+def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_computes(
     run_folder: Path, test_images: np.ndarray
 ) -> None:
     network = nin.load(run_folder)

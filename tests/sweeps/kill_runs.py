@@ -175,12 +175,12 @@ if __name__ == "__main__":
     parser.add_argument("kills", type=int, help="of each scenario")
     parser.add_argument("--scenarios", default=",".join(map(str, range(len(SCENARIOS)))), help="as in 0,4")
     parser.add_argument("--trials", type=int, default=TRIALS)
-    parser.add_argument("--data", type=Path, help="a folder with the garments; default: they are drawn")
+    parser.add_argument("--data", type=Path, help="a folder with the garments; default: they are generated")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as drawn:
+    with tempfile.TemporaryDirectory() as generated:
         from nin.config.composition import compose_settings
 
-        data = args.data or Path(drawn)
+        data = args.data or Path(generated)
         prepare(compose_settings([*SMALL, f"data.root={data}"]).data)
         for number in map(int, args.scenarios.split(",")):
             counts = compare(SCENARIOS[number], args.kills, args.trials, data)

@@ -62,7 +62,7 @@ def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -
     assert third.startswith("seed=-1")
 
 
-def test_an_unknown_key_is_looked_for_in_one_job_and_the_other_errors_of_all_jobs_are_found(
+def test_an_unknown_key_is_searched_in_one_job_and_the_other_errors_of_all_jobs_are_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     composed: list[list[str]] = []
@@ -317,7 +317,7 @@ def test_what_ends_a_job_travels_between_processes() -> None:
 
 
 @pytest.mark.long
-def test_joblib_runs_jobs_at_once_stops_and_goes_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
+def test_joblib_runs_jobs_at_once_stops_and_resumes_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
     asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
     sweep = tmp_path / "outputs" / "sweeps" / "at-once"
@@ -434,7 +434,9 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
 
 
 @pytest.mark.long
-def test_joblib_ends_at_the_first_failure_if_asked_with_the_others_checkpoints(tmp_path: Path, data_root: Path) -> None:
+def test_joblib_ends_at_the_first_failure_if_requested_with_the_others_checkpoints(
+    tmp_path: Path, data_root: Path
+) -> None:
     asked = [*SMALL, "callbacks=none", "schedule=constant", "model.norm=none", "trainer.max_epochs=2000"]
     sweep = tmp_path / "outputs" / "sweeps" / "fast"
     command = [*asked, "optimizer.lr=0.0001,1e30,0.0002", "hydra/launcher=joblib", "sweep.fail_fast=true", "name=fast"]
@@ -447,7 +449,7 @@ def test_joblib_ends_at_the_first_failure_if_asked_with_the_others_checkpoints(t
 
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
-def test_torchruns_processes_are_stopped_and_go_on_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
+def test_torchruns_processes_are_stopped_and_resume_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     # 99 images in batches of 16 for both: the last one is 2 and 1, and from then on their dropout differs.
     asked = [
         *("train", *SMALL, "trainer.strategy=ddp", "trainer.devices=2", "trainer.limit_train_batches=1.0"),

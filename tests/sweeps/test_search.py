@@ -424,7 +424,7 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
 
 
 def requested(*arguments: str) -> Settings:
-    """What a command line for a single run asks for; refused if that is a sweep."""
+    """The settings that a command line for a single run requests; refused if that is a sweep."""
     args = train.parse_arguments(list(arguments))
     with train.open_hydra(args.config_dir, args.config_path) as app:
         return train._check(train.compose(app, args, RunMode.RUN)).settings

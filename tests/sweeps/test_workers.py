@@ -26,9 +26,9 @@ workers.start_worker()
 worker = workers.this_worker()
 def job(request):
     worker.stop._parent = -1  # the parent dies
-    while request.stop.signum is None:  # as training asks after every batch
+    while request.stop.signum is None:  # as training checks after every batch
         time.sleep(0.01)
-    time.sleep(1.5)  # saving takes longer than two looks at the parent
+    time.sleep(1.5)  # saving takes longer than two checks of the parent
     print("saved \u2026", flush=True)  # not in ASCII
     return {}
 workers.execute_run = job

@@ -35,7 +35,7 @@ def test_hidden_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ("devices", "process", "gpu"),
     [("auto", 0, 0), ("auto", 1, 1), (2, 1, 1), ("2", 0, 0), ([3], 0, 3), ([2, 5], 1, 5), ("1,", 0, 1), ("4,6", 1, 6)],
 )
-def test_the_gpu_that_is_asked_for_its_abilities_is_the_processs_own(
+def test_the_gpu_whose_abilities_count_is_the_processs_own(
     devices: int | str | list[int], process: int, gpu: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", str(process))

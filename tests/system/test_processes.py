@@ -84,7 +84,7 @@ def test_a_job_that_was_stopped_otherwise_is_not_requeued(scontrol: Path, monkey
     ("answer", "requeued"),
     [("JobState=PENDING", True), ("JobState=RUNNING", False), ("JobState=CANCELLED", False), ("", False)],
 )
-def test_slurm_tells_whether_a_job_will_run_again(scontrol: Path, answer: str, requeued: bool) -> None:
+def test_slurm_reports_whether_a_job_will_run_again(scontrol: Path, answer: str, requeued: bool) -> None:
     (scontrol.parent / "answer").write_text(f"JobId=7 {answer} Reason=None")
     assert processes.is_requeued() is requeued
     assert scontrol.read_text() == "show job 7\n"

@@ -49,7 +49,7 @@ def run(
     return folder, run_experiment(settings(), folder, ["a=1"])
 
 
-def test_the_result_is_whole(run: tuple[RunFolder, dict[str, Any]]) -> None:
+def test_the_result_is_complete(run: tuple[RunFolder, dict[str, Any]]) -> None:
     _, result = run
     assert json.loads(json.dumps(result)) == result
     assert (result["status"], result["epochs"], result["steps"], result["seed"]) == ("finished", 2, 12, 0)
@@ -284,7 +284,7 @@ def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], t
         ("64-true", {"avx512_bf16": True}, "64-true"),
     ],
 )
-def test_bfloat16_on_a_cpu_is_asked_for_and_native(
+def test_bfloat16_on_a_cpu_is_requested_and_native(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, asked: str, features: dict, used: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
@@ -358,7 +358,7 @@ def test_overfitted_are_the_same_batches_again_and_again(
     trained_on = []
 
     class Seen(Callback):
-        def on_train_batch_start(self, trainer: Trainer, module: Classifier, batch: Any, index: int) -> None:
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Classifier, batch: Any, index: int) -> None:
             trained_on.append(batch[1])
 
     build = experiment.build_trainer

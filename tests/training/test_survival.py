@@ -85,7 +85,7 @@ def trained(
 
 
 def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
-    """Leaves the run as it is when it is asked to stop at the n-th batch."""
+    """Leaves the run as it is when a stop is requested at the n-th batch."""
     build = experiment.build_trainer
     with monkeypatch.context() as patch:
         interruption = Interruption(batch, kill=False)
@@ -130,7 +130,7 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
             "trainer.accumulate_grad_batches=2 trainer.limit_train_batches=9 trainer.val_check_interval=7",
             marks=pytest.mark.long,
         ),
-        # Asked to end after two epochs, it goes on for two more.
+        # Early stopping ends it after two epochs, and min_epochs continues it for two more.
         pytest.param(
             "callbacks=early_stopping callbacks.early_stopping.patience=1 +callbacks.early_stopping.min_delta=1.0 "
             "trainer.max_epochs=5 trainer.min_epochs=4",
@@ -160,7 +160,7 @@ def test_interrupted_anywhere_it_is_the_same_run(
         assert {tag: curve for tag, curve in resumed.items() if curve != curves[1][tag]} == {}
 
 
-def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(
+def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["schedule=constant", "optimizer=sgd", "~callbacks.images"]
@@ -314,7 +314,7 @@ def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_fi
         run_experiment(asked, RunFolder(tmp_path), [])
 
 
-def test_a_logger_of_ones_own_goes_on_too(
+def test_a_logger_of_ones_own_is_resumed_too(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
@@ -337,7 +337,7 @@ class OwnData(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_a_run_on_a_data_module_of_ones_own_goes_on_from_the_end_of_an_epoch(
+def test_a_run_on_a_data_module_of_ones_own_resumes_from_the_end_of_an_epoch(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4}
@@ -446,7 +446,7 @@ def test_a_state_that_can_not_be_restored_is_named(
     assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
 
 
-def test_killed_between_the_first_best_and_the_first_last_it_goes_on_from_the_best(
+def test_killed_between_the_first_best_and_the_first_last_it_resumes_from_the_best(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
     asked, folder, whole = half_done
@@ -491,7 +491,7 @@ def broken_pipe() -> int:
     return writer
 
 
-def test_a_stop_is_heeded_though_nobody_reads_what_is_told_of_it() -> None:
+def test_a_stop_request_is_recorded_though_nobody_reads_the_message_about_it() -> None:
     standard_error, writer = os.dup(2), broken_pipe()
     os.dup2(writer, 2)
     try:
@@ -504,7 +504,7 @@ def test_a_stop_is_heeded_though_nobody_reads_what_is_told_of_it() -> None:
         os.close(standard_error)
 
 
-def test_a_run_whose_reader_is_gone_goes_on_to_its_result(
+def test_a_run_whose_reader_is_gone_continues_to_its_result(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with os.fdopen(broken_pipe(), "w") as gone:
@@ -534,7 +534,7 @@ LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
-def test_killed_stopped_refused_and_gone_on_with_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
+def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
     runs = tmp_path / "outputs" / "runs"
     asked = validate(compose_config([*LONGER, f"data.root={data_root}"]))

@@ -80,7 +80,7 @@ def test_what_is_counted_in_other_networks() -> None:
     assert count_dead(LeNet(image_size=67), iter([images])) == ({}, None)
 
 
-def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
+def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_warned_of_once(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     looks = ("images=2", "checks_per_epoch=4", "patience_steps=0")
@@ -91,7 +91,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_told_once(
     events = EventAccumulator(str(folder.path)).Reload()
     logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("zero_units/")}
     assert set(logged) == {"zero_units/dead_classes", *(f"zero_units/dead_channels/block{i}" for i in range(1, 5))}
-    # Of six batches an epoch; the last look is at the weights that are saved.
+    # Of six batches an epoch; the last check is of the weights that are saved.
     steps = [0, 2, 3, 5, 6, 8, 9, 11, 12]
     assert all([event.step for event in values] == steps for values in logged.values())
 
@@ -156,7 +156,7 @@ def test_the_sample_of_a_folder_has_all_classes(tmp_path: Path, settings: Callab
     assert images.mean((2, 3)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]
 
 
-def test_looking_changes_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:
+def test_counting_dead_units_changes_nothing(settings: Callable[..., Settings], tmp_path: Path) -> None:
     hashes, looks = set(), {}
     for times in (1, 6):
         folder = RunFolder(tmp_path / str(times))
