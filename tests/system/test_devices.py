@@ -1,5 +1,6 @@
 """What a machine lacks is reported before training."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,20 +9,26 @@ import torch
 from helpers import SMALL, merge
 from nin import cli
 from nin.config.composition import compose_settings
-from nin.config.schema import UserError
+from nin.config.schema import Settings, UserError
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
 from nin.system.devices import add_remedy, own_gpu, require_accelerator, require_working_gpu
+from nin.training.run import execute_run
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
 
 
-def test_batch_norm_is_synchronized_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_is_synchronized_on_gpus_only(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The accelerator is "auto", so that only the machine decides.
-    trainer = compose_settings(["trainer=ddp", "trainer.devices=2", "trainer.sync_batchnorm=true"]).trainer
+    two = settings("trainer=ddp", "trainer.devices=2", "trainer.sync_batchnorm=true")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"trainer\.sync_batchnorm=true: .* CUDA GPUs only; set it to false"):
-        require_accelerator(trainer)
+        execute_run(RunRequest(two, RunFolder(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    require_accelerator(trainer)
+    require_accelerator(two.trainer)
 
 
 def test_hidden_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

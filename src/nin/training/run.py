@@ -56,8 +56,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
 
     require_buildable(settings)  # before data are downloaded or decoded
     prepare(settings.data)
-    if settings.trainer.accelerator not in ("auto", "cpu"):
-        require_accelerator(settings.trainer)
+    require_accelerator(settings.trainer)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
         from nin.training.experiment import Experiment
 
