@@ -108,8 +108,8 @@ def open_cache(data: FolderData) -> Cache:
             raise
         except OSError as error:
             raise UserError(
-                f"{error.filename or place}: the decoded images can't be written ({error.strerror}); make room, or set "
-                "data.cache to another folder"
+                f"{error.filename or place}: the decoded images can't be written ({error.strerror}); free space on the "
+                "disk, or set data.cache to another folder"
             ) from error
         finally:
             lock.release()

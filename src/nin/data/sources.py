@@ -222,8 +222,8 @@ def _write_atomically(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(
             f"data.root={folder.parents[1]}: {folder} can't be written ({error.strerror}), and the data set is not "
-            "complete; make room, or set data.root (for a new run the variable NIN_DATA too) to a folder that can be "
-            "written or that has the files"
+            "complete; free space on the disk, or set data.root (for a new run the variable NIN_DATA too) to a folder "
+            "that can be written or that has the files"
         ) from error
     finally:
         with contextlib.suppress(OSError):
