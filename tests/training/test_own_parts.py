@@ -17,6 +17,8 @@ from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
 
 
@@ -177,7 +179,9 @@ def test_a_schedule_over_an_unknown_number_of_steps_is_refused(
     plain |= {"data": {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}}
     linear = {"_target_": "torch.optim.lr_scheduler.LinearLR", "total_iters": "steps"}
     for i, schedule in enumerate(({"name": "cosine", "warmup": 0.0}, {"name": "one_cycle", "warmup": 0.3}, linear)):
+        request = RunRequest(validate_plain(plain | {"schedule": schedule}), RunFolder(tmp_path / f"{i}"))
         with pytest.raises(UserError, match=r"^schedule=.*: depends on the number of steps, which this data module"):
-            run_experiment(validate_plain(plain | {"schedule": schedule}), RunFolder(tmp_path / f"{i}"))
+            execute_run(request)
+        assert not request.folder.path.exists()
     limited = plain | {"trainer": plain["trainer"] | {"limit_train_batches": 2}, "schedule": linear}
     assert run_experiment(validate_plain(limited), RunFolder(tmp_path / "limited"))["steps"] == 4

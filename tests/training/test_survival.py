@@ -309,9 +309,15 @@ class Unreadable(Callback):
 def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_first_saved(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    asked = settings(f"+callbacks.mine._target_={__name__}.Unreadable", "trainer.max_epochs=1")
+    asked = settings(
+        f"+callbacks.mine._target_={__name__}.Unreadable",
+        "trainer.max_epochs=1",
+        "+logger.csv={_target_: lightning.pytorch.loggers.CSVLogger}",
+    )
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"callbacks: the state of one holds a pathlib.*PosixPath, which"):
-        run_experiment(asked, RunFolder(tmp_path), [])
+        execute_run(RunRequest(asked, RunFolder(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_logger_of_ones_own_is_resumed_too(

@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 import uuid
@@ -160,7 +161,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
     from nin.training.experiment import Experiment  # before `log_to`, which removes the handlers that lightning adds
 
     folder = request.folder
-    new_log = not folder.log.exists()
+    before, is_new = set(folder.path.iterdir()), not folder.config.exists()
     place = f"run folder: {format_path(folder.path)}"
     if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
         place += f", curves: {tensorboard_command(folder.path.parent)}"
@@ -183,8 +184,9 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise
         except UserError as error:
             log.info("refused: %s", error)
-            if new_log and not folder.config.exists():
-                folder.log.unlink(missing_ok=True)
+            # Lightning asks for the schedule and for batches after the request is written.
+            if is_new and not folder.has_progress():
+                _remove_new(folder, before)
             raise
         except Exception as error:
             add_remedy(error, request.settings)
@@ -196,10 +198,16 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise RunFailedError from error
 
 
+def _remove_new(folder: RunFolder, before: set[Path]) -> None:
+    """Removes what a refused run has written beside ``before``; without a config `RunFolder.claim` removes the rest."""
+    for path in {*folder.path.iterdir(), folder.config} - before:
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def record_start(
     request: RunRequest, settings: Settings, code: dict[str, Any], run_id: str | None, resumed: bool
 ) -> dict[str, Any]:
-    """Writes the request down, after everything that could refuse it, and the code that runs.
+    """Writes the request down, after what can refuse it before data are loaded, and the code that runs.
 
     Args:
         run_id: the identity of the resumed run.
