@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning import LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
@@ -18,8 +18,10 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
+from nin.training.experiment import Experiment
 from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
+from pictures import folder_data, write_folder
 
 
 class Partly(nn.Sequential):
@@ -185,3 +187,36 @@ def test_a_schedule_over_an_unknown_number_of_steps_is_refused(
         assert not request.folder.path.exists()
     limited = plain | {"trainer": plain["trainer"] | {"limit_train_batches": 2}, "schedule": linear}
     assert run_experiment(validate_plain(limited), RunFolder(tmp_path / "limited"))["steps"] == 4
+
+
+class Halves(Streams):
+    """Six test batches."""
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(torch.zeros(24, 1, 28, 28), torch.arange(24) % 2), batch_size=4)
+
+
+class Untested(LightningDataModule):
+    class_names, channels = ("even", "odd"), 1
+    train_dataloader = Streams.train_dataloader
+
+
+@pytest.mark.parametrize(
+    ("data", "share", "message"),
+    [
+        ("Halves", "0.1", r"^trainer.limit_test_batches=0.1: leaves none of 6 batches; choose 0.1667 or more, or a"),
+        ("Streams", "0.1", r"^trainer.limit_test_batches=0.1: a share of batches whose number is not known; give a"),
+        ("Untested", "null", r"^data: .*Untested needs a test_dataloader\(\): a run ends with its test$"),
+        ("folder", "0.3", r"^trainer.limit_test_batches=0.3: leaves none of 3 batches; choose 0.3334 or more, or a"),
+    ],
+)
+def test_a_test_without_batches_is_refused_before_training(
+    settings: Callable[..., Settings], tmp_path: Path, data: str, share: str, message: str
+) -> None:
+    plain = settings(f"trainer.limit_test_batches={share}", "logger=none", "callbacks=none").model_dump()
+    own = {"_target_": f"{__name__}.{data}", "image_size": 28, "batch_size": 4}
+    if data == "folder":
+        own = folder_data(write_folder(tmp_path / "images", {"train": 8})).model_dump()
+        plain["model"] |= {"kernel_sizes": [3, 3, 3], "first_stride": 1}
+    with pytest.raises(UserError, match=message):
+        Experiment(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path / "run")))

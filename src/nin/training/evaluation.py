@@ -13,7 +13,7 @@ from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.classifier import Classifier
-from nin.training.experiment import build_data, test
+from nin.training.experiment import build_data, require_test_batches, test
 from nin.training.trainer import build_trainer
 
 
@@ -24,7 +24,8 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
 
     Raises:
-        UserError: if the weights are not those of the network, or not finite, or the images have other classes.
+        UserError: if the weights are not those of the network, or not finite, or the images have other classes, or
+            there are no batches to test.
     """
     set_threads(settings)
     data = build_data(settings)
@@ -39,4 +40,6 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
     with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
     bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
-    return test(build_trainer(settings, None, bar), module, data)
+    tester = build_trainer(settings, None, bar)
+    require_test_batches(settings, data, tester)
+    return test(tester, module, data)

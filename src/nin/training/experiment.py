@@ -2,12 +2,17 @@
 
 import contextlib
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import lightning
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
@@ -57,6 +62,8 @@ class Experiment:
         devices.require_working_gpu(self.trainer.strategy.root_device)
         self.device_name = devices.device_name(self.trainer.strategy.root_device)
         self._require_resumable()
+        if self.settings.sweep.test:
+            require_test_batches(self.settings, self.data, self.trainer)
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
         """Trains, tests the best checkpoint once and returns the result.
@@ -218,6 +225,33 @@ def build_data(settings: Settings) -> Any:
     if isinstance(settings.data, OwnData):
         return build_own_data(settings.data)
     return ImageDataModule(settings.data, settings.seed, is_prepared=True)
+
+
+def require_test_batches(settings: Settings, data: Any, trainer: lightning.Trainer) -> None:
+    """Checks that a test will have batches: Lightning would refuse it when training is over.
+
+    Raises:
+        UserError: if ``data`` has no test images, or ``trainer.limit_test_batches`` leaves none.
+    """
+    if isinstance(settings.data, OwnData) and not is_overridden("test_dataloader", data):
+        raise UserError(f"data: {settings.data.target} needs a test_dataloader(): a run ends with its test")
+    limit = settings.trainer.limit_test_batches
+    if not isinstance(limit, float) or limit == 1:
+        return
+    with isolate_rng():
+        data = build_data(settings)  # another one: Lightning sets up that of the run itself
+        data.trainer = trainer
+        data.prepare_data()
+        data.setup("test")
+        lengths = [sized_len(loader) for loader in CombinedLoader(data.test_dataloader(), "sequential").flattened]
+    key = f"trainer.limit_test_batches={limit:g}"
+    if None in lengths:
+        raise UserError(f"{key}: a share of batches whose number is not known; give a number of batches, as in 1")
+    if empty := [count for count in lengths if count and int(count * limit) == 0]:
+        raise UserError(
+            f"{key}: leaves none of {empty[0]} batches; choose {math.ceil(1e4 / empty[0]) / 1e4:g} or more, or a "
+            "number of batches, as in 1"
+        )
 
 
 def test(
