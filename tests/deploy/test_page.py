@@ -106,8 +106,20 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         page.evaluate(f"nin.take({as_file})")
         hint = "document.getElementById('hint').textContent"
         assert page.evaluate(hint).startswith("This picture has a light border")
-        inverted = page.evaluate("(document.getElementById('invert').checked = true, nin.again())")["probabilities"]
+        # Light and dark are swapped on the page too, in the picture and below its maps; padding stays black.
+        seen = """(() => {
+          const canvas = document.querySelector("figure canvas"), pen = canvas.getContext("2d");
+          const green = pen.getImageData(0, 0, 140, 140).data.filter((_, i) => i % 4 === 1);
+          return [getComputedStyle(document.getElementById("pad")).filter, green.reduce((a, b) => a + b) / green.length];
+        })()"""
+        (_, light), toggle = page.evaluate(seen), "document.getElementById('invert').click()"
+        page.evaluate(toggle)
+        inverted = page.evaluate("nin.again()")["probabilities"]
         assert page.evaluate(hint) == ""
+        shown_as, darker = page.evaluate(seen)
+        assert (shown_as, darker < light - 50) == ("invert(1)", True)
+        assert page.evaluate(f"{wide}('pad')") == [0, 255, 255]
+        page.evaluate(f"nin.take({as_file})")
         expected = dict(zip(network.description.class_names, network.predict([255 - dark])[0].tolist(), strict=True))
         assert inverted == pytest.approx(expected, abs=1e-6)
         # On the empty pad there is nothing to classify.
