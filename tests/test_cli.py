@@ -216,5 +216,5 @@ def test_train_then_run_the_command_again_then_eval(tmp_path: Path, data_root: P
 
     tested = nin("eval", "outputs/runs/first", "data.batch_size=32", cwd=tmp_path)
     assert (tested.returncode, tested.stderr) == (0, "")
-    assert re.search(r"^test/acc  (.*)$", tested.stdout, re.M)[1] == str(result["metrics"]["test/acc"])
-    assert re.search(r"^test/loss (.*)$", tested.stdout, re.M)[1] == str(result["metrics"]["test/loss"])
+    assert re.search(r"^test/acc  (.*)$", tested.stdout, re.M)[1] == f"{result['metrics']['test/acc']:.4f}"
+    assert re.search(r"^test/loss (.*)$", tested.stdout, re.M)[1] == f"{result['metrics']['test/loss']:.4f}"

@@ -256,5 +256,5 @@ cli.main()
     assert run.stderr.startswith("nin predict: needs torch and the project's other dependencies; without torch ")
     assert run.stderr.count("\n") == 1
     accuracy = nin.load(export).description.more["check"]["accuracy"]
-    assert f"test/acc  {accuracy}\n" in run.stdout
+    assert f"test/acc  {accuracy:.4f}\n" in run.stdout
     assert (tmp_path / "maps").exists()

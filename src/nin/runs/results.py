@@ -41,9 +41,9 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     Args:
         confusion: an integer matrix, ``(classes, classes)``: rows are true classes, columns predicted classes.
     """
-    print(f"test/acc  {metrics['test/acc']}\ntest/loss {metrics['test/loss']}")
+    print(f"test/acc  {metrics['test/acc']:.4f}\ntest/loss {metrics['test/loss']:.4f}")
     if "test/top5_acc" in metrics:  # with many classes
-        print(f"test/top5_acc {metrics['test/top5_acc']}")
+        print(f"test/top5_acc {metrics['test/top5_acc']:.4f}")
     names = [printable(name) for name in metrics["test/acc_by_class"]]
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
