@@ -13,7 +13,7 @@ def test_color_images_of_any_number_of_classes_are_measured(tmp_path: Path, monk
     root = write_folder(tmp_path / "root", {"train": 20})
     words = ["data=folder", f"data.root={root}", "model=nin_small", "model.widths=[4,8]", "data.batch_size=4"]
     milliseconds = overhead.measure_overhead(
-        read_settings([*words, "trainer=cpu", "trainer.log_every_n_steps=1"]), 1, lambda line: None
+        read_settings([*words, "trainer=cpu", "trainer.log_every_n_steps=1"]), 1, lambda *_: None
     )
     assert set(milliseconds) == {"plain loop", "bare Trainer", "nin train"}
     assert min(milliseconds.values()) > 0

@@ -19,15 +19,20 @@ from pictures import folder_data, write_folder
 
 
 def test_the_rate_of_training_is_images_by_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
+    now, begun = 0.0, list[tuple[Any, ...]]()
     monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: now))
-    measured = turns.Turns({"other": lambda: 7.0}, seconds=40, rounds=2, progress=lambda _: None)
+    measured = turns.Turns(
+        {"other": lambda: 7.0}, seconds=40, rounds=2, progress=lambda *reported: begun.append(reported)
+    )
     trainer, module = SimpleNamespace(should_stop=False), SimpleNamespace(device=torch.device("cpu"))
     while not trainer.should_stop:
         now += 10
         measured.on_train_batch_end(trainer, module, None, (None, torch.zeros(32)), 0)
     assert measured.steps == 4  # 40 s of 10 s each
     assert measured.rates == {"training": [3.2, 3.2], "other": [7.0, 7.0]}
+    assert begun == [
+        ("round 1 of 2", "other", 1, 4), ("round 2 of 2", "training", 2, 4), ("round 2 of 2", "other", 3, 4),
+    ]  # fmt: skip
 
 
 def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path) -> None:

@@ -53,6 +53,20 @@ def test_results_are_printed_and_written(
                                       + 128 * 8 * 9 + 128 * 128 + 2 * 2 * 128 + 10 * 128 + 2 * 10)  # fmt: skip
 
 
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
+    for is_terminal in (True, False):
+        screen = io.StringIO()
+        with bench.show_progress(Console(file=screen, force_terminal=is_terminal, width=80)) as progress:
+            progress("loading …")
+            for done in range(4):
+                progress(f"round {done // 2 + 1} of 2", ("training", "data")[done % 2], done, 4)
+        if is_terminal:
+            assert "round 2 of 2: data" in screen.getvalue()
+            assert "75%" in screen.getvalue()
+        else:
+            assert screen.getvalue() == "loading …\nround 1 of 2\nround 2 of 2\n"
+
+
 def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = {
         "rates": dict.fromkeys(("training", "notebooks", "data", "scoring", "matrix product"), 1.0),

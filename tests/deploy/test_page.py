@@ -110,7 +110,8 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         seen = """(() => {
           const canvas = document.querySelector("figure canvas"), pen = canvas.getContext("2d");
           const green = pen.getImageData(0, 0, 140, 140).data.filter((_, i) => i % 4 === 1);
-          return [getComputedStyle(document.getElementById("pad")).filter, green.reduce((a, b) => a + b) / green.length];
+          const mean = green.reduce((a, b) => a + b) / green.length;
+          return [getComputedStyle(document.getElementById("pad")).filter, mean];
         })()"""
         (_, light), toggle = page.evaluate(seen), "document.getElementById('invert').click()"
         page.evaluate(toggle)

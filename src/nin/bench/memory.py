@@ -21,11 +21,12 @@ def measure_memory(settings: Settings, batch_size: int, progress: Report) -> dic
         backward pass, and "activations_full_batch", the same without micro-batches; "peak", of the GPU's memory, or
         of the process on a CPU.
     """
-    progress(f"memory at batch size {batch_size}")
+    progress(line := f"memory at batch size {batch_size}", "a step", 0, 2)
     data = settings.data.model_copy(update={"batch_size": batch_size})
     one_step = settings.trainer.model_copy(update={"max_steps": 1})
     settings = settings.model_copy(update={"data": data, "trainer": one_step, "callbacks": {}, "compile": False})
     measured = _measure_step(settings)
+    progress(line, "a step without micro-batches", 1, 2)
     full_batch = settings.speed.model_copy(update={"micro_batch": None})
     activations = _measure_step(settings.model_copy(update={"speed": full_batch}))["activations"]
     peak = measured.pop("peak")

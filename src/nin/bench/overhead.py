@@ -57,14 +57,16 @@ def measure_overhead(settings: Settings, rounds: int, progress: Report) -> dict[
     batches = [
         (torch.rand(_BATCH_SIZE, *shape), torch.randint(0, classes, (_BATCH_SIZE,))) for _ in range(_WARM_UP + _STEPS)
     ]
-    milliseconds = defaultdict(list)
+    milliseconds: dict[str, list[float]] = defaultdict(list)
     for i in range(rounds):
-        progress(f"overhead, round {i + 1} of {rounds}")
-        for name, time_steps in {
+        ways = {
             "plain loop": lambda network: _time_plain_loop(network, batches),
             "bare Trainer": lambda network: _time_bare_trainer(network, batches),
             "nin train": lambda network: _time_project(network, settings),
-        }.items():
+        }
+        for name, time_steps in ways.items():
+            done = sum(map(len, milliseconds.values()))
+            progress(f"overhead, round {i + 1} of {rounds}", name, done, rounds * len(ways))
             network = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), classes))
             milliseconds[name].append(1000 * time_steps(network) / _STEPS)
     return {name: float(np.median(values)) for name, values in milliseconds.items()}

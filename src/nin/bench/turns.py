@@ -73,15 +73,22 @@ class Turns(Callback):
             elapsed = time.perf_counter() - self.started
             if self.steps:
                 self.rates["training"].append(self.images / elapsed)
-                self.progress(f"round {len(self.rates['training'])} of {self.rounds}")
                 for name, measure_rate in self.others.items():
+                    self.report(name)
                     self.rates[name].append(measure_rate())
                 trainer.should_stop = len(self.rates["training"]) == self.rounds
+                if not trainer.should_stop:
+                    self.report("training")
             else:
                 self.steps = max(1, round(self.seconds / elapsed))  # the first step was not timed
             self.done = 0
         if not self.done or not self.steps:
             self.images, self.started = 0, time.perf_counter()
+
+    def report(self, name: str) -> None:
+        """Reports that the measurement ``name`` of this round begins."""
+        done, count = sum(map(len, self.rates.values())), 1 + len(self.others)
+        self.progress(f"round {done // count + 1} of {self.rounds}", name, done, self.rounds * count)
 
 
 def measure_rates(
@@ -113,6 +120,7 @@ def measure_rates(
             **more,
         }
         turns = Turns(others, seconds, rounds, progress)
+        turns.report("training")
         build([turns]).fit(module, data)
     return {name: float(np.median(rates)) for name, rates in turns.rates.items()}
 

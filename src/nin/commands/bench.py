@@ -1,13 +1,17 @@
 """``nin bench [overrides]``: images per second beside the notebooks' loop and the machine's limit, in one run."""
 
 import argparse
+import contextlib
 import json
+import logging
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nin.config.changes import split_override
@@ -18,6 +22,11 @@ from nin.runs.console import Console, format_path, log_to, silence_known_warning
 from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
 from nin.system.processes import StoppedError
+
+if TYPE_CHECKING:
+    from nin.bench.project import Report
+
+log = logging.getLogger(__name__)
 
 # Only training is measured; data=garments needs no download and has images as large as Fashion-MNIST's.
 _DEFAULTS = ["data=garments", "schedule=constant"]
@@ -50,15 +59,16 @@ def main(arguments: list[str]) -> int:
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")
     require_accelerator(settings.trainer)
     prepare(settings.data)
-    progress = Console(stderr=True, highlight=False).print
-    progress("loading torch and Lightning …")
-    import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
-
+    errors = Console(stderr=True, highlight=False)
     try:
-        with log_to(None):
-            results = run_benchmarks(settings, args.seconds, args.rounds, progress)
+        with show_progress(errors) as progress:
+            progress("loading torch and Lightning …")
+            import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
+
+            with log_to(None):
+                results = run_benchmarks(settings, args.seconds, args.rounds, progress)
     except StoppedError as stopped:
-        progress(f"{stopped}; nothing is written")
+        errors.print(f"{stopped}; nothing is written")
         return stopped.exit_status
     out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
     failure = None
@@ -86,7 +96,30 @@ def read_settings(overrides: list[str]) -> Settings:
     return compose_settings([*defaults, *_FIXED, *overrides])
 
 
-def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Callable[[str], None]) -> dict[str, Any]:
+@contextlib.contextmanager
+def show_progress(console: Console) -> Iterator["Report"]:
+    """Yields the function that is called before each measurement: on a terminal a bar, elsewhere a line per part."""
+    if not console.is_terminal:
+        printed: list[str] = []
+
+        def print_line(line: str, what: str = "", done: int = 0, total: int | None = None) -> None:
+            if line not in printed[-1:]:
+                console.print(line)
+            printed.append(line)
+
+        yield print_line
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(line: str, what: str = "", done: int = 0, total: int | None = None) -> None:
+            bar.update(task, description=f"{line}: {what}" if what else line, completed=done, total=total)
+
+        yield show
+
+
+def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "Report") -> dict[str, Any]:
     """Runs all measurements and returns their results as plain values."""
     from nin.bench.memory import measure_memory
     from nin.bench.overhead import measure_overhead
@@ -101,7 +134,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: Ca
     try:
         more["export"] = measure_untrained(settings, seconds)
     except UserError as error:
-        progress(f"the export is left out: {error}")
+        log.warning("the export is left out: %s", error)
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
         "device": device_name(build_trainer(settings, None, []).strategy.root_device),
