@@ -118,6 +118,7 @@ def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path
     assert module.notes == {
         "test_split": "6 of 24 training images, chosen by seed 0",
         "images_sha256": module.state_dict()["fingerprint"],
+        "images": {"train": 24, "val": 6},
     }
     # The channel that is largest in each class's color: blue, green, red.
     assert module.val[0].float().mean((1, 2)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]

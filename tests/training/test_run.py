@@ -13,6 +13,7 @@ import torch
 
 from nin.checkpoints.files import AtomicCheckpointIO
 from nin.config.schema import FolderData, Settings, UserError
+from nin.data import splits
 from nin.data.splits import open_folder
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
@@ -87,7 +88,8 @@ def test_a_finished_run_is_not_the_result_of_other_images(
 ) -> None:
     def add_sum(experiment: FakeExperiment, resumes: int = 0) -> dict[str, Any]:
         assert isinstance(experiment.settings.data, FolderData)
-        return train(experiment) | {"images_sha256": open_folder(experiment.settings.data).fingerprint}
+        cache = open_folder(experiment.settings.data)
+        return train(experiment) | {"images_sha256": cache.fingerprint, "images": cache.counts}
 
     train = FakeExperiment.run
     monkeypatch.setattr(FakeExperiment, "run", add_sum)
@@ -97,13 +99,20 @@ def test_a_finished_run_is_not_the_result_of_other_images(
         data = folder_data(root, cache=str(tmp_path / "cache"))
         return RunRequest(settings().model_copy(update={"data": data}), RunFolder(tmp_path / "run"))
 
-    first = write_folder(tmp_path / "first", {"train": 8})
+    first = write_folder(tmp_path / "first", {"train": 8, "val": 2})
     result = run.execute_run(request_of(first))
     moved = first.rename(tmp_path / "moved")
-    assert run.execute_run(request_of(moved)) == result
-    other = write_folder(tmp_path / "other", {"train": 9})
-    with pytest.raises(UserError, match=r"other: has other images than those of .*first, with which .*run is finished"):
+    assert run.execute_run(request_of(first)) == run.execute_run(request_of(moved)) == result
+    other = write_folder(tmp_path / "other", {"train": 9, "val": 2})
+    refused = r": has other images, or in other parts, than .*first had when .*run was trained, which is finished"
+    with pytest.raises(UserError, match=f"other{refused}"):
         run.execute_run(request_of(other))
+    # In the same place the same pixels in the same order, of another part; in a new process, which lists them again.
+    moved.rename(first)
+    (first / "val").rename(first / "test")
+    monkeypatch.setattr(splits, "_opened", {})
+    with pytest.raises(UserError, match=f"first{refused}"):
+        run.execute_run(request_of(first))
 
 
 def test_a_folder_without_its_hidden_files_is_not_continued_by_another_experiment(

@@ -121,8 +121,8 @@ class ImageDataModule(LightningDataModule):
 
     Attributes:
         info: class names, channels and stored size of the images.
-        notes: for the result: a folder's fingerprint, and which parts were split off its training images. Empty for the
-            published data sets.
+        notes: for the result: a folder's fingerprint, the number of images in its parts, and which were split off its
+            training images. Empty for the published data sets.
     """
 
     def __init__(self, data: Data | FolderData, seed: int = 0, is_prepared: bool = False):
@@ -186,7 +186,7 @@ class ImageDataModule(LightningDataModule):
                 parts[part] = MappedImages(images, indices), labels[indices]
         self.train, self.val, self.test = (parts[part] for part in PARTS)
         self.fingerprint = self.notes["images_sha256"] = cache.fingerprint
-        self.counts = dict(cache.counts)
+        self.counts = self.notes["images"] = dict(cache.counts)
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the SHA-256 of a folder's decoded images and labels, and how many each part has.

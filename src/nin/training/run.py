@@ -129,18 +129,26 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     requested, previous = settings.trainer.max_epochs, read_settings(folder)
     if requested != previous.trainer.max_epochs and (requested in (-1, None) or requested > result["epochs"]):
         return None
-    data, before = settings.data, previous.data
-    if isinstance(data, FolderData) and isinstance(before, FolderData) and data.root != before.root:
-        from nin.data.splits import open_folder
-
-        prepare(data)
-        # Results of earlier versions have no sum.
-        if result.get("images_sha256") not in (None, open_folder(data).fingerprint):
-            raise UserError(
-                f"data.root={data.root}: has other images than those of {before.root}, with which {folder.path} is "
-                "finished; give another name=…"
-            )
+    _require_same_images(folder, settings, previous, result)
     return result
+
+
+def _require_same_images(folder: RunFolder, settings: Settings, previous: Settings, result: dict[str, Any]) -> None:
+    data, before = settings.data, previous.data
+    if not (isinstance(data, FolderData) and isinstance(before, FolderData)):
+        return
+    if data.root == before.root and not Path(data.root).is_dir():
+        return  # a finished run needs its images no more
+    from nin.data.splits import open_folder
+
+    cache = open_folder(data)
+    # Results of earlier versions have no sum, or no numbers.
+    for name, value in (("images_sha256", cache.fingerprint), ("images", cache.counts)):
+        if result.get(name) not in (None, value):
+            raise UserError(
+                f"data.root={data.root}: has other images, or in other parts, than {before.root} had when "
+                f"{folder.path} was trained, which is finished; give another name=…"
+            )
 
 
 def _waiting(request: RunRequest) -> Callable[[str], None]:
