@@ -3,6 +3,7 @@
 The backend "eager" runs the traced graph as it is. On a GPU the same graph becomes CUDA graphs.
 """
 
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -122,12 +123,37 @@ def test_cuda_graphs_accumulate_no_gradients(
     modes = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, mode, dynamic: modes.append(mode))
     monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     later = GradientAccumulationScheduler({3: 2})
     for batches, callbacks in ((1, []), (2, []), (1, [later])):
         trainer = SimpleNamespace(accumulate_grad_batches=batches, callbacks=callbacks)
         monkeypatch.setattr(Classifier, "trainer", trainer)
         module.on_train_start()
     assert modes == ["reduce-overhead", "default", "default"]
+
+
+def test_without_what_triton_needs_a_gpu_trains_without_compilation(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, mode, **__: compiled.append(mode))
+    monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
+    trainer = SimpleNamespace(accumulate_grad_batches=1, callbacks=[], is_global_zero=True)
+    monkeypatch.setattr(Classifier, "trainer", trainer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (6, 1))
+    Classifier(settings(), ["a", "b"]).on_train_start()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"include": "/nowhere"})
+    Classifier(settings(), ["a", "b"]).on_train_start()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    Classifier(settings(), ["a", "b"]).on_train_start()
+    assert [record.args[0].split(":")[0] for record in caplog.records if isinstance(record.args, tuple)] == [
+        "the GPU has compute capability 6.1, and Triton needs 7.0", "/nowhere has no Python.h",
+        "there is no C compiler",
+    ]  # fmt: skip
+    assert compiled == []
+    Classifier(settings("compile=true"), ["a", "b"]).on_train_start()  # what is requested fails with torch's message
+    assert compiled == ["reduce-overhead"]
 
 
 @pytest.mark.parametrize("broken", ["graph", "shape"])

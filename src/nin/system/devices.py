@@ -2,9 +2,13 @@
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nin.config.schema import Settings, Trainer, UserError
@@ -116,6 +120,27 @@ def cpu_has_bfloat16() -> bool:
 
     features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+
+
+def missing_for_compile(device: "torch.device") -> str | None:
+    """What ``torch.compile`` needs for a CUDA GPU and this machine lacks; None if nothing is missing.
+
+    Triton, which generates the kernels, compiles a few lines of C against Python's headers when it is first used.
+    """
+    import torch
+
+    # As Triton looks for them (triton/runtime/build.py).
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = Path(sysconfig.get_paths(scheme)["include"])
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "there is no C compiler: install gcc or clang, or set CC"
+    if not (headers / "Python.h").exists():
+        return f"{headers} has no Python.h: install python3-dev, or use a Python of uv, which has it"
+    if torch.version.cuda and (capability := torch.cuda.get_device_capability(device)) < (7, 0):
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, and Triton needs 7.0"
+    return None
 
 
 def device_name(device: "torch.device") -> str:

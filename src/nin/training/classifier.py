@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import logging
 import math
 import sys
 import warnings
@@ -22,9 +23,12 @@ from nin.config.schema import TOP5_CLASSES, OwnModel, OwnOptimizer, OwnSchedule,
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network, require_buildable
+from nin.system import devices
 from nin.training.initial_statistics import start_from_training_images
 from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
 from nin.training.schedule import build_schedule
+
+log = logging.getLogger(__name__)
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -108,7 +112,10 @@ class Classifier(LightningModule):
 
     def on_train_start(self) -> None:
         requested, on_gpu = self.settings.compile, self.device.type == "cuda"
-        if requested is True or (requested == "auto" and on_gpu):
+        missing = devices.missing_for_compile(self.device) if requested == "auto" and on_gpu else None
+        if missing and self.trainer.is_global_zero:
+            log.warning("the network is not compiled, and trains more slowly on this GPU: %s", missing)
+        if requested is True or (requested == "auto" and on_gpu and not missing):
             # Earlier runs of this process count towards dynamo's limit, above which a network is not compiled.
             torch.compiler.reset()
             # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated. A
