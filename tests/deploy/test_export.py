@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -181,29 +182,38 @@ def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_p
 
 
 def test_labels_of_other_classes_are_not_compared_with_predictions(
-    run_folder: Path, export: Path, tmp_path: Path
+    run_folder: Path, export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A folder that is given later may have as many classes, or more, and other ones."""
-    root = write_folder(tmp_path / "photos", {"train": 2, "test": 1}, {"light\nblue": (1, 2, 3), "red": (9, 0, 0)})
+    """A folder that is given later may have as many classes, or more, and other ones; and other images."""
+    root = write_folder(tmp_path / "photos", {"train": 4, "test": 1}, {"light\nblue": (1, 2, 3), "red": (9, 0, 0)})
     folder = folder_data(root, image_size=28).model_dump(mode="json")
 
     def trained_on_a_folder(model: "onnx.ModelProto") -> None:
         known = nin.load(export).description
-        changed = dataclasses.replace(known, settings=known.settings | {"data": folder})
+        more = known.more | {"images_sha256": "0" * 64}
+        changed = dataclasses.replace(known, settings=known.settings | {"data": folder}, more=more)
         onnx.helper.set_model_props(model, metadata_of(changed))
 
     exported, checkpoint = _change(export, tmp_path / "m.onnx", trained_on_a_folder), tmp_path / "x.ckpt"
     content = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     content["hyper_parameters"]["settings"]["data"] = folder
+    content["ImageDataModule"] = {"fingerprint": "0" * 64, "counts": {}}
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, checkpoint)
-    here = [f"data.root={root}"]
     message = r"^data: its classes are light\\nblue, red; the network was trained for T-shirt/top, Trouser, "
-    with pytest.raises(UserError, match=message):
-        evaluate_export(exported, here)
-    with pytest.raises(UserError, match=message):
-        Exporter(checkpoint, None, lambda *_: None, here)
-    with pytest.raises(UserError, match=message):
-        evaluate_checkpoint(checkpoint, here, [])
+    here = [f"data.root={root}"]
+    for has_test in (True, False):
+        if not has_test:  # the test images are then some of the training images, but not those of the run
+            shutil.move(root / "test", tmp_path)
+        for test in (
+            lambda: evaluate_export(exported, here),
+            lambda: Exporter(checkpoint, None, lambda *_: None, here),
+            lambda: evaluate_checkpoint(checkpoint, here, []),
+        ):
+            with pytest.raises(UserError, match=message):
+                test()
+            printed = capsys.readouterr().err + caplog.text
+            assert ("may have been trained on some of them" in printed) is not has_test
+            caplog.clear()
 
 
 def test_custom_operators_foreign_and_damaged_files_are_refused(export: Path, tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from nin.runs.folder import RunFolder, open_atomically, sync_folder
 
 log = logging.getLogger(__name__)
 
-# The keys under which these callbacks find their own state in a checkpoint.
+# The keys under which these callbacks and the data module find their own state in a checkpoint.
 CALLBACK = "ResumableCheckpoint"
 METRICS = "MetricsLogger"
+DATA = "ImageDataModule"
 
 # The checksum is the comment of the zip file: 64 hexadecimal digits of the SHA-256 of everything before them.
 _DIGITS = 64
@@ -212,6 +213,11 @@ def _select(nested: Any, keys: tuple[str, ...]) -> Any:
     for key in keys:
         nested = nested.get(key) if isinstance(nested, Mapping) else None
     return nested
+
+
+def images_sha256(checkpoint: Mapping[str, Any]) -> Any:
+    """The fingerprint of the folder of images that the run had; None if it had none."""
+    return _select(checkpoint, (DATA, "fingerprint"))
 
 
 def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settings, run_id: str | None) -> str | None:

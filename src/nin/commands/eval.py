@@ -75,16 +75,20 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
         UserError: if the file is no export, it is not known where its images are, they have other classes, or an
             override is refused.
     """
+    from nin.data.splits import warn_of_other_images
     from nin.deploy.onnx_model import load_onnx, settings_of
     from nin.deploy.scoring import evaluate, load_part
 
-    stored = ignore_stored_paths(settings_of(load_onnx(path).description, path))
+    description = load_onnx(path).description
+    stored = ignore_stored_paths(settings_of(description, path))
     # An export names no path of the machine that wrote it, and a folder of images has no default place.
     if isinstance(stored.data, FolderData) and not any(given.startswith("data.root=") for given in overrides):
         raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")
     settings = apply_overrides(stored, overrides, (*(key for key in MAY_CHANGE if key.startswith("data.")), "threads"))
     with log_to(None):
         prepare(settings.data)
+        if isinstance(settings.data, FolderData):
+            warn_of_other_images(settings.data, description.more.get("images_sha256"))
     images, labels = load_part(settings, "test")
     network = load_onnx(path, settings.threads)
     require_same_classes(describe(settings.data).class_names, network.description.class_names)

@@ -1,9 +1,14 @@
 """Which images of a folder are for training, validation and test."""
 
+import logging
+
 import numpy as np
 
+from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
 from nin.data.cache import Cache, open_cache
+
+log = logging.getLogger(__name__)
 
 _opened: dict[FolderData, Cache] = {}
 
@@ -66,6 +71,21 @@ def count_held_out(cache: Cache, data: FolderData) -> dict[str, int]:
         for part, size in sizes.items()
         if part not in cache.counts
     }
+
+
+def warn_of_other_images(data: FolderData, trained_on: object) -> None:
+    """Warns before a test on images that were split off others than those of the training: it may have seen them.
+
+    Args:
+        trained_on: the fingerprint of the images that the run had; None if it is not known.
+    """
+    cache = open_folder(data)
+    if trained_on not in (None, cache.fingerprint) and "test" not in cache.counts:
+        log.warning(
+            "data.root=%s: has no test/, and other images than those that the run had: the test images are split off "
+            "its training images anew, and the network may have been trained on some of them",
+            printable(data.root),
+        )
 
 
 def describe_split(cache: Cache, data: FolderData, seed: int) -> dict[str, str]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import Settings, UserError
+from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import ignore_stored_paths
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
+from nin.data.splits import warn_of_other_images
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
@@ -68,6 +69,8 @@ class Exporter:
         # With this machine's own place of the data.
         self.here = apply_overrides(ignore_stored_paths(self.settings), list(overrides), MAY_CHANGE)
         prepare(self.here.data)
+        if isinstance(self.here.data, FolderData):
+            warn_of_other_images(self.here.data, self.description.more["images_sha256"])
         self.images, self.labels = load_part(self.here, "test")
         require_same_classes(describe(self.here.data).class_names, self.description.class_names)
 

@@ -112,6 +112,7 @@ def read_checkpoint(
             "run": settings.name,
             "checkpoint": path.name,
             "weights_sha256": weights_sha256(module.network),
+            "images_sha256": checkpoint_files.images_sha256(checkpoint),
             "test_accuracy": result.get("metrics", {}).get("test/acc"),
             "versions": versions(),
         },
