@@ -47,8 +47,10 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     names = [printable(name) for name in metrics["test/acc_by_class"]]
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
-    width = max(Console().width, 120)
-    Console(width=width, highlight=False, markup=False, emoji=False).print(table(names, accuracies, confusion.tolist()))
+    shown, width = table(names, accuracies, confusion.tolist()), max(Console().width, 120)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    title, shown.title = shown.title, None  # rich would wrap it at the width of a small table
+    console.print(title, shown, sep="\n")
 
 
 def _confusion_matrix(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:
