@@ -3,6 +3,7 @@
 import csv
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -27,6 +29,7 @@ from nin.data.module import split
 from nin.data.sources import load
 from nin.data.transforms import resize
 from nin.deploy.pipeline import read_checkpoint
+from nin.runs.console import silence_known_warnings
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.training import experiment
@@ -228,6 +231,18 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     with pytest.raises(UserError, match=r"trainer: Cannot use .*LearningRateMonitor.* no logger"):
         run_experiment(settings(monitor, "logger=none"), RunFolder(tmp_path))
+
+
+def test_a_gpu_that_is_not_requested_is_no_warning(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CUDAAccelerator, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="GPU available but not used"):
+        experiment.build_trainer(settings("logger=none"), None, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        silence_known_warnings()
+        experiment.build_trainer(settings("logger=none"), None, [])
 
 
 def test_training_and_selection_do_not_depend_on_the_test_images(

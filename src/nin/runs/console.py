@@ -14,11 +14,13 @@ from typing import Any
 
 import rich.console
 
-# Warnings that Lightning and Hydra raise in every run of this project, and that a user can do nothing about.
+# Warnings that Lightning, torch and Hydra raise in every run of this project, and that a user can do nothing about.
 _KNOWN_WARNINGS = (
     # The files in conf/hydra/launcher have the names of the launchers' schemas, which fill in the other keys.
     r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
+    r"GPU available but not used",  # with trainer=cpu, and in `nin bench`, which measures the overhead on the CPU
+    r"TensorFloat32 tensor cores for float32",  # of torch.compile, also where the network computes in bfloat16
     r"The `srun` command is available on your system but is not used",  # on a login node, and in a job of one process
     r"Glyph \d+ .* missing from",  # matplotlib's own fonts lack the characters of many languages
     # `MetricsLogger` also logs at the end of every epoch, however short the epoch is.
