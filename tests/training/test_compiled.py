@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch._dynamo.utils import counters
@@ -124,12 +125,17 @@ def test_cuda_graphs_accumulate_no_gradients(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, mode, dynamic: modes.append(mode))
     monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
     later = GradientAccumulationScheduler({3: 2})
     for batches, callbacks in ((1, []), (2, []), (1, [later])):
         trainer = SimpleNamespace(accumulate_grad_batches=batches, callbacks=callbacks)
         monkeypatch.setattr(Classifier, "trainer", trainer)
         module.on_train_start()
     assert modes == ["reduce-overhead", "default", "default"]
+    # Kernels that are chosen by their measured time could be others in a resumed run.
+    assert not torch._inductor.config.deterministic
+    Classifier(settings("model=nin_small", "trainer.deterministic=true"), ["a", "b"]).on_train_start()
+    assert torch._inductor.config.deterministic
 
 
 def test_without_what_triton_needs_a_gpu_trains_without_compilation(
