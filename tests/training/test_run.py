@@ -115,6 +115,21 @@ def test_a_finished_run_is_not_the_result_of_other_images(
         run.execute_run(request_of(first))
 
 
+def test_ctrl_c_before_training_leaves_nothing(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    request = request_of()
+    for place in ("__init__", "run"):  # before and after the request is written
+        with monkeypatch.context() as patch:
+            patch.setattr(FakeExperiment, place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                run.execute_run(request)
+        assert not request.folder.path.exists()
+
+
 def test_a_folder_without_its_hidden_files_is_not_continued_by_another_experiment(
     request_of: Callable[..., RunRequest],
 ) -> None:

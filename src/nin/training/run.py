@@ -190,8 +190,8 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             log.info("%s; the run resumes from last.ckpt", stopped)
             print(f"{stopped}; last.ckpt is saved, run the same command again to resume", file=sys.stderr)
             raise
-        except UserError as error:
-            log.info("refused: %s", error)
+        except (UserError, KeyboardInterrupt) as error:  # Ctrl-C before the run listens to signals
+            log.info("refused: %s", error or "Ctrl-C")
             # Lightning asks for the schedule and for batches after the request is written.
             if is_new and not folder.has_progress():
                 _remove_new(folder, before)
