@@ -3,6 +3,7 @@
 The backend "eager" runs the traced graph as it is. On a GPU the same graph becomes CUDA graphs.
 """
 
+import importlib.util
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
+from nin.system import devices
 from nin.training import experiment
 from nin.training.classifier import Classifier
 
@@ -124,23 +126,41 @@ def test_cuda_graphs_accumulate_no_gradients(
     modes = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, mode, dynamic: modes.append(mode))
     monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
+    monkeypatch.setattr(devices, "missing_for_compile", lambda _: None)
     later = GradientAccumulationScheduler({3: 2})
     for batches, callbacks in ((1, []), (2, []), (1, [later])):
         trainer = SimpleNamespace(accumulate_grad_batches=batches, callbacks=callbacks)
         monkeypatch.setattr(Classifier, "trainer", trainer)
         module.on_train_start()
     assert modes == ["reduce-overhead", "default", "default"]
-    # Kernels that are chosen by their measured time could be others in a resumed run.
+    determined = []
+    monkeypatch.setattr(devices, "reset_compiler", lambda deterministic: determined.append(deterministic))
+    for chosen in ("null", "true"):
+        Classifier(settings("model=nin_small", f"trainer.deterministic={chosen}"), ["a", "b"]).on_train_start()
+    assert determined == [False, True]
+
+
+@pytest.mark.skipif(not hasattr(torch._inductor.config, "deterministic"), reason="this version of torch lacks it")
+def test_a_deterministic_run_does_not_choose_kernels_by_their_measured_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A resumed run, which measures again, could get others.
+    monkeypatch.setattr(torch._inductor.config, "deterministic", False)
+    devices.reset_compiler(False)
     assert not torch._inductor.config.deterministic
-    Classifier(settings("model=nin_small", "trainer.deterministic=true"), ["a", "b"]).on_train_start()
+    devices.reset_compiler(True)
     assert torch._inductor.config.deterministic
 
 
 def test_without_what_triton_needs_a_gpu_trains_without_compilation(
-    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    # A machine that has all of it, as this one may not.
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: {"include": str(tmp_path)})
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
     compiled: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, mode, **__: compiled.append(mode))
     monkeypatch.setattr(Classifier, "device", torch.device("cuda"))

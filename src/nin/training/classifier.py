@@ -116,7 +116,7 @@ class Classifier(LightningModule):
         if missing and self.trainer.is_global_zero:
             log.warning("the network is not compiled, and trains more slowly on this GPU: %s", missing)
         if requested is True or (requested == "auto" and on_gpu and not missing):
-            devices.reset_compiler(bool(self.settings.trainer.deterministic))
+            devices.reset_compiler(deterministic=bool(self.settings.trainer.deterministic))
             # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated. A
             # scheduler may accumulate them in later epochs.
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
