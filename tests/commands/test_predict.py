@@ -157,7 +157,7 @@ def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Pa
     with Image.open(maps / f"{stem}.png") as picture:
         values = np.asarray(picture.convert("RGB")).astype(int)
     assert values.shape[1] > 2 * values.shape[0]
-    assert (abs(values[..., 0] - values[..., 2]) > 40).sum() > 500  # red or blue is drawn over the grey image
+    assert (abs(values[..., 0] - values[..., 2]) > 40).sum() > 500  # red or blue is drawn over the gray image
 
 
 def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_path: Path) -> None:

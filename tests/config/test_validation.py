@@ -284,5 +284,5 @@ def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_t
 ) -> None:
     refused = "trainer.max_epochs: 2 there, 3 now (schedule=one_cycle: the learning rate of every step depends on it)"
     for schedule, expected in (("one_cycle", [refused]), ("constant", [])):
-        asked = (f"schedule={schedule}", "schedule.warmup=0" if schedule == "constant" else "schedule.warmup=0.3")
-        assert differences(settings(*asked), settings(*asked, "trainer.max_epochs=3")) == expected
+        requested = (f"schedule={schedule}", "schedule.warmup=0" if schedule == "constant" else "schedule.warmup=0.3")
+        assert differences(settings(*requested), settings(*requested, "trainer.max_epochs=3")) == expected

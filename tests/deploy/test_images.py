@@ -20,17 +20,17 @@ def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
 
 
 def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) -> None:
-    grey = Image.new("L", (2, 2), 7)
+    gray = Image.new("L", (2, 2), 7)
     tmp_path /= ".given"  # the user names it, hidden or not
     for folder in ("below", "below/.thumbnails"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("b.png", "below/a.webp", ".hidden.png", "below/.thumbnails/c.png"):
-        grey.save(tmp_path / name, lossless=True)
+        gray.save(tmp_path / name, lossless=True)
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     idx = tmp_path / "images-idx3-ubyte"
     idx.write_bytes(struct.pack(">4I", 0x0803, 2, 1, 3) + bytes(range(6)))
-    found = list(images.iterate([tmp_path, idx, Path("-")], ImageForm(1), io.BytesIO(encoded(grey))))
+    found = list(images.iterate([tmp_path, idx, Path("-")], ImageForm(1), io.BytesIO(encoded(gray))))
     names = [name.removeprefix(f"{tmp_path}/") for name, _ in found]
     assert names == ["b.png", "below/a.webp", "broken.jpg", "images-idx3-ubyte[0]", "images-idx3-ubyte[1]", "-"]
     assert isinstance(found[2][1], ImageError)
@@ -66,8 +66,8 @@ def test_batches_have_one_size_and_a_limit() -> None:
 
 
 def test_arrays_and_pictures_of_python_code_become_what_the_network_needs() -> None:
-    colour = np.zeros((4, 5, 3), np.uint8)
-    assert [a.shape for a in images.as_arrays([colour, Image.new("RGBA", (5, 4))], ImageForm(1))] == [(4, 5), (4, 5)]
+    color = np.zeros((4, 5, 3), np.uint8)
+    assert [a.shape for a in images.as_arrays([color, Image.new("RGBA", (5, 4))], ImageForm(1))] == [(4, 5), (4, 5)]
     assert [a.shape for a in images.as_arrays(np.zeros((2, 4, 5), np.uint8), ImageForm(3))] == [(4, 5, 3), (4, 5, 3)]
     for wrong in (np.zeros((2, 4, 5)), np.zeros((28,), np.uint8), "a.png", [np.zeros((4, 4, 2), np.uint8)]):
         with pytest.raises(ValueError, match="images: "):

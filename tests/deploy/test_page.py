@@ -34,8 +34,8 @@ def draw_shirt(page: Page) -> None:
         # Sleeves, then the body.
         a, b = (60 - (y - 60) // 3, 220 + (y - 60) // 3) if y < 110 else (98, 182)
         page.drag([(left + a, top + y), (left + (a + b) / 2, top + y), (left + b, top + y)])
-    asked = "new Promise(done => { const wait = () => document.querySelector('figure') ? done(true)"
-    assert page.evaluate(f"{asked} : setTimeout(wait, 50); wait(); }})")
+    requested = "new Promise(done => { const wait = () => document.querySelector('figure') ? done(true)"
+    assert page.evaluate(f"{requested} : setTimeout(wait, 50); wait(); }})")
     page.evaluate("nin.askPad()")
 
 
@@ -56,7 +56,7 @@ def test_a_shirt_drawn_with_the_mouse_is_recognized_by_a_real_network(real_root:
         page.open(server.url)
         draw_shirt(page)
         assert next(iter(shown(page))) == "T-shirt/top"
-        # Its map is red in the middle of the shirt, which is drawn in grey.
+        # Its map is red in the middle of the shirt, which is drawn in gray.
         red, _, blue = page.evaluate(
             "[...document.querySelector('figure canvas').getContext('2d').getImageData(70, 90, 1, 1).data].slice(0, 3)"
         )

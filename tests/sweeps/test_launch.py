@@ -131,9 +131,9 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
 
 @pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # nin.config does it, and pytest undoes it
 def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> None:
-    asked = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
+    requested = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", overrides=asked, return_hydra_config=True)
+        config = compose("train", overrides=requested, return_hydra_config=True)
     with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are submitted before one can fail"):
         launch.Sweep(config)
 
@@ -319,9 +319,9 @@ def test_what_ends_a_job_travels_between_processes() -> None:
 @pytest.mark.long
 def test_joblib_runs_jobs_at_once_stops_and_resumes_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
-    asked = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
+    requested = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=10"]
     sweep = tmp_path / "outputs" / "sweeps" / "at-once"
-    command = ["train", "-m", *asked, "name=at-once", "hydra/launcher=joblib"]
+    command = ["train", "-m", *requested, "name=at-once", "hydra/launcher=joblib"]
     # A third process has nothing to do, and must not be the end of the others.
     first = start(*command, "seed=0,1", "hydra.launcher.n_jobs=3", **there)
     for seed in (0, 1):  # neither waits for the other
@@ -338,7 +338,7 @@ def test_joblib_runs_jobs_at_once_stops_and_resumes_to_the_same_weights(tmp_path
     found = results(sweep)
     assert [found[f"seed={seed}"]["resumes"] for seed in (0, 1, 2)] == [1, 1, 0]
     for seed in (0, 2):
-        weights = alone([*asked, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
+        weights = alone([*requested, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
         assert found[f"seed={seed}"]["weights_sha256"] == weights
     assert "seed=2  epoch 1/2" in second.stdout
 
@@ -349,8 +349,14 @@ def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
 ) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
     sweep = tmp_path / "outputs" / "sweeps" / "killed"
-    asked = [*SMALL, "callbacks=none", "logger=none", "trainer.limit_train_batches=80", "checkpoint.every_n_steps=1"]
-    command = ["train", "-m", *asked, "name=killed", "seed=0,1"]
+    requested = [
+        *SMALL,
+        "callbacks=none",
+        "logger=none",
+        "trainer.limit_train_batches=80",
+        "checkpoint.every_n_steps=1",
+    ]
+    command = ["train", "-m", *requested, "name=killed", "seed=0,1"]
     first = start(*command, "hydra/launcher=joblib", **there)
     for seed in (0, 1):
         wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", first)
@@ -383,7 +389,7 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
     """The exit status of ``torchrun`` and what a person sees: with a terminal there is a bar.
 
     Args:
-        stop_at: a file; as soon as it is there, torchrun is asked to stop.
+        stop_at: a file; as soon as it is there, torchrun is requested to stop.
     """
     terminal, end = os.openpty()
     process = torchrun(*arguments, stdout=end, stderr=end, **more)
@@ -407,13 +413,16 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
     # Without experiment=quickstart, which has a name: this one is to be the time of start.
-    asked, there = ["train", "model=nin_small", "data=garments", *SMALL[1:]], {"cwd": tmp_path, "data_root": data_root}
-    refused = torchrun(*asked, stderr=subprocess.PIPE, **there).communicate(timeout=120)[1]
+    requested, there = (
+        ["train", "model=nin_small", "data=garments", *SMALL[1:]],
+        {"cwd": tmp_path, "data_root": data_root},
+    )
+    refused = torchrun(*requested, stderr=subprocess.PIPE, **there).communicate(timeout=120)[1]
     assert "torchrun started 2 processes, and trainer.strategy=auto uses one" in refused
     assert "add trainer=ddp trainer.devices=2" in refused
     assert not (tmp_path / "outputs").exists()
     same = ["model.norm=none", "model.dropout=0", "optimizer=sgd", "optimizer.lr=0.01", "trainer.max_epochs=1"]
-    status, printed = on_a_terminal(*asked, "trainer.strategy=ddp", "trainer.devices=2", *same, **there)
+    status, printed = on_a_terminal(*requested, "trainer.strategy=ddp", "trainer.devices=2", *same, **there)
     assert status == 0, printed
     assert "epoch 1/1" in printed
     (run,) = (tmp_path / "outputs" / "runs").iterdir()
@@ -422,7 +431,7 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     # Two processes with batches of 32 do what one does with batches of 64.
     folder = RunFolder(tmp_path / "one")
     one = run_experiment(
-        validate(compose_config([*asked[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder, []
+        validate(compose_config([*requested[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder, []
     )
     assert (two["steps"], two["status"]) == (one["steps"], "finished")
     for metric in ("val/loss", "val/acc", "test/loss", "test/acc"):
@@ -437,9 +446,15 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
 def test_joblib_ends_at_the_first_failure_if_requested_with_the_others_checkpoints(
     tmp_path: Path, data_root: Path
 ) -> None:
-    asked = [*SMALL, "callbacks=none", "schedule=constant", "model.norm=none", "trainer.max_epochs=2000"]
+    requested = [*SMALL, "callbacks=none", "schedule=constant", "model.norm=none", "trainer.max_epochs=2000"]
     sweep = tmp_path / "outputs" / "sweeps" / "fast"
-    command = [*asked, "optimizer.lr=0.0001,1e30,0.0002", "hydra/launcher=joblib", "sweep.fail_fast=true", "name=fast"]
+    command = [
+        *requested,
+        "optimizer.lr=0.0001,1e30,0.0002",
+        "hydra/launcher=joblib",
+        "sweep.fail_fast=true",
+        "name=fast",
+    ]
     ended = nin("train", "-m", *command, cwd=tmp_path, NIN_DATA=str(data_root))
     assert ended.returncode == 1, ended.stderr
     assert json.loads((sweep / "optimizer.lr=1e+30" / "result.json").read_text())["status"] == "failed"
@@ -451,18 +466,18 @@ def test_joblib_ends_at_the_first_failure_if_requested_with_the_others_checkpoin
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_torchruns_processes_are_stopped_and_resume_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     # 99 images in batches of 16 for both: the last one is 2 and 1, and from then on their dropout differs.
-    asked = [
+    requested = [
         *("train", *SMALL, "trainer.strategy=ddp", "trainer.devices=2", "trainer.limit_train_batches=1.0"),
         *("data.val_size=9901", "data.batch_size=8", "data.augment=flip_shift", "trainer.max_epochs=20"),
         "checkpoint.every_n_steps=5",
     ]
     there, runs = {"cwd": tmp_path, "data_root": data_root}, tmp_path / "outputs" / "runs"
-    assert on_a_terminal(*asked, "name=whole", **there)[0] == 0
+    assert on_a_terminal(*requested, "name=whole", **there)[0] == 0
     third = runs / "halves" / "checkpoints" / "last-2.ckpt"
-    status, printed = on_a_terminal(*asked, "name=halves", stop_at=third, **there)
+    status, printed = on_a_terminal(*requested, "name=halves", stop_at=third, **there)
     assert status == 1  # torchrun's
     assert "run the same command again to resume" in printed
-    assert on_a_terminal(*asked, "name=halves", **there)[0] == 0
+    assert on_a_terminal(*requested, "name=halves", **there)[0] == 0
     whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
     assert (halves["weights_sha256"], halves["metrics"]) == (whole["weights_sha256"], whole["metrics"])
     assert halves["resumes"] == 1
@@ -493,9 +508,9 @@ launch.run_sweep_job = job
 sys.exit(train.main(sys.argv[1:]))
 """
     # The second ten fail: their tracebacks must not hold their networks.
-    asked = [*SMALL, "schedule=constant", "model.norm=none", "optimizer.lr=0.001,1e30", "seed=range(0,10)"]
+    requested = [*SMALL, "schedule=constant", "model.norm=none", "optimizer.lr=0.001,1e30", "seed=range(0,10)"]
     done = subprocess.run(
-        [sys.executable, "-c", watched, *merge(["-m", "name=flat", *asked])],
+        [sys.executable, "-c", watched, *merge(["-m", "name=flat", *requested])],
         cwd=tmp_path,
         env=os.environ | {"NIN_DATA": str(data_root)},
         capture_output=True,
@@ -570,8 +585,8 @@ def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
     tmp_path: Path, data_root: Path, release: Callable[[], None]
 ) -> None:
     # Without experiment=quickstart, which has a name.
-    asked = ["model=nin_small", "data=garments", "trainer=cpu", *ON_SLURM[2:], "optimizer.lr=0.01"]
-    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nin", "train", *merge(asked)])
+    requested = ["model=nin_small", "data=garments", "trainer=cpu", *ON_SLURM[2:], "optimizer.lr=0.01"]
+    line = " ".join(f"'{word}'" for word in [sys.executable, "-m", "nin", "train", *merge(requested)])
     sent = subprocess.run(
         ["sbatch", "--parsable", "--requeue", f"--chdir={tmp_path}", "--wrap", f"srun {line}"],
         env=os.environ | {"NIN_DATA": str(data_root)},
@@ -591,4 +606,4 @@ def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
         time.sleep(0.5)
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["resumes"]) == ("finished", 1)
-    assert result["weights_sha256"] == alone([*asked, f"data.root={data_root}"], tmp_path / "alone")
+    assert result["weights_sha256"] == alone([*requested, f"data.root={data_root}"], tmp_path / "alone")

@@ -83,7 +83,7 @@ def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
     data_root: Path, tmp_path: Path, traced: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = compose(data_root, "checkpoint.every_n_steps=1", "data.normalize=true", *CALLBACKS)
-    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"))
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"))
     require_one_graph()
 
     build = experiment.build_trainer
@@ -99,7 +99,7 @@ def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
         counters.clear()
     resumed = run_experiment(chosen, folder)
     require_one_graph()
-    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert resumed["weights_sha256"] == uninterrupted["weights_sha256"]
     assert {call["dynamic"] for call in traced} == {False}
 
 

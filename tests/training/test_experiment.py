@@ -104,15 +104,15 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     # Weights that stay where they are, so that all images have been score by the same.
     still = ["optimizer.lr=1e-12", "model.norm=none", "model.dropout=0"]
     limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
-    asked = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
+    requested = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
     folder = RunFolder(tmp_path)
-    reported = run_experiment(asked, folder, [])["metrics"] | folder.read_epochs()[0]
+    reported = run_experiment(requested, folder, [])["metrics"] | folder.read_epochs()[0]
 
-    module = Classifier(asked, CLASSES).eval()
+    module = Classifier(requested, CLASSES).eval()
     module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
-    images, labels = load(asked.data, "train")
-    held_out, kept = split(len(labels), 9901, asked.seed)
-    test = load(asked.data, "t10k")
+    images, labels = load(requested.data, "train")
+    held_out, kept = split(len(labels), 9901, requested.seed)
+    test = load(requested.data, "t10k")
     parts = {"train": (images[kept], labels[kept]), "val": (images[held_out], labels[held_out]), "test": test}
     for part, (images, labels) in parts.items():  # 99, 9901 and 2000, in batches of 32
         with torch.no_grad():
@@ -182,8 +182,8 @@ def test_the_final_test_is_logged_where_the_last_epoch_was_not_scored(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path)
-    asked = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
-    run_experiment(asked, folder, [])
+    requested = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
+    run_experiment(requested, folder, [])
     events = EventAccumulator(str(folder.path)).Reload()
     assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
     assert [event.step for event in events.Scalars("when_finished/test/acc")] == [18]
@@ -202,8 +202,8 @@ def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(
     build = experiment.build_trainer
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Slow()], *rest))
     folder = RunFolder(tmp_path)
-    asked = settings("trainer.val_check_interval=3", "trainer.log_every_n_steps=4", "callbacks=none", "logger=none")
-    run_experiment(asked, folder, [])
+    requested = settings("trainer.val_check_interval=3", "trainer.log_every_n_steps=4", "callbacks=none", "logger=none")
+    run_experiment(requested, folder, [])
     for epoch in folder.read_epochs():  # 6 batches of 32
         assert epoch["images_per_second"] > 6 * 32 / 10_000
         assert epoch["seconds"] > 20_000
@@ -290,7 +290,7 @@ def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], t
 
 
 @pytest.mark.parametrize(
-    ("asked", "features", "used"),
+    ("requested", "features", "used"),
     [
         ("auto", {"avx512_bf16": True}, "bf16-mixed"),
         ("auto", {"amx_bf16": True}, "bf16-mixed"),
@@ -300,10 +300,10 @@ def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], t
     ],
 )
 def test_bfloat16_on_a_cpu_is_requested_and_native(
-    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, asked: str, features: dict, used: str
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, requested: str, features: dict, used: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    trainer = experiment.build_trainer(settings(f"trainer.precision={asked}", "callbacks=none"), None, [])
+    trainer = experiment.build_trainer(settings(f"trainer.precision={requested}", "callbacks=none"), None, [])
     assert trainer.precision == used
 
 
@@ -378,23 +378,23 @@ def test_overfitted_are_the_same_batches_again_and_again(
 
     build = experiment.build_trainer
     monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Seen()], *rest))
-    asked = settings("trainer.overfit_batches=2", "callbacks=none", "logger=none")
-    run_experiment(asked, RunFolder(tmp_path), [])
+    requested = settings("trainer.overfit_batches=2", "callbacks=none", "logger=none")
+    run_experiment(requested, RunFolder(tmp_path), [])
     assert len(trained_on) == 4
     assert torch.equal(torch.cat(trained_on[:2]), torch.cat(trained_on[2:]))
 
 
 def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:
     # 500 batches of 4: in bfloat16 the sum would stand still at 256 images.
-    asked = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
+    requested = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
     half, single = (
-        run_experiment(settings(*asked, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
+        run_experiment(settings(*requested, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
         for precision in ("bf16-true", "32-true")
     )
     assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
     # The network is float32 until the Trainer converts it.
     best = checkpoint_files.read(RunFolder(tmp_path / "bf16-true").best)
-    tested, _ = evaluate(settings(*asked, "trainer.precision=bf16-true"), best)
+    tested, _ = evaluate(settings(*requested, "trainer.precision=bf16-true"), best)
     assert tested == {name: value for name, value in half["metrics"].items() if name.startswith("test/")}
     module, _ = read_checkpoint(RunFolder(tmp_path / "bf16-true").best)
     weight = next(module.network.parameters())
@@ -406,11 +406,14 @@ def test_in_float64_an_extended_run_and_eval_have_the_weights_of_the_checkpoint(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     keys = ["trainer.precision=64-true", "schedule=constant", "callbacks=none", "logger=none"]
-    whole = run_experiment(settings(*keys, "trainer.max_epochs=2"), RunFolder(tmp_path / "whole"))
+    uninterrupted = run_experiment(settings(*keys, "trainer.max_epochs=2"), RunFolder(tmp_path / "uninterrupted"))
     folder = RunFolder(tmp_path / "extended")
     run_experiment(settings(*keys, "trainer.max_epochs=1"), folder)
     extended = run_experiment(settings(*keys, "trainer.max_epochs=2"), folder)
-    assert (extended["weights_sha256"], extended["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    assert (extended["weights_sha256"], extended["metrics"]) == (
+        uninterrupted["weights_sha256"],
+        uninterrupted["metrics"],
+    )
     best = checkpoint_files.read(folder.best)
     weights = best["state_dict"]["network.0.0.weight"]
     assert weights.dtype == torch.float64
@@ -423,14 +426,14 @@ def test_a_run_without_the_test_is_tested_when_it_is_started_again_with_it(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     keys = ["callbacks=none", "logger=none"]
-    whole = run_experiment(settings(*keys), RunFolder(tmp_path / "whole"))
+    uninterrupted = run_experiment(settings(*keys), RunFolder(tmp_path / "uninterrupted"))
     folder = RunFolder(tmp_path / "run")
     untested = execute_run(RunRequest(settings(*keys, "sweep.test=false"), folder))
     assert untested["metrics"]["test/acc"] is None
     assert execute_run(RunRequest(settings(*keys, "sweep.test=false"), folder)) == untested
     tested = execute_run(RunRequest(settings(*keys), folder))
-    assert (tested["weights_sha256"], tested["metrics"]) == (whole["weights_sha256"], whole["metrics"])
-    assert (untested["weights_sha256"], untested["steps"]) == (whole["weights_sha256"], whole["steps"])
+    assert (tested["weights_sha256"], tested["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
+    assert (untested["weights_sha256"], untested["steps"]) == (uninterrupted["weights_sha256"], uninterrupted["steps"])
 
 
 def test_weights_that_are_not_finite_after_the_last_step_fail_the_run(

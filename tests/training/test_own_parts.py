@@ -44,12 +44,14 @@ def test_a_network_with_frozen_and_unused_weights_is_resumed(
     settings: Callable[..., Settings], tmp_path: Path, optimizer: list[str]
 ) -> None:
     keys = ["schedule=constant", *optimizer]
-    whole = run_experiment(with_network(settings, *keys, "trainer.max_epochs=2"), RunFolder(tmp_path / "whole"))
+    uninterrupted = run_experiment(
+        with_network(settings, *keys, "trainer.max_epochs=2"), RunFolder(tmp_path / "uninterrupted")
+    )
     folder = RunFolder(tmp_path / "extended")
     run_experiment(with_network(settings, *keys, "trainer.max_epochs=1"), folder)
     before = checkpoint_files.read(folder.last)["state_dict"]
     extended = run_experiment(with_network(settings, *keys, "trainer.max_epochs=2"), folder)
-    assert extended["weights_sha256"] == whole["weights_sha256"]
+    assert extended["weights_sha256"] == uninterrupted["weights_sha256"]
     after = checkpoint_files.read(folder.last)["state_dict"]
     (frozen,) = (name for name in after if name.endswith("2.weight"))
     assert torch.equal(before[frozen], after[frozen])
@@ -77,13 +79,15 @@ def test_an_optimizer_that_evaluates_a_batch_several_times_has_its_gradients(
 ) -> None:
     keys = ("logger=none", "callbacks=none", "trainer.max_steps=2", "model.dropout=0", "schedule=constant")
     plain = settings(*keys, "speed.micro_batch=12").model_dump(mode="json")
-    asked = validate_plain(plain | {"optimizer": {"_target_": f"{__name__}.ThreeLooks", "lr": 0.1}})
+    requested = validate_plain(plain | {"optimizer": {"_target_": f"{__name__}.ThreeLooks", "lr": 0.1}})
     ThreeLooks.seen.clear()
-    run_experiment(asked, RunFolder(tmp_path))
+    run_experiment(requested, RunFolder(tmp_path))
     assert len(ThreeLooks.seen) == 6
     for first, *others in (ThreeLooks.seen[:3], ThreeLooks.seen[3:]):
         assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
-    accumulating = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"accumulate_grad_batches": 2})})
+    accumulating = requested.model_copy(
+        update={"trainer": requested.trainer.model_copy(update={"accumulate_grad_batches": 2})}
+    )
     with pytest.raises(UserError, match=r"accumulate_grad_batches: must be 1 with .*\.ThreeLooks, which"):
         run_experiment(accumulating, RunFolder(tmp_path / "accumulating"))
 
@@ -97,11 +101,11 @@ def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_modu
         for given in ("null", "false", "true"):
             keys = [f"trainer.devices={devices}", f"trainer.use_distributed_sampler={given}", "callbacks=none"]
             projects = settings(*keys, f"trainer.strategy={'auto' if devices == 1 else 'ddp'}", "logger=none")
-            for kind, asked in (
+            for kind, requested in (
                 ("project's", projects),
                 ("own", validate_plain(projects.model_dump(mode="json") | {"data": own})),
             ):
-                trainer = build_trainer(asked, None)
+                trainer = build_trainer(requested, None)
                 chosen[kind, devices, given] = trainer._accelerator_connector.use_distributed_sampler
     assert [key for key, used in chosen.items() if used] == [
         *((kind, 1, "true") for kind in ("project's", "own")),
@@ -123,22 +127,22 @@ def test_a_plateau_schedule_follows_the_validation_loss_and_is_resumed(
     plateau = {"_target_": "torch.optim.lr_scheduler.ReduceLROnPlateau", "patience": 0, "factor": 0.5}
     plateau |= {"threshold": 1e9, "threshold_mode": "abs"}
 
-    def asked(*overrides: str) -> Settings:
+    def requested(*overrides: str) -> Settings:
         keys = ("optimizer=sgd", "optimizer.lr=0.1", "trainer.max_epochs=3", "logger=none", "callbacks=none")
         return validate_plain(settings(*keys, *overrides).model_dump() | {"schedule": plateau})
 
-    whole, folder = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "resumed")
-    result = run_experiment(asked(), whole)
+    uninterrupted, folder = RunFolder(tmp_path / "uninterrupted"), RunFolder(tmp_path / "resumed")
+    result = run_experiment(requested(), uninterrupted)
     # With such a threshold no epoch after the first is any better.
-    assert [row["lr"] for row in whole.read_epochs()] == [0.1, 0.1, 0.05]
+    assert [row["lr"] for row in uninterrupted.read_epochs()] == [0.1, 0.1, 0.05]
     # As after a kill: the checkpoint of the second epoch, with which the rate has been halved.
     folder.checkpoints.mkdir(parents=True)
-    shutil.copyfile(whole.checkpoints / "last-1.ckpt", folder.last)
-    shutil.copyfile(whole.best, folder.best)
-    resumed = run_experiment(asked(), folder)
+    shutil.copyfile(uninterrupted.checkpoints / "last-1.ckpt", folder.last)
+    shutil.copyfile(uninterrupted.best, folder.best)
+    resumed = run_experiment(requested(), folder)
     assert (resumed["weights_sha256"], resumed["metrics"]) == (result["weights_sha256"], result["metrics"])
     with pytest.raises(UserError, match=r"schedule=.*ReduceLROnPlateau: follows val/loss, which this run does not"):
-        run_experiment(asked("trainer.limit_val_batches=0"), RunFolder(tmp_path / "unscored"))
+        run_experiment(requested("trainer.limit_val_batches=0"), RunFolder(tmp_path / "unscored"))
 
 
 class Stream(IterableDataset):

@@ -141,19 +141,22 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
 def test_interrupted_anywhere_it_is_the_same_run(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
 ) -> None:
-    asked = [*overrides.split(), "~callbacks.images"]
-    whole, _ = trained(settings(*asked), tmp_path / "whole", monkeypatch)
-    curves = record(tmp_path / "whole")
+    requested = [*overrides.split(), "~callbacks.images"]
+    uninterrupted, _ = trained(settings(*requested), tmp_path / "uninterrupted", monkeypatch)
+    curves = record(tmp_path / "uninterrupted")
     for steps in curves[1].values():
         assert all(a[0] < b[0] for a, b in itertools.pairwise(steps))
     for batch, kill in ((5, True), (8, False)):
         # A kill without a checkpoint in between would come at the same place for ever.
         often = ["checkpoint.every_n_steps=1"] if kill else []
         folder = tmp_path / f"{batch}"
-        result, interruptions = trained(settings(*asked, *often), folder, monkeypatch, batch, kill)
+        result, interruptions = trained(settings(*requested, *often), folder, monkeypatch, batch, kill)
         assert interruptions > 0
-        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
-        assert (result["steps"], result["epochs"]) == (whole["steps"], whole["epochs"])
+        assert (result["weights_sha256"], result["metrics"]) == (
+            uninterrupted["weights_sha256"],
+            uninterrupted["metrics"],
+        )
+        assert (result["steps"], result["epochs"]) == (uninterrupted["steps"], uninterrupted["epochs"])
         rows, resumed = record(folder)
         assert rows == curves[0]
         assert resumed.keys() == curves[1].keys()
@@ -163,10 +166,10 @@ def test_interrupted_anywhere_it_is_the_same_run(
 def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ["schedule=constant", "optimizer=sgd", "~callbacks.images"]
-    at_once, _ = trained(settings(*asked, "trainer.max_epochs=4"), tmp_path / "at_once", monkeypatch)
-    trained(settings(*asked), tmp_path / "extended", monkeypatch)
-    extended, _ = trained(settings(*asked, "trainer.max_epochs=4"), tmp_path / "extended", monkeypatch)
+    requested = ["schedule=constant", "optimizer=sgd", "~callbacks.images"]
+    at_once, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "at_once", monkeypatch)
+    trained(settings(*requested), tmp_path / "extended", monkeypatch)
+    extended, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "extended", monkeypatch)
     assert extended["weights_sha256"] == at_once["weights_sha256"]
     assert extended["metrics"] == at_once["metrics"]
     assert record(tmp_path / "extended") == record(tmp_path / "at_once")
@@ -182,10 +185,10 @@ def half_done(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Settings, RunFolder, dict[str, Any]]:
     """A run that was stopped in its second epoch, with the result that it is to have."""
-    asked = settings("~callbacks.images", "checkpoint.every_n_steps=2")
-    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
-    stopped(asked, RunFolder(tmp_path / "half"), monkeypatch, batch=11)
-    return asked, RunFolder(tmp_path / "half"), whole
+    requested = settings("~callbacks.images", "checkpoint.every_n_steps=2")
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    stopped(requested, RunFolder(tmp_path / "half"), monkeypatch, batch=11)
+    return requested, RunFolder(tmp_path / "half"), uninterrupted
 
 
 def cut_off(path: Path) -> None:
@@ -219,10 +222,10 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
     caplog: pytest.LogCaptureFixture,
     damage: Callable[[Path], None],
 ) -> None:
-    asked, folder, whole = half_done
+    requested, folder, uninterrupted = half_done
     damage(folder.last)
-    result = run_experiment(asked, folder, [])
-    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    result = run_experiment(requested, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
     assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
     assert "renamed to last.ckpt.damaged-0" in caplog.text
 
@@ -230,12 +233,12 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
 def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
-    asked, folder, _ = half_done
+    requested, folder, _ = half_done
     for path in resume_candidates(folder):
         cut_off(path)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no valid checkpoint to resume from .*last.ckpt.damaged-0.*start again"):
-            run_experiment(asked, folder, [])
+            run_experiment(requested, folder, [])
 
 
 def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
@@ -254,10 +257,13 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
 ) -> None:
     import resource
 
-    asked = settings("~callbacks.images", "checkpoint.every_n_steps=2")
-    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
-    folder, size = RunFolder(tmp_path / "full"), (tmp_path / "whole" / "checkpoints" / "last.ckpt").stat().st_size
-    stopped(asked, folder, monkeypatch, batch=9)
+    requested = settings("~callbacks.images", "checkpoint.every_n_steps=2")
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    folder, size = (
+        RunFolder(tmp_path / "full"),
+        (tmp_path / "uninterrupted" / "checkpoints" / "last.ckpt").stat().st_size,
+    )
+    stopped(requested, folder, monkeypatch, batch=9)
     saved = {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()}
 
     # The system refuses to write more than half a checkpoint, as it would with a full disk.
@@ -265,19 +271,19 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
     try:
         with pytest.raises(OSError, match=r"could not be saved, the previous one is kept; free some space"):
-            run_experiment(asked, folder, [])
+            run_experiment(requested, folder, [])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == saved
-    result = run_experiment(asked, folder, [])
-    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    result = run_experiment(requested, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
 @pytest.mark.parametrize("missing", ["optimizer_states", "hyper_parameters", "a weight"])
 def test_a_checkpoint_that_lacks_something_says_so(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], missing: str
 ) -> None:
-    asked, folder, _ = half_done
+    requested, folder, _ = half_done
     content = torch.load(folder.last, weights_only=True)
     if missing == "a weight":
         del content["state_dict"]["network.0.0.weight"]
@@ -287,18 +293,18 @@ def test_a_checkpoint_that_lacks_something_says_so(
         path.unlink(missing_ok=True)
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"weight is missing|no valid checkpoint|optimizer_states"):
-        run_experiment(asked, folder, [])
+        run_experiment(requested, folder, [])
 
 
 def test_another_number_of_processes_is_another_experiment(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
-    asked, folder, _ = half_done
+    requested, folder, _ = half_done
     content = checkpoint_files.read(folder.last)
     content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
     checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"trainer.devices: the run has 2 processes.* now there would be 1"):
-        run_experiment(asked, folder, [])
+        run_experiment(requested, folder, [])
 
 
 class Unreadable(Callback):
@@ -309,23 +315,23 @@ class Unreadable(Callback):
 def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_first_saved(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    asked = settings(
+    requested = settings(
         f"+callbacks.mine._target_={__name__}.Unreadable",
         "trainer.max_epochs=1",
         "+logger.csv={_target_: lightning.pytorch.loggers.CSVLogger}",
     )
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"callbacks: the state of one holds a pathlib.*PosixPath, which"):
-        execute_run(RunRequest(asked, RunFolder(tmp_path)))
+        execute_run(RunRequest(requested, RunFolder(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_logger_of_ones_own_is_resumed_too(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
-    stopped(asked, folder, monkeypatch, batch=9)
-    run_experiment(asked, folder, [])
+    requested, folder = settings("logger=csv", "~logger.csv.version", "callbacks=none"), RunFolder(tmp_path)
+    stopped(requested, folder, monkeypatch, batch=9)
+    run_experiment(requested, folder, [])
     assert len(list(folder.path.glob("version_*/metrics.csv"))) == 2
 
 
@@ -348,34 +354,34 @@ def test_a_run_on_a_data_module_of_ones_own_resumes_from_the_end_of_an_epoch(
 ) -> None:
     own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4}
     plain = settings("logger=none", "callbacks=none", "model.dropout=0.5").model_dump(mode="json")
-    asked = validate_plain(plain | {"data": own})
-    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
-    stopped(asked, RunFolder(tmp_path / "stopped"), monkeypatch, batch=12)
-    result = run_experiment(asked, RunFolder(tmp_path / "stopped"), [])
-    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    requested = validate_plain(plain | {"data": own})
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    stopped(requested, RunFolder(tmp_path / "stopped"), monkeypatch, batch=12)
+    result = run_experiment(requested, RunFolder(tmp_path / "stopped"), [])
+    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
 def test_lost_and_shortened_event_files_are_reported(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked, folder, whole = half_done
+    requested, folder, uninterrupted = half_done
     (events,) = folder.event_files()
     os.truncate(events, events.stat().st_size // 2)
     step = checkpoint_files.read(folder.last)["global_step"]
-    result = run_experiment(asked, folder, [])
-    assert result["weights_sha256"] == whole["weights_sha256"]
+    result = run_experiment(requested, folder, [])
+    assert result["weights_sha256"] == uninterrupted["weights_sha256"]
     assert f"curves have a gap before step {step}: {events.name}" in caplog.text
 
 
 def test_what_a_resumed_run_is_started_with(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, folder, _ = half_done
+    requested, folder, _ = half_done
     before = checkpoint_files.read(folder.last)["hyper_parameters"]["settings"]["threads"]
     monkeypatch.setenv("NIN_THREADS", str(before + 1))  # a machine with more cores
-    resumed = experiment.Experiment(RunRequest(asked, folder))
+    resumed = experiment.Experiment(RunRequest(requested, folder))
     assert resumed.settings.threads == before
-    (logger,) = experiment.build_trainer(asked, folder.path, [], resume_step=9).loggers
+    (logger,) = experiment.build_trainer(requested, folder.path, [], resume_step=9).loggers
     assert logger._kwargs["purge_step"] == 9
 
 
@@ -392,7 +398,7 @@ def change(path: Path, **changes: Any) -> None:
 
 
 def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
-    asked, folder, _ = half_done
+    requested, folder, _ = half_done
     content = folder.last.read_bytes()
     state = "callbacks__ResumableCheckpoint"
     changes: list[tuple[dict[str, Any], str]] = [
@@ -412,17 +418,17 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
         folder.last.write_bytes(content)
         change(folder.last, **changed)
         with pytest.raises(UserError) as refused:
-            experiment.Experiment(RunRequest(asked, folder))
+            experiment.Experiment(RunRequest(requested, folder))
         assert message in str(refused.value)
     # A folder that was copied without its hidden files has the identity of its checkpoints.
     folder.state.unlink()
-    assert experiment.Experiment(RunRequest(asked, folder)).run_id == "b" * 32
+    assert experiment.Experiment(RunRequest(requested, folder)).run_id == "b" * 32
 
 
 def test_a_state_that_can_not_be_restored_is_named(
     half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked, folder, whole = half_done
+    requested, folder, uninterrupted = half_done
     content = folder.last.read_bytes()
     caplog.set_level("INFO")
     for changed in (
@@ -443,48 +449,48 @@ def test_a_state_that_can_not_be_restored_is_named(
         change(folder.last, **changed)
         caplog.clear()
         with pytest.raises(UserError) as refused:
-            run_experiment(asked, folder, [])
+            run_experiment(requested, folder, [])
         named = r"last.ckpt: can't be resumed: its state could not be restored \(\w+Error: "
         assert re.search(named, str(refused.value)), changed
         assert "Traceback" in caplog.text
     folder.last.unlink()  # as the message says
-    result = run_experiment(asked, folder, [])
-    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    result = run_experiment(requested, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
 def test_killed_between_the_first_best_and_the_first_last_it_resumes_from_the_best(
     half_done: tuple[Settings, RunFolder, dict[str, Any]],
 ) -> None:
-    asked, folder, whole = half_done
+    requested, folder, uninterrupted = half_done
     for path in resume_candidates(folder)[:-1]:
         path.unlink()
-    result = run_experiment(asked, folder, [])
-    assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+    result = run_experiment(requested, folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
 def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
-    trained(asked, folder.path, monkeypatch)
+    requested, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
+    trained(requested, folder.path, monkeypatch)
     change(folder.best, **{"state_dict__network.0.0.weight": checkpoint_files.read(folder.best)["state_dict"][
         "network.0.0.weight"] * float("nan")})  # fmt: skip
     with pytest.raises(UserError, match=r"network.0.0.weight has values that are NaN or infinite"):
-        run_experiment(asked, folder, [])
+        run_experiment(requested, folder, [])
     folder.best.unlink()
     with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
-        run_experiment(asked, folder, [])
+        run_experiment(requested, folder, [])
 
 
 def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, folder = settings("~callbacks.images", "schedule=constant"), RunFolder(tmp_path / "run")
-    trained(asked, folder.path, monkeypatch)
-    folder.write_request(asked.model_dump(mode="json"), [])
+    requested, folder = settings("~callbacks.images", "schedule=constant"), RunFolder(tmp_path / "run")
+    trained(requested, folder.path, monkeypatch)
+    folder.write_request(requested.model_dump(mode="json"), [])
     folder.write_result({"status": "failed"})
     before = folder.config.read_bytes(), folder.result.read_bytes()
-    fewer = asked.model_copy(update={"trainer": asked.trainer.model_copy(update={"max_epochs": 1})})
+    fewer = requested.model_copy(update={"trainer": requested.trainer.model_copy(update={"max_epochs": 1})})
     with pytest.raises(UserError, match=r"trainer.max_epochs=1: the run has already trained for 2 epochs"):
         execute_run(RunRequest(fewer, folder))
     assert (folder.config.read_bytes(), folder.result.read_bytes()) == before
@@ -543,15 +549,15 @@ LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1"
 def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
     there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
     runs = tmp_path / "outputs" / "runs"
-    asked = validate(compose_config([*LONGER, f"data.root={data_root}"]))
-    expected = run_experiment(asked, RunFolder(runs / "whole"), [])
+    requested = validate(compose_config([*LONGER, f"data.root={data_root}"]))
+    expected = run_experiment(requested, RunFolder(runs / "uninterrupted"), [])
 
     # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
     first = start("train", *LONGER, "name=killed", **there)
     wait_for(runs / "killed" / "checkpoints" / "last.ckpt", first)
     first.send_signal(signal.SIGSTOP)  # it stays at work
     with pytest.raises(UserError, match=f"process {first.pid} on"):
-        execute_run(RunRequest(asked, RunFolder(runs / "killed")))
+        execute_run(RunRequest(requested, RunFolder(runs / "killed")))
     first.kill()
     first.communicate()
 
@@ -584,7 +590,7 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
     assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
-    assert record(runs / "killed") == record(runs / "whole")
+    assert record(runs / "killed") == record(runs / "uninterrupted")
     assert result["resumes"] == 3
     assert log.read_text().count("resume #") == 3
     # What the dead process had begun to write is gone.
@@ -604,20 +610,23 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
 def test_interrupted_at_every_batch_it_is_the_same_run(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, kill: bool
 ) -> None:
-    asked = settings(*overrides.split(), "~callbacks.images")
-    whole, _ = trained(asked, tmp_path / "whole", monkeypatch)
-    curves = record(tmp_path / "whole")
+    requested = settings(*overrides.split(), "~callbacks.images")
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    curves = record(tmp_path / "uninterrupted")
     build = experiment.build_trainer
     for batch in itertools.count(1):
         folder, once = RunFolder(tmp_path / f"{batch}"), Interruption(batch, kill)
         with monkeypatch.context() as patch:
             patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, once=once: build(s, f, [*c, once], *r))
             try:
-                run_experiment(asked, folder, [])
+                run_experiment(requested, folder, [])
                 break  # the run has fewer batches
             except (StoppedError, KilledError):
-                result = run_experiment(asked, folder, [])
-        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"]), batch
+                result = run_experiment(requested, folder, [])
+        assert (result["weights_sha256"], result["metrics"]) == (
+            uninterrupted["weights_sha256"],
+            uninterrupted["metrics"],
+        ), batch
         assert record(folder.path) == curves, batch
     assert batch > 12
 
@@ -628,7 +637,7 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path) -> None:
     real = os.environ.get("NIN_DATA")  # on real images where they are
     data = "fashion_mnist" if real and (Path(real) / "FashionMNIST" / "raw").is_dir() else "garments"
     there = {"cwd": tmp_path, "NIN_DATA": real if real and data == "fashion_mnist" else str(data_root)}
-    asked = [
+    requested = [
         *LONGER,
         f"data={data}",
         "data.augment=flip_shift",
@@ -637,11 +646,11 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path) -> None:
         "checkpoint.every_n_steps=3",
     ]
     runs, draw = tmp_path / "outputs" / "runs", random.Random(data)
-    assert nin("train", *asked, "name=whole", **there).returncode == 0
-    expected = json.loads((runs / "whole" / "result.json").read_text())
+    assert nin("train", *requested, "name=uninterrupted", **there).returncode == 0
+    expected = json.loads((runs / "uninterrupted" / "result.json").read_text())
     deaths = 0
     for death in range(20):
-        process = start("train", *asked, "name=killed", **there)
+        process = start("train", *requested, "name=killed", **there)
         log = runs / "killed" / "nin.log"
         begun = log.read_text().count("resume #") if log.exists() else 0
         if death:
@@ -657,5 +666,5 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path) -> None:
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
     assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
-    assert record(runs / "killed") == record(runs / "whole")
+    assert record(runs / "killed") == record(runs / "uninterrupted")
     assert deaths > 10  # the run may have come to its end before the last of them

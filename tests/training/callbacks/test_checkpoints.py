@@ -117,7 +117,7 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings("trainer.accumulate_grad_batches=3", "trainer.max_epochs=1", "~callbacks.images", "logger=none")
-    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), [])
     for batch in (1, 2, 4):  # the gradients of batches 1 and 2, and of 4 and 5, wait for those of 3 and 6
         folder = RunFolder(tmp_path / f"{batch}")
         build = experiment.build_trainer
@@ -127,7 +127,10 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
             with pytest.raises(StoppedError):
                 run_experiment(chosen, folder, [])
         result = run_experiment(chosen, folder, [])
-        assert (result["weights_sha256"], result["metrics"]) == (whole["weights_sha256"], whole["metrics"])
+        assert (result["weights_sha256"], result["metrics"]) == (
+            uninterrupted["weights_sha256"],
+            uninterrupted["metrics"],
+        )
 
 
 @pytest.mark.filterwarnings("ignore:When using `Trainer.accumulate_grad_batches")
@@ -137,7 +140,7 @@ def test_a_run_that_accumulates_more_gradients_in_a_later_epoch_is_resumed_withi
     scheduler = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
     scheduled = "+callbacks.scheduler={_target_: %s, scheduling: {0: 1, 1: 2}}" % scheduler  # noqa: UP031  # braces
     chosen = settings(scheduled, "schedule=constant", "~callbacks.images", "logger=none")
-    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), [])
     folder, build = RunFolder(tmp_path / "stopped"), experiment.build_trainer
     with monkeypatch.context() as patch:
         patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, StopAt(8)], *r))
@@ -145,7 +148,7 @@ def test_a_run_that_accumulates_more_gradients_in_a_later_epoch_is_resumed_withi
             run_experiment(chosen, folder, [])
     assert checkpoint_files.read(folder.last)["global_step"] == 7  # six of one batch and one of two
     result = run_experiment(chosen, folder, [])
-    assert (result["weights_sha256"], result["steps"]) == (whole["weights_sha256"], 9)
+    assert (result["weights_sha256"], result["steps"]) == (uninterrupted["weights_sha256"], 9)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -155,7 +158,7 @@ def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resume
     target = "+callbacks.mc._target_=lightning.pytorch.callbacks.ModelCheckpoint"
     keys = [target, "+callbacks.mc.every_n_train_steps=2", "+callbacks.mc.save_last=true"]
     chosen = settings(*keys, "schedule=constant", "~callbacks.images", "logger=none")
-    whole = run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), [])
     folder, build = RunFolder(tmp_path / "stopped"), experiment.build_trainer
 
     class KilledError(Exception):
@@ -176,7 +179,7 @@ def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resume
     # As Lightning has it, which resumes from there in the middle of the epoch.
     assert theirs["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 2
     result = run_experiment(chosen, folder, [])
-    assert (result["weights_sha256"], result["steps"]) == (whole["weights_sha256"], 12)
+    assert (result["weights_sha256"], result["steps"]) == (uninterrupted["weights_sha256"], 12)
     refused = settings(*keys, f"+callbacks.mc.dirpath={folder.path / 'model_checkpoints' / '..' / 'checkpoints'}")
     with pytest.raises(UserError, match=r"callbacks.mc.dirpath=.*: has the run's own checkpoints; choose another"):
         experiment.build_trainer(refused, folder.path)
