@@ -67,6 +67,16 @@ def test_hydras_syntax_becomes_optunas_distributions(word: str, distribution: Ba
     assert read_space({key: word.partition("=")[2]}, []) == ({key: distribution}, [])
 
 
+def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
+    with train.open_hydra():
+        space, _ = read_space({"model": "glob(nin*)"}, ["optimizer=glob(*)"])
+    models, optimizers = ["nin", "nin_small"], ["adamw", "sgd"]
+    assert space == {
+        "model": CategoricalDistribution(models),
+        "optimizer": CategoricalDistribution(optimizers),
+    }
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [

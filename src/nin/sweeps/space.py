@@ -35,7 +35,7 @@ def read_space(params: Mapping[str, Any], task: Iterable[str]) -> tuple[Space, l
     space, fixed, errors = {}, [], []
     for word in words:
         try:
-            override = parser.parse_override(word)
+            (override,) = parser.parse_overrides([word])  # which gives it the loader for glob(*)
             if override.is_sweep_override():
                 space[override.get_key_element()] = _distribution(override)
             else:
