@@ -183,6 +183,22 @@ def test_a_journal_with_another_name_is_refused_with_the_name_that_resumes_it(tm
         require_same_plan(open_journal(tmp_path / JOURNAL), dataclasses.replace(first, name="2026-01-02_03-04-06"))
 
 
+def test_another_base_config_is_another_search_unless_an_earlier_version_stored_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = dataclasses.replace(plan(), config_name="mine")
+    storage = Store(mine, tmp_path, None).storage
+    require_same_plan(storage, mine)
+    with pytest.raises(UserError, match=r"--config-name: mine there, train now$"):
+        require_same_plan(storage, plan())
+    stored = {key: value for key, value in mine.describe().items() if key != "--config-name"}
+    monkeypatch.setattr(Plan, "describe", lambda _: stored)
+    storage = Store(mine, tmp_path / "earlier", None).storage
+    monkeypatch.undo()
+    for now in (mine, plan()):
+        require_same_plan(storage, now)
+
+
 def check(*words: str) -> Sweep:
     args = train.parse_arguments(["-m", "hydra/sweeper=optuna", *words])
     with train.open_hydra() as app:

@@ -118,6 +118,7 @@ def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: Se
         batch_size=settings.n_jobs,
         fixed=tuple(sorted(words)),
         max_epochs=max_epochs if isinstance(max_epochs, int) and max_epochs > 0 else None,
+        config_name=config.hydra.job.config_name,
     )
 
 

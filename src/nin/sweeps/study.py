@@ -43,6 +43,7 @@ class Plan:
         batch_size: number of trials that are proposed from the same earlier trials.
         fixed: the overrides that all trials share.
         max_epochs: of a trial; None if it is not known.
+        config_name: of the config that the trials start from.
     """
 
     name: str
@@ -53,13 +54,15 @@ class Plan:
     batch_size: int
     fixed: tuple[str, ...]
     max_epochs: int | None
+    config_name: str = "train"
 
     def describe(self) -> dict[str, str]:
         """The keys and values that must not change."""
         searched = {key: describe(distribution) for key, distribution in self.space.items()}
         fixed = dict(word.partition("=")[::2] for word in self.fixed)
+        given = {"seed": str(self.seed), "--config-name": self.config_name}
         own = {"sampler": self.sampler, "pruner": self.pruner, "n_jobs": str(self.batch_size)}
-        return searched | fixed | {"seed": str(self.seed)} | {f"hydra.sweeper.{k}": v for k, v in own.items()}
+        return searched | fixed | given | {f"hydra.sweeper.{k}": v for k, v in own.items()}
 
 
 def build_sampler(plan: Plan, number: int) -> BaseSampler:
@@ -223,12 +226,11 @@ def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
     Raises:
         UserError: names what differs.
     """
-    found = [study for study in storage.get_all_studies() if study.study_name == plan.name]
-    others = [study.study_name for study in storage.get_all_studies() if study.study_name != plan.name]
-    if not found:
-        if others and isinstance(storage, JournalStorage):
+    names = [study.study_name for study in storage.get_all_studies()]
+    if plan.name not in names:
+        if names and isinstance(storage, JournalStorage):
             raise UserError(
-                f"{JOURNAL}: the study of another search; to resume it give name={others[0]}; or another "
+                f"{JOURNAL}: the study of another search; to resume it give name={names[0]}; or another "
                 "hydra.sweep.dir=…"
             )
         return
@@ -239,6 +241,7 @@ def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
             raise UserError(f"{plan.name}: a study that is not from nin train; give another name=…")
         return
     now = plan.describe()
+    there = {"--config-name": plan.config_name} | there  # which earlier versions did not store
     differing = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
     if differing:
         lines = [f"{key}: {there.get(key, 'not given')} there, {now.get(key, 'not given')} now" for key in differing]
