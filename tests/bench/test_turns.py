@@ -12,6 +12,7 @@ from nin import cli
 from nin.bench import turns
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
+from nin.config.search_path import open_hydra
 from nin.data.module import ImageDataModule
 from nin.networks.build import build_network
 from nin.networks.layers import layers
@@ -85,7 +86,8 @@ def test_operations_of_a_network_that_needs_values_of_tensors(
 ) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "deep.yaml").write_text(f"_target_: {__name__}.Deep\ninput_size: 28\n")
-    counted = count_operations(compose_settings(["model=deep"], str(tmp_path)))
+    with open_hydra(str(tmp_path)):
+        counted = count_operations(compose_settings(["model=deep"]))
     assert counted == {"scoring": 2 * 7840, "training": 4 * 7840}
     assert cli.run("inspect", ["--config-dir", str(tmp_path), "model=deep"]) == 0
     assert "7,850" in capsys.readouterr().out

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from nin import cli
 from nin.commands import bench
+from nin.config.schema import Settings, UserError
 
 
 def test_results_are_printed_and_written(
@@ -96,6 +97,7 @@ def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pyte
         (["trainer=cpu", "trainer.devices=2"], "trainer: nin bench runs in one process"),
         (["model=nim"], "model=nim: no such model"),
         (["trainer.max_epochs=3"], "trainer.max_epochs: nin bench sets it"),
+        (["model=nin_small", "--seconds", "1", "trainer.devices=2"], "trainer: nin bench runs in one process"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_measured(
@@ -111,6 +113,21 @@ def test_data_and_schedule_can_be_chosen() -> None:
     default = bench.read_settings(["experiment=cpu"])
     assert (default.data.name, default.schedule.name) == ("garments", "constant")
     assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
+
+
+def test_the_users_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [train, {override model: lenet}, _self_]\n")
+    measured: list[str] = []
+
+    def stop(settings: Settings) -> None:
+        measured.append(settings.model.name)
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(bench, "prepare", lambda data: None)
+    monkeypatch.setattr(bench, "require_accelerator", lambda trainer: None)
+    monkeypatch.setattr(bench, "run_benchmarks", lambda settings, *_: stop(settings))
+    assert cli.run("bench", ["--config-dir", str(tmp_path), "--config-name", "mine", "trainer=cpu"]) == 2
+    assert measured == ["lenet"]
 
 
 def test_known_warnings_are_silenced() -> None:

@@ -37,7 +37,7 @@ def test_overrides_choose_the_network(capsys: pytest.CaptureFixture[str]) -> Non
     assert "kernel_sizes has 4 entries" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--cfg", "job"], ["--multirun"], ["--config-name", "best"]])
+@pytest.mark.parametrize("options", [["--cfg", "job"], ["--multirun"]])
 def test_options_that_would_have_no_effect_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("inspect", options) == 2
     assert capsys.readouterr().err == f"nin inspect: {options[0]}: an option of nin train only; leave it out\n"
@@ -55,6 +55,11 @@ def test_the_users_own_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "experiment" / "mine.yaml").write_text(text)
     assert cli.run("inspect", ["--config-dir", str(tmp_path), "experiment=mine"]) == 0
     assert capsys.readouterr().out.strip().startswith("lenet at ")
+    (tmp_path / "best.yaml").write_text("defaults: [train, {override model: mlp}, _self_]\n")
+    assert cli.run("inspect", ["--config-name", "best", "-cd", str(tmp_path), "model.hidden_width=16"]) == 0
+    assert capsys.readouterr().out.strip().startswith("mlp at ")
+    assert cli.run("inspect", ["--config-dir", str(tmp_path / "nowhere")]) == 2
+    assert capsys.readouterr().err == f"nin inspect: --config-dir {tmp_path / 'nowhere'}: no such folder\n"
 
 
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

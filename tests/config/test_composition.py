@@ -13,6 +13,7 @@ from nin.config.composition import (
     parse_arguments,
 )
 from nin.config.schema import CONF, FolderData, UserError
+from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.networks.build import build_network
 
@@ -179,7 +180,8 @@ def test_a_key_that_only_another_model_has() -> None:
 def test_the_users_own_config_dir(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.7\n")
-    assert compose_settings(["experiment=mine"], str(tmp_path)).optimizer.lr == 0.7
+    with open_hydra(str(tmp_path)):
+        assert compose_settings(["experiment=mine"]).optimizer.lr == 0.7
 
 
 def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:

@@ -12,12 +12,13 @@ import nin
 from helpers import ENVIRONMENT
 from nin.config.composition import compose_config, compose_settings
 from nin.config.schema import CONF, NETWORKS, UserError
+from nin.config.search_path import open_hydra
 from nin.networks.build import build_network, require_buildable
 
 
 def refused(*overrides: str, config_dir: Path | None = None) -> str:
-    with pytest.raises(UserError) as caught:
-        require_buildable(compose_settings(list(overrides), str(config_dir) if config_dir else None))
+    with pytest.raises(UserError) as caught, open_hydra(str(config_dir) if config_dir else None):
+        require_buildable(compose_settings(list(overrides)))
     return str(caught.value)
 
 

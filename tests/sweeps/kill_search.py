@@ -22,6 +22,7 @@ from hydra.types import HydraContext, RunMode
 from optuna.storages.journal import JournalFileBackend
 
 from nin.commands import train
+from nin.config.search_path import open_hydra
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps import search
 from nin.sweeps.study import JOURNAL, open_journal
@@ -146,7 +147,7 @@ def compare(sampler: str, pruner: str, n_jobs: int, kills: int) -> dict[str, int
     words += ["hydra/sweeper=optuna", "hydra.sweep.dir=search", f"trainer.max_epochs={EPOCHS}"]
     args = train.parse_arguments(["-m", *words, f"hydra.sweeper.sampler={sampler}", f"hydra.sweeper.pruner={pruner}"])
     counts = dict.fromkeys(("kills", "differing", "twice", "lost", "pruned", "failed"), 0)
-    with train.open_hydra() as app:
+    with open_hydra() as app:
         config = train.compose(app, args, RunMode.MULTIRUN)
         config.hydra.overrides.hydra.append("sweep.keys=[]")
         config.hydra.sweeper.params = {}

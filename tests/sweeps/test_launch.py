@@ -31,6 +31,7 @@ from nin.checkpoints import files as checkpoint_files
 from nin.commands import train
 from nin.config.composition import compose_config, quote_value
 from nin.config.schema import CONF, Settings, UserError
+from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
@@ -100,7 +101,7 @@ def test_a_sweep_of_the_users_own_config_is_checked_as_its_jobs_are_composed(
     options = ["-m", "--config-dir", str(tmp_path), "--config-name", "mine"]
     args = train.parse_arguments([*options, "name=own", f"data.root={data_root}", *words])
     refused = pytest.raises(UserError) if message else contextlib.nullcontext()
-    with train.open_hydra(str(tmp_path)) as app, refused as error:
+    with open_hydra(str(tmp_path)) as app, refused as error:
         launch.Sweep(train.compose(app, args, RunMode.MULTIRUN))
     assert message is None or error.value.errors[0].startswith(message)
 
@@ -239,7 +240,7 @@ def test_joblibs_workers_know_the_sweeps_process(
         def sweep(self, arguments: list[str]) -> None:
             started.append(self.launcher.joblib)
 
-    with train.open_hydra() as app:
+    with open_hydra() as app:
         sweep = launch.Sweep(train.compose(app, train.parse_arguments(["-m", *words]), RunMode.MULTIRUN))
         sweep.signals = SimpleNamespace(stopped_by=None, job_failed=False)  # as with several workers
         monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: Sweeper())

@@ -21,6 +21,7 @@ from nin import cli
 from nin.commands import train
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
+from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, search_checks, search_report
@@ -68,7 +69,7 @@ def test_hydras_syntax_becomes_optunas_distributions(word: str, distribution: Ba
 
 
 def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
-    with train.open_hydra():
+    with open_hydra():
         space, _ = read_space({"model": "glob(nin*)"}, ["optimizer=glob(*)"])
     models, optimizers = ["nin", "nin_small"], ["adamw", "sgd"]
     assert space == {
@@ -201,7 +202,7 @@ def test_another_base_config_is_another_search_unless_an_earlier_version_stored_
 
 def check(*words: str) -> Sweep:
     args = train.parse_arguments(["-m", "hydra/sweeper=optuna", *words])
-    with train.open_hydra() as app:
+    with open_hydra() as app:
         return Sweep(train.compose(app, args, RunMode.MULTIRUN))
 
 
@@ -452,7 +453,7 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
 def requested(*arguments: str) -> Settings:
     """The settings that a command line for a single run requests; refused if that is a sweep."""
     args = train.parse_arguments(list(arguments))
-    with train.open_hydra(args.config_dir, args.config_path) as app:
+    with open_hydra(args.config_dir, args.config_path) as app:
         return train._check(train.compose(app, args, RunMode.RUN)).settings
 
 
@@ -468,7 +469,7 @@ def requested(*arguments: str) -> Settings:
 def test_the_best_of_a_search_that_is_ready_is_what_its_trial_was(fixed: list[str], tmp_path: Path) -> None:
     given = ["name=s", *fixed, "sweep=tune_nin_small"]
     args = train.parse_arguments(["-m", *given])
-    with train.open_hydra() as app:
+    with open_hydra() as app:
         params = train.compose(app, args, RunMode.MULTIRUN).hydra.sweeper.params
     params = {key: value for key, value in params.items() if "model=lenet" not in fixed or not key.startswith("model.")}
     space, words = read_space(params, given)

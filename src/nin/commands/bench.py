@@ -14,9 +14,11 @@ from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from nin.commands.options import add_config_options
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError, is_single_process
+from nin.config.search_path import open_hydra
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import write_atomically
@@ -48,13 +50,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement; default: 4")
     parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
     parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
-    args = parser.parse_args(arguments)
+    add_config_options(parser)
+    args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
     silence_known_warnings()
     if args.rounds < 1:
         raise UserError(f"--rounds={args.rounds}: must be 1 or more")
     if not 0 < args.seconds < float("inf"):
         raise UserError(f"--seconds={args.seconds:g}: must be a number above 0")
-    settings = read_settings(args.overrides)
+    with open_hydra(args.config_dir, args.config_path):
+        settings = read_settings(args.overrides, args.config_name)
     if not is_single_process(settings.trainer):
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")
     require_accelerator(settings.trainer)
@@ -83,7 +87,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def read_settings(overrides: list[str]) -> Settings:
+def read_settings(overrides: list[str], config_name: str = "train") -> Settings:
     """The settings that are measured: those of ``nin train`` with other defaults.
 
     Raises:
@@ -93,7 +97,7 @@ def read_settings(overrides: list[str]) -> Settings:
     if fixed := sorted(given & {split_override(word)[0] for word in _FIXED}):
         raise UserError(f"{fixed[0]}: nin bench sets it, and ends after --rounds measurements; leave it out")
     defaults = [word for word in _DEFAULTS if split_override(word)[0] not in given]
-    return compose_settings([*defaults, *_FIXED, *overrides])
+    return compose_settings([*defaults, *_FIXED, *overrides], config_name)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from nin.config.composition import compose_config, compose_settings, parse_arguments
 from nin.config.schema import Settings, UserError
+from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console
@@ -20,7 +21,8 @@ _STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_
 HELP = """Usage: nin inspect [group=option …] [key=value …]
 
 Print a network without training it: each layer's output shape, parameters, multiply-adds and receptive field, and
-what NiN saves against the networks with fully connected layers. Keys and groups are those of nin train.
+what NiN saves against the networks with fully connected layers. Keys, groups, --config-dir, --config-name and
+--config-path are those of nin train.
 
   nin inspect                         the notebooks' network at 224x224
   nin inspect model=nin_small         the network for 28x28
@@ -32,9 +34,11 @@ def main(arguments: list[str]) -> None:
         print(HELP)
         return
     args = parse_arguments(arguments)
-    if others := [name for name, value in vars(args).items() if value and name not in ("overrides", "config_dir")]:
+    known = ("overrides", "config_dir", "config_name", "config_path")
+    if others := [name for name, value in vars(args).items() if value and name not in known]:
         raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
-    settings = compose_settings(args.overrides, args.config_dir)
+    with open_hydra(args.config_dir, args.config_path):
+        settings = compose_settings(args.overrides, args.config_name or "train")
     console = Console(highlight=False)
     console.print(_layers_table(settings))
     console.print("receptive field: pixels per side on which one output value can depend\n")

@@ -3,6 +3,13 @@
 import argparse
 
 
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """Adds Hydra's options for other configs than ``conf/train.yaml``."""
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="of your own configs, beside those in conf/")
+    parser.add_argument("--config-name", "-cn", default="train", metavar="NAME", help="of the config to start from")
+    parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="replaces conf/")
+
+
 def add_allow_option(parser: argparse.ArgumentParser) -> None:
     """Adds ``--allow MODULE``, which can be given several times."""
     parser.add_argument(

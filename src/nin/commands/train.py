@@ -4,16 +4,11 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import hydra
-import hydra.version
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import run_job
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
@@ -28,6 +23,7 @@ from nin.config.composition import (
     parse_arguments,
 )
 from nin.config.schema import CONF, UserError
+from nin.config.search_path import open_hydra
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
@@ -62,33 +58,6 @@ def show(arguments: list[str], args: argparse.Namespace) -> int:
     except ValueError as error:  # options that exclude each other
         raise UserError(str(error)) from None
     return 0
-
-
-@contextlib.contextmanager
-def open_hydra(config_dir: str | None = None, config_path: str | None = None) -> Iterator[Hydra]:
-    """Hydra as ``hydra.main`` sets it up, for runs and sweeps.
-
-    Args:
-        config_dir: a folder of the user's own configs, searched first (``--config-dir``).
-        config_path: replaces ``conf/`` (``--config-path``).
-
-    Raises:
-        UserError: if one of them is not a folder.
-    """
-    if config_dir and not Path(config_dir).is_dir():
-        raise UserError(f"--config-dir {config_dir}: no such folder")
-    if config_path and not Path(config_path).is_dir():
-        raise UserError(f"--config-path {config_path}: no such folder")
-    hydra.version.setbase("1.3")
-    GlobalHydra.instance().clear()
-    search_path = create_config_search_path(str(Path(config_path).absolute() if config_path else CONF))
-    if config_dir:
-        path = f"file://{Path(config_dir).absolute()}"
-        search_path.prepend("command-line", path, SearchPathQuery(provider="schema", path=None))
-    try:
-        yield Hydra.create_main_hydra2("nin", search_path)
-    finally:
-        GlobalHydra.instance().clear()
 
 
 def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:

@@ -51,34 +51,32 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def compose_settings(overrides: list[str], config_dir: str | None = None, config_name: str = "train") -> Settings:
+def compose_settings(overrides: list[str], config_name: str = "train") -> Settings:
     """Returns the settings that a command line requests.
 
     Args:
-        config_dir: a folder of the user's own configs.
         config_name: of the config to start from (``--config-name``).
 
     Raises:
         UserError: lists every error in it.
     """
     try:
-        config = compose_config(overrides, config_dir, config_name)
+        config = compose_config(overrides, config_name)
     except COMPOSITION_ERRORS as error:
-        raise collect_errors(error, overrides, config_dir, config_name) from None
+        raise collect_errors(error, overrides, config_name=config_name) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
     return validate(config)
 
 
-def compose_config(overrides: list[str], config_dir: str | None = None, config_name: str = "train") -> DictConfig:
-    """Returns the config that Hydra composes from ``conf/``, the user's own ``config_dir`` and the overrides."""
+def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
+    """Returns the config that Hydra composes from ``conf/``, or the folders of `open_hydra`, and the overrides."""
     # Hydra warns about conf/hydra/launcher: its files have the names of the launchers' schemas.
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
-    if GlobalHydra.instance().is_initialized():  # within a Hydra command, whose search path has all directories
+    if GlobalHydra.instance().is_initialized():
         return compose(config_name, overrides=overrides)
-    extra = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config_name, overrides=extra + overrides)
+        return compose(config_name, overrides=overrides)
 
 
 def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
@@ -141,7 +139,7 @@ def collect_errors(
     errors: list[str] = []
     valid: list[str] = []
     try:
-        compose_config([], config_dir, config_name)
+        compose_config([], config_name)
     except COMPOSITION_ERRORS as error:
         if str(error) != str(first):  # a config that needs an override, as in model: ???
             return UserError(_first_line(first))
@@ -151,13 +149,13 @@ def collect_errors(
     # Groups first: whether a key exists depends on the chosen options.
     for override in sorted(overrides, key=lambda o: "." in o.partition("=")[0]):
         try:
-            compose_config([*valid, override], config_dir, config_name)
+            compose_config([*valid, override], config_name)
             valid.append(override)
         except COMPOSITION_ERRORS as error:
-            errors.append(format_error(override, error, compose_config(valid, config_dir, config_name)))
+            errors.append(format_error(override, error, compose_config(valid, config_name)))
     errors += find_override_errors(valid)
     try:
-        validate(compose_config(valid, config_dir, config_name))
+        validate(compose_config(valid, config_name))
     except UserError as more:
         errors += more.errors
     return UserError(*(errors or [_first_line(first)]))
