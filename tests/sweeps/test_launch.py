@@ -106,6 +106,18 @@ def test_a_sweep_of_the_users_own_config_is_checked_as_its_jobs_are_composed(
     assert message is None or error.value.errors[0].startswith(message)
 
 
+def test_the_jobs_of_a_sweep_are_checked_with_the_search_path_of_the_command_line(
+    tmp_path: Path, data_root: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "tiny.yaml").write_text("defaults: [mlp, _self_]\nhidden_width: 8\n")
+    own = [f"hydra.searchpath=[file://{tmp_path}]", "model=tiny,mlp"]
+    args = train.parse_arguments(["-m", "name=own", "data=garments", f"data.root={data_root}", *own, "trainer=cpu"])
+    with open_hydra(overrides=args.overrides) as app:
+        assert launch.Sweep(train.compose(app, args, RunMode.MULTIRUN)).names == ["model=tiny", "model=mlp"]
+        assert compose_config(["model=tiny"]).model.hidden_width == 8
+
+
 def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(
     data_root: Path,
 ) -> None:

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     tolerate_output_errors()
     silence_known_warnings()
     args.overrides += receive_run_dir()
-    with open_hydra(args.config_dir, args.config_path) as app:
+    with open_hydra(args.config_dir, args.config_path, args.overrides) as app:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         config = compose(app, args, RunMode.MULTIRUN if is_sweep else RunMode.RUN)
         return start_sweep(app, config) if is_sweep else run_once(app, config)

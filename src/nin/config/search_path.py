@@ -1,7 +1,7 @@
 """The folders in which Hydra looks for configs: ``conf/``, and those of the command line's options."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hydra.version
@@ -9,17 +9,26 @@ from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
+from nin.config.changes import split_override
 from nin.config.schema import CONF, UserError
+
+SEARCH_PATH = "hydra.searchpath"
 
 
 @contextlib.contextmanager
-def open_hydra(config_dir: str | None = None, config_path: str | None = None) -> Iterator[Hydra]:
+def open_hydra(
+    config_dir: str | None = None, config_path: str | None = None, overrides: Iterable[str] = ()
+) -> Iterator[Hydra]:
     """Hydra as ``hydra.main`` sets it up.
 
     Args:
         config_dir: a folder of the user's own configs, searched after ``conf/`` (``--config-dir``).
         config_path: replaces ``conf/`` (``--config-path``).
+        overrides: of which ``hydra.searchpath=[…]`` adds folders. Hydra itself has these only where it composes the
+            config with this override, which a sweep's jobs lack while they are checked.
 
     Raises:
         UserError: if one of them is not a folder.
@@ -34,7 +43,19 @@ def open_hydra(config_dir: str | None = None, config_path: str | None = None) ->
     if config_dir:
         path = f"file://{Path(config_dir).absolute()}"
         search_path.prepend("command-line", path, SearchPathQuery(provider="schema", path=None))
+    for path in _read_search_path(overrides):
+        search_path.prepend(SEARCH_PATH, path, SearchPathQuery(provider="schema", path=None))
     try:
         yield Hydra.create_main_hydra2("nin", search_path)
     finally:
         GlobalHydra.instance().clear()
+
+
+def _read_search_path(overrides: Iterable[str]) -> list[str]:
+    """The folders of ``hydra.searchpath=[…]``; none if it is no list of texts, which Hydra reports."""
+    for word in overrides:
+        if split_override(word)[0] == SEARCH_PATH:
+            with contextlib.suppress(HydraException):
+                value = OverridesParser.create().parse_override(word).value()
+                return value if isinstance(value, list) and all(isinstance(path, str) for path in value) else []
+    return []
