@@ -502,7 +502,10 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
     command = "nin train --config-path /p --config-name mine name=s-best model=tiny optimizer.lr=0.1"
     assert f"    {command} hydra.sweeper.params=null" in notes
     assert not any("--config-name best" in note for note in notes)
-    description |= {"fixed": [], "config_name": None, "config_path": None}
+    description |= {"fixed": ["++name=s"], "config_name": None, "config_path": None, "name": "s=1"}
+    notes = describe_answer(tmp_path, description | {"search_path": "hydra.searchpath=[/a b]"}, study.trials, study)
+    assert """    nin train 'name="s=1-best"' 'hydra.searchpath=[/a b]' optimizer.lr=0.1""" in notes
+    assert not any("--config-name best" in note for note in notes)
     assert any("--config-name best" in note for note in describe_answer(tmp_path, description, study.trials, study))
 
 

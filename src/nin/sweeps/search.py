@@ -15,12 +15,15 @@ from typing import Any
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
+from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.schema import CONF, UserError
+from nin.config.search_path import SEARCH_PATH
 from nin.runs.folder import RunFolder, write_atomically
+from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import count_trials, read_plan, read_settings
 from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
 from nin.sweeps.space import overrides_of, read_space, silence_optuna
@@ -88,6 +91,8 @@ class Search(Sweeper):
         content["config_dir"] = sources.get("command-line")
         content["config_path"] = sources["main"] if sources["main"] != str(CONF) else None
         content["config_name"] = config_name if config_name != "train" else None
+        words: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
+        content[SEARCH_PATH_KEY] = next((word for word in words if split_override(word)[0] == SEARCH_PATH), None)
         content["in_files"] = bool(self.params)  # the space, or a part of it
         content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
         text = json.dumps(content, indent=2) + "\n"
@@ -238,7 +243,7 @@ class Search(Sweeper):
             return
         self._common.append(f"sweep.jobs={self.total + len(self.settings.final_seeds)}")
         self._set_common(test=True)
-        words = [*(w for w in self.fixed if not w.startswith("seed=")), *overrides_of(best.params)]
+        words = [*(w for w in self.fixed if split_override(w)[0] != "seed"), *overrides_of(best.params)]
         jobs = [
             [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
             for seed in self.settings.final_seeds

@@ -1,5 +1,6 @@
 """The best configuration of a search as a command and as a file, which give what its trial was trained with."""
 
+import re
 import shlex
 from typing import Any
 
@@ -14,6 +15,8 @@ from nin.sweeps.study import trial_name
 
 # The keys in a search's description, and the options of its command that choose other configs than conf/train.yaml.
 CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
+SEARCH_PATH_KEY = "search_path"  # in a search's description: its override hydra.searchpath=[…]
+_PLAIN = r"[\w.@+-]+"  # a name that Hydra reads as one text; name=a,b would be a sweep
 _NO_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
 
 
@@ -22,14 +25,17 @@ def best_command(description: dict[str, Any], best: FrozenTrial) -> str:
     options = [
         word for key, option in CONFIG_OPTIONS.items() if (own := description.get(key)) for word in (option, own)
     ]
-    words = [word for word in description["fixed"] if not word.startswith(("name=", "hydra"))]
+    name = f"{description['name']}-best"
+    words = [f"name={name}" if re.fullmatch(_PLAIN, name) else f'name="{name}"']
+    words += [search_path] if (search_path := description.get(SEARCH_PATH_KEY)) else []
+    words += [word for word in description["fixed"] if not re.match(r"\+*(name=|hydra)", word)]
     words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(description) else [])]
-    return shlex.join(["nin", "train", *options, f"name={description['name']}-best", *words])
+    return shlex.join(["nin", "train", *options, *words])
 
 
 def fits_config_file(description: dict[str, Any]) -> bool:
     """Whether best.yaml can hold the best configuration: it deletes no key, and needs no other config."""
-    is_own = any(description.get(key) for key in CONFIG_OPTIONS)
+    is_own = any(description.get(key) for key in (*CONFIG_OPTIONS, SEARCH_PATH_KEY))
     return not (is_own or any(word.startswith("~") for word in description["fixed"]))
 
 

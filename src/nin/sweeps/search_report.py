@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import shlex
 import statistics
 import sys
 import warnings
@@ -25,7 +26,7 @@ from nin.runs.console import Console, format_path, log_to, markdown_table, tenso
 from nin.runs.folder import RunFolder, read_text, write_atomically
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
-from nin.sweeps.search_best import CONFIG_OPTIONS, best_command, best_config, fits_config_file
+from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
 from nin.sweeps.space import silence_optuna
 from nin.sweeps.study import DATABASES, JOURNAL, fail_without_score, open_database, open_journal, trial_name
 
@@ -118,7 +119,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
     print(f"dashboards: {tensorboard_command(folder)}")
     if not (url or named):
-        print(f"            optuna-dashboard {format_path(folder)}/{JOURNAL}")
+        print(f"            {shlex.join(['optuna-dashboard', f'{format_path(folder)}/{JOURNAL}'])}")
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
         match json.loads(read_text(path)):
             case {"name": str(), "n_trials": int(), "fixed": list(), "max_epochs": int() | None} as description if (
                 isinstance(description.get("storage"), str | None)
-                and all(isinstance(description.get(key), str | None) for key in CONFIG_OPTIONS)
+                and all(isinstance(description.get(key), str | None) for key in (*CONFIG_OPTIONS, SEARCH_PATH_KEY))
                 and all(isinstance(word, str) for word in description["fixed"])
             ):
                 return description
@@ -200,7 +201,8 @@ def describe_answer(
         return ["no trial has completed yet"]
     notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {best_command(description, best)}"]
     if fits_config_file(description):
-        notes.append(f"    nin train --config-dir {format_path(folder)} --config-name best    (the same)")
+        same = shlex.join(["nin", "train", "--config-dir", format_path(folder), "--config-name", "best"])
+        notes.append(f"    {same}    (the same)")
     notes += _describe_test(folder, best)
     if importances := _importances(study):
         shown = ", ".join(f"{key} {share:.2f}" for key, share in importances.items())
