@@ -300,6 +300,17 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
     assert "failed: trial-0002: no epoch ended with a validation" in printed
 
 
+def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_be_wrong(tmp_path: Path) -> None:
+    store = Store(plan(), tmp_path, None)
+    store.add(propose(plan(), []))
+    store.finish(0, TrialState.COMPLETE, 0.5, {}, {})
+    description = {"name": "s", "storage": None, "fixed": ["threads=1"], "n_trials": 1, "max_epochs": 4}
+    for fixed, is_written in ((["threads=1"], True), (["~callbacks.dead_units"], False)):
+        (tmp_path / "search.json").write_text(json.dumps(description | {"fixed": fixed}))
+        search_report.report_search(tmp_path)
+        assert (tmp_path / "best.yaml").exists() is is_written
+
+
 @pytest.mark.parametrize("url", ["postgresql://me:secret@far:1/x?password=secret", "sqlite:///x.db", "mysql://far/x"])
 def test_a_report_does_not_connect_to_what_a_folder_names(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -259,11 +259,16 @@ def _write(
     content = [f"# {title}", *answer, "", *markdown_table(rows[0], rows[1:]), "", *picture]
     write_atomically(folder / "summary.md", "\n".join(content))
     written = "summary.csv, summary.md"
+    config = None
     if best := best_trial(trials):
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
         if fits_config_file(description):
             with contextlib.suppress(HydraException):  # not overrides, in a folder from elsewhere
-                write_atomically(folder / "best.yaml", best_config(description, best))
-                written += ", best.yaml"
+                config = best_config(description, best)
+    if config:
+        write_atomically(folder / "best.yaml", config)
+        written += ", best.yaml"
+    else:
+        (folder / "best.yaml").unlink(missing_ok=True)  # of an earlier state of the search
     print(f"summary:    {format_path(folder)}/{written}")
