@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from nin import cli
 from nin.config.composition import (
     apply_overrides,
     compose_config,
@@ -182,6 +183,31 @@ def test_the_users_own_config_dir(tmp_path: Path) -> None:
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\noptimizer:\n  lr: 0.7\n")
     with open_hydra(str(tmp_path)):
         assert compose_settings(["experiment=mine"]).optimizer.lr == 0.7
+
+
+def test_a_mistake_in_a_yaml_file_of_the_user_is_reported_with_its_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "bad.yaml").write_text("input_size: 28\nwidths: [16\n")
+    (tmp_path / "bad.yaml").write_text("seed: 1\nseed: 2\n")
+    (tmp_path / "odd.yaml").write_text("name: @x\n")
+    option = f'model=bad: while parsing a flow sequence in "{tmp_path}/model/bad.yaml", line 2, column 9 expected '
+    base = f'--config-dir {tmp_path} --config-name bad: while constructing a mapping in "{tmp_path}/bad.yaml", line 1'
+    odd = "--config-name odd: while scanning for the next token found character '@' that cannot start any token in "
+    for command, words, message in (
+        ("train", ["model=bad"], option),
+        ("train", ["-m", "model=bad,nin"], option),
+        ("train", ["-m", "hydra/sweeper=optuna", "model=nin,bad"], option),
+        ("train", ["--cfg", "job", "model=bad"], option),
+        ("train", ["--config-name", "bad"], base),
+        ("inspect", ["model=bad"], option),
+        ("inspect", ["--config-name", "odd"], f'{odd}"{tmp_path}/odd.yaml", line 1, column 7'),
+    ):
+        assert cli.run(command, ["--config-dir", str(tmp_path), *words]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"nin {command}: {message}")
+        assert error.count("\n") == 1
 
 
 def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import hydra
+import yaml
 from hydra._internal.callbacks import Callbacks
 from hydra._internal.hydra import Hydra
 from hydra.core.utils import run_job
@@ -52,7 +53,7 @@ def show(arguments: list[str], args: argparse.Namespace) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda config: None)()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         with open_hydra(args.config_dir, args.config_path):
             raise collect_errors(error, args.overrides, args.config_dir, args.config_name or "train") from None
     except ValueError as error:  # options that exclude each other

@@ -9,6 +9,7 @@ import re
 import shlex
 import warnings
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -25,7 +26,9 @@ from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, ValueError, TypeError, AttributeError, AssertionError)
+COMPOSITION_ERRORS = (
+    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, AssertionError
+)  # fmt: skip
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -241,6 +244,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         return f"{given}: no such key" + _suggest_key(key, config)
     if first.startswith(("Could not append", "Multiple values")) and override.startswith("+"):
         return f"{given}: is in the config already; leave out the +, as in {shlex.quote(given.lstrip('+'))}"
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):  # in the file of this option
+        return f"{given}: {first}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
@@ -283,4 +288,6 @@ def _suggest_key(key: str, config: DictConfig) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
+        return " ".join(str(error).split())
     return next((line for line in str(error).splitlines() if line), type(error).__name__)
