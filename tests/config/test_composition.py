@@ -86,6 +86,8 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         f"model=../nin_smal: no such model; did you mean nin_small? There are: {MODELS}",
         "seed: has two values, 1 and 2; give it once",
     )
+    (error,) = errors_of("seed=interval(1)")
+    assert error.endswith("key=value (TypeError while evaluating 'interval(1)': missing a required argument: 'end')")
     assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(
         f"{word}: not of the form key=value" for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
     )

@@ -210,7 +210,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     given = shorten(override)
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
-    except HydraException:
+    except HydraException as parser_error:  # whose first line is the reason; that of ``error`` may be the override
         if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
             runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
             return f"{given}: a folder, and not of the form key=value; {runs}"
@@ -224,7 +224,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
             return f"{given}: must be {NAME_RULE}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
-        reason = f" ({_first_line(error)})" if value and not lexer_failed else ""
+        reason = f" ({_first_line(parser_error)})" if value and not lexer_failed else ""
         return f"{given}: not of the form key=value{reason}"
     except ValueError:
         return f"{given}: a number of too many digits"

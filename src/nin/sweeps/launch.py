@@ -16,10 +16,11 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.errors import OverrideParseException
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from nin.config.composition import quote_value
+from nin.config.composition import format_error, quote_value
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
@@ -105,7 +106,10 @@ class Sweep:
 
     def _parse(self, params: dict[str, Any], task: list[str]) -> tuple[list[str], list[str]]:
         """The keys that the sweep varies, and those that all jobs share."""
-        overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
+        try:
+            overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
+        except OverrideParseException as error:  # of hydra.sweeper.params in a file
+            raise UserError(format_error(error.override, error, self.config)) from None
         swept, fixed = (
             [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
         )
