@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nin.config.schema import Settings
+from nin.config.schema import Settings, UserError
 from nin.sweeps.gpus import share_gpus
 
 
@@ -30,6 +30,14 @@ def test_only_the_visible_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> No
     launcher = SimpleNamespace(n_jobs=-1)
     share_gpus(launcher, [])
     assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (3, "4,GPU-7,6")
+
+
+def test_a_gpu_is_not_requested_by_its_number_where_each_job_sees_one_only(settings: Callable[..., Settings]) -> None:
+    jobs = [settings("trainer.accelerator=gpu", "trainer.devices=[1]")]
+    with pytest.raises(UserError, match=r"trainer.devices=\[1\]: with hydra/launcher=joblib .*CUDA_VISIBLE_DEVICES"):
+        share_gpus(SimpleNamespace(n_jobs=-1), jobs)
+    share_gpus(SimpleNamespace(n_jobs=1), jobs)  # in the sweep's own process, which sees all of them
+    share_gpus(SimpleNamespace(n_jobs=-1), [settings("trainer.accelerator=gpu", "trainer.devices=[0]")])
 
 
 def test_jobs_on_the_cpu_share_nothing(settings: Callable[..., Settings]) -> None:

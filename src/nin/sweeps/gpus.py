@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nin.config.schema import Settings
+from nin.config.schema import Settings, UserError
 from nin.system.processes import StopRequest
 
 # A sweep's first process sets it for its workers: the GPUs that they share.
@@ -20,6 +20,9 @@ def share_gpus(launcher: Any, jobs: list[Settings]) -> None:
     Args:
         launcher: the config of Hydra's joblib launcher; its ``n_jobs`` is reduced in place.
         jobs: settings of all jobs; empty if another sweeper chooses them later.
+
+    Raises:
+        UserError: if a job that shares the GPUs with others requests one by its number.
     """
     import torch
 
@@ -29,6 +32,13 @@ def share_gpus(launcher: Any, jobs: list[Settings]) -> None:
     os.environ[_GPUS_VARIABLE] = gpus
     count = len(gpus.split(","))
     launcher.n_jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
+    numbers = [job.trainer.devices for job in jobs if isinstance(job.trainer.devices, list)]
+    if launcher.n_jobs > 1 and (wrong := [number for number in numbers if number != [0]]):
+        raise UserError(
+            f"trainer.devices={wrong[0]}: with hydra/launcher=joblib each of several jobs at once has one GPU, which "
+            "is its number 0; leave it out, and choose GPUs with the variable CUDA_VISIBLE_DEVICES, or give "
+            "hydra.launcher.n_jobs=1"
+        )
 
 
 def acquire_gpu(sweep: Path, stop: StopRequest) -> FileLock | None:
