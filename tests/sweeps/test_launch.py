@@ -249,10 +249,10 @@ def test_joblibs_workers_know_the_sweeps_process(
     started: list[dict[str, Any]] = []
 
     class Sweeper:
-        launcher = SimpleNamespace(joblib={})
+        launcher: Any = SimpleNamespace(joblib={})
 
         def sweep(self, arguments: list[str]) -> None:
-            started.append(self.launcher.joblib)
+            started.append(self.launcher.launcher.joblib)
 
     with open_hydra() as app:
         sweep = launch.Sweep(train.compose(app, train.parse_arguments(["-m", *words]), RunMode.MULTIRUN))
@@ -275,7 +275,8 @@ def test_an_error_of_the_sweeper_itself_is_printed_and_that_of_a_job_is_not_prin
         raise ended
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: SimpleNamespace(sweep=sweep))
+    sweeper = SimpleNamespace(sweep=sweep, launcher=None)
+    monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: sweeper)
     assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == status
     assert capsys.readouterr().err == printed
 

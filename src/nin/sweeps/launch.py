@@ -1,11 +1,14 @@
 """The start of a sweep: Hydra's sweeper and launcher run its jobs, and signals are forwarded to joblib's workers."""
 
 import _thread
+import contextlib
+import io
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -16,7 +19,9 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn
 from hydra.errors import OverrideParseException
+from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
@@ -200,6 +205,9 @@ class Sweep:
             )
         if self.signals:
             sweeper.launcher.joblib["initializer"] = start_worker
+        launcher = ContinuingLauncher(sweeper.launcher, self.config.sweep.fail_fast)
+        if self.names:  # another sweeper may need the result of each job
+            sweeper.launcher = launcher
         try:
             sweeper.sweep(arguments=OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False))
         except SweepInterrupt as interrupt:
@@ -214,12 +222,38 @@ class Sweep:
             if not (status := self._status_of_signals()):
                 print("nin train: a worker process was killed; run the same command again to resume", file=sys.stderr)
             return status or 1
-        return self._status_of_signals()
+        return self._status_of_signals() or int(launcher.has_failed)
 
     def _status_of_signals(self) -> int:
         if self.signals and self.signals.stopped_by:
             return StoppedError(self.signals.stopped_by).exit_status
         return 1 if self.signals and self.signals.job_failed else 0
+
+
+class ContinuingLauncher:
+    """A launcher of Hydra without the jobs that failed, which have printed why.
+
+    Hydra's sweeper would print the overrides of the first of them, and leave the jobs of further batches
+    (``hydra.sweeper.max_batch_size``) alone.
+    """
+
+    def __init__(self, launcher: Launcher, fail_fast: bool):
+        self.launcher, self.fail_fast = launcher, fail_fast
+        self.has_failed = False
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Runs jobs and returns those that completed. Raises what stopped a job, with ``fail_fast`` also its error."""
+        completed: list[JobReturn] = []
+        for job in self.launcher.launch(job_overrides, initial_job_idx):
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):  # where Hydra prints the overrides
+                    _ = job.return_value
+                completed.append(job)
+            except (ReportedError, RunFailedError):
+                self.has_failed = True
+                if self.fail_fast:
+                    raise
+        return completed
 
 
 class SignalForwarder:
