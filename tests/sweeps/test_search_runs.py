@@ -21,7 +21,7 @@ def test_the_best_is_trained_anew_with_the_final_seeds(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["optimizer.lr=tag(log,interval(1e-3,1e-1))", "hydra.sweeper.n_trials=2", "hydra.sweeper.final_seeds=[3,4]"]
-    status, printed = search(capfd, data_root, *words)
+    status, printed = search(capfd, data_root, *words, "++seed=1")
     assert status == 0, printed
     folder = tmp_path / "outputs/sweeps/tune"
     assert not (folder / "best.json").exists()  # the best trial is not tested as well
