@@ -12,7 +12,7 @@ from nin import cli
 from nin.bench import turns
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
-from nin.config.search_path import open_hydra
+from nin.config.hydra_options import open_hydra
 from nin.data.module import ImageDataModule
 from nin.networks.build import build_network
 from nin.networks.layers import layers

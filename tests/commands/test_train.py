@@ -9,8 +9,8 @@ from helpers import SMALL
 from nin import cli
 from nin.commands import train
 from nin.commands.train import compose, parse_arguments
+from nin.config.hydra_options import open_hydra
 from nin.config.schema import UserError
-from nin.config.search_path import open_hydra
 from nin.runs.request import RunRequest
 
 

@@ -11,10 +11,9 @@ from nin.config.composition import (
     compose_config,
     compose_settings,
     count_sweep_values,
-    parse_arguments,
 )
+from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import CONF, FolderData, UserError
-from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.networks.build import build_network
 

@@ -22,7 +22,7 @@ from hydra.types import HydraContext, RunMode
 from optuna.storages.journal import JournalFileBackend
 
 from nin.commands import train
-from nin.config.search_path import open_hydra
+from nin.config.hydra_options import open_hydra
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps import search
 from nin.sweeps.study import JOURNAL, open_journal

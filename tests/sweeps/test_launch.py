@@ -30,8 +30,8 @@ from nin import cli
 from nin.checkpoints import files as checkpoint_files
 from nin.commands import train
 from nin.config.composition import compose_config, quote_value
+from nin.config.hydra_options import open_hydra
 from nin.config.schema import CONF, Settings, UserError
-from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest

@@ -20,8 +20,8 @@ from helpers import SMALL, run_experiment
 from nin import cli
 from nin.commands import train
 from nin.config.composition import compose_config
+from nin.config.hydra_options import open_hydra
 from nin.config.schema import Settings, UserError
-from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, search_checks, search_report

@@ -17,8 +17,8 @@ from rich.table import Table
 from nin.commands.options import add_config_options
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
+from nin.config.hydra_options import open_hydra
 from nin.config.schema import Settings, UserError, is_single_process
-from nin.config.search_path import open_hydra
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import write_atomically

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from nin.config.composition import compose_config, compose_settings, parse_arguments
+from nin.config.composition import compose_config, compose_settings
+from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import Settings, UserError
-from nin.config.search_path import open_hydra
 from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console

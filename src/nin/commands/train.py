@@ -21,10 +21,9 @@ from nin.config.composition import (
     COMPOSITION_ERRORS,
     collect_errors,
     first_job_overrides,
-    parse_arguments,
 )
+from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import CONF, UserError
-from nin.config.search_path import open_hydra
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder

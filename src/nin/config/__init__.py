@@ -4,7 +4,7 @@ A module imports only from the modules below it:
 
     trust                what a stored config must not do
     composition          Hydra's composition; every error of a command line in one message
-    search_path          the folders in which Hydra looks for configs
+    hydra_options        Hydra's options on the command line; the folders in which Hydra looks for configs
     validation           the composed config to `Settings`: types and ranges, and the rules on several keys at once
     own_classes          classes of the user's own
     errors               messages about a config

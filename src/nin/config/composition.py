@@ -1,6 +1,5 @@
 """Composes ``conf/`` outside ``hydra.main``, and reports all errors of a command line at once."""
 
-import argparse
 import contextlib
 import json
 import math
@@ -11,7 +10,6 @@ import warnings
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, RangeSweep
@@ -29,29 +27,6 @@ from nin.config.validation import find_override_errors, validate
 COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, AssertionError
 )  # fmt: skip
-
-
-def parse_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Parses Hydra's options. Settings are given as ``key=value``, without dashes.
-
-    Raises:
-        UserError: on an unknown option.
-    """
-    parser = get_args_parser()
-    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
-    args, unknown = parser.parse_known_args(arguments)
-    if wrong := [word for word in unknown if word.startswith("-")]:
-        option = wrong[0].partition("=")[0]
-        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
-        options.remove("--experimental-rerun")  # refused below
-        raise UserError(
-            f"{option}: no such option; settings are given without dashes, as in {option.lstrip('-') or 'seed'}=…; "
-            f"{did_you_mean(option, options)}"
-        )
-    if args.experimental_rerun:
-        raise UserError("--experimental-rerun: not supported; use nin resume RUN")
-    args.overrides += unknown  # argparse leaves those out that follow an option
-    return args
 
 
 def compose_settings(overrides: list[str], config_name: str = "train") -> Settings:

@@ -20,8 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
+from nin.config.hydra_options import SEARCH_PATH
 from nin.config.schema import CONF, UserError
-from nin.config.search_path import SEARCH_PATH
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import count_trials, read_plan, read_settings

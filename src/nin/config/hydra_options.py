@@ -1,21 +1,45 @@
-"""The folders in which Hydra looks for configs: ``conf/``, and those of the command line's options."""
+"""Hydra's options on the command line, and the folders in which Hydra looks for configs."""
 
+import argparse
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hydra.version
 from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
+from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from nin.config.changes import split_override
+from nin.config.errors import did_you_mean
 from nin.config.schema import CONF, UserError
 
 SEARCH_PATH = "hydra.searchpath"
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Parses Hydra's options. Settings are given as ``key=value``, without dashes.
+
+    Raises:
+        UserError: on an unknown option.
+    """
+    parser = get_args_parser()
+    parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
+    args, unknown = parser.parse_known_args(arguments)
+    if wrong := [word for word in unknown if word.startswith("-")]:
+        option = wrong[0].partition("=")[0]
+        options = [option for action in parser._actions for option in action.option_strings]  # noqa: SLF001  # no public list
+        options.remove("--experimental-rerun")  # refused below
+        raise UserError(
+            f"{option}: no such option; settings are given without dashes, as in {option.lstrip('-') or 'seed'}=…; "
+            f"{did_you_mean(option, options)}"
+        )
+    if args.experimental_rerun:
+        raise UserError("--experimental-rerun: not supported; use nin resume RUN")
+    args.overrides += unknown  # argparse leaves those out that follow an option
+    return args
 
 
 @contextlib.contextmanager
@@ -54,7 +78,7 @@ def open_hydra(
 def _read_search_path(overrides: Iterable[str]) -> list[str]:
     """The folders of ``hydra.searchpath=[…]``; none if it is no list of texts, which Hydra reports."""
     for word in overrides:
-        if split_override(word)[0] == SEARCH_PATH:
+        if word.lstrip("+").startswith(f"{SEARCH_PATH}="):
             with contextlib.suppress(HydraException):
                 value = OverridesParser.create().parse_override(word).value()
                 return value if isinstance(value, list) and all(isinstance(path, str) for path in value) else []
