@@ -67,12 +67,20 @@ def test_a_shirt_drawn_with_the_mouse_is_recognized_by_a_real_network(real_root:
 def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> None:
     with serve(export) as server, browser() as page:
         page.open(server.url)
-        answer = page.evaluate(SHIRT)
+        answer = page.evaluate(f"{SHIRT}.then(answer => shirt = answer)")
         rows = page.evaluate("[...document.querySelectorAll('#classes tr')].map(row => row.innerText.split('\\t')[0])")
         assert rows == list(answer["probabilities"])
         assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
         captions = page.evaluate("[...document.querySelectorAll('figcaption')].map(c => c.textContent)")
         assert [caption.split(":")[0] for caption in captions] == rows[:6]
+        # Names that are numbers, as those of data=mnist, are in the order of the probabilities too.
+        of_digits = "f => Object.fromEntries([...Array(10).keys()].map(i => [i, f(i)]))"
+        page.evaluate(f"(all => show({{probabilities: all(i => i / 45), maps: all(i => [[i]])}}))({of_digits})")
+        assert list(shown(page)) == list("9876543210")
+        assert page.evaluate("[...document.querySelectorAll('figcaption')].map(c => c.textContent[0])") == list(
+            "987654"
+        )
+        page.evaluate("show(shirt)")
         # The overlay is coloured: somewhere red and blue of a pixel differ.
         coloured = """(() => {
           const canvas = document.querySelector("figure canvas"), pen = canvas.getContext("2d");
