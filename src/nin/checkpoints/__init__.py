@@ -3,5 +3,6 @@
 A module imports only from the modules below it:
 
     files, weights            atomic, checksummed files; whether the weights in them are those of a network
+    checksum                  the checksum that a file ends with
     loop_state, random_state  the counters of Lightning's loops; random generators
 """

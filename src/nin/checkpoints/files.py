@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from nin.checkpoints.checksum import DIGITS
 from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.trust import require_allowed_classes
@@ -27,8 +28,6 @@ CALLBACK = "ResumableCheckpoint"
 METRICS = "MetricsLogger"
 DATA = "ImageDataModule"
 
-# The checksum is the comment of the zip file: 64 hexadecimal digits of the SHA-256 of everything before them.
-_DIGITS = 64
 _ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes before the comment
 
 
@@ -50,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             _require_data(buffer)
             self._is_readable = True
         content = buffer.getbuffer()
-        content[-2:] = _DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
+        content[-2:] = DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
         digest = hashlib.sha256(content).hexdigest().encode()
         try:
             with open_atomically(Path(path)) as file:
@@ -94,7 +93,7 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
-    end = len(content) - _DIGITS
+    end = len(content) - DIGITS
     if end < 22 or content[end - 22 : end - 18] != _ZIP_END:
         raise UserError(f"{path}: damaged, or not a checkpoint of nin: it does not end with a checksum")
     if hashlib.sha256(content[:end]).hexdigest().encode() != content[end:]:

@@ -59,11 +59,12 @@ def main(arguments: list[str]) -> int:
 
 
 def find_export(path: Path) -> Path:
-    """The export that ``path`` is, or that a run's folder has; one that is missing or older than best.ckpt is made.
+    """The export that ``path`` is, or that a run's folder has; one that is missing or of another best.ckpt is made.
 
     Raises:
         UserError: if there is no such file or run, or it can't be exported.
     """
+    from nin.checkpoints.checksum import read_checksum
     from nin.deploy.loading import default_export, find_checkpoint, is_export
 
     if is_export(path):
@@ -72,9 +73,21 @@ def find_export(path: Path) -> Path:
     if path.is_file():
         raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
     export = default_export(path, ".onnx")
-    if not export.exists() or export.stat().st_mtime < checkpoint.stat().st_mtime:
+    # Not by their times: those of a copied folder, or of best.ckpt replaced during an export, say nothing.
+    known = _checkpoint_of(export)
+    if known is None or known != read_checksum(checkpoint):
         print(f"exporting {format_path(path)} …", flush=True)
         # In a process of its own: the server needs none of torch's memory.
         if subprocess.run([sys.executable, "-m", "nin", "export", str(path)], check=False).returncode:
             raise UserError(f"{path}: could not be exported")
     return export
+
+
+def _checkpoint_of(export: Path) -> str | None:
+    """The checksum of the checkpoint that an export was made of; None if there is none, or it does not say."""
+    from nin.deploy.onnx_model import load_onnx
+
+    try:
+        return load_onnx(export).description.more.get("checkpoint_sha256")
+    except UserError:
+        return None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.checksum import read_checksum
 from nin.checkpoints.weights import load_weights, weights_sha256
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data.sources import describe
@@ -83,6 +84,8 @@ def read_checkpoint(
     Raises:
         UserError: if the file is no checkpoint of this version, or it names a class that is not allowed.
     """
+    # Before its content: if a run replaces the file meanwhile, the description is that of no checkpoint.
+    checksum = read_checksum(path)
     checkpoint = checkpoint_files.read(path)
     settings = checkpoint_files.settings_of(checkpoint, path, list(allow))
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
@@ -111,6 +114,7 @@ def read_checkpoint(
         more={
             "run": settings.name,
             "checkpoint": path.name,
+            "checkpoint_sha256": checksum,
             "weights_sha256": weights_sha256(module.network),
             "images_sha256": checkpoint_files.images_sha256(checkpoint),
             "test_accuracy": result.get("metrics", {}).get("test/acc"),
