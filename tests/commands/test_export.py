@@ -1,10 +1,13 @@
 """`nin export`: arguments, where the file goes, and what is missing."""
 
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import nin
 from nin.commands.export import main
 from nin.config.schema import UserError
 
@@ -24,6 +27,37 @@ def test_mistakes(run_folder: Path, arguments: list[str], message: str) -> None:
 def test_an_export_is_not_exported_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is an export already; nin predict, nin eval and nin serve take it"):
         main([str(tmp_path / "model.onnx")])
+
+
+def test_an_export_for_cpp_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
+    from nin.commands import serve
+
+    path = tmp_path / "model.pt2"
+    path.write_bytes(b"PK")
+    for use in (lambda: main([str(path)]), lambda: serve.find_export(path), lambda: nin.load(path)):
+        with pytest.raises(UserError, match=r"an export for C.+; give its run, a checkpoint or an .onnx file instead"):
+            use()
+
+
+def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_the_files(
+    run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nin.checkpoints.files import AtomicCheckpointIO, read
+    from nin.commands import serve
+
+    commands = []
+    done = SimpleNamespace(returncode=0)
+    monkeypatch.setattr(serve.subprocess, "run", lambda command, **_: commands.append(command[2:]) or done)
+    copy = Path(shutil.copytree(run_folder, tmp_path / "copy"))
+    best = copy / "checkpoints" / "best.ckpt"
+    os.utime(best, (2e9, 2e9))
+    assert serve.find_export(copy) == copy / "export" / "model.onnx"
+    assert not commands
+    checkpoint = read(best)
+    AtomicCheckpointIO().save_checkpoint(checkpoint | {"epoch": checkpoint["epoch"] + 1}, best)
+    os.utime(best, (1e9, 1e9))
+    serve.find_export(copy)
+    assert commands == [["nin", "export", str(copy)]]
 
 
 def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

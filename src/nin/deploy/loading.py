@@ -45,8 +45,12 @@ def find_checkpoint(path: Path) -> Path:
     """The checkpoint that a run's folder is judged by, or ``path`` itself if it is a file.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is none, or the file is an export in another format than ONNX.
     """
+    if path.suffix == ".pt2" and path.is_file():
+        raise UserError(
+            f"{path}: an export for C++ and torch.export.load(); give its run, a checkpoint or an .onnx file instead"
+        )
     if path.is_file():
         return path
     if not path.is_dir():
