@@ -121,6 +121,20 @@ def test_no_word_is_broken_at_80_columns(
     assert "2 (2 failed)" in table
 
 
+def test_settings_are_readable_beside_more_numbers_than_fit_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for decay in ("0.0001", "0.0002"):
+        for seed in (0, 1):
+            put_job(tmp_path / f"{decay},{seed}", [f"optimizer.weight_decay={decay}", f"seed={seed}"], 0.9)
+    summary.report(tmp_path, "val/loss")
+    output = capsys.readouterr().out
+    assert {"weight_decay=0.0001", "weight_decay=0.0002", "settings"} <= set(output.split())
+    rows = [line for line in output.splitlines() if "weight_decay" in line]
+    assert all(len(row) <= 80 + 24 for row in rows)
+
+
 def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, overrides, acc in (("first", ["experiment=cpu"], 0.9), ("second", ["model=lenet", "seed=0"], 0.8)):
         job = put_job(tmp_path / name, overrides, acc)

@@ -15,6 +15,8 @@ from nin.runs.folder import open_atomically, write_atomically
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
 
+_MIN_TEXT_WIDTH = 24  # characters of a column of settings
+
 
 def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storage: str | None = None) -> None:
     """Prints the table of the sweep in ``folder`` and writes its summary, if the folder can be written.
@@ -129,7 +131,11 @@ def describe_failures(jobs: list[Job]) -> list[str]:
 
 
 def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
-    """A column for each varied key if the terminal is wide enough for it, otherwise one for all of them."""
+    """A column for each varied key if the terminal is wide enough for it, otherwise one for all of them.
+
+    Where not even that fits, words are broken, but not into columns of a few characters: lines are longer than the
+    terminal instead.
+    """
     separator = 2  # characters between columns
     for merge_keys, all_worst in ((False, True), (False, False), (True, False)):
         header, *lines = tabulate(rows, metric, merge_keys, all_worst)
@@ -143,14 +149,18 @@ def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
         room = console.width - sum(widths) - separator * len(widths)  # the edges have one character each
         if room >= 0:
             break
+    if room < 0:
+        cut = [width if i in numbers else min(width, _MIN_TEXT_WIDTH) for i, width in enumerate(widths)]
+        room, widths = room + sum(widths) - sum(cut), cut
+        console.width, room = max(console.width, console.width - room), max(room, 0)
     # Rows that take several lines each are separated by an empty one.
     wraps = sum(max(map(len, column)) + separator for column in columns) > console.width
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, separator - 1, 0, 0), leading=int(wraps))
     for i, (name, least, column) in enumerate(zip(header, widths, columns, strict=True)):
         more = min(room, max(map(len, column)) - least)
         # Given, because rich would take the missing characters from all columns that wrap, and break words.
-        table.add_column(name, overflow="fold", no_wrap=i in numbers, width=least + more if room >= 0 else None)
-        room -= max(0, more)
+        table.add_column(name, overflow="fold", no_wrap=i in numbers, width=least + more)
+        room -= more
     for line in lines:
         table.add_row(*line)
     return table
