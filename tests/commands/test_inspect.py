@@ -62,6 +62,23 @@ def test_the_users_own_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == f"nin inspect: --config-dir {tmp_path / 'nowhere'}: no such folder\n"
 
 
+def test_no_receptive_field_is_made_up_for_a_network_of_ones_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "seven_by_seven.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self, in_channels, num_classes):\n"
+        "        conv = nn.Sequential(nn.Conv2d(in_channels, num_classes, 7))\n"
+        "        super().__init__(conv, nn.MaxPool2d(22), nn.Flatten())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "own.yaml").write_text("_target_: seven_by_seven.Net\ninput_size: 28\n")
+    assert cli.run("inspect", ["--config-dir", str(tmp_path), "model=own", "data=garments"]) == 0
+    output = capsys.readouterr().out
+    assert cells(output)["Net"] == ["10", "500", "237,160"]
+    assert "not known of a network of your own" in output
+
+
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("inspect", ["--help"]) == 0
     assert capsys.readouterr().out.startswith("Usage: nin inspect")

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from nin.config.composition import compose_config, compose_settings
 from nin.config.hydra_options import open_hydra, parse_arguments
-from nin.config.schema import Settings, UserError
+from nin.config.schema import OwnModel, Settings, UserError
 from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console
@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> None:
         settings = compose_settings(args.overrides, args.config_name or "train")
     console = Console(highlight=False)
     console.print(_layers_table(settings))
-    console.print("receptive field: pixels per side on which one output value can depend\n")
+    but = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""
+    console.print(f"receptive field: pixels per side on which one output value can depend{but}\n", soft_wrap=True)
     console.print(_comparison_table())
 
 
@@ -65,7 +66,9 @@ def _layers_table(settings: Settings) -> Table:
     for row in rows:
         shape = " x ".join(map(str, row.output_shape))
         counts = (f"{n:,}" if n else "" for n in (row.parameters, row.multiply_adds))
-        table.add_row(row.name, shape, *counts, str(row.receptive_field))
+        # Of a class of the user's own only the operations are counted, not how it connects them.
+        field = "" if isinstance(settings.model, OwnModel) else str(row.receptive_field)
+        table.add_row(row.name, shape, *counts, field)
     table.add_section()
     total = (sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows))
     table.add_row("total", "", *(f"{n:,}" for n in total), "")
