@@ -60,6 +60,7 @@ def test_forms_other_formats_and_inverted_images(server: Server, test_images: np
     form = note + file + b"--x--\r\n"
     multipart = {"Content-Type": "multipart/form-data; boundary=x"}
     assert server.request("POST", "/predict", form, multipart)[1] == expected
+    assert server.request("POST", "/predict", form, {"Content-Type": "Multipart/Form-Data; boundary=x"})[1] == expected
     assert server.request("POST", "/predict?invert=true", png(255 - test_images[0]))[1] == expected
     for files, number in ((b"", "no file"), (file + file, "2 files")):
         answer = server.request("POST", "/predict", note + files + b"--x--\r\n", multipart)
@@ -201,7 +202,7 @@ def test_a_key_is_demanded_where_it_is_set(export: Path, test_images: np.ndarray
             assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 401
             assert server.request("GET", "/metrics", None, headers)[0] == 401
         key = "secret-ü".encode().decode("latin-1")
-        for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
+        for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}, {"Authorization": f"bearer {key}"}):
             assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 200
         assert server.request("GET", "/health")[0] == 200
 

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -172,7 +173,7 @@ class Service:
             await self._read_body(request, parts)
             answer.reschedule(asyncio.get_running_loop().time() + self.limits.seconds)
             body = b"".join(parts)
-            if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            if request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
                 body = await read_file(request, body)
             elif not body:
                 raise RefusedError(400, "the body is empty: send an image's bytes, or a form with a file")
@@ -218,7 +219,9 @@ class Service:
     def _require_key(self, request: Request) -> None:
         if self.key is None:
             return
-        given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+        # The scheme's case does not matter (RFC 9110, 11.1), as that of the content type.
+        authorization = re.sub("^bearer ", "", request.headers.get("authorization", ""), flags=re.IGNORECASE)
+        given = request.headers.get("x-api-key") or authorization
         if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
             raise RefusedError(401, "a key is needed: Authorization: Bearer …", {"www-authenticate": "Bearer"})
 
