@@ -2,19 +2,22 @@ import io
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata
+from torch import Tensor, nn
 
 from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training.callbacks import tensorboard
+from nin.training.callbacks.dead_units import count_dead
 from nin.training.callbacks.figures import draw_confusion, draw_curves, most_confused
-from nin.training.callbacks.tensorboard import hyperparameters
+from nin.training.callbacks.tensorboard import ImageLogger, SingleFileTensorBoardLogger, hyperparameters
 
 
 def test_the_most_confused_classes_come_first() -> None:
@@ -87,6 +90,35 @@ def test_of_images_with_other_numbers_of_channels_the_first_are_drawn(
     assert torch.equal(grid[:, 2:6, 2:6], images[0, :drawn].expand(3, 4, 4))  # beside a frame of two pixels
     callback.on_test_batch_end(None, None, outputs, (images, torch.ones(2, dtype=torch.int64)), 0)
     assert [wrong[0].shape for wrong in callback.wrong] == [(drawn, 4, 4)]
+
+
+class Hooked(nn.Sequential):
+    """Can't be traced by torch.jit; its batch norm is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(16, 4), nn.BatchNorm1d(4).eval())
+        self[1].register_full_backward_hook(lambda *_: None)
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert len(images) > 0  # of which the trace warns
+        return super().forward(images)
+
+
+def test_a_network_that_cannot_be_traced_trains_without_its_graph(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = SingleFileTensorBoardLogger(str(tmp_path))
+    trainer: Any = SimpleNamespace(ckpt_path=None, is_global_zero=True, loggers=[logger])
+    settings = SimpleNamespace(data=SimpleNamespace(image_size=4))
+    module: Any = SimpleNamespace(network=Hooked(), in_channels=1, settings=settings)
+    ImageLogger().on_train_start(trainer, module)
+    logger.close()
+    assert "TensorBoard has no graph of the network, which can't be traced: Modules that have" in caplog.text
+    assert capsys.readouterr() == ("", "")
+    # Batch norm that a callback has frozen stays so: a resumed run draws no graph.
+    assert [part.training for part in module.network] == [True, True, False]
+    count_dead(nn.Sequential(frozen := nn.BatchNorm1d(4).eval(), nn.ReLU()), iter([torch.ones(2, 4)]))
+    assert not frozen.training
 
 
 def test_a_figure_that_cannot_be_drawn_is_a_warning_and_the_run_has_its_result(

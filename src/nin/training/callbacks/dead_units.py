@@ -151,7 +151,7 @@ def is_at_chance(latest: dict[str, float], num_classes: int) -> bool:
 def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[int, int], list[int] | None]:
     """Finds the channels whose ReLU is zero for all images of all ``batches``.
 
-    Runs the network in eval mode, and restores its mode.
+    Runs the network in eval mode, and restores the mode of each of its parts.
 
     Args:
         batches: each ``(batch, channels, height, width)``.
@@ -167,14 +167,15 @@ def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[
         batch = maps.flatten(2).amax(2).amax(0) if maps.ndim == 4 else maps.amax(0)  # (channels,)
         largest[layer] = torch.maximum(largest[layer], batch) if layer in largest else batch
 
-    was_training = network.training
+    training = [part for part in network.modules() if part.training]
     network.eval()
     with contextlib.ExitStack() as cleanup:
         for layer in before:
             cleanup.callback(layer.register_forward_hook(update_largest).remove)
         for images in batches:
             network.forward(images)
-    network.train(was_training)
+    for part in training:
+        part.training = True
 
     counts: dict[int, int] = {}
     for layer, block in before.items():

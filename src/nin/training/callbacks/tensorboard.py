@@ -4,6 +4,8 @@ TensorBoard sorts tags by name, and opens on the first ones. So ``train`` and ``
 what else is logged in training is in ``while_training``, and what is logged once, at the end, in ``when_finished``.
 """
 
+import contextlib
+import io
 import logging
 import shlex
 import warnings
@@ -17,7 +19,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from tensorboard.plugins.hparams import summary_v2 as hparams
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from nin.config.changes import flat, split_override
@@ -109,14 +111,13 @@ class ImageLogger(Callback):
             weights = next(pl_module.network.parameters())  # with precision=bf16-true they are bfloat16
             shape = (1, pl_module.in_channels, size, size)
             example = torch.zeros(shape, device=weights.device, dtype=weights.dtype)
-            with warnings.catch_warnings():
-                # TensorBoard's graphs come from torch.jit.trace, which torch deprecates.
-                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
-                warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
-                logger.experiment.add_graph(pl_module.network.eval(), example)
+            try:
+                _add_graph(logger, pl_module.network, example)
+            except Exception as error:  # noqa: BLE001  # of any kind: a network of the user's own need not be traceable
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                log.warning("TensorBoard has no graph of the network, which can't be traced: %s", reason)
             # torch keeps every trace with its weights: the memory of a sweep's process would grow with every job.
             torch._C._jit_clear_class_registry()  # noqa: SLF001  # there is no public function
-            pl_module.network.train()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Classifier, batch: Any, batch_idx: int) -> None:
         if batch_idx or trainer.global_step or not self.sample_images:
@@ -155,6 +156,23 @@ class ImageLogger(Callback):
             _add_figure(logger, "confusion", step, draw_confusion, counts, pl_module.class_names)
             if self.wrong:
                 _add_figure(logger, "wrong", step, draw_wrong, self.wrong, pl_module.class_names)
+
+
+def _add_graph(logger: TensorBoardLogger, network: nn.Module, example: Tensor) -> None:
+    """Logs the graph in eval mode; each part of the network keeps its own mode, as frozen batch norm must."""
+    training = [part for part in network.modules() if part.training]
+    # torch prints the errors that it raises.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # TensorBoard's graphs come from torch.jit.trace, which torch deprecates.
+        warnings.filterwarnings("ignore", message="`torch.jit.trace", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
+        # The trace is drawn only: it need not hold for other inputs.
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        try:
+            logger.experiment.add_graph(network.eval(), example)
+        finally:
+            for part in training:
+                part.training = True
 
 
 def _drawable(images: Tensor) -> Tensor:
