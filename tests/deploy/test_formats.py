@@ -73,6 +73,22 @@ def test_the_pages_onnxruntime_program_runs_with_onnxruntime_and_numpy_alone(exp
     assert run.stdout.strip() in nin.load(export).description.class_names
 
 
+def test_the_batch_of_a_network_that_takes_its_length_is_dynamic_too() -> None:
+    import torch
+
+    from nin.deploy.compiled import trace_program
+    from nin.deploy.pipeline import Pipeline
+
+    class Flat(torch.nn.Linear):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return super().forward(images.reshape(len(images), -1))
+
+    pipeline = Pipeline(Flat(16, 3), channels=1, stored_size=4, image_size=4, test_time_flip=False).eval()
+    images = torch.randint(256, (5, 9, 8), dtype=torch.uint8)
+    for found, expected in zip(trace_program(pipeline).module()(images), pipeline(images), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(not shutil.which("g++") or not Path("/usr/include/png.h").exists(), reason="no g++ or no libpng")
 @pytest.mark.parametrize("kind", ["gray", "color"])

@@ -17,6 +17,7 @@ from torch.export import Dim
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter, example_images, written_when_checked
 from nin.deploy.onnx_model import METADATA_KEY, metadata_of
+from nin.deploy.pipeline import Pipeline
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
@@ -35,8 +36,7 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     """
     if not (shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")):
         raise UserError("--format pt2: AOTInductor needs a C++ compiler; install g++ or clang++")
-    sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
-    program = torch.export.export(exporter.pipeline, example_images(exporter.pipeline), dynamic_shapes=(sizes,))
+    program = trace_program(exporter.pipeline)
     exported, description = path.with_suffix(".export.pt2"), exporter.description
     with written_when_checked(exported) as temporary:
         _save_program(program, temporary, description)
@@ -50,6 +50,17 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
         (exported, _describe(found, "torch.export.load() in Python")),
         (path, _describe(found_of_package, "torch::inductor::AOTIModelPackageLoader in C++")),
     ]
+
+
+def trace_program(pipeline: Pipeline) -> torch.export.ExportedProgram:
+    """The pipeline as a program with dynamic batch, height and width."""
+    sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
+    try:
+        return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=False)
+    # Of many types. TorchDynamo follows Python code that the trace takes for constants, as len(images) in a network of
+    # the user's own; torch.onnx.export tries both too.
+    except Exception:  # noqa: BLE001
+        return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=True)
 
 
 def _add(description: Description, **more: Any) -> Description:
