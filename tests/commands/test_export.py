@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 import nin
+from nin.commands import export as command
 from nin.commands.export import main
 from nin.config.schema import UserError
 
@@ -27,6 +28,29 @@ def test_mistakes(run_folder: Path, arguments: list[str], message: str) -> None:
 def test_an_export_is_not_exported_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is an export already; nin predict, nin eval and nin serve take it"):
         main([str(tmp_path / "model.onnx")])
+
+
+@pytest.mark.parametrize(("int8", "remedy"), [(False, "--int8 writes it again"), (True, "remove it")])
+def test_an_int8_file_of_an_earlier_export_is_reported(
+    int8: bool, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from nin.deploy.export import ExportError
+
+    class Exporter:
+        def export_onnx(self, path: Path) -> SimpleNamespace:
+            path.touch()
+            return SimpleNamespace(more={"check": {"images": 1, "accuracy": 1.0, "largest_difference": 0.0}})
+
+        def export_int8(self, source: Path, path: Path) -> None:
+            raise ExportError("int8: it loses more; not kept")
+
+    out = tmp_path / "model.onnx"
+    assert command._onnx(Exporter(), out, int8) == int(int8)  # type: ignore[arg-type]
+    assert "earlier" not in capsys.readouterr().err
+    (tmp_path / "model.int8.onnx").touch()
+    command._onnx(Exporter(), out, int8)  # type: ignore[arg-type]
+    message = f"model.int8.onnx: is of an earlier export, perhaps with other weights; {remedy}\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 def test_an_export_for_cpp_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:

@@ -100,13 +100,18 @@ def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
         f"{format_path(out)}: {out.stat().st_size / 1e6:.2f} MB; {found['images']:,} test images classified as by the "
         f"checkpoint, {found['accuracy']:.4f} right; probabilities differ by at most {found['largest_difference']:.1e}"
     )
-    if not int8:
-        return 0
     path = out.with_suffix(".int8.onnx")
+    earlier = f"{format_path(path)}: is of an earlier export, perhaps with other weights" if path.exists() else ""
+    if not int8:
+        if earlier:
+            print(f"{earlier}; --int8 writes it again", file=sys.stderr)
+        return 0
     try:
         measured = exporter.export_int8(out, path)
     except ExportError as error:
         print(f"nin export: {error}", file=sys.stderr)
+        if earlier:
+            print(f"{earlier}; remove it", file=sys.stderr)
         return 1
     sizes, rates, accuracy = measured["bytes"], measured["images_per_second"], measured["accuracy"]
     print(
