@@ -143,21 +143,6 @@ def missing_for_compile(device: "torch.device") -> str | None:
     return None
 
 
-def reset_compiler(deterministic: bool) -> None:
-    """Prepares ``torch.compile`` for a run.
-
-    Args:
-        deterministic: choose kernels without measuring them: a resumed run, which measures again, could get others.
-    """
-    import torch
-    from torch._inductor import config
-
-    # Earlier runs of this process count towards dynamo's limit, above which a network is not compiled.
-    torch.compiler.reset()
-    if deterministic and hasattr(config, "deterministic"):  # earlier versions of torch lack it
-        config.deterministic = True
-
-
 def device_name(device: "torch.device") -> str:
     """The name of a GPU, or the processor and its number of threads."""
     import torch

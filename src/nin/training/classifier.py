@@ -94,13 +94,11 @@ class Classifier(LightningModule):
         return self.network(images)
 
     def setup(self, stage: str) -> None:
-        # A resumed run has the weights of its checkpoint, which Lightning loads after this.
-        if stage != "fit":
-            return
         model = self.settings.model
         # A network of the user's own may have an argument of that name.
         has_components = not isinstance(model, OwnModel) and model.init == "kaiming_dirac_pca"
-        if self.settings.data.normalize or has_components:
+        # A resumed run has the weights of its checkpoint, which Lightning loads after this.
+        if stage == "fit" and (self.settings.data.normalize or has_components):
             start_from_training_images(self.network, getattr(self.trainer, "datamodule", None), has_components)
 
     def on_fit_start(self) -> None:
@@ -116,7 +114,8 @@ class Classifier(LightningModule):
         if missing and self.trainer.is_global_zero:
             log.warning("the network is not compiled, and trains more slowly on this GPU: %s", missing)
         if requested is True or (requested == "auto" and on_gpu and not missing):
-            devices.reset_compiler(deterministic=bool(self.settings.trainer.deterministic))
+            # Earlier runs of this process count towards dynamo's limit, above which a network is not compiled.
+            torch.compiler.reset()
             # CUDA graphs write the gradients of each batch to the same memory, so that none can be accumulated. A
             # scheduler may accumulate them in later epochs.
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
