@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_the_result_of_other_images(
     moved = first.rename(tmp_path / "moved")
     assert run.execute_run(request_of(first)) == run.execute_run(request_of(moved)) == result
     other = write_folder(tmp_path / "other", {"train": 9, "val": 2})
-    refused = r": has other images, or in other parts, than .*first had when .*run was trained, which is finished"
+    refused = r": has other images, or in other parts, than .*first had in the finished run .*run; give another"
     with pytest.raises(UserError, match=f"other{refused}"):
         run.execute_run(request_of(other))
     # In the same place the same pixels in the same order, of another part; in a new process, which lists them again.
@@ -128,6 +128,13 @@ def test_ctrl_c_before_training_leaves_nothing(
             with pytest.raises(KeyboardInterrupt):
                 run.execute_run(request)
         assert not request.folder.path.exists()
+    # A run that has progress keeps it, and its log says what ended the command.
+    run.execute_run(request)
+    monkeypatch.setattr(FakeExperiment, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.execute_run(request_of("trainer.max_epochs=4"))
+    assert request.folder.read_result()
+    assert "stopped by Ctrl-C at the start" in request.folder.log.read_text()
 
 
 def test_a_folder_without_its_hidden_files_is_not_continued_by_another_experiment(

@@ -146,8 +146,8 @@ def _require_same_images(folder: RunFolder, settings: Settings, previous: Settin
     for name, value in (("images_sha256", cache.fingerprint), ("images", cache.counts)):
         if result.get(name) not in (None, value):
             raise UserError(
-                f"data.root={data.root}: has other images, or in other parts, than {before.root} had when "
-                f"{folder.path} was trained, which is finished; give another name=…"
+                f"data.root={data.root}: has other images, or in other parts, than {before.root} had in the finished "
+                f"run {folder.path}; give another name=…"
             )
 
 
@@ -191,7 +191,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             print(f"{stopped}; last.ckpt is saved, run the same command again to resume", file=sys.stderr)
             raise
         except (UserError, KeyboardInterrupt) as error:  # Ctrl-C before the run listens to signals
-            log.info("refused: %s", error or "Ctrl-C")
+            log.info("%s", f"refused: {error}" if isinstance(error, UserError) else "stopped by Ctrl-C at the start")
             # Lightning asks for the schedule and for batches after the request is written.
             if is_new and not folder.has_progress():
                 _remove_new(folder, before)
