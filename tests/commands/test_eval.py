@@ -41,7 +41,7 @@ def test_what_a_file_from_elsewhere_names_is_not_followed(
     path = save(tmp_path / "x.ckpt", stored.model_dump(mode="json"))
     if kind == "export":
         path = path.with_suffix(".onnx")
-        description = SimpleNamespace(settings=stored.model_dump(mode="json"))
+        description = SimpleNamespace(settings=stored.model_dump(mode="json"), more={})
         monkeypatch.setattr(onnx_model, "load_onnx", lambda *_: SimpleNamespace(description=description))
         monkeypatch.setattr("nin.deploy.scoring.load_part", stop)
     monkeypatch.setattr(evaluation, "evaluate", stop)

@@ -87,8 +87,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     settings = apply_overrides(stored, overrides, (*(key for key in MAY_CHANGE if key.startswith("data.")), "threads"))
     with log_to(None):
         prepare(settings.data)
-        if isinstance(settings.data, FolderData):
-            warn_of_other_images(settings.data, description.more.get("images_sha256"))
+        warn_of_other_images(settings.data, description.more.get("images_sha256"))
     images, labels = load_part(settings, "test")
     network = load_onnx(path, settings.threads)
     require_same_classes(describe(settings.data).class_names, network.description.class_names)

@@ -4,8 +4,9 @@ import logging
 
 import numpy as np
 
+from nin.config.data_sets import Data, FolderData, OwnData
 from nin.config.errors import printable
-from nin.config.schema import FolderData, UserError
+from nin.config.schema import UserError
 from nin.data.cache import Cache, open_cache
 
 log = logging.getLogger(__name__)
@@ -73,12 +74,14 @@ def count_held_out(cache: Cache, data: FolderData) -> dict[str, int]:
     }
 
 
-def warn_of_other_images(data: FolderData, trained_on: object) -> None:
-    """Warns before a test on images that were split off others than those of the training: it may have seen them.
+def warn_of_other_images(data: Data | FolderData | OwnData, trained_on: object) -> None:
+    """Warns before a test whose images are split off a folder that has changed: they may have been in the training.
 
     Args:
         trained_on: the fingerprint of the images that the run had; None if it is not known.
     """
+    if not isinstance(data, FolderData):
+        return
     cache = open_folder(data)
     if trained_on not in (None, cache.fingerprint) and "test" not in cache.counts:
         log.warning(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import FolderData, Settings, UserError
+from nin.config.schema import Settings, UserError
 from nin.config.trust import ignore_stored_paths
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
@@ -69,8 +69,7 @@ class Exporter:
         # With this machine's own place of the data.
         self.here = apply_overrides(ignore_stored_paths(self.settings), list(overrides), MAY_CHANGE)
         prepare(self.here.data)
-        if isinstance(self.here.data, FolderData):
-            warn_of_other_images(self.here.data, self.description.more["images_sha256"])
+        warn_of_other_images(self.here.data, self.description.more["images_sha256"])
         self.images, self.labels = load_part(self.here, "test")
         require_same_classes(describe(self.here.data).class_names, self.description.class_names)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
-from nin.config.schema import FolderData, Settings, is_single_process
+from nin.config.schema import Settings, is_single_process
 from nin.data.classes import require_same_classes
 from nin.data.splits import warn_of_other_images
 from nin.system.devices import set_threads
@@ -30,8 +30,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
             there are no batches to test.
     """
     set_threads(settings)
-    if isinstance(settings.data, FolderData):
-        warn_of_other_images(settings.data, images_sha256(checkpoint))
+    warn_of_other_images(settings.data, images_sha256(checkpoint))
     data = build_data(settings)
     require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))
     module = Classifier(settings, data.class_names, data.channels)
