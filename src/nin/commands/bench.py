@@ -104,12 +104,13 @@ def read_settings(overrides: list[str], config_name: str = "train") -> Settings:
 def show_progress(console: Console) -> Iterator["Report"]:
     """Yields the function that is called before each measurement: on a terminal a bar, elsewhere a line per part."""
     if not console.is_terminal:
-        printed: list[str] = []
+        printed = ""
 
         def print_line(line: str, what: str = "", done: int = 0, total: int | None = None) -> None:
-            if line not in printed[-1:]:
+            nonlocal printed
+            if line != printed:
                 console.print(line)
-            printed.append(line)
+            printed = line
 
         yield print_line
         return

@@ -41,8 +41,8 @@ def main(arguments: list[str]) -> None:
         settings = compose_settings(args.overrides, args.config_name or "train")
     console = Console(highlight=False)
     console.print(_layers_table(settings))
-    but = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""
-    console.print(f"receptive field: pixels per side on which one output value can depend{but}\n", soft_wrap=True)
+    unknown = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""
+    console.print(f"receptive field: pixels per side on which one output value can depend{unknown}\n", soft_wrap=True)
     console.print(_comparison_table())
 
 
