@@ -542,7 +542,7 @@ def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path)
 # Real processes.
 
 
-LONGER = (*SMALL, "trainer.limit_train_batches=60", "checkpoint.every_n_steps=1", "callbacks=none")
+LONGER = (*SMALL, "trainer.limit_train_batches=30", "checkpoint.every_n_steps=1", "callbacks=none")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
