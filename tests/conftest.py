@@ -55,11 +55,18 @@ def _shared_loggers() -> list[tuple[str, logging.Logger]]:
 
 
 @pytest.fixture(scope="session")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the garments, generated once a session."""
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared with the other processes of pytest-xdist, whose folders for temporary files are side by side."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def data_root(shared_folder: Path) -> Path:
+    """Holds the garments, generated once for all processes, which takes several seconds."""
     from nin.data.sources import prepare
 
-    root = tmp_path_factory.mktemp("data")
+    root = shared_folder / "data"
     prepare(validate(compose_config(["data=garments", "model=nin_small", f"data.root={root}"])).data)
     return root
 
@@ -80,11 +87,9 @@ def settings(data_root: Path) -> Callable[..., Settings]:
 
 
 @pytest.fixture(scope="session")
-def run_folder(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Settings]) -> Path:
+def run_folder(shared_folder: Path, settings: Callable[..., Settings]) -> Path:
     """A run's folder with best.ckpt: a small network trained for a moment, scored mirrored too."""
-    # Shared with the other processes of pytest-xdist, whose folders for temporary files are side by side.
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "runs" / "small"
+    folder = shared_folder / "runs" / "small"
     folder.mkdir(parents=True, exist_ok=True)
     best = folder / "checkpoints" / "best.ckpt"
     with FileLock(folder / ".test-lock"):
