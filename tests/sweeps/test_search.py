@@ -465,7 +465,7 @@ def requested(*arguments: str) -> Settings:
     """The settings that a command line for a single run requests; refused if that is a sweep."""
     args = train.parse_arguments(list(arguments))
     with open_hydra(args.config_dir, args.config_path) as app:
-        return train._check(train.compose(app, args, RunMode.RUN)).settings
+        return train._build_request(train.compose(app, args, RunMode.RUN)).settings
 
 
 @pytest.mark.parametrize(

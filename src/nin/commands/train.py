@@ -17,11 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.changes import MAY_CHANGE, changes_training, is_within, split_override
-from nin.config.composition import (
-    COMPOSITION_ERRORS,
-    collect_errors,
-    first_job_overrides,
-)
+from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
@@ -42,7 +38,13 @@ def main(arguments: list[str]) -> int:
     with open_hydra(args.config_dir, args.config_path, args.overrides) as app:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
         config = compose(app, args, RunMode.MULTIRUN if is_sweep else RunMode.RUN)
-        return start_sweep(app, config) if is_sweep else run_once(app, config)
+        try:
+            return start_sweep(app, config) if is_sweep else run_once(app, config)
+        except OSError as error:  # Hydra makes the folder
+            key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+            raise UserError(
+                f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set {key}=…"
+            ) from error
 
 
 def show(arguments: list[str], args: argparse.Namespace) -> int:
@@ -73,6 +75,11 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
         raise collect_errors(error, known, args.config_dir, config_name) from None
+    if config.hydra.job.chdir:
+        raise UserError(
+            f"hydra.job.chdir={str(config.hydra.job.chdir).lower()}: a run stays in the working directory, so that "
+            "relative paths keep their meaning; leave it out"
+        )
     if mode == RunMode.RUN and (name := _name_with_changes(config)):
         config.name = name
     return config
@@ -112,7 +119,7 @@ def _task_overrides(config: DictConfig) -> list[str]:
 
 def run_once(app: Hydra, config: DictConfig) -> int:
     """One run, as Hydra's job in the run's folder. Returns the exit status."""
-    request = _check(config)
+    request = _build_request(config)
     existing = [folder for folder in request.folder.path.resolve().parents if folder.exists()]
     callbacks = Callbacks(config)
     callbacks.on_run_start(config=config, config_name=config.hydra.job.config_name)
@@ -140,15 +147,10 @@ def run_once(app: Hydra, config: DictConfig) -> int:
     except StoppedError as stopped:
         stopped.requeue()
         return stopped.exit_status
-    except OSError as error:  # Hydra makes the run's folder
-        raise UserError(
-            f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.run.dir=…"
-        ) from error
 
 
-def _check(config: DictConfig) -> RunRequest:
+def _build_request(config: DictConfig) -> RunRequest:
     overrides = _task_overrides(config)
-    _require_working_directory(config)
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
     settings = validate(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]))
@@ -161,14 +163,6 @@ def _check(config: DictConfig) -> RunRequest:
     broadcast_run_dir(config.hydra.run.dir)
     rank = global_rank(settings.trainer)
     return RunRequest(settings, folder, overrides, rank=rank)
-
-
-def _require_working_directory(config: DictConfig) -> None:
-    if config.hydra.job.chdir:
-        raise UserError(
-            f"hydra.job.chdir={str(config.hydra.job.chdir).lower()}: a run stays in the working directory, so that "
-            "relative paths keep their meaning; leave it out"
-        )
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:
@@ -184,14 +178,9 @@ def start_sweep(app: Hydra, config: DictConfig) -> int:
     from nin.sweeps.launch import Sweep
     from nin.sweeps.summary import report
 
-    _require_working_directory(config)
     sweep = Sweep(config)
     try:
         return sweep.run(app.config_loader)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set hydra.sweep.dir=…"
-        ) from error
     finally:
         if any(sweep.folder.glob("*/.hydra/overrides.yaml")):
             report(sweep.folder)
