@@ -5,6 +5,7 @@ what else is logged in training is in ``while_training``, and what is logged onc
 """
 
 import contextlib
+import copy
 import io
 import logging
 import shlex
@@ -159,8 +160,7 @@ class ImageLogger(Callback):
 
 
 def _add_graph(logger: TensorBoardLogger, network: nn.Module, example: Tensor) -> None:
-    """Logs the graph in eval mode; each part of the network keeps its own mode, as frozen batch norm must."""
-    training = [part for part in network.modules() if part.training]
+    """Logs the graph of a copy: torch traces it in eval mode, and then trains all of it, frozen batch norm too."""
     # torch prints the errors that it raises.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # TensorBoard's graphs come from torch.jit.trace, which torch deprecates.
@@ -168,11 +168,7 @@ def _add_graph(logger: TensorBoardLogger, network: nn.Module, example: Tensor) -
         warnings.filterwarnings("ignore", message="`torch.jit.trace", category=DeprecationWarning)
         # The trace is drawn only: it need not hold for other inputs.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
-        try:
-            logger.experiment.add_graph(network.eval(), example)
-        finally:
-            for part in training:
-                part.training = True
+        logger.experiment.add_graph(copy.deepcopy(network), example)
 
 
 def _drawable(images: Tensor) -> Tensor:
