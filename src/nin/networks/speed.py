@@ -47,6 +47,44 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
     return micro_batch, dropouts
 
 
+def output_shapes(network: nn.Sequential, in_channels: int, image_size: int) -> list[torch.Size]:
+    """The shape of each layer's output without the batch dimension, found by a forward pass on the "meta" device."""
+    # Two images: batch norm in training mode does not take a single 1x1 map.
+    x, shapes = torch.empty(2, in_channels, image_size, image_size, device="meta"), []
+    with torch.no_grad():
+        for layer in network:
+            state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+            x = functional_call(layer, {name: tensor.to("meta") for name, tensor in state.items()}, (x,))
+            shapes.append(x.shape[1:])
+    return shapes
+
+
+def micro_batch_size(network: nn.Sequential, shapes: list[torch.Size]) -> int | None:
+    """The number of images per micro-batch that is fastest on a CPU, or None if batches must not be split.
+
+    Batch norm takes its statistics from the full batch.
+
+    Args:
+        shapes: of the network's layers, from ``output_shapes``.
+    """
+    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return None
+    largest = max(4 * shape.numel() for shape in shapes)
+    return max(1, _CACHED // largest)
+
+
+def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> "list[Dropout]":
+    """Replaces each ``nn.Dropout`` of ``network`` with ``Dropout``, in place, and returns the new layers.
+
+    Args:
+        shapes: of the network's layers, from ``output_shapes``.
+    """
+    for i, (layer, shape) in enumerate(zip(network, shapes, strict=True)):
+        if type(layer) is nn.Dropout:
+            network[i] = Dropout(layer.p, shape)
+    return [layer for layer in network if isinstance(layer, Dropout)]
+
+
 class Dropout(nn.Dropout):
     """Dropout with one mask for a full batch, whether it is processed in micro-batches or not, in any memory format.
 
@@ -90,43 +128,3 @@ def move_relu_after_pooling(network: nn.Sequential) -> None:
         if isinstance(list(before)[last], nn.ReLU):
             before[last] = nn.Identity()
             network[i] = nn.Sequential(layer, nn.ReLU(inplace=True))
-
-
-def output_shapes(network: nn.Sequential, in_channels: int, image_size: int) -> list[torch.Size]:
-    """The shape of each layer's output without the batch dimension, found by a forward pass on the "meta" device."""
-    x, shapes = torch.empty(1, in_channels, image_size, image_size, device="meta"), []
-    was_training = network.training
-    network.eval()  # batch norm does not take a batch of one 1x1 map in training mode
-    with torch.no_grad():
-        for layer in network:
-            state = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
-            x = functional_call(layer, {name: tensor.to("meta") for name, tensor in state.items()}, (x,))
-            shapes.append(x.shape[1:])
-    network.train(was_training)
-    return shapes
-
-
-def micro_batch_size(network: nn.Sequential, shapes: list[torch.Size]) -> int | None:
-    """The number of images per micro-batch that is fastest on a CPU, or None if batches must not be split.
-
-    Batch norm takes its statistics from the full batch.
-
-    Args:
-        shapes: of the network's layers, from ``output_shapes``.
-    """
-    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-        return None
-    largest = max(4 * shape.numel() for shape in shapes)
-    return max(1, _CACHED // largest)
-
-
-def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> list[Dropout]:
-    """Replaces each ``nn.Dropout`` of ``network`` with ``Dropout``, in place, and returns the new layers.
-
-    Args:
-        shapes: of the network's layers, from ``output_shapes``.
-    """
-    for i, (layer, shape) in enumerate(zip(network, shapes, strict=True)):
-        if type(layer) is nn.Dropout:
-            network[i] = Dropout(layer.p, shape)
-    return [layer for layer in network if isinstance(layer, Dropout)]
