@@ -65,34 +65,6 @@ def _accepts(model: Model, image_size: int) -> bool:
             return False
 
 
-def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.Sequential:
-    """Builds the network that ``settings.model`` names, for images of ``settings.data.image_size``.
-
-    Args:
-        in_channels: number of channels in the input images.
-        num_classes: number of logits in the output.
-
-    Raises:
-        UserError: if its arguments don't fit each other. `require_buildable` finds images that are too small for it.
-    """
-    model, size = settings.model, settings.data.image_size
-    if isinstance(model, OwnModel):
-        network = _build_own(model, size, in_channels, num_classes)
-    else:
-        network = _construct(model, size, in_channels, num_classes)
-        initialize(network, model.init)
-    return _with_normalization(network, in_channels) if settings.data.normalize else network
-
-
-def counting_device(model: Model | OwnModel) -> torch.device:
-    """Where a network is built of which only layers and operations are counted.
-
-    That is the "meta" device, where nothing is computed, but not for a class of the user's own: it may read values of
-    tensors, which do not exist there.
-    """
-    return torch.device("cpu" if isinstance(model, OwnModel) else "meta")
-
-
 def _construct(model: Model, image_size: int, in_channels: int, num_classes: int) -> nn.Sequential:
     """A network of the project: the class in ``networks/<name>.py`` from whose signature the section was read."""
     module = importlib.import_module(f"nin.networks.{model.name}")
@@ -119,8 +91,25 @@ def _require_patches(network: nn.Module, name: str, image_size: int) -> None:
         )
 
 
-def _with_normalization(network: nn.Sequential, in_channels: int) -> nn.Sequential:
-    """``network`` after a `Normalize` layer; the other layers keep their names."""
+def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.Sequential:
+    """Builds the network that ``settings.model`` names, for images of ``settings.data.image_size``.
+
+    Args:
+        in_channels: number of channels in the input images.
+        num_classes: number of logits in the output.
+
+    Raises:
+        UserError: if its arguments don't fit each other. `require_buildable` finds images that are too small for it.
+    """
+    model, size = settings.model, settings.data.image_size
+    if isinstance(model, OwnModel):
+        network = _build_own(model, size, in_channels, num_classes)
+    else:
+        network = _construct(model, size, in_channels, num_classes)
+        initialize(network, model.init)
+    if not settings.data.normalize:
+        return network
+    # The other layers keep their names.
     return nn.Sequential(OrderedDict([("normalize", Normalize(in_channels)), *network.named_children()]))
 
 
@@ -210,3 +199,12 @@ def _init_as_average(layer: nn.Module) -> None:
 def _keeps_channels(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
     """Whether ``layer`` is a 1x1 convolution with as many outputs as inputs, which can be the identity."""
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.in_channels == layer.out_channels
+
+
+def counting_device(model: Model | OwnModel) -> torch.device:
+    """Where a network is built of which only layers and operations are counted.
+
+    That is the "meta" device, where nothing is computed, but not for a class of the user's own: it may read values of
+    tensors, which do not exist there.
+    """
+    return torch.device("cpu" if isinstance(model, OwnModel) else "meta")
