@@ -78,7 +78,7 @@ def train(recipe: str, *overrides: str) -> list[float]:
         "enable_progress_bar": False,
     }
     data = ImageDataModule(settings.data, settings.seed)
-    classifier = Classifier(settings, data.info.class_names, data.info.channels)
+    classifier = Classifier(settings, data.class_names, data.channels)
     lightning.Trainer(**arguments).fit(classifier, data)
     return recorder.losses
 

@@ -82,8 +82,8 @@ def test_a_position_in_another_epoch_is_ignored() -> None:
 def test_the_data_module_works_without_a_trainer(settings: Callable[..., Settings]) -> None:
     chosen = settings("data.augment=flip", "data.image_size=32")
     module = ImageDataModule(chosen.data, seed=0)
-    assert module.info.class_names[9] == "Ankle boot"
-    assert (module.info.channels, module.info.stored_size) == (1, 28)
+    assert module.class_names[9] == "Ankle boot"
+    assert module.channels == 1
     module.prepare_data()
     module.setup("fit")
     assert (len(module.train[1]), len(module.val[1])) == (9000, 1000)

@@ -68,7 +68,7 @@ def prepare_training(
             if isinstance(settings.data, OwnData):
                 raise UserError("data: nin bench measures this project's own data modules; choose data=garments")
             data = ImageDataModule(settings.data, settings.seed)
-            yield Classifier(settings, data.info.class_names, data.info.channels), data, build
+            yield Classifier(settings, data.class_names, data.channels), data, build
         finally:
             for logger in loggers:
                 if isinstance(logger, SingleFileTensorBoardLogger):

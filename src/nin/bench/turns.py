@@ -107,7 +107,7 @@ def measure_rates(
         data.trainer = trainer = build([])
         data.setup("fit")
         device, dtype = trainer.strategy.root_device, _dtype(trainer)
-        network = build_network(settings, data.info.channels, len(data.info.class_names))
+        network = build_network(settings, data.channels, len(data.class_names))
         size, batch_size = settings.data.image_size, settings.data.batch_size
         images, labels = data.train
         if not isinstance(images, torch.Tensor):  # read from disk by batch; the notebooks keep all in memory

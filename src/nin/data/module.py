@@ -120,7 +120,8 @@ class ImageDataModule(LightningDataModule):
         is_prepared: whether the files have been downloaded and verified already, as ``prepare_data`` does.
 
     Attributes:
-        info: class names, channels and stored size of the images.
+        class_names: one per class; the label of an image is the index of its class.
+        channels: of the images.
         notes: for the result: a folder's fingerprint, the number of images in its parts, and which were split off its
             training images. Empty for the published data sets.
     """
@@ -128,9 +129,8 @@ class ImageDataModule(LightningDataModule):
     def __init__(self, data: Data | FolderData, seed: int = 0, is_prepared: bool = False):
         super().__init__()
         self.data, self.seed, self.is_prepared = data, seed, is_prepared
-        self.info = describe(data)
-        # As a data module of the user's own has them.
-        self.class_names, self.channels = self.info.class_names, self.info.channels
+        info = describe(data)
+        self.class_names, self.channels = info.class_names, info.channels
         self.notes: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
@@ -210,10 +210,10 @@ class ImageDataModule(LightningDataModule):
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel over the training images, from 0 to 1: float32 ``(channels,)``."""
-        counts = torch.zeros(self.info.channels, 256, dtype=torch.int64)
+        counts = torch.zeros(self.channels, 256, dtype=torch.int64)
         images = self.train[0]
         for start in range(0, len(images), 1024):
-            pixels = images[start : start + 1024].cpu().reshape(-1, self.info.channels).to(torch.int64)
+            pixels = images[start : start + 1024].cpu().reshape(-1, self.channels).to(torch.int64)
             counts += torch.stack([channel.bincount(minlength=256) for channel in pixels.T])
         values = torch.arange(256, dtype=torch.float64) / 255
         shares = counts.double() / counts.sum(1, keepdim=True)

@@ -131,7 +131,7 @@ _SHORT = {"loss": "train/loss", "acc": "train/acc", "val": "val/acc", "test": "t
 
 @dataclass
 class EpochPrinter(Callback):
-    """Elsewhere: prints one line per epoch.
+    """Without a terminal: prints one line per epoch.
 
     Args:
         metrics: the callback whose last row is printed.
