@@ -124,25 +124,6 @@ def _require_layout(checkpoint: Any, path: Path) -> None:
         )
 
 
-def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | None = None) -> Settings:
-    """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.
-
-    Args:
-        allowed: the modules whose classes may be imported, if the settings are used to build a network; None if they
-            are only compared.
-
-    Raises:
-        UserError: if this version of the project does not know them, or they name a class that is not allowed.
-    """
-    try:
-        stored = validate_plain(checkpoint["hyper_parameters"]["settings"])
-    except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
-    if allowed is not None:
-        require_allowed_classes(stored, allowed)
-    return stored
-
-
 def publish(folder: RunFolder, best: bool, keep: int) -> None:
     """Renames the fresh checkpoint to last.ckpt, copies it to best.ckpt if it is; ``keep`` older ones move by one."""
     last = folder.last
@@ -156,13 +137,6 @@ def publish(folder: RunFolder, best: bool, keep: int) -> None:
         last.replace(last.with_name("last-1.ckpt"))
     folder.fresh.replace(last)
     sync_folder(folder.checkpoints)
-
-
-def resume_candidates(folder: RunFolder) -> list[Path]:
-    """Paths of the checkpoints from which a run may resume, newest first; they need not exist."""
-    older = (p for p in folder.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
-    # A run that was killed during its first save has only best.ckpt.
-    return [folder.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), folder.best]
 
 
 def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dict[str, Any]] | None:
@@ -193,6 +167,13 @@ def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dic
     return None
 
 
+def resume_candidates(folder: RunFolder) -> list[Path]:
+    """Paths of the checkpoints from which a run may resume, newest first; they need not exist."""
+    older = (p for p in folder.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
+    # A run that was killed during its first save has only best.ckpt.
+    return [folder.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), folder.best]
+
+
 # What resuming reads from a checkpoint, with its type.
 _RESUMED_STATE: dict[tuple[str, ...], Any] = {
     ("optimizer_states",): list,
@@ -206,17 +187,6 @@ _RESUMED_STATE: dict[tuple[str, ...], Any] = {
     ("callbacks", CALLBACK, "saved_step"): int,
     ("callbacks", CALLBACK, "should_stop"): bool,
 }
-
-
-def _select(nested: Any, keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        nested = nested.get(key) if isinstance(nested, Mapping) else None
-    return nested
-
-
-def images_sha256(checkpoint: Mapping[str, Any]) -> Any:
-    """The fingerprint of the folder of images that the run had; None if it had none."""
-    return _select(checkpoint, (DATA, "fingerprint"))
 
 
 def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settings, run_id: str | None) -> str | None:
@@ -258,3 +228,33 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
             "own checkpoint there, or give another name=…"
         )
     return saved_by
+
+
+def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | None = None) -> Settings:
+    """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.
+
+    Args:
+        allowed: the modules whose classes may be imported, if the settings are used to build a network; None if they
+            are only compared.
+
+    Raises:
+        UserError: if this version of the project does not know them, or they name a class that is not allowed.
+    """
+    try:
+        stored = validate_plain(checkpoint["hyper_parameters"]["settings"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
+    if allowed is not None:
+        require_allowed_classes(stored, allowed)
+    return stored
+
+
+def images_sha256(checkpoint: Mapping[str, Any]) -> Any:
+    """The fingerprint of the folder of images that the run had; None if it had none."""
+    return _select(checkpoint, (DATA, "fingerprint"))
+
+
+def _select(nested: Any, keys: tuple[str, ...]) -> Any:
+    for key in keys:
+        nested = nested.get(key) if isinstance(nested, Mapping) else None
+    return nested

@@ -28,6 +28,13 @@ _KNOWN_WARNINGS = (
 )
 
 
+def silence_known_warnings() -> None:
+    """Silences warnings of Lightning and Hydra that appear in every run of this project."""
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # `get_class` raises what it logs
+
+
 class _ConsoleHandler(logging.StreamHandler):
     """Writes to the current standard error, which a progress bar replaces while it is drawn."""
 
@@ -130,10 +137,3 @@ def tensorboard_command(folder: Path) -> str:
     else:
         words = [sys.executable, "-m", "tensorboard.main"]
     return shlex.join([*words, "--logdir", format_path(folder)])
-
-
-def silence_known_warnings() -> None:
-    """Silences warnings of Lightning and Hydra that appear in every run of this project."""
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # `get_class` raises what it logs
