@@ -44,8 +44,7 @@ class Experiment:
 
     def __init__(self, request: RunRequest):
         self.request, self.folder = request, request.folder
-        self.run_id: str | None = None
-        self.resume_path, self.checkpoint = self._find_checkpoint()
+        self.resume_path, self.checkpoint, self.run_id = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
         self.data = build_data(self.settings)
@@ -82,7 +81,8 @@ class Experiment:
             cleanup.enter_context(self.request.stop)
             self._fit()
             final_weights = weights_sha256(self.module.network)
-            self._load_best()
+            # If best.ckpt is missing or damaged, no other weights are tested instead.
+            load_weights(self.module, checkpoint_files.read(self.folder.best))
             pruned = any(callback.is_pruned for callback in self.pruning)
             if pruned or not self.settings.sweep.test:  # a trial of a search
                 untested = dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class"))
@@ -107,18 +107,18 @@ class Experiment:
             f"precision {trainer.precision}"
         )
 
-    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None]:
+    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None, str | None]:
+        """Path and content of the checkpoint to resume from, and the identity of its run; each None for a new run."""
         if not self.folder.checkpoints.exists():
-            return None, None
+            return None, None, None
         found = checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
         if found is None:
-            return None, None
+            return None, None, None
         path, checkpoint = found
         # The identity of the run is that of its folder, or where that was lost, of its checkpoint.
         run_id = self.folder.read_state().get("run_id")
         saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, run_id)
-        self.run_id = run_id or saved_by
-        return path, checkpoint
+        return path, checkpoint, run_id or saved_by
 
     def _with_threads(self, settings: Settings) -> Settings:
         """A run keeps the number of CPU threads of its start: sums are rounded in an order that depends on it."""
@@ -193,10 +193,6 @@ class Experiment:
                 f"{self.resume_path}: can't be resumed: its state could not be restored ({type(error).__name__}: "
                 f"{error}, see nin.log); remove it to resume from the checkpoint before it, or give another name=…"
             ) from error
-
-    def _load_best(self) -> None:
-        """Loads the weights of ``best.ckpt``; if it is missing or damaged, no other weights are tested instead."""
-        load_weights(self.module, checkpoint_files.read(self.folder.best))
 
     def _describe(self, tested: dict[str, Any], final_weights: str) -> dict[str, Any]:
         best, metrics = self.checkpoints.best, self.metrics
