@@ -10,7 +10,7 @@ import sys
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nin.config.changes import differences
 from nin.config.schema import FolderData, Settings, UserError
@@ -22,6 +22,9 @@ from nin.runs.request import RunRequest
 from nin.runs.results import print_result
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.processes import StoppedError
+
+if TYPE_CHECKING:
+    from nin.training.experiment import Experiment
 
 log = logging.getLogger(__name__)
 
@@ -179,10 +182,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             print(f"{request.label}{experiment.describe_start()}", flush=True)
             if not request.settings.sweep.keys:  # a sweep has printed the job's folder
                 print(place, flush=True)
-            code = {"versions": versions(), "git_commit": git_commit()}
-            started = record_start(
-                request, experiment.settings, code, experiment.run_id, resumed=experiment.checkpoint is not None
-            )
+            started = record_start(request, experiment)
             result = experiment.run(started["resumes"]) | started
             folder.write_result(result)
             return result
@@ -212,28 +212,25 @@ def _remove_new(folder: RunFolder, before: set[Path]) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def record_start(
-    request: RunRequest, settings: Settings, code: dict[str, Any], run_id: str | None, resumed: bool
-) -> dict[str, Any]:
+def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any]:
     """Writes the request down, after what can refuse it before data are loaded, and the code that runs.
-
-    Args:
-        run_id: the identity of the resumed run.
 
     Returns:
         The part of the result about the code that the run used: ``versions`` and ``git_commit`` of the first start,
         ``resumes``, and ``resumed_with`` for resumes with other code.
     """
-    folder = request.folder
+    folder, resumed = request.folder, experiment.checkpoint is not None
+    code = {"versions": versions(), "git_commit": git_commit()}
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
     # With absolute paths, so that the run can be resumed from any working directory.
     # Not as JSON, whose keys are texts: GradientAccumulationScheduler has the numbers of epochs as keys.
-    folder.write_request(settings.model_dump(), request.overrides)
+    folder.write_request(experiment.settings.model_dump(), request.overrides)
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
-    folder.update_state(run_id=run_id or state.get("run_id") or uuid.uuid4().hex, starts=starts, resumes=resumes)
+    run_id = experiment.run_id or state.get("run_id") or uuid.uuid4().hex
+    folder.update_state(run_id=run_id, starts=starts, resumes=resumes)
     others = [start for start in starts[1:] if start != starts[0]]
     return starts[0] | {"resumes": resumes} | ({"resumed_with": others} if others else {})
 
