@@ -130,10 +130,12 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     from nin.bench.overhead import measure_overhead
     from nin.bench.turns import count_operations, measure_rates
     from nin.deploy.export import measure_untrained
+    from nin.networks.build import require_buildable
     from nin.system.devices import device_name, set_threads
     from nin.training.run import versions
     from nin.training.trainer import build_trainer
 
+    require_buildable(settings)
     set_threads(settings)
     more = {}
     try:

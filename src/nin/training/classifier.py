@@ -22,7 +22,7 @@ from nin.config import own_classes
 from nin.config.schema import TOP5_CLASSES, OwnModel, OwnOptimizer, OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
-from nin.networks.build import build_network, require_buildable
+from nin.networks.build import build_network
 from nin.system import devices
 from nin.training.initial_statistics import start_from_training_images
 from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
@@ -71,12 +71,8 @@ class Classifier(LightningModule):
         self.train_loss.persistent(True)
         self.train_acc.persistent(True)
         self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
-        try:
-            self.network = build_network(self.settings, in_channels, self.num_classes)
-            self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
-        except RuntimeError:  # of a layer without an output
-            require_buildable(self.settings)
-            raise
+        self.network = build_network(self.settings, in_channels, self.num_classes)
+        self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
         # Set by `MetricsLogger` where the loggers already have test metrics at this step; each tag has a step once.
         self.test_metrics_logged = False
 
