@@ -9,10 +9,15 @@ PIXELS = 224  # the longer side of pictures with a score map, so that a map of 3
 COLORS = "RdBu_r"  # red raises a class's logit, blue lowers it
 
 
-def draw_image(axes: Any, image: np.ndarray) -> None:
-    """Draws an image ``(height, width)`` or ``(height, width, 3)``, uint8, without ticks."""
+def draw_image(axes: Any, image: np.ndarray, left: float = 0, top: float = 0) -> None:
+    """Draws an image ``(height, width)`` or ``(height, width, 3)``, uint8, without ticks.
+
+    Args:
+        left, top: its place where axes show several images, in pixels.
+    """
     gray = {"cmap": "gray", "vmin": 0, "vmax": 255} if image.ndim == 2 else {}
-    axes.imshow(image, **gray)
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(left, left + width, top + height, top), **gray)
     axes.axis("off")
 
 

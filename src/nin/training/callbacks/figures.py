@@ -79,25 +79,36 @@ def most_confused(counts: Tensor, limit: int) -> list[int]:
 
 
 def draw_wrong(wrong: list[Mistake], class_names: tuple[str, ...]) -> Figure:
-    """Each image; where there are score maps, beside it those of the true and the predicted class over it."""
+    """Each image; where there are score maps, beside it those of the true and the predicted class over it.
+
+    Args:
+        wrong: images of one size.
+    """
     with_maps = wrong[0][3] is not None
-    columns = 3 if with_maps else 6
+    columns, width, height = (3, 4.4, 1.9) if with_maps else (6, 1.6, 1.9)  # in inches, with the space between images
     rows = math.ceil(len(wrong) / columns)
-    figure = Figure(figsize=(columns * (4.4 if with_maps else 1.6), rows * 1.9), layout="constrained")
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, (values, label, predicted, maps) in zip(figure.axes, wrong, strict=False):
-        image = (
-            (values.transpose(1, 2, 0).clip(0, 1) * 255)
-            .round()
-            .astype(np.uint8)
-            .squeeze(-1 if len(values) == 1 else ())
-        )
-        if maps is not None:
-            limit = strongest(maps)
-            image = np.concatenate([blend(image, part, limit) for part in (np.zeros_like(maps[0]), *maps)], axis=1)
-        draw_image(axes, image)
-        places = (" (middle)", " (right)") if with_maps else ("", "")
+    figure = Figure(figsize=(columns * width, rows * height))
+    # One for all: axes for each image and a layout that measures their titles take several times as long.
+    axes = figure.add_axes((0, 0, 1, 1))
+    places = (" (middle)", " (right)") if with_maps else ("", "")
+    for i, (values, label, predicted, maps) in enumerate(wrong):
+        image = _with_maps(values, maps)
+        pixels = max(image.shape[0] / (height - 0.5), image.shape[1] / (width - 0.2))  # per inch
+        row, column = divmod(i, columns)
+        middle, bottom = (column + 0.5) * width * pixels, (row + 1) * height * pixels
+        draw_image(axes, image, middle - image.shape[1] / 2, bottom - image.shape[0])
         title = f"{class_names[label]}{places[0]}\npredicted: {class_names[predicted]}{places[1]}"
-        axes.set_title(escape(title), fontsize=8)
+        above = bottom - image.shape[0] - 0.05 * pixels
+        axes.text(middle, above, escape(title), ha="center", va="bottom", fontsize=8)
+    axes.set(xlim=(0, columns * width * pixels), ylim=((rows * height + 0.05) * pixels, 0), aspect="auto")
     return figure
+
+
+def _with_maps(values: np.ndarray, maps: np.ndarray | None) -> np.ndarray:
+    """The image of a mistake as ``draw_image`` takes it, with its score maps beside it."""
+    image = (values.transpose(1, 2, 0).clip(0, 1) * 255).round().astype(np.uint8)
+    image = image.squeeze(-1 if len(values) == 1 else ())
+    if maps is None:
+        return image
+    limit = strongest(maps)
+    return np.concatenate([blend(image, part, limit) for part in (np.zeros_like(maps[0]), *maps)], axis=1)
