@@ -73,8 +73,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
 def test_a_refused_command_line_is_one_message_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    small = [word for word in SMALL if not any(word.startswith(f"{a.split('=')[0]}=") for a in arguments)]
-    assert cli.run("train", [*arguments, *small]) == 2
+    assert cli.run("train", [*arguments, *SMALL[:2]]) == 2  # few: each is composed alone to find all errors
     printed = capsys.readouterr()
     assert printed.err.startswith(f"nin train: {message}")
     assert (printed.out, list(tmp_path.iterdir())) == ("", [])
