@@ -79,6 +79,12 @@ def test_a_refused_command_line_is_one_message_and_leaves_nothing(
     assert (printed.out, list(tmp_path.iterdir())) == ("", [])
 
 
+def test_a_refused_run_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
+    (folder := tmp_path / "outputs" / "runs" / "x").mkdir(parents=True)
+    assert cli.run("train", [*SMALL, "name=x", "trainer.devices=0"]) == 2
+    assert list(folder.iterdir()) == []
+
+
 def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)

@@ -120,7 +120,8 @@ def _task_overrides(config: DictConfig) -> list[str]:
 def run_once(app: Hydra, config: DictConfig) -> int:
     """One run, as Hydra's job in the run's folder. Returns the exit status."""
     request = _build_request(config)
-    existing = [folder for folder in request.folder.path.resolve().parents if folder.exists()]
+    path = request.folder.path.resolve()
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     callbacks = Callbacks(config)
     callbacks.on_run_start(config=config, config_name=config.hydra.job.config_name)
     context = HydraContext(config_loader=app.config_loader, callbacks=callbacks)
@@ -140,7 +141,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
             raise error
         return 0
     except UserError:
-        _remove_empty(request.folder.path.resolve(), existing[0])
+        _remove_empty(path, existing)
         raise
     except RunFailedError:
         return 1
@@ -150,6 +151,11 @@ def run_once(app: Hydra, config: DictConfig) -> int:
 
 
 def _build_request(config: DictConfig) -> RunRequest:
+    """The run that a composed config requests.
+
+    Raises:
+        UserError: lists every error in the config, or says why it is no single run of this process.
+    """
     overrides = _task_overrides(config)
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
@@ -161,8 +167,7 @@ def _build_request(config: DictConfig) -> RunRequest:
     if not config.hydra.run.dir.strip():
         raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
-    rank = global_rank(settings.trainer)
-    return RunRequest(settings, folder, overrides, rank=rank)
+    return RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer))
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:
