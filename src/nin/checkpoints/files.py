@@ -139,7 +139,7 @@ def publish(folder: RunFolder, best: bool, keep: int) -> None:
     sync_folder(folder.checkpoints)
 
 
-def load_newest_valid(folder: RunFolder, rename: bool = True) -> tuple[Path, dict[str, Any]] | None:
+def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, Any]] | None:
     """The newest valid checkpoint of a run; None if none was ever saved. Damaged files are skipped.
 
     Args:

@@ -51,14 +51,15 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
         case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key
             return f"{key}: {first['ctx']['error']}"
         case "string_pattern_mismatch" if key.endswith("_target_"):
-            given = shorten(json.dumps(first["input"], ensure_ascii=False))
-            return f"{key}={given}: must be a module and a class in it, as in my_net.Net"
+            rule = "be a module and a class in it, as in my_net.Net"
         case "string_pattern_mismatch":
-            return f"{key}={shorten(json.dumps(first['input'], ensure_ascii=False))}: must be {NAME_RULE}"
-    expected = list(dict.fromkeys(_expectation(error) for error in errors))
-    if all(rule.startswith("be ") for rule in expected):
-        expected = [expected[0], *(rule.removeprefix("be ") for rule in expected[1:])]
-    return f"{key}={shorten(json.dumps(first['input'], ensure_ascii=False))}: must {' or '.join(expected)}"
+            rule = f"be {NAME_RULE}"
+        case _:
+            rules = list(dict.fromkeys(map(_expectation, errors)))
+            if all(rule.startswith("be ") for rule in rules):
+                rules = [rules[0], *(rule.removeprefix("be ") for rule in rules[1:])]
+            rule = " or ".join(rules)
+    return f"{key}={shorten(json.dumps(first['input'], ensure_ascii=False))}: must {rule}"
 
 
 def _expectation(error: ErrorDetails) -> str:
@@ -70,9 +71,9 @@ def _expectation(error: ErrorDetails) -> str:
     return re.sub(r"^\w+ should |,? after validation.*$", "", error["msg"])
 
 
-def shorten(text: str, length: int = 80) -> str:
-    """``text`` with at most ``length`` characters; "…" replaces what is cut off."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def shorten(text: str) -> str:
+    """``text`` with at most 80 characters; "…" replaces what is cut off."""
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def printable(name: str) -> str:

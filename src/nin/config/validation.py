@@ -8,7 +8,7 @@ is known before any is read for the named data sets only; that of a folder is ch
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -107,9 +107,8 @@ def _early_stopping_errors(plain: dict) -> dict[str, str]:
     return errors
 
 
-def find_errors(settings: Settings, invalid: Iterable[str] = ()) -> list[str]:
+def find_errors(settings: Settings, invalid: Collection[str]) -> list[str]:
     """The errors of all rules that read none of the keys in ``invalid``: that value is the error to report."""
-    invalid = list(invalid)
     return [
         error
         for keys, rule in RULES
@@ -151,10 +150,8 @@ def require_valid_limits(settings: Settings) -> Iterator[str]:
 
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
-    # The number of batches depends on the machine's devices.
-    if not (is_single_process(settings.trainer) and _with_known_size(settings)):
+    if not (batches := count_batches(settings)):
         return
-    batches = count_batches(settings)
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in _LIMITS}
     limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
     for key, (limit, available) in limits.items():
@@ -176,12 +173,9 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
             "to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
         )
     elif (
-        isinstance(interval, int)
-        and settings.trainer.check_val_every_n_epoch
-        and is_single_process(settings.trainer)
-        and _with_known_size(settings)
+        isinstance(interval, int) and settings.trainer.check_val_every_n_epoch and (counted := count_batches(settings))
     ):
-        batches, limit = count_batches(settings)["trainer.limit_train_batches"], settings.trainer.limit_train_batches
+        batches, limit = counted["trainer.limit_train_batches"], settings.trainer.limit_train_batches
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
         if interval > batches > 0:
@@ -192,9 +186,10 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
 
 
 def count_batches(settings: Settings) -> dict[str, int]:
-    """The number of batches to which each limit applies, in a run of one process."""
+    """The number of batches to which each limit applies; empty for several devices, or before a folder is read."""
     data = _with_known_size(settings)
-    assert data  # its callers check that
+    if data is None or not is_single_process(settings.trainer):
+        return {}
     training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
     images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
