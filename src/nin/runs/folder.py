@@ -137,12 +137,10 @@ class RunFolder:
                 return {key: value for key, value in state.items() if _is_of_state(key, value)}
         return {}
 
-    def update_state(self, **values: Any) -> dict[str, Any]:
-        """Sets ``values`` in the state (None removes a key), writes it atomically and returns it."""
-        state = self.read_state() | values
-        state = {key: value for key, value in state.items() if value is not None}
+    def update_state(self, **values: Any) -> None:
+        """Sets ``values`` in the state (None removes a key) and writes it atomically."""
+        state = {key: value for key, value in (self.read_state() | values).items() if value is not None}
         write_atomically(self.state, json.dumps(state))
-        return state
 
     def write_request(self, config: dict[str, Any], overrides: list[str]) -> None:
         """Writes the requested config and the overrides that led to it."""

@@ -39,7 +39,6 @@ class Search(Sweeper):
 
     def __init__(self, params: Any = None, **_: Any):
         self.params = params or {}
-        self.stopped = False
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context = hydra_context
