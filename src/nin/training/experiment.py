@@ -46,10 +46,10 @@ class Experiment:
         self.request, self.folder = request, request.folder
         self.resume_path, self.checkpoint, self.run_id = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
-        lightning.seed_everything(self.settings.seed, verbose=False)
-        self.data = build_data(self.settings)
         devices.retain_freed_memory()
         devices.set_threads(self.settings)
+        lightning.seed_everything(self.settings.seed, verbose=False)
+        self.data = build_data(self.settings)
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         self.checkpoints = ResumableCheckpoint(self.folder, self.settings.checkpoint, self.metrics, request.stop)
