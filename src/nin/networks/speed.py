@@ -14,7 +14,7 @@ from nin.config.schema import OwnModel, Settings
 log = logging.getLogger(__name__)
 
 # A micro-batch's largest feature maps are at most this many bytes, so that the next layer finds them in a CPU's cache.
-_CACHED = 18 * 2**20
+_CACHE_BYTES = 18 * 2**20
 
 
 def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "tuple[int | None, list[Dropout]]":
@@ -70,7 +70,7 @@ def micro_batch_size(network: nn.Sequential, shapes: list[torch.Size]) -> int | 
     if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return None
     largest = max(4 * shape.numel() for shape in shapes)
-    return max(1, _CACHED // largest)
+    return max(1, _CACHE_BYTES // largest)
 
 
 def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> "list[Dropout]":

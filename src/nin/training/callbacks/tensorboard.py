@@ -160,7 +160,7 @@ class ImageLogger(Callback):
 
 
 def _add_graph(logger: TensorBoardLogger, network: nn.Module, example: Tensor) -> None:
-    """Logs the graph of a copy: torch traces it in eval mode, and then trains all of it, frozen batch norm too."""
+    """Logs the graph of a copy: torch traces in eval mode, then sets all layers to training mode, also frozen ones."""
     # torch prints the errors that it raises.
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         # TensorBoard's graphs come from torch.jit.trace, which torch deprecates.
