@@ -231,6 +231,12 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     with pytest.raises(UserError, match=r"trainer: Cannot use .*LearningRateMonitor.* no logger"):
         run_experiment(settings(monitor, "logger=none"), RunFolder(tmp_path))
+    average = [
+        f"+callbacks.swa.{word}"
+        for word in ("_target_=lightning.pytorch.callbacks.StochasticWeightAveraging", "swa_lrs=0.1")
+    ]
+    with pytest.raises(UserError, match=r"callbacks.swa: a run with .* can't be resumed, .*; use callbacks=ema"):
+        experiment.build_trainer(settings(*average), None)
 
 
 def test_a_gpu_that_is_not_requested_is_no_warning(

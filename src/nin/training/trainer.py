@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
@@ -102,6 +102,12 @@ def _instantiate(
             ) from error
         if not isinstance(instance, kind):
             raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
+        if isinstance(instance, StochasticWeightAveraging):
+            raise UserError(
+                f"{key}: a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and "
+                "the average is computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
+                "lightning.pytorch.callbacks.WeightAveraging"
+            )
         if folder is not None and isinstance(instance, Checkpoint):
             _keep_apart(key, instance, RunFolder(folder))
         instances[kind].append(instance)
