@@ -211,6 +211,16 @@ def test_top5_accuracy_with_more_than_30_classes(settings: Callable[..., Setting
     assert metrics["test/top5_acc"] == pytest.approx(float((top5 == labels[:, None]).any(1).float().mean()))
 
 
+def test_the_loss_is_read_in_a_step_on_a_cpu_only(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on the device "meta" have no values; on an Apple GPU reading one would wait for the GPU."""
+    monkeypatch.setattr(Classifier, "trainer", type("OneProcess", (), {"world_size": 1})())
+    module = Classifier(settings(), CLASSES).to("meta")
+    images, labels = torch.rand(4, 1, 28, 28, device="meta"), torch.zeros(4, dtype=torch.int64, device="meta")
+    assert module.training_step((images, labels), 0).is_meta
+
+
 def test_shares_of_an_uneven_last_batch_give_the_gradient_of_the_undivided_batch(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,7 +139,7 @@ class Classifier(LightningModule):
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
                 loss = loss * process_weight(self.trainer.strategy, len(labels), self.device)
         # Reading the loss would synchronize a GPU in every step; there, it is checked when metrics are logged.
-        if not batch_loss.is_cuda:
+        if batch_loss.is_cpu:
             require_finite(self, batch_loss.item())
         self.train_loss.update(batch_loss.expand(len(labels)))
         self.train_acc.update(logits, labels)
