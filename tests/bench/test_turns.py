@@ -10,6 +10,7 @@ from torchmetrics import MeanMetric
 
 from nin import cli
 from nin.bench import turns
+from nin.bench.project import synchronize
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
 from nin.config.hydra_options import open_hydra
@@ -34,6 +35,14 @@ def test_the_rate_of_training_is_images_by_seconds(monkeypatch: pytest.MonkeyPat
     assert begun == [
         ("round 1 of 2", "other", 1, 4), ("round 2 of 2", "training", 2, 4), ("round 2 of 2", "other", 3, 4),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", False), ("cuda", True), ("mps", True)])
+def test_a_clock_is_read_when_the_gpu_has_finished(device: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[torch.device]()
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    synchronize(torch.device(device))
+    assert waited == [torch.device(device)] * waits
 
 
 def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path) -> None:

@@ -77,5 +77,5 @@ def prepare_training(
 
 def synchronize(device: torch.device) -> None:
     """Waits until the GPU has finished its work, so that a clock read afterwards includes it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type in ("cuda", "mps"):
+        torch.accelerator.synchronize(device)
