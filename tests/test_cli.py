@@ -54,6 +54,14 @@ def test_an_unknown_command_gets_a_suggestion(
     assert printed.err.splitlines()[0] == f"nin: {message}"
 
 
+def test_on_windows_the_message_names_what_to_use(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert dispatch(monkeypatch, "train", "experiment=quickstart") == 2
+    assert capsys.readouterr().err == ("nin train: needs Linux or macOS; on Windows start it in WSL (wsl --install)\n")
+
+
 def test_a_process_that_lightning_starts_trains_with_the_overrides_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     run: list[tuple[str, list[str]]] = []
     monkeypatch.setattr(cli, "run", lambda name, arguments: run.append((name, arguments)) or 0)

@@ -91,6 +91,9 @@ def run(name: str, arguments: list[str]) -> int:
 
     128 and more: a signal ended it, as in a shell.
     """
+    if sys.platform == "win32":  # no POSIX signals, and no folder can be flushed to disk
+        print(f"nin {name}: needs Linux or macOS; on Windows start it in WSL (wsl --install)", file=sys.stderr)
+        return 2
     command = importlib.import_module(f"nin.commands.{name}")
     from nin.config.errors import printable_lines
     from nin.config.schema import UserError
