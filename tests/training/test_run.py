@@ -267,3 +267,18 @@ def test_too_little_memory_of_a_gpu_fails_with_its_remedy(
     for text in (started.folder.log.read_text(), capsys.readouterr().err, started.folder.read_result()["error"]):
         assert "Tried to allocate 20.00 GiB." in text
         assert "start another run with a smaller data.batch_size" in text
+
+
+def test_a_view_of_maps_in_the_channels_last_format_fails_with_its_remedy(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def flatten() -> None:  # as in a network of the user's own
+        torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last).view(2, -1)
+
+    monkeypatch.setitem(globals(), "during_training", flatten)
+    started = request_of()
+    with pytest.raises(run.RunFailedError):
+        run.execute_run(started)
+    for text in (started.folder.log.read_text(), capsys.readouterr().err, started.folder.read_result()["error"]):
+        assert "view size is not compatible" in text
+        assert "set speed.channels_last=false, or use .reshape()" in text

@@ -73,8 +73,15 @@ def require_working_gpu(device: "torch.device") -> None:
 
 
 def add_remedy(error: Exception, settings: Settings) -> None:
-    """Adds what to try to the error of a GPU with too little memory, below its traceback."""
+    """Adds what to try to the error of a GPU with too little memory, or of a memory format, below its traceback."""
     import torch
+
+    # Of a network's own ``x.view(len(x), -1)``, LBFGS, Lightning's ModelPruning.
+    if settings.speed.channels_last and "view size is not compatible" in str(error):
+        error.add_note(
+            "speed.channels_last=true keeps weights and maps of convolutions in the channels-last memory format, which "
+            ".view() refuses: set speed.channels_last=false, or use .reshape() or .flatten() in code of your own"
+        )
 
     if isinstance(error, torch.OutOfMemoryError):
         error.add_note(
