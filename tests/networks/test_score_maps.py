@@ -43,9 +43,16 @@ def test_with_a_fully_connected_layer_mean_and_bias_are_the_logit(images: Tensor
 def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
     pytest.importorskip("captum")
 
-    def as_built(*layers: nn.Module) -> nn.Sequential:
+    class Own(nn.Sequential):
+        """A config can name a class only, and no layers."""
+
+    class Doubled(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            return 2 * super().forward(images)
+
+    def as_built(*layers: nn.Module, kind: type[nn.Sequential] = Own) -> nn.Sequential:
         """As `build_network` wraps a network of the user's own, with data.normalize=true."""
-        return nn.Sequential(OrderedDict(normalize=nn.Identity(), own=nn.Sequential(*layers))).eval()
+        return nn.Sequential(OrderedDict(normalize=nn.Identity(), own=kind(*layers))).eval()
 
     pooled = as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     assert ends_with_pooling(pooled)
@@ -55,6 +62,7 @@ def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
     deep = as_built(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 8), nn.ReLU(), nn.Linear(8, 5))
     assert not has_score_maps(deep)
     assert grad_cam(deep, images).shape == (3, 5, 26, 26)
+    assert not has_score_maps(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), kind=Doubled))
     # Means of four quarters are no logits of one class each.
     assert not has_score_maps(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
 

@@ -33,7 +33,10 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     if not isinstance(network, nn.Sequential):
         return []
     *before, last = list(network)
-    return [*before, *last] if type(last) is nn.Sequential else [*before, last]
+    # A subclass with a forward of its own may do more than call its layers.
+    if isinstance(last, nn.Sequential) and type(last).forward is nn.Sequential.forward:
+        return [*before, *last]
+    return [*before, last]
 
 
 def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
