@@ -1,3 +1,4 @@
+import logging
 import re
 from pathlib import Path
 
@@ -82,3 +83,19 @@ def test_no_receptive_field_is_made_up_for_a_network_of_ones_own(
 def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("inspect", ["--help"]) == 0
     assert capsys.readouterr().out.startswith("Usage: nin inspect")
+
+
+def test_a_target_that_is_no_class_is_one_message(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("hydra.utils"), "level", logging.NOTSET)  # restored after the test
+    logging.getLogger("hydra.utils").manager._clear_cache()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "resnet.yaml").write_text("_target_: torchvision.models.resnet18\ninput_size: 32\n")
+    assert cli.run("inspect", ["--config-dir", str(tmp_path), "model=resnet"]) == 2
+    message = "model._target_=torchvision.models.resnet18: is no class; write one that calls it"
+    assert capsys.readouterr().err == f"nin inspect: {message}\n"
+    assert caplog.text == ""  # of Hydra, which raises what it logs

@@ -12,6 +12,8 @@ class Thing:
     def __init__(self, first: int, width: int, image_size: int = 0):
         if width > 9:
             raise ValueError("too wide")
+        if width < 0:
+            raise FileNotFoundError(2, "No such file or directory", "weights.pt")
         self.values = first, width, image_size
 
 
@@ -43,6 +45,7 @@ def test_the_signature_decides_what_is_given() -> None:
         ({"widht": 3}, r"model.widht: .*Thing has no such argument; did you mean width\?"),
         ({}, "model: .*Thing: missing a required argument: 'width'"),
         ({"width": 10}, r"model: .*Thing fails with width=10 \(ValueError: too wide\)"),
+        ({"width": -1}, r"model: .*Thing fails with width=-1 \(FileNotFoundError: .*: 'weights.pt'\)"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, object], message: str) -> None:
@@ -61,6 +64,7 @@ def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_the
     monkeypatch.setattr(own_classes, "get_class", get_class)  # Hydra's
     for target, message in (
         ("pathlib.Paht", r"model._target_=pathlib.Paht: pathlib has no class Paht$"),
+        ("os.getcwd", r"model._target_=os.getcwd: is no class; write one that calls it$"),
         (
             "no_such.Net",
             r"model._target_=no_such.Net: can't be imported .*; is the folder of its file in PYTHONPATH\?$",

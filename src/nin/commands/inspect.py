@@ -10,7 +10,7 @@ from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import OwnModel, Settings, UserError
 from nin.config.validation import validate
 from nin.data.sources import describe
-from nin.runs.console import Console
+from nin.runs.console import Console, silence_known_warnings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> None:
     known = ("overrides", "config_dir", "config_name", "config_path")
     if others := [name for name, value in vars(args).items() if value and name not in known]:
         raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
+    silence_known_warnings()
     with open_hydra(args.config_dir, args.config_path):
         settings = compose_settings(args.overrides, args.config_name or "train")
     console = Console(highlight=False)

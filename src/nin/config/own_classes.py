@@ -26,6 +26,8 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
         found = get_class(config.target)
     except (HydraException, ImportError, ValueError, AttributeError) as error:
         module, _, name = config.target.rpartition(".")
+        if hasattr(sys.modules.get(module), name):  # a function, as torchvision.models.resnet18
+            raise UserError(f"{key}._target_={config.target}: is no class; write one that calls it") from error
         if module in sys.modules:
             raise UserError(f"{key}._target_={config.target}: {module} has no class {name}") from error
         reason = str(error.__cause__ or error).splitlines()[0]
@@ -64,8 +66,8 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
         raise UserError(f"{key}: {config.target}: {error}") from error
     try:
         return found(*positional, **given)
-    # What the user's own class raises about the values that it is given.
-    except (TypeError, ValueError, RuntimeError) as error:
+    # What the user's own class raises about the values that it is given, or about a file that it needs.
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
         values = ", ".join(f"{name}={value!r}" for name, value in config.arguments.items())
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{key}: {config.target} fails with {values or 'its defaults'} ({reason})") from error
