@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter
 from nin.training.classifier import Classifier
 from nin.training.evaluation import evaluate
-from nin.training.loss import NonFiniteLossError
+from nin.training.loss import NonFiniteLossError, require_finite
 from nin.training.run import execute_run
 
 CLASSES = tuple("abcdefghij")
@@ -214,9 +215,23 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
 ) -> None:
     wild = settings("optimizer=sgd", "optimizer.lr=1e30", "schedule=constant", "model.norm=none", "logger=none")
     with pytest.raises(
-        NonFiniteLossError, match=r"the loss is (nan|inf) at step \d.*learning rate 1e\+30.*Try a smaller"
+        NonFiniteLossError,
+        match=r"the loss is (nan|inf) at step \d.*learning rate 1e\+30.*Try a smaller optimizer.lr, "
+        r"schedule.warmup=0.1, trainer.gradient_clip_val=1, model.norm=batch$",
     ):
         run_experiment(wild, RunFolder(tmp_path), [])
+
+
+def test_what_a_run_has_already_is_not_recommended(settings: Callable[..., Settings]) -> None:
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.5}])
+    module = SimpleNamespace(
+        trainer=SimpleNamespace(optimizers=[optimizer]),
+        settings=settings("model.norm=batch", "schedule.warmup=0.1", "trainer.gradient_clip_val=1"),
+        global_step=3,
+        current_epoch=0,
+    )
+    with pytest.raises(NonFiniteLossError, match=r"learning rate 0.5: training diverged. Try a smaller optimizer.lr$"):
+        require_finite(module, float("nan"))
 
 
 def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The loss of a batch: in micro-batches, weighted among processes, and required to be finite."""
 
 import math
+from typing import cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
+
+from nin.config.schema import Schedule, Settings
 
 
 class NonFiniteLossError(RuntimeError):
@@ -63,9 +66,20 @@ def require_finite_weights(module: LightningModule) -> None:
 
 
 def _diverged(module: LightningModule, what: str) -> NonFiniteLossError:
-    lr = module.trainer.optimizers[0].param_groups[0]["lr"]
+    lr, settings = module.trainer.optimizers[0].param_groups[0]["lr"], cast(Settings, module.settings)
     return NonFiniteLossError(
         f"{what} at step {module.global_step} (epoch {module.current_epoch + 1}), learning rate {lr:g}: training "
-        "diverged. Try a smaller optimizer.lr, schedule.warmup=0.1, trainer.gradient_clip_val=1, or model.norm=batch "
-        "with NiN"
+        f"diverged. Try {', '.join(_remedies(settings))}"
     )
+
+
+def _remedies(settings: Settings) -> list[str]:
+    """What may keep training from diverging, without what the run has already."""
+    remedies = ["a smaller optimizer.lr"]
+    if isinstance(settings.schedule, Schedule) and settings.schedule.warmup < 0.1:
+        remedies.append("schedule.warmup=0.1")
+    if not settings.trainer.gradient_clip_val:
+        remedies.append("trainer.gradient_clip_val=1")
+    if getattr(settings.model, "norm", None) == "none":
+        remedies.append("model.norm=batch")
+    return remedies
