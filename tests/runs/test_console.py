@@ -36,6 +36,14 @@ def test_output_that_can_not_be_written_is_ignored(
             print("x" * 10_000, file=getattr(sys, name), flush=True)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
+def test_a_log_that_can_not_be_written_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with console.log_to(Path("/dev/full")):
+        for _ in range(3):
+            logging.getLogger("nin").info("a line")
+    assert capsys.readouterr().err == "WARNING: /dev/full: can't be written (No space left on device)\n"
+
+
 @pytest.mark.parametrize(("encoding", "written"), [("ascii", b"? ? x\n"), ("latin-1", b"? \xe9 x\n")])
 def test_characters_that_the_encoding_lacks_are_replaced(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str, written: bytes

@@ -43,6 +43,24 @@ class _ConsoleHandler(logging.StreamHandler):
         super().emit(record)
 
 
+class _LogFile(logging.FileHandler):
+    """nin.log. That the disk is full is printed once, and the run continues."""
+
+    is_reported = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.is_reported:
+            self.is_reported = True
+            print(f"WARNING: {self.baseFilename}: can't be written ({error.strerror})", file=sys.stderr)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # what could not be written is tried once more
+            super().close()
+
+
 @contextlib.contextmanager
 def log_to(file: Path | None, label: str = "") -> Iterator[None]:
     """Sends all log records and warnings to ``file``, and warnings and errors also to standard error.
@@ -55,7 +73,7 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
     console.setFormatter(logging.Formatter(f"{label}%(levelname)s: %(message)s"))
     handlers: list[logging.Handler] = [console]
     if file:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8"))
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     previous = root.handlers, root.level
