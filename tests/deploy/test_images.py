@@ -1,6 +1,7 @@
 """What a user hands over as images: files, folders, IDX files, arrays."""
 
 import io
+import os
 import struct
 from pathlib import Path
 
@@ -36,6 +37,34 @@ def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) 
     assert isinstance(found[2][1], ImageError)
     assert found[4][1].tolist() == [[3, 4, 5]]
     assert found[5][1].tolist() == [[7, 7], [7, 7]]
+
+
+def test_linked_folders_are_read_and_what_can_not_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere" / "ants").mkdir(parents=True)
+    Image.new("L", (2, 2), 7).save(tmp_path / "elsewhere" / "ants" / "1.png")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, target in (("a", "../elsewhere/ants"), ("b", "."), ("c.png", "gone.png"), ("d.png", "a/1.png")):
+        (photos / name).symlink_to(target)
+    os.mkfifo(photos / "e.png")
+    found = {
+        name.removeprefix(f"{photos}/"): image for name, image in images.iterate([photos], ImageForm(1), io.BytesIO())
+    }
+    assert list(found) == ["a/1.png", "b", "c.png", "d.png"]
+    assert found["a/1.png"].tolist() == found["d.png"].tolist() == [[7, 7], [7, 7]]
+    assert (str(found["b"]), str(found["c.png"])) == (
+        "a link to a folder that contains it",
+        "No such file or directory",
+    )
+
+
+def test_a_folder_that_can_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    ((name, error),) = images.iterate([tmp_path], ImageForm(1), io.BytesIO())
+    assert (name, str(error)) == (str(tmp_path), "Permission denied")
 
 
 @pytest.mark.parametrize(

@@ -42,20 +42,37 @@ class ImageForm:
 def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tuple[str, np.ndarray | ImageError]]:
     """Yields ``(name, image)`` for each image of files, folders (with all below them), IDX files and ``-``.
 
-    A file that cannot be decoded is yielded with its ImageError in place of the image. In folders only files whose
-    suffix is one of Pillow's are read, in the order of their names, and nothing that is hidden, as with `data=folder`.
-    An image of an IDX file is named ``file[index]``.
+    A file that cannot be decoded, or a folder that cannot be read, is yielded with its ImageError in place of the
+    image. In folders only files whose suffix is one of Pillow's are read, in the order of their names, also those that
+    links lead to, and nothing that is hidden, as with `data=folder`. An image of an IDX file is named ``file[index]``.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
     for path in paths:
         if str(path) == "-":
             yield from _read("-", stdin.read(), form)
         elif path.is_dir():
-            for file in sorted(path.rglob("*")):
-                hidden = any(name.startswith(".") for name in file.relative_to(path).parts)
-                if file.suffix.lower() in suffixes and file.is_file() and not hidden:
-                    yield from _read_file(file, form)
+            suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
+            yield from _read_folder(path, form, suffixes)
         else:
+            yield from _read_file(path, form)
+
+
+def _read_folder(
+    folder: Path, form: ImageForm, suffixes: set[str], above: tuple[Path, ...] = ()
+) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+    try:
+        here, entries = folder.resolve(), sorted(folder.iterdir())
+    except OSError as error:
+        yield str(folder), ImageError(error.strerror or str(error))
+        return
+    if here in above:
+        yield str(folder), ImageError("a link to a folder that contains it")
+        return
+    for path in entries:
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _read_folder(path, form, suffixes, (*above, here))
+        elif path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):  # no pipe; a link to nothing
             yield from _read_file(path, form)
 
 
