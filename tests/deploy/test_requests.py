@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import tempfile
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -18,6 +19,7 @@ pytest.importorskip("uvicorn")
 
 from starlette.requests import Request
 
+from nin.deploy.requests import read_file
 from nin.deploy.service import Limits, Service
 
 
@@ -113,3 +115,12 @@ def test_light_and_dark_are_swapped_before_an_image_is_padded() -> None:
 
     asyncio.run(play())
     assert [image.max() for image in received] == [0, 0]
+
+
+def test_a_form_is_read_where_no_temporary_file_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    photo = bytes(2_000_000)
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    headers = [(b"content-type", b"multipart/form-data; boundary=x")]
+    request = Request({"type": "http", "headers": headers})
+    assert asyncio.run(read_file(request, head + photo + b"\r\n--x--\r\n")) == photo

@@ -60,8 +60,10 @@ async def read_file(request: Request, body: bytes) -> bytes:
     async def parts() -> AsyncGenerator[bytes, None]:
         yield body
 
+    parser = MultiPartParser(request.headers, parts(), max_files=10, max_fields=100)
+    parser.spool_max_size = len(body)  # in memory, where the body is: a container may have no place for temporary files
     try:
-        form = await MultiPartParser(request.headers, parts(), max_files=10, max_fields=100).parse()
+        form = await parser.parse()
     # A malformed form raises MultiPartException, one without a boundary KeyError.
     except (MultiPartException, KeyError):
         raise RefusedError(400, "the form is malformed") from None
