@@ -1,4 +1,5 @@
 import contextlib
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from torchmetrics import MeanMetric
 
 from nin import cli
 from nin.bench import turns
+from nin.bench.notebook import NotebookLoop
 from nin.bench.project import synchronize
 from nin.bench.turns import count_operations
 from nin.config.composition import compose_settings
@@ -62,6 +64,16 @@ def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path)
     seen.clear()
     turns._data_rate(data, module, 0)
     assert seen == ["meta"]
+
+
+def test_the_notebooks_loop_starts_a_worker_for_each_core_that_this_process_may_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    train = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    loop = NotebookLoop(nn.Linear(1, 1), train, 28, 1, torch.device("meta"), 1)
+    assert loop.loader.num_workers == 3
 
 
 @pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])

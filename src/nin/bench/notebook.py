@@ -1,7 +1,6 @@
 """The notebooks' training loop, written without this project."""
 
 import itertools
-import os
 import time
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from nin.data.parallel import count_cores
 from nin.system.devices import default_allocator
 
 
@@ -38,7 +38,7 @@ class NotebookLoop:
         images, labels = train
         dataset = PILImages(images.cpu().numpy(), labels.cpu().numpy(), image_size)
         # On a CPU, workers would take the cores from the network, also while the other measurements run.
-        workers = 0 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+        workers = 0 if device.type == "cpu" else min(8, count_cores())
         self.loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)
         self.network = network.to(device).train()
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01)

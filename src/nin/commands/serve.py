@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("network", type=Path, help="a run's folder, or an exported .onnx file")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU; default: all")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: all that this process may use")
     parser.add_argument("--max-megabytes", type=float, default=20, help="of a request; default: 20")
     parser.add_argument("--max-megapixels", type=float, default=25, help="of an image; default: 25")
     parser.add_argument("--max-waiting", type=int, default=256, help="images that wait; default: 256")
@@ -33,14 +33,16 @@ def main(arguments: list[str]) -> int:
     )
     args = parser.parse_args(arguments)
     for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be a number above 0")
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
     try:
         from nin.deploy import server
         from nin.deploy.service import Limits, Service
     except ImportError as error:
         packages = "'uvicorn[standard]' starlette python-multipart prometheus-client onnxruntime"
         raise UserError(f"needs {error.name}: python3 -m pip install {packages}") from None
+    from nin.data.parallel import count_cores
     from nin.deploy.onnx_model import load_onnx
 
     listener = server.listen(args.host, args.port)
@@ -52,7 +54,7 @@ def main(arguments: list[str]) -> int:
             waiting_images=args.max_waiting,
             seconds=args.timeout,
         )
-        service = Service(load_onnx(export, args.threads), limits, os.environ.get(KEY) or None)
+        service = Service(load_onnx(export, args.threads or count_cores()), limits, os.environ.get(KEY) or None)
         address = f"[{args.host}]" if ":" in args.host else args.host
         print(f"{format_path(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         return server.run(service, listener)

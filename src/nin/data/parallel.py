@@ -31,7 +31,7 @@ def decode_folder(data: FolderData, listing: Listing, images: Path) -> tuple[int
     silence_pillow()
     files = [file for part in PARTS for file in listing.files.get(part, [])]
     names = ["" if file.name in listing.broken else file.name for file in files]
-    processes = 1 if sum(file.size for file in files) < _FEW_BYTES else _count_cores()
+    processes = 1 if sum(file.size for file in files) < _FEW_BYTES else count_cores()
     train = len(listing.files["train"])
     if data.channels != "auto":
         return data.channels, decode_files(data, names, images, data.channels, 0, processes)[0]
@@ -78,7 +78,8 @@ def decode_files(
     return broken, color
 
 
-def _count_cores() -> int:
+def count_cores() -> int:
+    """The number of CPU cores that this process may use, of those that the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
