@@ -17,6 +17,7 @@ from PIL import Image
 import nin
 from nin.commands.predict import _MapNames, _Rows, main
 from nin.config.schema import UserError
+from nin.deploy import map_figures
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
@@ -158,6 +159,17 @@ def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Pa
         values = np.asarray(picture.convert("RGB")).astype(int)
     assert values.shape[1] > 2 * values.shape[0]
     assert (abs(values[..., 0] - values[..., 2]) > 40).sum() > 500  # red or blue is drawn over the gray image
+
+
+def test_a_picture_that_can_not_be_written_is_named(
+    run_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(map_figures, "open_atomically", refuse)
+    with pytest.raises(UserError, match=r"^--maps \S+/maps: can't be written \(No space left on device\)$"):
+        main([str(run_folder), str(pictures / "0.png"), "--maps", str(tmp_path / "maps")])
 
 
 def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_path: Path) -> None:

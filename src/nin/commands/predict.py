@@ -135,7 +135,10 @@ def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "S
 
     assert scores.maps is not None
     names = network.description.class_names
-    write_maps(path, image, names, scores.probabilities[place], scores.logits[place], scores.maps[place], top)
+    try:
+        write_maps(path, image, names, scores.probabilities[place], scores.logits[place], scores.maps[place], top)
+    except OSError as error:
+        raise UserError(f"--maps {path.parent}: can't be written ({error.strerror})") from error
 
 
 class _MapNames:
