@@ -12,6 +12,7 @@ from nin.commands.train import compose, parse_arguments
 from nin.config.hydra_options import open_hydra
 from nin.config.schema import UserError
 from nin.runs.request import RunRequest
+from nin.sweeps import launch
 
 
 @pytest.fixture(autouse=True)
@@ -147,3 +148,24 @@ def test_errors_are_those_of_the_config_that_the_command_names(tmp_path: Path) -
     assert error_of("nosuch").startswith(f"--config-dir {tmp_path} --config-name nosuch: Cannot find primary config")
     (tmp_path / "open.yaml").write_text("# @package _global_\ndefaults: [{model: '???'}]\n")
     assert error_of("open", "model=nosuch").startswith("In 'open': Could not find 'model/nosuch'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["name=full"], "run.dir=… outputs/runs/full"),
+        (["-m", "name=full", "seed=1,2"], "sweep.dir=… outputs/sweeps/full"),
+    ],
+)
+def test_a_full_disk_is_reported_with_the_folder(
+    arguments: list[str], folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")  # as a write raises it, without a name
+
+    monkeypatch.setattr(train, "execute_run", fail)
+    monkeypatch.setattr(launch.Sweep, "run", fail)
+    key, place = folder.split()
+    assert cli.run("train", [*SMALL, *arguments]) == 2
+    message = f"{place}: can't be written (No space left on device); start elsewhere, or set hydra.{key}\n"
+    assert capsys.readouterr().err.endswith(message)

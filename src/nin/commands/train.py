@@ -41,9 +41,10 @@ def main(arguments: list[str]) -> int:
         try:
             return start_sweep(app, config) if is_sweep else run_once(app, config)
         except OSError as error:  # Hydra makes the folder
-            key = "hydra.sweep.dir" if is_sweep else "hydra.run.dir"
+            key, folder = ("sweep", config.hydra.sweep.dir) if is_sweep else ("run", config.hydra.run.dir)
             raise UserError(
-                f"{error.filename}: can't be written ({error.strerror}); start elsewhere, or set {key}=…"
+                f"{error.filename or folder}: can't be written ({error.strerror}); start elsewhere, or set "
+                f"hydra.{key}.dir=…"
             ) from error
 
 
