@@ -82,8 +82,16 @@ def real_root() -> Path:
 
 @pytest.fixture(scope="session")
 def settings(data_root: Path) -> Callable[..., Settings]:
-    """Composes settings of a small run on the garments, with more overrides after its own."""
-    return lambda *overrides: validate(compose_config([*SMALL, f"data.root={data_root}", *overrides]))
+    """Composes settings of a small run on the garments, with more overrides after its own.
+
+    It draws no figures, which would take as long as the run, unless an override is about the callbacks.
+    """
+
+    def compose(*overrides: str) -> Settings:
+        figures = [] if any("callbacks" in word for word in overrides) else ["~callbacks.images"]
+        return validate(compose_config([*SMALL, f"data.root={data_root}", *figures, *overrides]))
+
+    return compose
 
 
 @pytest.fixture(scope="session")

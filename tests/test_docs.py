@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import nin as package
-from helpers import nin
+from nin import cli
 from nin.config.changes import flat
 from nin.config.composition import compose_config, compose_settings, first_job_overrides
 from nin.config.schema import CONF, UserError
@@ -42,18 +42,21 @@ def _speed_off() -> list[str]:
     return command.replace("\\", " ").split()
 
 
-def test_the_plain_loop_ends_with_the_weights_of_nin_train(data_root: Path, tmp_path: Path) -> None:
+def test_the_plain_loop_ends_with_the_weights_of_nin_train(
+    data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     overrides = [f"data.{key}={value}" for key, value in EXPERIMENT.items()]
     limits = ["trainer.max_epochs=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
-    run = nin(
-        "train", "name=plain", *_speed_off(), "data=garments", f"data.root={data_root}", "threads=1", "trainer=cpu",
-        *overrides, *limits, "callbacks=none", "logger=none", cwd=tmp_path,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
+    train = [
+        "name=plain", *_speed_off(), "data=garments", f"data.root={data_root}", "threads=1", "trainer=cpu",
+        *overrides, *limits, "callbacks=none", "logger=none",
+    ]  # fmt: skip
+    threads = torch.get_num_threads()
+    assert cli.run("train", train) == 0
     result = json.loads((tmp_path / "outputs/runs/plain/result.json").read_text())
     assert result["steps"] == 20
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with torch.random.fork_rng(devices=[]):

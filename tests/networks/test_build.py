@@ -103,20 +103,20 @@ def test_a_network_is_added_with_two_files(tmp_path: Path) -> None:
         "name: tiny\ninput_size: 28\nwidth: 4\nend: mean\ninit: torch\n"
     )
 
-    def inspect(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "nin", "inspect", "model=tiny", *words]
-        environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-
-    built = inspect()
-    assert "tiny at 28x28" in built.stdout, built.stderr
-    assert "4 x 24 x 24" in built.stdout
-    wrong = inspect("model.widht=3", "model.end=min", "model.width=0")
-    assert wrong.returncode == 2
-    assert wrong.stderr.splitlines() == [
+    commands = [[], ["model.widht=3", "model.end=min", "model.width=0"], ["data.image_size=4"]]
+    script = f"from nin import cli\nfor words in {commands}:\n    print(cli.run('inspect', ['model=tiny', *words]))"
+    environment = ENVIRONMENT | {"PYTHONPATH": str(tmp_path), "COLUMNS": "100"}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert "tiny at 28x28" in run.stdout, run.stderr
+    assert "4 x 24 x 24" in run.stdout
+    assert run.stdout.split()[-3:] == ["0", "2", "2"]
+    *wrong, too_small = run.stderr.splitlines()
+    assert wrong == [
         "nin inspect: 3 errors",
         "  model.widht=3: no such key; did you mean width? There are: name, input_size, width, end, init",
         "  model.width=0: must be greater than or equal to 1",
         "  model.end=\"min\": must be 'mean' or 'max'",
     ]
-    assert "tiny needs at least 5 pixels a side" in inspect("data.image_size=4").stderr
+    assert "tiny needs at least 5 pixels a side" in too_small

@@ -160,7 +160,8 @@ def test_counting_dead_units_changes_nothing(settings: Callable[..., Settings], 
     hashes, looks = set(), {}
     for times in (1, 6):
         folder = RunFolder(tmp_path / str(times))
-        chosen = settings(*LOTTERY, f"callbacks.dead_units.checks_per_epoch={times}", "trainer.max_steps=9")
+        checks = f"callbacks.dead_units.checks_per_epoch={times}"
+        chosen = settings(*LOTTERY, checks, "~callbacks.images", "trainer.max_steps=9")
         hashes.add(run_experiment(chosen, folder, [])["weights_sha256"])
         logged = EventAccumulator(str(folder.path)).Reload().Scalars("zero_units/dead_classes")
         looks[times] = [event.step for event in logged]
