@@ -1,5 +1,6 @@
 """Shared by all tests: settings in one process, the garments generated once, the real data where NIN_DATA has it."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -87,6 +88,7 @@ def settings(data_root: Path) -> Callable[..., Settings]:
     It draws no figures, which would take as long as the run, unless an override is about the callbacks.
     """
 
+    @functools.cache  # a composition takes a tenth of a second, and many tests have the same
     def compose(*overrides: str) -> Settings:
         figures = [] if any("callbacks" in word for word in overrides) else ["~callbacks.images"]
         return validate(compose_config([*SMALL, f"data.root={data_root}", *figures, *overrides]))

@@ -50,7 +50,7 @@ def run(
 ) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     folder.update_state(run_id="a" * 32)
-    return folder, run_experiment(settings(), folder, ["a=1"])
+    return folder, run_experiment(settings("callbacks=default"), folder, ["a=1"])
 
 
 def test_the_result_is_complete(run: tuple[RunFolder, dict[str, Any]]) -> None:
