@@ -112,6 +112,7 @@ def test_what_is_not_known_yet_is_not_shown() -> None:
     assert progress._format({"val/acc": 0.5, "images_per_second": 1200.4}) == "val 0.5000  1,200 images/s"
 
 
+@pytest.mark.long
 def test_a_run_finishes_where_its_output_can_not_be_written(data_root: Path, tmp_path: Path) -> None:
     words = [*SMALL, f"data.root={data_root}", "callbacks=none", "logger=none"]
     command = [sys.executable, "-m", "nin", "train", *words]
