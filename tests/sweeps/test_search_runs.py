@@ -16,13 +16,27 @@ def search(capfd: pytest.CaptureFixture[str], data_root: Path, *words: str) -> t
     return status, "".join(capfd.readouterr())
 
 
-def test_the_best_is_trained_anew_with_the_final_seeds(
+FAILS_WITH_SEED_5 = """
+from lightning import Callback
+
+
+class FailingWithSeed5(Callback):
+    def on_train_start(self, trainer, pl_module):
+        if pl_module.settings.seed == 5:
+            raise RuntimeError("seed 5")
+"""
+
+
+def test_the_best_is_trained_anew_with_the_final_seeds_and_a_failed_one_is_reported(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["optimizer.lr=tag(log,interval(1e-3,1e-1))", "hydra.sweeper.n_trials=2", "hydra.sweeper.final_seeds=[3,4]"]
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fails_with_seed_5.py").write_text(FAILS_WITH_SEED_5)
+    words = ["optimizer.lr=tag(log,interval(1e-3,1e-1))", "hydra.sweeper.n_trials=2"]
+    words += ["hydra.sweeper.final_seeds=[5,3,4]", "+callbacks.own={_target_: fails_with_seed_5.FailingWithSeed5}"]
     status, printed = search(capfd, data_root, *words, "++seed=1")
-    assert status == 0, printed
+    assert status == 1, printed
     folder = tmp_path / "outputs/sweeps/tune"
     assert not (folder / "best.json").exists()  # the best trial is not tested as well
     trials = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trial-*/result.json")}
@@ -36,7 +50,9 @@ def test_the_best_is_trained_anew_with_the_final_seeds(
     assert f"trained anew with 2 seeds: test/acc {mean:.4f} ± " in printed
     assert f"worst {worst:.4f}; the search's figure: {found:.4f}" in printed
     assert "The search's own figure is optimistic: it is the highest of many" in printed
-    assert "job 4 of 4: final-" in printed
+    assert "job 5 of 5: final-" in printed
+    assert f"\nfailed: final-{best[-4:]}-seed=5: RuntimeError: seed 5\n" in printed
+    assert "Error executing job" not in printed  # of Hydra, with its overrides; the traceback is enough
 
 
 def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(

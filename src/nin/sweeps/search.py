@@ -248,4 +248,5 @@ class Search(Sweeper):
             for seed in self.settings.final_seeds
         ]
         for ended in self._launch(jobs, self.total):
-            assert ended.return_value is None or isinstance(ended.return_value, float)  # raises what ended the job
+            with contextlib.redirect_stderr(io.StringIO()):  # Hydra prints the job's overrides; it has printed why
+                assert ended.return_value is None or isinstance(ended.return_value, float)  # raises what ended the job

@@ -214,22 +214,25 @@ def describe_answer(
 
 
 def _describe_test(folder: Path, best: FrozenTrial) -> list[str]:
-    finals = []
+    finals, failed = [], []
     for path in sorted(folder.glob(f"final-{best.number:04d}-seed=*")):
         result = RunFolder(path).read_result() or {}
         if result.get("status") == "finished":
             finals.append(result["metrics"]["test/acc"])
+        elif result.get("status") == "failed":
+            lines = str(result.get("error", "")).splitlines() or ["unknown error"]
+            failed.append(f"failed: {path.name}: {lines[0]}")
     if finals:
         std = f" ± {statistics.stdev(finals):.4f}" if len(finals) > 1 else ""
         seeds = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
         text = f"trained anew with {seeds}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
-        return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM]
+        return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         tested = json.loads((folder / "best.json").read_text(encoding="utf-8"))
         if tested["trial"] == best.number:
             acc = tested["metrics"]["test/acc"]
-            return [f"tested once: test/acc {acc:.4f}; the search's figure: {best.value:.4f}", _OPTIMISM]
-    return []
+            return [f"tested once: test/acc {acc:.4f}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
+    return failed
 
 
 def _importances(study: optuna.Study) -> dict[str, float]:
