@@ -45,6 +45,9 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "seed=range(3,3)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
         (["-m", "seed=range(0,3,0)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
         (["-m", "optimizer=glob(*)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
+        (["-m", "model=choice(mlp)", "model.hidden_width=8"],
+         "model.hidden_width: Hydra composes a sweep also without what it varies, and that config has no such key; "
+         "write ++model.hidden_width=…\n"),
         (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: must be 1 or more, or null"),
         (["-m", "seed=1", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1,2", "seed=2,3"], "seed: given more than once; give it once, with all its values"),

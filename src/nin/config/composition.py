@@ -148,6 +148,11 @@ def collect_errors(
         validate(compose_config(valid, config_name))
     except UserError as more:
         errors += more.errors
+    if not errors and (unknown := re.match(r"Could not override '(.+)'", str(first))):
+        errors = [
+            f"{unknown[1]}: Hydra composes a sweep also without what it varies, and that config has no such key; write "
+            f"++{unknown[1]}=…"
+        ]
     return UserError(*(errors or [_first_line(first)]))
 
 
