@@ -55,6 +55,15 @@ def test_an_unknown_metric_is_refused(sweep: Path, capsys: pytest.CaptureFixture
     assert "invalid choice: 'acc'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", [["--metric", "test/acc"], ["--x", "seconds"]])
+def test_an_option_that_a_search_has_no_use_for_is_refused(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "search.json").touch()
+    assert cli.run("report", [str(tmp_path), *option]) == 2
+    assert f"leave {option[0]} out" in capsys.readouterr().err
+
+
 def test_an_output_encoding_without_all_characters_is_enough(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder in list(sweep.iterdir()):  # two seeds have a ±
         shutil.copytree(folder, second := folder.with_name(f"{folder.name},seed=1"))

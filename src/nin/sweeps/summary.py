@@ -34,6 +34,8 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
 
         if metric != "val/acc":
             raise UserError(f"--metric {metric}: the trials of a search are compared by val/acc; leave --metric out")
+        if x_axis != "epochs":
+            raise UserError(f"--x {x_axis}: the chart of a search has no curves; leave --x out")
         return report_search(folder, storage)
     if storage:
         raise UserError(f"--storage: {folder} is not the folder of a search (it has no search.json); leave it out")
