@@ -461,6 +461,19 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
     assert found == expected
 
 
+def test_a_best_trial_whose_folder_was_removed_is_said_to_be_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trial = create_trial(value=0.5)
+    trial.number = 3
+    search_report.test_best(tmp_path, trial)
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        f"{tmp_path}/trial-0003/checkpoints/best.ckpt: not found, so the best trial is not tested"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def requested(*arguments: str) -> Settings:
     """The settings that a command line for a single run requests; refused if that is a sweep."""
     args = train.parse_arguments(list(arguments))

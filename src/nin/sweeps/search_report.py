@@ -57,7 +57,10 @@ def test_best(folder: Path, best: FrozenTrial) -> None:
     run = RunFolder(folder / trial_name(best.number))
     config = run.read_request()
     if config is None or not run.best.exists():
-        print(f"trial {best.number} ran on another machine: its checkpoint can be tested there, with nin eval")
+        print(
+            f"{format_path(run.best)}: not found, so the best trial is not tested; where it was trained, nin eval can "
+            "test it, or train it anew with the command below"
+        )
         return
     from nin.checkpoints.files import read
     from nin.training.evaluation import evaluate  # before `log_to`, which removes the handlers that lightning adds
