@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -180,14 +181,28 @@ def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
 # Damage.
 
 
+@pytest.fixture(scope="module")
+def stopped_run(
+    settings: Callable[..., Settings], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, Path, dict[str, Any]]:
+    """The folder of a run that was stopped in its second epoch, and the result that it is to have."""
+    folder = tmp_path_factory.mktemp("stopped")
+    requested = settings("~callbacks.images", "checkpoint.every_n_steps=2")
+    with pytest.MonkeyPatch.context() as patch:
+        seconds = itertools.count(1_600_000_000)  # before those of the tests that resume it
+        patch.setattr(event_file_writer.time, "time", lambda: float(next(seconds)))
+        uninterrupted, _ = trained(requested, folder / "uninterrupted", patch)
+        stopped(requested, RunFolder(folder / "half"), patch, batch=11)
+    return requested, folder / "half", uninterrupted
+
+
 @pytest.fixture
 def half_done(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped_run: tuple[Settings, Path, dict[str, Any]], tmp_path: Path
 ) -> tuple[Settings, RunFolder, dict[str, Any]]:
-    """A run that was stopped in its second epoch, with the result that it is to have."""
-    requested = settings("~callbacks.images", "checkpoint.every_n_steps=2")
-    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
-    stopped(requested, RunFolder(tmp_path / "half"), monkeypatch, batch=11)
+    """A copy of the stopped run."""
+    requested, folder, uninterrupted = stopped_run
+    shutil.copytree(folder, tmp_path / "half")
     return requested, RunFolder(tmp_path / "half"), uninterrupted
 
 
