@@ -39,7 +39,7 @@ def far(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     "overrides",
     [
         # Batches of 30 images: micro-batches of 7, 7, 7, 7 and 2.
-        ("model=nin", "data.image_size=67", "speed.micro_batch=7", "trainer.limit_train_batches=8"),
+        ("model=nin", "data.image_size=67", "speed.micro_batch=7"),
         pytest.param(
             (
                 "model=nin",

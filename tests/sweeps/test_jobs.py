@@ -304,10 +304,8 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["-m", *SMALL, "callbacks=none", "name=lr", "schedule=constant", "model.norm=none"]
-    one_by_one = "hydra.sweeper.max_batch_size=1"  # jobs of later batches are run too
-    first = nin(
-        "train", *command, "optimizer.lr=1e30,0.001", one_by_one, cwd=tmp_path, NIN_DATA=str(data_root)
-    )  # fmt: skip
+    words = ["optimizer.lr=1e30,0.001,0.002", "hydra.sweeper.max_batch_size=2"]  # one more in its batch, one after it
+    first = nin("train", *command, *words, cwd=tmp_path, NIN_DATA=str(data_root))
     assert first.returncode == 1, first.stderr
     assert "Error executing job" not in first.stderr  # Hydra's own line, with the overrides of the first that failed
     folder = tmp_path / "outputs" / "sweeps" / "lr"
@@ -315,6 +313,7 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     assert {name: result["status"] for name, result in results.items()} == {
         "optimizer.lr=1e+30": "failed",
         "optimizer.lr=0.001": "finished",
+        "optimizer.lr=0.002": "finished",
     }
     error = results["optimizer.lr=1e+30"]["error"]
     assert error.startswith("NonFiniteLossError: the loss is")
@@ -333,15 +332,15 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     monkeypatch.setenv("NIN_DATA", str(data_root))
     times = {p: p.stat().st_mtime_ns for p in (folder / "optimizer.lr=0.001").rglob("*")}
     time.sleep(0.01)
-    assert cli.run("train", [*command, "optimizer.lr=0.001,0.002"]) == 0
+    assert cli.run("train", [*command, "optimizer.lr=0.001,0.003"]) == 0
     assert {p: p.stat().st_mtime_ns for p in (folder / "optimizer.lr=0.001").rglob("*")} == times
-    assert (folder / "optimizer.lr=0.002" / "result.json").exists()
+    assert (folder / "optimizer.lr=0.003" / "result.json").exists()
 
     # A mistake in any job is found before the first begins; another fixed setting is refused by name.
     capfd.readouterr()
-    assert cli.run("train", [*command, "optimizer.lr=0.003,-1", "data.image_size=28,0"]) == 2
+    assert cli.run("train", [*command, "optimizer.lr=0.004,-1", "data.image_size=28,0"]) == 2
     assert capfd.readouterr().err.startswith("nin train: 2 errors\n  data.image_size=0: must be")
-    assert not list(folder.glob("optimizer.lr=0.003*"))
+    assert not list(folder.glob("optimizer.lr=0.004*"))
     other = [word for word in command if not word.startswith("model.dropout=")]
     assert cli.run("train", [*other, "optimizer.lr=0.001,0.002", "model.dropout=0.3"]) == 1
     assert "optimizer.lr=0.001 belongs to another experiment" in capfd.readouterr().err.replace("\n", "")

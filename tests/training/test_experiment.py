@@ -406,8 +406,8 @@ def test_overfitted_are_the_same_batches_again_and_again(
 
 
 def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    # 250 batches of 4: in bfloat16 the sum would stand still at 256 images.
-    requested = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=250", "callbacks=none"]
+    # 500 batches of 4: in bfloat16 the sum would stand still at 256 images.
+    requested = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
     half, single = (
         run_experiment(settings(*requested, f"trainer.precision={precision}"), RunFolder(tmp_path / precision), [])
         for precision in ("bf16-true", "32-true")

@@ -1,8 +1,6 @@
 """The start of a sweep: Hydra's sweeper and launcher run its jobs, and signals are forwarded to joblib's workers."""
 
 import _thread
-import contextlib
-import io
 import multiprocessing
 import os
 import signal
@@ -41,6 +39,7 @@ from nin.sweeps.workers import (
     is_joblib,
     run_sweep_job,
     start_worker,
+    value_of,
 )
 from nin.system.devices import default_threads
 from nin.system.processes import StoppedError, multi_process_launcher, remove_left_over_ranks
@@ -246,8 +245,7 @@ class ContinuingLauncher:
         completed: list[JobReturn] = []
         for job in self.launcher.launch(job_overrides, initial_job_idx):
             try:
-                with contextlib.redirect_stderr(io.StringIO()):  # where Hydra prints the overrides
-                    _ = job.return_value
+                value_of(job)
                 completed.append(job)
             except (ReportedError, RunFailedError):
                 self.has_failed = True

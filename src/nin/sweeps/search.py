@@ -4,8 +4,6 @@ Each trial is a job of the sweep's launcher, in a folder that is named by the tr
 study is read from these folders: wherever the search was killed, the next start finds there what has ended.
 """
 
-import contextlib
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from nin.sweeps.search_checks import count_trials, read_plan, read_settings
 from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
 from nin.sweeps.space import overrides_of, read_space, silence_optuna
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
+from nin.sweeps.workers import value_of
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 
@@ -183,8 +182,7 @@ class Search(Sweeper):
             StoppedError, UserError, RunFailedError: if it is not the trial's own failure.
         """
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # Hydra prints the job's overrides; it has printed why
-                assert ended.return_value is None
+            value_of(ended)
         except UserError as error:
             if folder.has_progress():  # of another experiment, which is not overwritten
                 raise
@@ -248,5 +246,4 @@ class Search(Sweeper):
             for seed in self.settings.final_seeds
         ]
         for ended in self._launch(jobs, self.total):
-            with contextlib.redirect_stderr(io.StringIO()):  # Hydra prints the job's overrides; it has printed why
-                assert ended.return_value is None or isinstance(ended.return_value, float)  # raises what ended the job
+            value_of(ended)  # raises what ended it

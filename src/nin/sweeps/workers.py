@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import io
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from omegaconf import DictConfig
 
 from nin.config.schema import Settings, UserError
@@ -103,6 +105,12 @@ def run_sweep_job(config: DictConfig) -> float | None:
         sys.exit(status)  # SLURM runs this job again: the waiting sweep must not take it for ended
     # Hydra keeps the exception until the end of the sweep: a new one, whose traceback holds no network.
     raise ended
+
+
+def value_of(job: JobReturn) -> float | None:
+    """What a job returned; raises what ended it. Hydra's property also prints the overrides of a job that failed."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return job.return_value
 
 
 def _report_refusal(error: UserError, folder: Path) -> None:
