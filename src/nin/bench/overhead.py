@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from nin.bench.project import Report, prepare_training
-from nin.config.schema import Settings
+from nin.config.schema import OwnModel, Settings
 from nin.data.sources import describe
 
 _STEPS, _WARM_UP = 300, 30
@@ -109,7 +109,10 @@ def _time_project(network: nn.Sequential, settings: Settings) -> float:
         data.data = settings.data.model_copy(  # type: ignore[assignment]  # refused for data of the user's own
             update={"image_size": _IMAGE_SIZE, "batch_size": _BATCH_SIZE}
         )
-        module.settings = settings.model_copy(update={"data": data.data})
+        model = settings.model
+        if not isinstance(model, OwnModel):
+            model = model.model_copy(update={"init": "torch"})  # the linear network has no filters to start from images
+        module.settings = settings.model_copy(update={"data": data.data, "model": model})
         module.network, module.dropouts, module.micro_batch_size = network, [], None
         build([timer]).fit(module, data)
     return timer.seconds
