@@ -60,6 +60,12 @@ def compose_config(overrides: list[str], config_name: str = "train") -> DictConf
         return compose(config_name, overrides=overrides)
 
 
+def parse_overrides(words: list[str]) -> list[Override]:
+    """Parses overrides. ``glob(*)`` finds the options of a group where Hydra was opened, as in every Hydra command."""
+    hydra = GlobalHydra.instance().hydra
+    return OverridesParser.create(hydra.config_loader if hydra else None).parse_overrides(words)
+
+
 def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[str, ...]) -> Settings:
     """Returns ``settings`` of an earlier run with some keys overridden.
 
@@ -74,7 +80,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     config = OmegaConf.create(settings.model_dump(mode="json"))
     words = overrides
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        parsed = parse_overrides(overrides)
         if swept := [override.input_line or "" for override in parsed if override.is_sweep_override()]:
             rule = "takes one value here; a text with a comma is quoted, as in"
             raise UserError(*(f"{word}: {rule} {_quoted(word)}" for word in swept))
@@ -161,13 +167,11 @@ def collect_errors(
 
 def first_job_overrides(overrides: list[str]) -> list[str]:
     """A sweep's overrides with only the first value of each swept key; those without any value are left out."""
-    hydra = GlobalHydra.instance().hydra
-    parser = OverridesParser.create(hydra.config_loader if hydra else None)  # glob(*) looks for files
     job = []
     for word in overrides:
         first: str | None = word
         with contextlib.suppress(HydraException):  # what is no override stays as it is, to be reported as an error
-            (override,) = parser.parse_overrides([word])  # which gives it the loader; parse_override does not
+            (override,) = parse_overrides([word])
             if override.is_interval_sweep():  # of a search
                 first = str(override.value().start)  # type: ignore[union-attr]
             elif override.is_discrete_sweep():

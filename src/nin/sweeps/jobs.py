@@ -11,13 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from nin.config.changes import MAY_CHANGE, is_within, split_override
-from nin.config.composition import count_sweep_values
+from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
@@ -91,10 +89,7 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
 
 
 def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:
-    words = [*(f"{key}={value}" for key, value in without_overridden(params, task).items()), *task]
-    hydra = GlobalHydra.instance().hydra
-    # glob(*) needs the search path, which exists in a Hydra command only.
-    return OverridesParser.create(hydra.config_loader if hydra else None).parse_overrides(words)
+    return parse_overrides([*(f"{key}={value}" for key, value in without_overridden(params, task).items()), *task])
 
 
 @dataclass

@@ -15,7 +15,6 @@ from typing import Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn
 from hydra.errors import OverrideParseException
@@ -23,7 +22,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from nin.config.composition import format_error, quote_value
+from nin.config.composition import format_error, parse_overrides, quote_value
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
@@ -111,7 +110,7 @@ class Sweep:
     def _parse(self, params: dict[str, Any], task: list[str]) -> tuple[list[str], list[str]]:
         """The keys that the sweep varies, and those that all jobs share."""
         try:
-            overrides = OverridesParser.create().parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
+            overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
         except OverrideParseException as error:  # of hydra.sweeper.params in a file
             raise UserError(format_error(error.override, error, self.config)) from None
         swept, fixed = (

@@ -4,11 +4,11 @@ import re
 import shlex
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
 from nin.config.changes import split_override
+from nin.config.composition import parse_overrides
 from nin.config.schema import CONF
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import trial_name
@@ -43,7 +43,7 @@ def best_config(description: dict[str, Any], best: FrozenTrial) -> str:
     """The best configuration as a file that ``--config-name`` takes: only what differs from ``conf/train.yaml``."""
     name, values = description["name"], OmegaConf.create()
     groups: list[str] = []
-    for override in OverridesParser.create().parse_overrides([*description["fixed"], *overrides_of(best.params)]):
+    for override in parse_overrides([*description["fixed"], *overrides_of(best.params)]):
         key = override.key_or_group
         if key.split(".")[0] in ("name", "hydra") or key.startswith(("sweep.", "hydra/")):
             continue

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optuna
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
+from nin.config.composition import parse_overrides
 from nin.config.schema import UserError
 
 _TAGS = {"log", "int", "float"}
@@ -30,12 +29,10 @@ def read_space(params: Mapping[str, Any], task: Iterable[str]) -> tuple[Space, l
         UserError: lists every space that is empty, inverted or not defined.
     """
     words = [*(f"{key}={value}" for key, value in params.items()), *task]
-    hydra = GlobalHydra.instance().hydra
-    parser = OverridesParser.create(hydra.config_loader if hydra else None)
     space, fixed, errors = {}, [], []
     for word in words:
         try:
-            (override,) = parser.parse_overrides([word])  # which gives it the loader for glob(*)
+            (override,) = parse_overrides([word])
             if override.is_sweep_override():
                 space[override.get_key_element()] = _distribution(override)
             else:
