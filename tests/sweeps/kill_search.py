@@ -15,16 +15,16 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-from hydra.types import HydraContext, RunMode
+from hydra.types import RunMode
 from optuna.storages.journal import JournalFileBackend
 
 from nin.commands import train
+from nin.config.composition import compose_settings
 from nin.config.hydra_options import open_hydra
 from nin.runs.folder import RunFolder, write_atomically
-from nin.sweeps import search
+from nin.sweeps import search, search_checks
 from nin.sweeps.study import JOURNAL, open_journal
 from nin.training.pruning import TrialPruner
 from nin.training.run import RunFailedError
@@ -106,7 +106,7 @@ def kill_at(event: int) -> None:
     os.fsync, JournalFileBackend.append_logs = fsync, append
 
 
-def run(config: Any, loader: Any, event: int) -> int:
+def run(checked: search.Search, event: int) -> int:
     """A search in a process of its own, in the working directory; returns its exit status, negative if killed."""
     sys.stdout.flush()
     if child := os.fork():
@@ -117,10 +117,7 @@ def run(config: Any, loader: Any, event: int) -> int:
             os.dup2(null.fileno(), 1)
         random.seed()
         kill_at(event)
-        sweeper = search.Search(params=config.hydra.sweeper.params)
-        sweeper.setup(hydra_context=HydraContext(loader, None), task_function=None, config=config)
-        sweeper.launcher = Jobs()
-        sweeper.sweep(list(config.hydra.overrides.task))
+        checked.run(Jobs())
         status = 0
     except RunFailedError:
         status = 1
@@ -151,13 +148,12 @@ def compare(sampler: str, pruner: str, n_jobs: int, kills: int) -> dict[str, int
         config = train.compose(app, args, RunMode.MULTIRUN)
         config.hydra.overrides.hydra.append("sweep.keys=[]")
         config.hydra.sweeper.params = {}
+        checked = search.Search(config, list(config.hydra.overrides.task), on_this_machine=True)
 
         def search_once(is_killed: bool) -> dict[int, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 os.chdir(folder)
-                while (
-                    status := run(config, app.config_loader, random.randint(1, 60) if is_killed else 0)
-                ) == -signal.SIGKILL:
+                while (status := run(checked, random.randint(1, 60) if is_killed else 0)) == -signal.SIGKILL:
                     counts["kills"] += 1
                 assert status == 0, status
                 found = describe(Path("search"))
@@ -184,6 +180,6 @@ if __name__ == "__main__":
     parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="only the first so many")
     args = parser.parse_args()
     search.Search._finish = lambda self: None  # it tests the best trial's checkpoint
-    search.Plugins = SimpleNamespace(instance=lambda: SimpleNamespace(instantiate_launcher=lambda **_: None))
+    search_checks.check_jobs = lambda jobs, *_: [compose_settings(jobs[0])]  # no data are prepared
     counts = {"/".join(map(str, scenario)): compare(*scenario, args.kills) for scenario in SCENARIOS[: args.scenarios]}
     print(json.dumps(counts, indent=1))

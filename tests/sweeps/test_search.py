@@ -278,7 +278,7 @@ def test_validations_that_meet_the_end_of_an_epoch_are_accepted(settings: Callab
 def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_report_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    search = Search()
+    search = Search.__new__(Search)
     search.plan, search.store = plan(), Store(plan(), tmp_path, None)
     for number, score in enumerate((None, 0.5, None)):
         search.store.add(propose(plan(), search.store.trials()))
@@ -394,7 +394,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_combination_that_is_refused_does_not_end_the_check(data_root: Path) -> None:
     # momentum=0 with nesterov=true is refused; the first point of the space has it.
     words = ["optimizer=sgd", "optimizer.nesterov=true,false", "optimizer.momentum=0.0,0.9", "schedule=constant"]
-    assert check(*SMALL, f"data.root={data_root}", *words).is_search
+    assert check(*SMALL, f"data.root={data_root}", *words).search
 
 
 def later(settings: Callable[..., Settings], tmp_path: Path, values: list[float]) -> RunFolder:

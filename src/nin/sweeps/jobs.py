@@ -13,6 +13,7 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
 from nin.config.changes import MAY_CHANGE, is_within, split_override
 from nin.config.composition import count_sweep_values, parse_overrides
@@ -46,6 +47,12 @@ def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[st
     """The name of each job's folder, as Hydra composes it: from the overrides of the keys ``swept``."""
     keys = set(swept)
     return [job_folder(",".join(sorted(word for word in job if split_override(word)[0] in keys))) for job in jobs]
+
+
+def add_common_overrides(config: DictConfig, *words: str) -> None:
+    """Adds overrides to those that all jobs share; they come before the last one, which sets KEYS."""
+    for word in words:
+        config.hydra.overrides.hydra.insert(len(config.hydra.overrides.hydra) - 1, word)
 
 
 def own_overrides(words: Sequence[str]) -> list[str]:

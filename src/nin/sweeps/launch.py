@@ -6,19 +6,16 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.callbacks import Callbacks
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.plugins import Plugins
-from hydra.core.utils import JobReturn
 from hydra.errors import OverrideParseException
-from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
@@ -28,21 +25,32 @@ from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
-from nin.sweeps.jobs import KEYS, expand_jobs, folder_names, job_folder, read_jobs, without_overridden
+from nin.sweeps.jobs import (
+    KEYS,
+    add_common_overrides,
+    expand_jobs,
+    folder_names,
+    job_folder,
+    read_jobs,
+    without_overridden,
+)
 from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
+    ContinuingLauncher,
     ReportedError,
     SweepInterrupt,
     is_cluster,
     is_joblib,
     run_sweep_job,
     start_worker,
-    value_of,
 )
 from nin.system.devices import default_threads
 from nin.system.processes import StoppedError, multi_process_launcher, remove_left_over_ranks
 from nin.training.run import RunFailedError
+
+if TYPE_CHECKING:
+    from nin.sweeps.search import Search
 
 # Imported where a search starts: other sweeps need no Optuna.
 _SEARCH = "nin.sweeps.search.Search"
@@ -71,46 +79,42 @@ class Sweep:
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
+        self.search: Search | None = None
         # Of the folders of its jobs; none of a sweeper that chooses its values while it runs.
         self.names: list[str] = []
-        launcher = config.hydra.launcher
+        self.on_cluster = is_cluster(config.hydra.launcher._target_)
         if starter := multi_process_launcher():
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
-        require_launcher(launcher._target_)
+        require_launcher(config.hydra.launcher._target_)
         remove_left_over_ranks()  # before lightning is imported; no job has several processes
         if (request := self.folder / "multirun.yaml").is_symlink():
             raise UserError(f"{request}: a symbolic link, which would be written through; replace it by its target")
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
+        self.task: list[str] = task
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
-        self.is_search = config.hydra.sweeper._target_ == _SEARCH
-        self._require_same_kind()
-        swept, fixed = self._parse(params, task)
-        jobs = self._check(params, task, swept)
-        count = len(jobs)
-        if self.is_search:
-            require_search_packages()
-            from nin.sweeps.search_checks import check_search
+        is_search = config.hydra.sweeper._target_ == _SEARCH
+        self._require_same_kind(is_search)
+        swept, fixed = self._parse(params)
+        jobs, count = self._check(params, swept, is_search)
+        if is_joblib(config.hydra.launcher._target_):
+            self._configure_joblib(config.hydra.launcher, jobs)
+        self._complete_config(swept, fixed, count)
 
-            jobs, count = check_search(config, task, on_this_machine=not is_cluster(launcher._target_))
-        if is_joblib(launcher._target_):
-            self._configure_joblib(launcher, jobs)
-        self._complete_config(swept, fixed, count or None)
-
-    def _require_same_kind(self) -> None:
+    def _require_same_kind(self, is_search: bool) -> None:
         """A folder has one report, that of a search if it has search.json: the jobs of a sweep would not be in it."""
         has_search = (self.folder / "search.json").exists()
-        if has_search and not self.is_search:
+        if has_search and not is_search:
             raise UserError(f"{self.folder}: has a search of this name; give another name=…")
         jobs = (path.parents[1].name for path in self.folder.glob("*/.hydra/overrides.yaml"))
         # A search whose search.json was lost writes it anew.
-        if self.is_search and not has_search and not all(name.startswith(("trial-", "final-")) for name in jobs):
+        if is_search and not has_search and not all(name.startswith(("trial-", "final-")) for name in jobs):
             raise UserError(f"{self.folder}: has a sweep of this name; give another name=…")
 
-    def _parse(self, params: dict[str, Any], task: list[str]) -> tuple[list[str], list[str]]:
+    def _parse(self, params: dict[str, Any]) -> tuple[list[str], list[str]]:
         """The keys that the sweep varies, and those that all jobs share."""
         try:
-            overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
+            overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *self.task])
         except OverrideParseException as error:  # of hydra.sweeper.params in a file
             raise UserError(format_error(error.override, error, self.config)) from None
         swept, fixed = (
@@ -125,21 +129,30 @@ class Sweep:
             raise UserError(*errors)
         return swept, fixed
 
-    def _check(self, params: dict[str, Any], task: list[str], swept: list[str]) -> list[Settings]:
+    def _check(self, params: dict[str, Any], swept: list[str], is_search: bool) -> tuple[list[Settings], int | None]:
+        """The settings of the jobs, of a search those of one point of its space, and the number of jobs.
+
+        Another sweeper chooses its values while it runs; then there are no settings, and no number.
+        """
         launcher, sweeper = self.config.hydra.launcher, self.config.hydra.sweeper
-        on_cluster = is_cluster(launcher._target_)
-        if self.config.sweep.fail_fast and on_cluster:
+        if self.config.sweep.fail_fast and self.on_cluster:
             raise UserError("sweep.fail_fast=true: all jobs are submitted before one can fail; leave it out")
         if sweeper.get("max_batch_size") is not None and sweeper.max_batch_size < 1:
             raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be 1 or more, or null")
         if is_joblib(launcher._target_):
             require_joblib_arguments(launcher)
+        if is_search:
+            require_search_packages()
+            from nin.sweeps.search import Search
+
+            self.search = Search(self.config, self.task, on_this_machine=not self.on_cluster)
+            return [self.search.point], self.search.total
         if not sweeper._target_.endswith("BasicSweeper"):
-            return []  # another sweeper chooses its values while it runs
-        expanded = expand_jobs(params, task)
+            return [], None
+        expanded = expand_jobs(params, self.task)
         self.names = folder_names(expanded, swept)
         config_name = self.config.hydra.job.config_name
-        return check_jobs(expanded, on_this_machine=not on_cluster, config_name=config_name)
+        return check_jobs(expanded, on_this_machine=not self.on_cluster, config_name=config_name), len(expanded)
 
     def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
         # Threads that wait for work leave the cores to the other jobs.
@@ -153,13 +166,14 @@ class Sweep:
             self.signals = SignalForwarder()
 
     def _complete_config(self, swept: list[str], fixed: list[str], jobs: int | None) -> None:
-        on_cluster = is_cluster(self.config.hydra.launcher._target_)  # whose processes may start in another folder
+        # The processes of a cluster may start in another folder.
+        folder = self.folder.absolute() if self.on_cluster else self.folder
         # The name may be the time of the start, or come from a variable that another machine lacks.
         common = {"name": f"'{self.config.name}'", "sweep.jobs": jobs or "null"}
         unnamed = dict.fromkeys([*fixed, *common, "sweep.wait", KEYS])
         self.config.hydra.overrides.hydra += [
             f"hydra.job.config.override_dirname.exclude_keys=[{','.join(unnamed)}]",
-            f"hydra.sweep.dir={quote_value(str(self.folder.absolute() if on_cluster else self.folder))}",
+            f"hydra.sweep.dir={quote_value(str(folder))}",
             *(f"{key}={value}" for key, value in common.items()),
             f"{KEYS}=[{','.join(swept)}]",  # last: the job's own overrides follow it
         ]
@@ -173,13 +187,11 @@ class Sweep:
         callbacks.on_multirun_start(config=self.config, config_name=self.config.hydra.job.config_name)
         try:
             status = self._launch(loader, callbacks)
-            if self.is_search:
-                return status  # it has waited for other processes itself
-            if status == 0 and (others := self._count_jobs_of_others()):
+            # A search has waited for other processes itself.
+            if not self.search and status == 0 and (others := self._count_jobs_of_others()):
                 jobs, them = ("1 job is", "it") if others == 1 else (f"{others} jobs are", "them")
                 print(f"{format_path(self.folder)}: {jobs} run by another process; waiting for {them}")
-                keys = self.config.hydra.overrides.hydra.pop()
-                self.config.hydra.overrides.hydra += ["sweep.wait=true", keys]
+                add_common_overrides(self.config, "sweep.wait=true")
                 status = self._launch(loader, callbacks)
         finally:
             callbacks.on_multirun_end(config=self.config, config_name=self.config.hydra.job.config_name)
@@ -191,66 +203,34 @@ class Sweep:
         return sum(name in self.names for name in running) if self.names else len(running)
 
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
-        context = HydraContext(config_loader=loader, callbacks=callbacks)
-        if self.is_search:  # not a plugin of Hydra, whose classes must be in the package hydra_plugins
-            from nin.sweeps.search import Search
-
-            sweeper: Any = Search(**self.config.hydra.sweeper)
-            sweeper.setup(config=self.config, hydra_context=context, task_function=run_sweep_job)
-        else:
-            sweeper = Plugins.instance().instantiate_sweeper(
-                config=self.config, hydra_context=context, task_function=run_sweep_job
-            )
+        context, plugins = HydraContext(config_loader=loader, callbacks=callbacks), Plugins.instance()
+        instantiate = plugins.instantiate_launcher if self.search else plugins.instantiate_sweeper
+        plugin: Any = instantiate(hydra_context=context, task_function=run_sweep_job, config=self.config)
+        launcher = plugin if self.search else plugin.launcher
         if self.signals:
-            sweeper.launcher.joblib["initializer"] = start_worker
-        launcher = ContinuingLauncher(sweeper.launcher, self.config.sweep.fail_fast)
+            launcher.joblib["initializer"] = start_worker
+        continuing = ContinuingLauncher(launcher, self.config.sweep.fail_fast)
         if self.names:  # another sweeper may need the result of each job
-            sweeper.launcher = launcher
+            plugin.launcher = continuing
         try:
-            sweeper.sweep(arguments=OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False))
-        except SweepInterrupt as interrupt:
-            return interrupt.exit_status
+            self.search.run(launcher) if self.search else plugin.sweep(arguments=self.task)
+            status = int(continuing.has_failed)
+        except (SweepInterrupt, StoppedError) as stopped:
+            status = stopped.exit_status
         except (ReportedError, RunFailedError):
-            return self._status_of_signals() or 1  # the other jobs have run
-        except StoppedError as stopped:
-            return self._status_of_signals() or stopped.exit_status
+            status = 1  # the other jobs have run
         except KeyboardInterrupt:
-            return self._status_of_signals() or 130
+            status = 130
         except BrokenProcessPool:
-            if not (status := self._status_of_signals()):
+            status = 1
+            if not self._status_of_signals():
                 print("nin train: a worker process was killed; run the same command again to resume", file=sys.stderr)
-            return status or 1
-        return self._status_of_signals() or int(launcher.has_failed)
+        return self._status_of_signals() or status
 
     def _status_of_signals(self) -> int:
         if self.signals and self.signals.stopped_by:
             return StoppedError(self.signals.stopped_by).exit_status
         return 1 if self.signals and self.signals.job_failed else 0
-
-
-class ContinuingLauncher:
-    """A launcher of Hydra without the jobs that failed, which have printed why.
-
-    Hydra's sweeper would print the overrides of the first of them, and leave the jobs of further batches
-    (``hydra.sweeper.max_batch_size``) alone.
-    """
-
-    def __init__(self, launcher: Launcher, fail_fast: bool):
-        self.launcher, self.fail_fast = launcher, fail_fast
-        self.has_failed = False
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Runs jobs and returns those that completed. Raises what stopped a job, with ``fail_fast`` also its error."""
-        completed: list[JobReturn] = []
-        for job in self.launcher.launch(job_overrides, initial_job_idx):
-            try:
-                value_of(job)
-                completed.append(job)
-            except (ReportedError, RunFailedError):
-                self.has_failed = True
-                if self.fail_fast:
-                    raise
-        return completed
 
 
 class SignalForwarder:

@@ -1,4 +1,4 @@
-"""A search: Hydra's sweeper that has Optuna propose the jobs. See docs/search.md.
+"""A search: a sweep whose jobs Optuna proposes. See docs/search.md.
 
 Each trial is a job of the sweep's launcher, in a folder that is named by the trial's number. What is recorded in the
 study is read from these folders: wherever the search was killed, the next start finds there what has ended.
@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
+from hydra.core.global_hydra import GlobalHydra
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
@@ -21,10 +20,11 @@ from nin.config.composition import compose_settings
 from nin.config.hydra_options import SEARCH_PATH
 from nin.config.schema import CONF, UserError
 from nin.runs.folder import RunFolder, write_atomically
+from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
-from nin.sweeps.search_checks import count_trials, read_plan, read_settings
+from nin.sweeps.search_checks import check_search, count_trials, read_settings
 from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
-from nin.sweeps.space import overrides_of, read_space, silence_optuna
+from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
 from nin.sweeps.workers import value_of
 from nin.training.pruning import TrialPruner, write_comparison
@@ -33,43 +33,37 @@ from nin.training.run import RunFailedError
 _POLL_SECONDS = 1.0
 
 
-class Search(Sweeper):
-    """Hydra's interface for sweepers; the arguments are the keys of ``conf/hydra/sweeper/optuna.yaml``."""
+class Search:
+    """A search, checked and ready to start.
 
-    def __init__(self, params: Any = None, **_: Any):
-        self.params = params or {}
+    Args:
+        config: as Hydra composed it for a multirun. What the trials have in common is added when the search starts.
+        task: the command line's overrides.
+        on_this_machine: whether the trials run here, so that this machine needs the accelerators that they request.
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context = hydra_context
-        self.config: DictConfig = config
-        self._group_options = hydra_context.config_loader.get_group_options
-        # KEYS stays last. The jobs of another process, which a killed search may have left, are waited for.
-        own = config.hydra.overrides.hydra
-        self._common = list(own[:-1])
-        self._keys = own[-1]
-        self.settings = read_settings(config)
-        self._set_common(test=False)
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+    Raises:
+        UserError: lists every error that is found.
+    """
 
-    def _set_common(self, test: bool) -> None:
-        prune = self.settings.pruner != "none" and not test
-        more = ["sweep.wait=true", f"sweep.test={str(test).lower()}", f"sweep.prune={str(prune).lower()}"]
-        self.config.hydra.overrides.hydra = [*self._common, *more, self._keys]
+    def __init__(self, config: DictConfig, task: list[str], on_this_machine: bool):
+        silence_optuna()
+        self.config, self.settings = config, read_settings(config)
+        self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
+        self.total = count_trials(self.plan, self.settings)
+        group_options = GlobalHydra.instance().config_loader().get_group_options
+        self.selects_configs = any("@" in key or group_options(key) for key in self.plan.space)
 
-    def sweep(self, arguments: list[str]) -> None:
+    def run(self, launcher: Launcher) -> None:
         """Runs the search to its end.
 
         Raises:
             RunFailedError: if too many trials failed, or none completed.
             UserError, StoppedError, SweepInterrupt: what ended a job and the search with it.
         """
-        silence_optuna()
-        space, self.fixed = read_space(self.params, arguments)
-        self.selects_configs = any("@" in key or self._group_options(key) for key in space)
-        self.plan = read_plan(self.config, space, self.fixed, self.settings)
-        self.total = count_trials(self.plan, self.settings)
+        self.launcher = launcher
+        # The jobs of another process, which a killed search may have left, are waited for.
+        prune = str(self.settings.pruner != "none").lower()
+        add_common_overrides(self.config, "sweep.wait=true", "sweep.test=false", f"sweep.prune={prune}")
         self.folder = Path(self.config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(self.plan, self.folder, self.settings.storage)
@@ -91,7 +85,7 @@ class Search(Sweeper):
         content["config_name"] = config_name if config_name != "train" else None
         words: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
         content[SEARCH_PATH_KEY] = next((word for word in words if split_override(word)[0] == SEARCH_PATH), None)
-        content["in_files"] = bool(self.params)  # the space, or a part of it
+        content["in_files"] = bool(self.config.hydra.sweeper.params)  # the space, or a part of it
         content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
         text = json.dumps(content, indent=2) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
@@ -142,7 +136,7 @@ class Search(Sweeper):
                 jobs[number] = words
         ended = {}
         if jobs:
-            ended = dict(zip(jobs, self._launch(list(jobs.values()), min(jobs)), strict=True))
+            ended = dict(zip(jobs, self.launcher.launch(list(jobs.values()), min(jobs)), strict=True))
         for number in batch:  # in this order, whichever ended first
             folder = self._run_folder(number)
             if not folder.result_status():
@@ -170,10 +164,6 @@ class Search(Sweeper):
             write_comparison(folder.path, self.plan.name, self.plan.pruner, self.plan.max_epochs, earlier)
         print(f"trial {number}: {' '.join(own)}", flush=True)
         return [*words, f"hydra.sweep.subdir={folder.path.name}"]
-
-    def _launch(self, jobs: list[list[str]], first: int) -> Sequence[Any]:
-        assert self.launcher is not None
-        return self.launcher.launch(jobs, initial_job_idx=first)
 
     def _record_refusal(self, folder: RunFolder, words: list[str], ended: Any) -> None:
         """A job that left no result was stopped, or refused by what only the run itself can check.
@@ -238,12 +228,12 @@ class Search(Sweeper):
             with self.store.claims.lock():
                 test_best(self.folder, best)
             return
-        self._common.append(f"sweep.jobs={self.total + len(self.settings.final_seeds)}")
-        self._set_common(test=True)
+        jobs_in_all = f"sweep.jobs={self.total + len(self.settings.final_seeds)}"
+        add_common_overrides(self.config, jobs_in_all, "sweep.test=true", "sweep.prune=false")
         words = [*(w for w in self.fixed if split_override(w)[0] != "seed"), *overrides_of(best.params)]
         jobs = [
             [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
             for seed in self.settings.final_seeds
         ]
-        for ended in self._launch(jobs, self.total):
+        for ended in self.launcher.launch(jobs, self.total):
             value_of(ended)  # raises what ended it

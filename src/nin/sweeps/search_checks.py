@@ -1,7 +1,6 @@
 """What a search needs is checked before anything is written."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from nin.config.types import Positive, Section
 from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
 from nin.sweeps.claims import require_postgresql
-from nin.sweeps.space import grid_size, overrides_of, read_space, sample_corners
+from nin.sweeps.space import Space, grid_size, overrides_of, read_space, sample_corners
 from nin.sweeps.study import JOURNAL, Plan, open_database, open_journal, require_same_plan
 
 _AT_AN_END = (
@@ -47,20 +46,17 @@ class SearchSettings(Section):
     )
 
 
-def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> tuple[list[Settings], int]:
-    """Checks a search before anything is written.
-
-    Args:
-        config: as Hydra composed it for a multirun.
-        task: the command line's overrides.
+def check_search(
+    config: DictConfig, task: list[str], settings: SearchSettings, on_this_machine: bool
+) -> tuple[Plan, list[str], Settings]:
+    """Checks a search before anything is written; `nin.sweeps.search.Search` describes the arguments.
 
     Returns:
-        Settings of one point of the space, and the number of trials.
+        What the search is, the overrides that all trials share, and the settings of one point of the space.
 
     Raises:
         UserError: lists every error that is found.
     """
-    settings = read_settings(config)
     if config.sweep.fail_fast:
         raise UserError("sweep.fail_fast=true: of a search, give hydra.sweeper.max_failures=1 instead")
     space, fixed = read_space(config.hydra.sweeper.params, task)
@@ -73,16 +69,16 @@ def check_search(config: DictConfig, task: list[str], on_this_machine: bool) -> 
         raise UserError(
             "seed: is not searched, because the best one says nothing; use hydra.sweeper.final_seeds=[0,1,2]"
         )
-    checked = _check_space(space, fixed, on_this_machine, config.hydra.job.config_name)
-    _require_held_out_images(checked[0])
-    _require_validation_at_an_end(checked[0])
-    plan = read_plan(config, space, fixed, settings)
+    point = _check_space(space, fixed, on_this_machine, config.hydra.job.config_name)
+    _require_held_out_images(point)
+    _require_validation_at_an_end(point)
+    plan = _plan(config, space, fixed, settings)
     folder = Path(config.hydra.sweep.dir)
     if settings.storage is not None:
         require_same_plan(open_database(settings.storage), plan)
     elif (folder / JOURNAL).exists():
         require_same_plan(open_journal(folder / JOURNAL), plan)
-    return checked, count_trials(plan, settings)
+    return plan, fixed, point
 
 
 def read_settings(config: DictConfig) -> SearchSettings:
@@ -100,7 +96,7 @@ def read_settings(config: DictConfig) -> SearchSettings:
         raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
 
 
-def read_plan(config: DictConfig, space: Any, fixed: Sequence[str], settings: SearchSettings) -> Plan:
+def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings) -> Plan:
     """What the search is: all that must stay the same under its name.
 
     Args:
@@ -127,8 +123,11 @@ def count_trials(plan: Plan, settings: SearchSettings) -> int:
     return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
 
 
-def _check_space(space: Any, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:
+def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> Settings:
     """Validates points at the ends of the space. A combination that is refused there may be accepted elsewhere.
+
+    Returns:
+        The settings of the first point that is accepted.
 
     Raises:
         UserError: with the errors of the first point if all are refused, or of the keys that can't have a value.
@@ -148,7 +147,7 @@ def _check_space(space: Any, fixed: list[str], on_this_machine: bool, config_nam
         raise UserError(*once_per_unknown_key(outside))
     if not checked:
         raise UserError(*errors[0])
-    return checked
+    return checked[0]
 
 
 def _require_held_out_images(settings: Settings) -> None:

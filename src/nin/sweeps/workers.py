@@ -11,11 +11,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from nin.config.schema import Settings, UserError
@@ -111,6 +113,31 @@ def value_of(job: JobReturn) -> float | None:
     """What a job returned; raises what ended it. Hydra's property also prints the overrides of a job that failed."""
     with contextlib.redirect_stderr(io.StringIO()):
         return job.return_value
+
+
+class ContinuingLauncher:
+    """A launcher of Hydra without the jobs that failed, which have printed why.
+
+    Hydra's sweeper would print the overrides of the first of them, and leave the jobs of further batches
+    (``hydra.sweeper.max_batch_size``) alone.
+    """
+
+    def __init__(self, launcher: Launcher, fail_fast: bool):
+        self.launcher, self.fail_fast = launcher, fail_fast
+        self.has_failed = False
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """Runs jobs and returns those that completed. Raises what stopped a job, with ``fail_fast`` also its error."""
+        completed: list[JobReturn] = []
+        for job in self.launcher.launch(job_overrides, initial_job_idx):
+            try:
+                value_of(job)
+                completed.append(job)
+            except (ReportedError, RunFailedError):
+                self.has_failed = True
+                if self.fail_fast:
+                    raise
+        return completed
 
 
 def _report_refusal(error: UserError, folder: Path) -> None:
