@@ -65,7 +65,7 @@ class Jobs:
         rows = folder.read_epochs()
         pruner = TrialPruner(path) if (path / ".hydra" / "comparison.json").exists() else None
         scores = {int(row["epoch"]): row["val/acc"] for row in rows}
-        ended = bool(pruner and scores and pruner.report(scores))
+        ended = bool(pruner and scores and pruner.report(scores, EPOCHS))
         failed = len(rows) == 2 and val_acc(words, 9) * 1e7 % 5 < 1
         if ended or failed or len(rows) == EPOCHS:
             status = "pruned" if ended else "failed" if failed else "finished"

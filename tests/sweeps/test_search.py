@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from helpers import SMALL, run_experiment
+from helpers import SMALL, merge, run_experiment
 from nin import cli
 from nin.commands import train
 from nin.config.composition import compose_config
@@ -417,6 +417,16 @@ def test_a_trial_below_the_median_is_pruned_and_never_tested(settings: Callable[
     assert (kept["status"], kept["epochs"], kept["metrics"]["test/acc"]) == ("finished", 2, None)
 
 
+def test_a_search_of_the_number_of_epochs_prunes_no_trial_after_its_own_last_epoch(
+    settings: Callable[..., Settings], tmp_path: Path, data_root: Path
+) -> None:
+    searched = check(*merge([*SMALL, f"data.root={data_root}", "trainer.max_epochs=range(1,4)"])).search
+    assert searched is not None
+    assert searched.plan.max_epochs is None  # the epochs that pruning saves are not known
+    given = settings("sweep.prune=true", "sweep.test=false", "callbacks=none", "trainer.max_epochs=1")
+    assert run_experiment(given, later(settings, tmp_path, [0.99] * 5))["status"] == "finished"
+
+
 def test_a_pruner_decides_the_same_when_the_epochs_are_reported_again(tmp_path: Path) -> None:
     write_comparison(tmp_path, "s", "hyperband", 9, [create_trial(value=0.9, intermediate_values={1: 0.9})] * 3)
     scores = {epoch: epoch / 10 for epoch in range(1, 6)}
@@ -435,9 +445,8 @@ def test_a_trial_is_not_pruned_after_its_last_epoch(pruner: str, tmp_path: Path)
     write_comparison(tmp_path, "s", pruner, 3, earlier)
     scores = {1: 0.5, 2: 0.5, 3: 0.5}
     given, shorter = TrialPruner(tmp_path), TrialPruner(tmp_path)
-    assert not given.report(scores)
-    shorter._max_epochs = 4
-    assert shorter.report(scores)
+    assert not given.report(scores, last_epoch=3)
+    assert shorter.report(scores, last_epoch=4)
     assert given.rungs == shorter.rungs
 
 

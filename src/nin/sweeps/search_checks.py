@@ -69,16 +69,16 @@ def check_search(
         raise UserError(
             "seed: is not searched, because the best one says nothing; use hydra.sweeper.final_seeds=[0,1,2]"
         )
-    point = _check_space(space, fixed, on_this_machine, config.hydra.job.config_name)
-    _require_held_out_images(point)
-    _require_validation_at_an_end(point)
-    plan = _plan(config, space, fixed, settings)
+    points = _check_space(space, fixed, on_this_machine, config.hydra.job.config_name)
+    _require_held_out_images(points[0])
+    _require_validation_at_an_end(points[0])
+    plan = _plan(config, space, fixed, settings, {point.trainer.max_epochs for point in points})
     folder = Path(config.hydra.sweep.dir)
     if settings.storage is not None:
         require_same_plan(open_database(settings.storage), plan)
     elif (folder / JOURNAL).exists():
         require_same_plan(open_journal(folder / JOURNAL), plan)
-    return plan, fixed, point
+    return plan, fixed, points[0]
 
 
 def read_settings(config: DictConfig) -> SearchSettings:
@@ -96,15 +96,18 @@ def read_settings(config: DictConfig) -> SearchSettings:
         raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
 
 
-def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings) -> Plan:
+def _plan(
+    config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings, max_epochs: set[int | None]
+) -> Plan:
     """What the search is: all that must stay the same under its name.
 
     Args:
         fixed: the overrides that all trials share; those that may change are left out.
+        max_epochs: of several points of the space, which may vary it.
     """
     may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
     words = [word for word in fixed if not is_within(word.partition("=")[0], [*may_change, "hydra"])]
-    max_epochs = config.trainer.max_epochs
+    (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     return Plan(
         name=str(config.name),
         space=space,
@@ -113,7 +116,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
         pruner=settings.pruner,
         batch_size=settings.n_jobs,
         fixed=tuple(sorted(words)),
-        max_epochs=max_epochs if isinstance(max_epochs, int) and max_epochs > 0 else None,
+        max_epochs=epochs if epochs and epochs > 0 else None,
         config_name=config.hydra.job.config_name,
     )
 
@@ -123,11 +126,11 @@ def count_trials(plan: Plan, settings: SearchSettings) -> int:
     return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
 
 
-def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> Settings:
+def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:
     """Validates points at the ends of the space. A combination that is refused there may be accepted elsewhere.
 
     Returns:
-        The settings of the first point that is accepted.
+        The settings of the points that are accepted.
 
     Raises:
         UserError: with the errors of the first point if all are refused, or of the keys that can't have a value.
@@ -136,10 +139,11 @@ def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_n
     checked: list[Settings] = []
     for point in sample_corners(space):
         try:
+            words = [*fixed, *overrides_of(point)]
             if checked:  # the data and the devices are the same
-                compose_settings([*fixed, *overrides_of(point)], config_name=config_name)
+                checked.append(compose_settings(words, config_name=config_name))
             else:
-                checked = check_jobs([[*fixed, *overrides_of(point)]], on_this_machine, config_name)
+                checked += check_jobs([words], on_this_machine, config_name)
         except UserError as error:
             errors.append(error.errors)
     outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in space)]
@@ -147,7 +151,7 @@ def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_n
         raise UserError(*once_per_unknown_key(outside))
     if not checked:
         raise UserError(*errors[0])
-    return checked[0]
+    return checked
 
 
 def _require_held_out_images(settings: Settings) -> None:

@@ -102,20 +102,20 @@ class TrialPruner:
                 )
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
-        self._study, self._trial, self._max_epochs = study, study.ask(), content["max_epochs"]
+        self._study, self._trial = study, study.ask()
         self._reported: set[int] = set()
         self.is_pruned = False
 
-    def report(self, scores: Mapping[int, float]) -> bool:
+    def report(self, scores: Mapping[int, float], last_epoch: int | None = None) -> bool:
         """Reports the epochs that were not reported yet, in order, and returns whether the trial is pruned.
 
-        After its last epoch a trial is complete: pruning it would save nothing.
+        After its ``last_epoch`` a trial is complete: pruning it would save nothing.
         """
         for epoch in sorted(set(scores) - self._reported):
             self._reported.add(epoch)
             self._trial.report(scores[epoch], epoch)
             is_worse = self._trial.should_prune()  # after the last epoch as well: it notes the value of a rung
-            self.is_pruned = self.is_pruned or (is_worse and epoch != self._max_epochs)
+            self.is_pruned = self.is_pruned or (is_worse and epoch != last_epoch)
         return self.is_pruned
 
     @property

@@ -25,7 +25,7 @@ class PruningCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         # All epochs each time: to the pruner of a resumed run none of them is reported yet.
         scores = {row["epoch"]: row["val/acc"] for row in self.metrics.rows if "val/acc" in row}
-        if self.pruner.report(scores):
+        if self.pruner.report(scores, trainer.max_epochs):
             self.is_pruned = trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
