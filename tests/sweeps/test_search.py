@@ -228,6 +228,7 @@ def check(*words: str) -> Sweep:
         ([LR, "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0: must be greater than or equal to 1"),
         ([LR, "hydra.sweeper.storage=postgresql://u:secret@localhost:1/x"], "localhost:1/x: can't be reached"),
         ([LR, "data.score_each_epoch=test"], "a search compares val/acc on held-out images"),
+        ([LR, "sweep.test=false", "hydra.sweeper.final_seeds=[0]"], "sweep.test=false: the runs of .*final_seeds"),
         ([LR, "sweep.fail_fast=true"], "hydra.sweeper.max_failures=1"),
         ([LR, "trainer.check_val_every_n_epoch=3"], "check_val_every_n_epoch=3: a trial has 2 epochs.*at most that"),
         ([LR, "trainer.val_check_interval=4"], "val_check_interval=4, 6 batches in an epoch: .*without a validation"),

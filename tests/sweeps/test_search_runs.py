@@ -75,6 +75,20 @@ def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(
     assert "summary.csv, summary.md\n" in printed
 
 
+@pytest.mark.parametrize("test", ["true", "false"])
+def test_a_trial_is_never_tested_and_the_best_one_at_the_end_unless_sweep_test_is_false(
+    test: str, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs/sweeps/tune"
+    words = ["model.dropout=interval(0,0.5)", "hydra.sweeper.n_trials=1", f"sweep.test={test}"]
+    status, printed = search(capfd, data_root, *words)
+    assert status == 0, printed
+    result = json.loads((folder / "trial-0000/result.json").read_text())
+    assert result["metrics"]["test/acc"] is None
+    assert (folder / "best.json").exists() == ("tested once: test/acc" in printed) == (test == "true")
+
+
 @pytest.mark.long
 def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

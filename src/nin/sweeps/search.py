@@ -49,6 +49,7 @@ class Search:
         silence_optuna()
         self.config, self.settings = config, read_settings(config)
         self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
+        self.shared = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]
         self.total = count_trials(self.plan, self.settings)
         group_options = GlobalHydra.instance().config_loader().get_group_options
         self.selects_configs = any("@" in key or group_options(key) for key in self.plan.space)
@@ -152,7 +153,7 @@ class Search:
         folder, own = self._run_folder(number), overrides_of(trials[number].params)
         if folder.result_status():  # the search was killed before it was recorded
             return None
-        words = [*self.fixed, *own]
+        words = [*self.shared, *own]
         if self.selects_configs:  # Hydra's launcher would end the search where it can't compose a combination of them
             try:
                 compose_settings(words, config_name=self.config.hydra.job.config_name)
@@ -225,12 +226,13 @@ class Search:
         if self.plan.max_epochs:
             self.store.note("epochs_saved", count_saved_epochs(trials, self.plan.max_epochs))
         if self.settings.final_seeds is None:
-            with self.store.claims.lock():
-                test_best(self.folder, best)
+            if self.point.sweep.test:
+                with self.store.claims.lock():
+                    test_best(self.folder, best)
             return
         jobs_in_all = f"sweep.jobs={self.total + len(self.settings.final_seeds)}"
         add_common_overrides(self.config, jobs_in_all, "sweep.test=true", "sweep.prune=false")
-        words = [*(w for w in self.fixed if split_override(w)[0] != "seed"), *overrides_of(best.params)]
+        words = [*(w for w in self.shared if split_override(w)[0] != "seed"), *overrides_of(best.params)]
         jobs = [
             [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
             for seed in self.settings.final_seeds

@@ -70,6 +70,8 @@ def check_search(
             "seed: is not searched, because the best one says nothing; use hydra.sweeper.final_seeds=[0,1,2]"
         )
     points = _check_space(space, fixed, on_this_machine, config.hydra.job.config_name)
+    if settings.final_seeds is not None and not points[0].sweep.test:
+        raise UserError("sweep.test=false: the runs of hydra.sweeper.final_seeds are tested; leave one of the two out")
     _require_held_out_images(points[0])
     _require_validation_at_an_end(points[0])
     plan = _plan(config, space, fixed, settings, {point.trainer.max_epochs for point in points})
