@@ -177,11 +177,14 @@ def test_a_damaged_journal_is_refused_in_one_message(content: bytes, tmp_path: P
     assert (tmp_path / JOURNAL).read_bytes() == content
 
 
-def test_a_journal_with_another_name_is_refused_with_the_name_that_resumes_it(tmp_path: Path) -> None:
+def test_a_journal_with_another_name_is_refused_with_the_name_and_the_folder_that_resume_it(tmp_path: Path) -> None:
     first = dataclasses.replace(plan(), name="2026-01-02_03-04-05")
     Store(first, tmp_path, None)
-    with pytest.raises(UserError, match=r"to resume it give name=2026-01-02_03-04-05; or another hydra.sweep.dir=…"):
-        require_same_plan(open_journal(tmp_path / JOURNAL), dataclasses.replace(first, name="2026-01-02_03-04-06"))
+    renamed = tmp_path.rename(tmp_path.with_name("renamed"))
+    there = f"name=2026-01-02_03-04-05 hydra.sweep.dir={renamed}"
+    other = dataclasses.replace(first, name="2026-01-02_03-04-06")
+    with pytest.raises(UserError, match=f"to resume it give {there}; or another hydra.sweep.dir=…"):
+        require_same_plan(open_journal(renamed / JOURNAL), other, renamed)
 
 
 def test_another_base_config_is_another_search_unless_an_earlier_version_stored_none(
@@ -189,15 +192,15 @@ def test_another_base_config_is_another_search_unless_an_earlier_version_stored_
 ) -> None:
     mine = dataclasses.replace(plan(), config_name="mine")
     storage = Store(mine, tmp_path, None).storage
-    require_same_plan(storage, mine)
+    require_same_plan(storage, mine, tmp_path)
     with pytest.raises(UserError, match=r"--config-name: mine there, train now$"):
-        require_same_plan(storage, plan())
+        require_same_plan(storage, plan(), tmp_path)
     stored = {key: value for key, value in mine.describe().items() if key != "--config-name"}
     monkeypatch.setattr(Plan, "describe", lambda _: stored)
     storage = Store(mine, tmp_path / "earlier", None).storage
     monkeypatch.undo()
     for now in (mine, plan()):
-        require_same_plan(storage, now)
+        require_same_plan(storage, now, tmp_path)
 
 
 def check(*words: str) -> Sweep:

@@ -77,9 +77,9 @@ def check_search(
     plan = _plan(config, space, fixed, settings, {point.trainer.max_epochs for point in points})
     folder = Path(config.hydra.sweep.dir)
     if settings.storage is not None:
-        require_same_plan(open_database(settings.storage), plan)
+        require_same_plan(open_database(settings.storage), plan, folder)
     elif (folder / JOURNAL).exists():
-        require_same_plan(open_journal(folder / JOURNAL), plan)
+        require_same_plan(open_journal(folder / JOURNAL), plan, folder)
     return plan, fixed, points[0]
 
 

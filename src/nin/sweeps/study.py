@@ -181,7 +181,7 @@ class Store:
             if plan.name not in names:
                 optuna.create_study(storage=self.storage, study_name=plan.name, direction="maximize")
             self.study_id = self.storage.get_study_id_from_name(plan.name)
-            require_same_plan(self.storage, plan)
+            require_same_plan(self.storage, plan, folder)
             if _PLAN not in self.storage.get_study_user_attrs(self.study_id):
                 self.storage.set_study_user_attr(self.study_id, _PLAN, plan.describe())
 
@@ -220,8 +220,8 @@ class Store:
             self.storage.set_study_user_attr(self.study_id, key, value)
 
 
-def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
-    """Checks that a study of this name, if there is one, is the same search.
+def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
+    """Checks that a study of this name, if there is one, is the same search, and that a journal in ``folder`` has it.
 
     Raises:
         UserError: names what differs.
@@ -230,8 +230,8 @@ def require_same_plan(storage: BaseStorage, plan: Plan) -> None:
     if plan.name not in names:
         if names and isinstance(storage, JournalStorage):
             raise UserError(
-                f"{JOURNAL}: the study of another search; to resume it give name={names[0]}; or another "
-                "hydra.sweep.dir=…"
+                f"{JOURNAL}: the study of another search; to resume it give name={names[0]} hydra.sweep.dir={folder}; "
+                "or another hydra.sweep.dir=…"
             )
         return
     study_id = storage.get_study_id_from_name(plan.name)
