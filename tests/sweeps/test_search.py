@@ -218,6 +218,7 @@ def check(*words: str) -> Sweep:
         (["model.dropout=interval(0,1.5)"], "model.dropout=1.5: must be less than 1"),
         (["model.norm=none,layer"], "model.norm=.*layer"),
         (["seed=0,1,2"], "seed: is not searched.*final_seeds"),
+        (["++seed=0,1,2"], "seed: is not searched.*final_seeds"),
         ([LR, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be greater than or equal to 1"),
         ([LR, "hydra.sweeper.sampler=tpa"], "hydra.sweeper.sampler=.*'tpe'"),
         ([LR, "hydra.sweeper.sampler=grid"], "sampler=grid needs choices or a range"),

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
-from nin.config.changes import MAY_CHANGE, is_within
+from nin.config.changes import MAY_CHANGE, is_within, split_override
 from nin.config.composition import compose_settings
 from nin.config.data_sets import Data
 from nin.config.errors import format_errors
@@ -65,7 +65,7 @@ def check_search(
             "a search has no space: give at least one key as in 'optimizer.lr=tag(log, interval(1e-4, 1e-1))', "
             "model.dropout='interval(0, 0.8)' or model.norm=none,batch"
         )
-    if "seed" in space:
+    if any(split_override(key)[0] == "seed" for key in space):
         raise UserError(
             "seed: is not searched, because the best one says nothing; use hydra.sweeper.final_seeds=[0,1,2]"
         )
