@@ -528,23 +528,23 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
     lr = FloatDistribution(0.1, 0.2)
     study.add_trial(create_trial(params={"optimizer.lr": 0.1}, distributions={"optimizer.lr": lr}, value=0.5))
     description: dict[str, Any] = {"name": "s", "fixed": ["model=tiny"], "config_dir": "/my", "max_epochs": 0}
-    notes = describe_answer(tmp_path, description, study.trials, study)
+    notes = describe_answer(tmp_path, description, study)
     assert "    nin train --config-dir /my name=s-best model=tiny optimizer.lr=0.1" in notes
     assert not any("--config-name best" in note for note in notes)
     description |= {"fixed": ["~optimizer.momentum"], "config_dir": None}
-    notes = describe_answer(tmp_path, description, study.trials, study)
+    notes = describe_answer(tmp_path, description, study)
     assert "    nin train name=s-best '~optimizer.momentum' optimizer.lr=0.1" in notes
     assert not any("--config-name best" in note for note in notes)
     description |= {"fixed": ["model=tiny"], "config_name": "mine", "config_path": "/p"}
-    notes = describe_answer(tmp_path, description, study.trials, study)
+    notes = describe_answer(tmp_path, description, study)
     command = "nin train --config-path /p --config-name mine name=s-best model=tiny optimizer.lr=0.1"
     assert f"    {command} hydra.sweeper.params=null" in notes
     assert not any("--config-name best" in note for note in notes)
     description |= {"fixed": ["++name=s"], "config_name": None, "config_path": None, "name": "s=1"}
-    notes = describe_answer(tmp_path, description | {"search_path": "hydra.searchpath=[/a b]"}, study.trials, study)
+    notes = describe_answer(tmp_path, description | {"search_path": "hydra.searchpath=[/a b]"}, study)
     assert """    nin train 'name="s=1-best"' 'hydra.searchpath=[/a b]' optimizer.lr=0.1""" in notes
     assert not any("--config-name best" in note for note in notes)
-    assert any("--config-name best" in note for note in describe_answer(tmp_path, description, study.trials, study))
+    assert any("--config-name best" in note for note in describe_answer(tmp_path, description, study))
 
 
 def test_pruning_says_how_many_epochs_it_saved() -> None:

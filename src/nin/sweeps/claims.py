@@ -33,11 +33,9 @@ class FileClaims:
         self._held: dict[int, FileLock] = {}
         self._lock = FileLock(self._folder / "lock")
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> FileLock:
         """Held while trials are read and proposed: two processes never propose the same trial."""
-        with self._lock:
-            yield
+        return self._lock
 
     def claim(self, number: int) -> bool:
         """Claims a trial for this process; False if another process has it."""

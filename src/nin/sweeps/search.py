@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.plugins.launcher import Launcher
@@ -47,7 +47,7 @@ class Search:
 
     def __init__(self, config: DictConfig, task: list[str], on_this_machine: bool):
         silence_optuna()
-        self.config, self.settings = config, read_settings(config)
+        self.config, self.settings, self.folder = config, read_settings(config), Path(config.hydra.sweep.dir)
         self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
         self.shared = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]
         self.total = count_trials(self.plan, self.settings)
@@ -65,7 +65,6 @@ class Search:
         # The jobs of another process, which a killed search may have left, are waited for.
         prune = str(self.settings.pruner != "none").lower()
         add_common_overrides(self.config, "sweep.wait=true", "sweep.test=false", f"sweep.prune={prune}")
-        self.folder = Path(self.config.hydra.sweep.dir)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(self.plan, self.folder, self.settings.storage)
         self._write_description()
@@ -179,7 +178,7 @@ class Search:
                 raise
             self._write_failure(folder, words[:-1], error)
             return
-        raise RunFailedError(self._give_up(f"{folder.path}: has no result"))
+        self._give_up(f"{folder.path}: has no result")
 
     def _write_failure(self, folder: RunFolder, words: list[str], error: UserError) -> None:
         write_atomically(folder.overrides, json.dumps(words) + "\n")  # JSON is YAML
@@ -211,18 +210,18 @@ class Search:
     def _require_few_failures(self, trials: Sequence[FrozenTrial]) -> None:
         failed = sum(trial.state.name == "FAIL" for trial in trials)
         if self.settings.max_failures is not None and failed >= self.settings.max_failures:
-            raise RunFailedError(self._give_up(f"{failed} trials have failed (hydra.sweeper.max_failures)"))
+            self._give_up(f"{failed} trials have failed (hydra.sweeper.max_failures)")
 
-    def _give_up(self, reason: str) -> str:
+    def _give_up(self, reason: str) -> NoReturn:
         print(f"the search ends: {reason}", flush=True)
-        return reason
+        raise RunFailedError(reason)
 
     def _finish(self) -> None:
         """Tests the best trial, or trains its configuration anew with the final seeds."""
         trials = self.store.trials()[: self.total]
         best = best_trial(trials)
         if best is None:
-            raise RunFailedError(self._give_up("no trial completed"))
+            self._give_up("no trial completed")
         if self.plan.max_epochs:
             self.store.note("epochs_saved", count_saved_epochs(trials, self.plan.max_epochs))
         if self.settings.final_seeds is None:

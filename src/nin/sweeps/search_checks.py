@@ -16,7 +16,7 @@ from nin.config.types import Positive, Section
 from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
 from nin.sweeps.claims import require_postgresql
-from nin.sweeps.space import Space, grid_size, overrides_of, read_space, sample_corners
+from nin.sweeps.space import Space, enumerate_values, overrides_of, read_space, sample_corners
 from nin.sweeps.study import JOURNAL, Plan, open_database, open_journal, require_same_plan
 
 _AT_AN_END = (
@@ -124,8 +124,14 @@ def _plan(
 
 
 def count_trials(plan: Plan, settings: SearchSettings) -> int:
-    """The number of trials; of a grid, at most as many as it has points."""
-    return min(settings.n_trials, grid_size(plan.space)) if plan.sampler == "grid" else settings.n_trials
+    """The number of trials; of a grid, at most as many as it has points.
+
+    Raises:
+        UserError: if a grid has infinitely many points.
+    """
+    if plan.sampler != "grid":
+        return settings.n_trials
+    return min(settings.n_trials, math.prod(len(enumerate_values(key, values)) for key, values in plan.space.items()))
 
 
 def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:

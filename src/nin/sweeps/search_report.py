@@ -105,7 +105,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     title = f"{printable(description['name'])}: {_count(trials, description['n_trials'])}; best val/acc first"
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)
-    rows = [_header(trials), *(_row(trial) for trial in _sorted(trials))]
+    rows = _tabulate(trials)
     _print_table(console, rows[: _MAX_ROWS + 1])
     if len(rows) > _MAX_ROWS + 1:
         print(f"the other {len(rows) - 1 - _MAX_ROWS} trials are in summary.csv")
@@ -113,7 +113,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
         if trial.state == TrialState.FAIL:
             reason = printable_lines(str(trial.user_attrs.get("error", "unknown error")))
             print(f"failed: {trial_name(trial.number)}: {reason}")
-    notes = [printable(note) for note in describe_answer(folder, description, trials, study)]
+    notes = [printable(note) for note in describe_answer(folder, description, study)]
     for note in notes:
         console.print(note, soft_wrap=True)
     try:
@@ -149,33 +149,24 @@ def _count(trials: Sequence[FrozenTrial], total: int) -> str:
     return text
 
 
-def _sorted(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Completed trials, the best first, then the others by their numbers."""
-    return sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0), t.number))
-
-
-def _header(trials: Sequence[FrozenTrial]) -> list[str]:
-    return ["trial", "val/acc", "epochs", "status", *map(printable, trials[0].params if trials else [])]
-
-
-def _short(header: list[str]) -> list[str]:
-    """Keys without their sections, where that is unique, for the table in the terminal."""
-    last = [key.rpartition(".")[2] for key in header]
-    return [name if last.count(name) == 1 else key for key, name in zip(header, last, strict=True)]
-
-
-def _row(trial: FrozenTrial) -> list[str]:
+def _tabulate(trials: Sequence[FrozenTrial]) -> list[list[str]]:
+    """The table as text, header first: completed trials, the best first, then the others by their numbers."""
     names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
-    value = "" if trial.value is None else f"{trial.value:.4f}"
-    state = names.get(trial.state, trial.state.name.lower())
-    params = [printable(str(param)) for param in trial.params.values()]
-    return [str(trial.number), value, str(len(trial.intermediate_values)), state, *params]
+    rows = [["trial", "val/acc", "epochs", "status", *map(printable, trials[0].params if trials else [])]]
+    for trial in sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0), t.number)):
+        value = "" if trial.value is None else f"{trial.value:.4f}"
+        state = names.get(trial.state, trial.state.name.lower())
+        params = [printable(str(param)) for param in trial.params.values()]
+        rows.append([str(trial.number), value, str(len(trial.intermediate_values)), state, *params])
+    return rows
 
 
 def _print_table(console: Console, rows: list[list[str]]) -> None:
     """A column for each searched key if the terminal is wide enough, otherwise one for all of them."""
     header, *lines = [[_three_digits(cell) if i > 3 else cell for i, cell in enumerate(row)] for row in rows]
-    header = _short(header)
+    # Keys without their sections, where that is unique.
+    last = [key.rpartition(".")[2] for key in header]
+    header = [name if last.count(name) == 1 else key for key, name in zip(header, last, strict=True)]
     gap = 2  # characters between columns, and of both edges together
     if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) > console.width:
         pairs = [" ".join(f"{k}={v}" for k, v in zip(header[4:], line[4:], strict=False) if v) for line in lines]
@@ -195,10 +186,9 @@ def _three_digits(cell: str) -> str:
         return cell
 
 
-def describe_answer(
-    folder: Path, description: dict[str, Any], trials: Sequence[FrozenTrial], study: optuna.Study
-) -> list[str]:
+def describe_answer(folder: Path, description: dict[str, Any], study: optuna.Study) -> list[str]:
     """The lines of the answer: the best trial and its command, its test, what mattered, what pruning saved."""
+    trials = study.get_trials(deepcopy=False)
     best = best_trial(trials)
     if best is None:
         return ["no trial has completed yet"]
@@ -256,17 +246,17 @@ def _write(
     notes: list[str],
     study: optuna.Study,
 ) -> None:
-    trials = study.get_trials(deepcopy=False)
+    best = best_trial(study.get_trials(deepcopy=False))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_atomically(folder / "summary.csv", text.getvalue())
     answer = [line for note in notes for line in ("", note)]
-    picture = ["![](summary.png)", ""] if best_trial(trials) else []
+    picture = ["![](summary.png)", ""] if best else []
     content = [f"# {title}", *answer, "", *markdown_table(rows[0], rows[1:]), "", *picture]
     write_atomically(folder / "summary.md", "\n".join(content))
     written = "summary.csv, summary.md"
     config = None
-    if best := best_trial(trials):
+    if best:
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
         if fits_config_file(description):

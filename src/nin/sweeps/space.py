@@ -132,15 +132,6 @@ def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
     raise UserError(f"{key}: hydra.sweeper.sampler=grid needs choices or a range, not an interval")
 
 
-def grid_size(space: Space) -> int:
-    """The number of points of a grid.
-
-    Raises:
-        UserError: if there are infinitely many.
-    """
-    return math.prod(len(enumerate_values(key, distribution)) for key, distribution in space.items())
-
-
 def sample_corners(space: Space) -> list[dict[str, str]]:
     """A few points of the space as text, each key at one of its ends: to find errors before the search starts."""
     ends = {key: ends_of(distribution) for key, distribution in space.items()}
