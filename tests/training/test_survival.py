@@ -19,7 +19,7 @@ import torch
 from lightning import Callback, LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset, WeightedRandomSampler
 
 from helpers import SMALL, nin, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
@@ -353,21 +353,34 @@ def test_a_logger_of_ones_own_is_resumed_too(
 class OwnData(LightningDataModule):
     class_names, channels = ("a", "b"), 1
 
-    def train_dataloader(self, shuffle: bool = True) -> DataLoader:
+    def __init__(self, sampler: str = "shuffle"):
+        super().__init__()
         images = torch.rand(32, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        return DataLoader(TensorDataset(images, torch.arange(32) % 2), batch_size=4, shuffle=shuffle)
+        self.images, self.sampler = TensorDataset(images, torch.arange(32) % 2), sampler
+
+    def train_dataloader(self) -> DataLoader:
+        if self.sampler == "shuffle":
+            return DataLoader(self.images, batch_size=4, shuffle=True)
+        generator = torch.Generator().manual_seed(0)
+        if self.sampler == "shuffle with a generator":
+            return DataLoader(self.images, batch_size=4, shuffle=True, generator=generator)
+        weighted = WeightedRandomSampler([1.0, 3.0] * 16, num_samples=32, generator=generator)
+        if self.sampler == "weighted":
+            return DataLoader(self.images, batch_size=4, sampler=weighted)
+        return DataLoader(self.images, batch_sampler=BatchSampler(weighted, 4, drop_last=True))
 
     def val_dataloader(self) -> DataLoader:
-        return self.train_dataloader(shuffle=False)
+        return DataLoader(self.images, batch_size=4)
 
     test_dataloader = val_dataloader
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("sampler", ["shuffle", "shuffle with a generator", "weighted", "weighted batches"])
 def test_a_run_on_a_data_module_of_ones_own_resumes_from_the_end_of_an_epoch(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:
-    own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4}
+    own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4, "sampler": sampler}
     plain = settings("logger=none", "callbacks=none", "model.dropout=0.5").model_dump(mode="json")
     requested = validate_plain(plain | {"data": own})
     uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)

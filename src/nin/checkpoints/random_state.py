@@ -7,13 +7,18 @@ import numpy as np
 import torch
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """The states of the generators that training on ``device`` uses, as tensors and plain values."""
+def random_state(device: torch.device, loader: Any) -> dict[str, Any]:
+    """The states of the generators that training on ``device`` uses, as tensors and plain values.
+
+    Args:
+        loader: the training dataloader; the user's own may have generators of its own.
+    """
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
         "numpy": [name, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state(),
+        "loader": [generator.get_state() for generator in _generators(loader)],
     }
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -22,14 +27,28 @@ def random_state(device: torch.device) -> dict[str, Any]:
     return state
 
 
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+def set_random_state(state: dict[str, Any], device: torch.device, loader: Any) -> None:
     """Restores the generators from `random_state`; that of ``device`` only if ``state`` is of the same device type."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
+    # Checkpoints of earlier versions have none of the loader.
+    for generator, own in zip(_generators(loader), state.get("loader", []), strict=False):
+        generator.set_state(own)
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Those of a dataloader and its samplers; one that they share is there several times."""
+    owners = (
+        loader,
+        getattr(loader, "sampler", None),
+        getattr(getattr(loader, "batch_sampler", None), "sampler", None),
+    )
+    found = [getattr(owner, "generator", None) for owner in owners]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

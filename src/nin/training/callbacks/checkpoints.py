@@ -82,7 +82,7 @@ class ResumableCheckpoint(Checkpoint):
             own = self._loaded["processes"][trainer.global_rank]
             if _layout(own["metrics"]) != _layout(_train_metrics(pl_module)):
                 raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
-            set_random_state(own["random_state"], pl_module.device)
+            set_random_state(own["random_state"], pl_module.device, _batches(trainer))
             if position is None:
                 # The epoch's iterator draws from torch's generator, and was made before that was restored.
                 iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
@@ -189,7 +189,7 @@ class ResumableCheckpoint(Checkpoint):
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                 logger.experiment.flush()
         # Lightning saves the state of rank 0 only; each process has its own.
-        own = {"random_state": random_state(pl_module.device), "metrics": _train_metrics(pl_module)}
+        own = {"random_state": random_state(pl_module.device, _batches(trainer)), "metrics": _train_metrics(pl_module)}
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, own)
