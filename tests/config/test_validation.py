@@ -9,7 +9,7 @@ from nin.config.changes import MAY_CHANGE, differences, flat, is_within
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, Trainer, UserError
 from nin.config.types import Section
-from nin.config.validation import validate
+from nin.config.validation import validate, validate_plain
 
 
 def refused(*overrides: str) -> tuple[str, ...]:
@@ -286,3 +286,10 @@ def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_t
     for schedule, expected in (("one_cycle", [refused]), ("constant", [])):
         requested = (f"schedule={schedule}", "schedule.warmup=0" if schedule == "constant" else "schedule.warmup=0.3")
         assert differences(settings(*requested), settings(*requested, "trainer.max_epochs=3")) == expected
+    for name, argument, expected in (("ExponentialLR", {"gamma": 0.9}, 0), ("LinearLR", {"total_iters": "steps"}, 1)):
+        own = {"schedule": {"_target_": f"torch.optim.lr_scheduler.{name}", **argument}}
+        short, long = (validate_plain(settings(*words).model_dump() | own) for words in ([], ["trainer.max_epochs=3"]))
+        assert len(differences(short, long)) == expected
+        endless = long.model_copy(update={"trainer": long.trainer.model_copy(update={"max_epochs": -1})})
+        (message,) = validation.require_an_end_of_training(endless)
+        assert ("depends on the number of steps" in message) == expected

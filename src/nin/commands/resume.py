@@ -41,7 +41,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         prog="nin resume",
         allow_abbrev=False,
         description="Continue an interrupted or failed run from its last.ckpt, to the result that it would have had "
-        "without the interruption; with trainer.max_epochs=… also a finished one, if its learning rate is constant.",
+        "without the interruption; with trainer.max_epochs=… also a finished one, if its schedule does not depend on "
+        "the number of steps.",
         epilog=f"may change: {', '.join(_MAY_CHANGE)}; of the callbacks those that only observe the training",
     )
     parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")

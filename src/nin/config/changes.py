@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from nin.config.schema import Settings
+from nin.config.schema import OwnSchedule, Schedule, Settings
 
 # The keys that may be overridden when a run is resumed.
 MAY_CHANGE = (
@@ -46,6 +46,13 @@ def changes_training(callback: Mapping[str, Any]) -> bool:
     return not is_within(module, ["nin"]) and not (is_within(module, ["lightning"]) and name in _OBSERVERS)
 
 
+def depends_on_steps(schedule: Schedule | OwnSchedule) -> bool:
+    """Whether the learning rate of every step depends on the number of steps of the whole run."""
+    if isinstance(schedule, OwnSchedule):
+        return "steps" in schedule.arguments.values()
+    return schedule.name != "constant" or schedule.warmup > 0
+
+
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
     found: dict[str, Any] = {}
@@ -73,9 +80,8 @@ def differences(before: Settings, now: Settings) -> list[str]:
         callbacks = {name: entry for name, entry in plain["callbacks"].items() if changes_training(entry)}
         # It was false in all runs of earlier versions.
         keys = flat(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
-        # The learning rates of other schedules depend on the number of steps.
-        constant_lr = settings.schedule.name == "constant" and not settings.schedule.warmup
-        may_change = [key for key in MAY_CHANGE if constant_lr or key != "trainer.max_epochs"]
+        fixed_length = depends_on_steps(settings.schedule)
+        may_change = [key for key in MAY_CHANGE if not fixed_length or key != "trainer.max_epochs"]
         fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
         return fixed | flat({"callbacks": callbacks})
 

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nin.config.changes import is_within
+from nin.config.changes import depends_on_steps, is_within
 from nin.config.data_sets import TEST_IMAGES, TRAINING_IMAGES, Data
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
 from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process
@@ -204,7 +204,7 @@ def require_an_end_of_training(settings: Settings) -> Iterator[str]:
     trainer, schedule = settings.trainer, settings.schedule
     if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
         return
-    if schedule.name != "constant" or schedule.warmup:
+    if depends_on_steps(schedule):
         yield f"schedule={schedule.name}: depends on the number of steps; set trainer.max_epochs or trainer.max_steps"
     elif trainer.max_time is None:
         given = "null" if trainer.max_epochs is None else trainer.max_epochs
