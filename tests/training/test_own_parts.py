@@ -34,9 +34,24 @@ class Partly(nn.Sequential):
         self.register_buffer("mask", torch.tensor([-torch.inf, 0.0]))
 
 
-def with_network(settings: Callable[..., Settings], *overrides: str) -> Settings:
+def with_network(settings: Callable[..., Settings], *overrides: str, network: str = "Partly") -> Settings:
     plain = settings("logger=none", "callbacks=none", *overrides).model_dump(mode="json")
-    return validate_plain(plain | {"model": {"_target_": f"{__name__}.Partly", "input_size": 28}})
+    return validate_plain(plain | {"model": {"_target_": f"{__name__}.{network}", "input_size": 28}})
+
+
+class Auxiliary(Partly):
+    """Returns more than logits in training, as torchvision's GoogLeNet and Inception3 do."""
+
+    def forward(self, images: Tensor) -> Any:
+        logits = super().forward(images)
+        return (logits, logits) if self.training else logits
+
+
+def test_a_network_that_returns_more_than_logits_in_training_is_refused(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"^model: .*\.Auxiliary returns tuple in training, .*aux_logits=false"):
+        run_experiment(with_network(settings, network="Auxiliary"), RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize("optimizer", [["optimizer=adamw"], ["optimizer=sgd", "optimizer.momentum=0.9"]])

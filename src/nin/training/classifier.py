@@ -134,6 +134,11 @@ class Classifier(LightningModule):
             # The compiled network has static shapes: those of a full batch.
             full = len(labels) == self.settings.data.batch_size
             logits = self.network(images) if full else self.network.forward(images)
+            if not isinstance(logits, Tensor):  # one of the user's own that returns more in training
+                found = f"returns {type(logits).__name__} in training, and not logits alone"
+                raise UserError(
+                    f"model: {self.settings.model.name} {found}; turn off what it adds, as aux_logits=false"
+                )
             loss = self.loss(logits, labels)
             batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
