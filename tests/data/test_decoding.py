@@ -127,6 +127,9 @@ def test_the_reason_is_named(tmp_path: Path) -> None:
             decode(nothing, 3)
     with pytest.raises(ImageTooLargeError, match="8000x8000 pixels are 64 megapixels; the limit is 50"):
         decode(bomb(8000), 3)
+    for limit, message in ((63_999_999, "are 64 megapixels; the limit is 63.999999"), (500_000, "the limit is 0.5")):
+        with pytest.raises(ImageTooLargeError, match=f"{message}$"):
+            open_image(bomb(8000), limit)
     with pytest.raises(ImageError, match="No such file"):
         decode(tmp_path / "none.png", 3)
 

@@ -53,8 +53,8 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
     width, height = image.size
     refused: ImageError | None = None
     if width * height > max_pixels:
-        megapixels = f"{width}x{height} pixels are {width * height / 1e6:.0f} megapixels"
-        refused = ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.0f}")
+        megapixels = f"{width}x{height} pixels are {width * height / 1e6:.8g} megapixels"
+        refused = ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.8g}")
     elif not width * height:
         refused = ImageError("has no pixels")
     elif too_many_scans:
