@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn")
 
 from starlette.requests import Request
 
-from nin.deploy.requests import read_file
+from nin.deploy.requests import RefusedError, read_file
 from nin.deploy.service import Limits, Service
 
 
@@ -124,3 +124,11 @@ def test_a_form_is_read_where_no_temporary_file_can_be_written(monkeypatch: pyte
     headers = [(b"content-type", b"multipart/form-data; boundary=x")]
     request = Request({"type": "http", "headers": headers})
     assert asyncio.run(read_file(request, head + photo + b"\r\n--x--\r\n")) == photo
+
+
+def test_a_parameter_among_the_fields_of_a_form_is_refused() -> None:
+    field = b'--x\r\nContent-Disposition: form-data; name="invert"\r\n\r\ntrue\r\n'
+    file = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nx\r\n--x--\r\n'
+    request = Request({"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]})
+    with pytest.raises(RefusedError, match=r"^invert: is a field of the form; give it in the address: /predict"):
+        asyncio.run(read_file(request, field + file))

@@ -1,7 +1,7 @@
 """The content of a request for a prediction: its parameters, and the image in a form. Imports no torch."""
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -55,7 +55,7 @@ def read_parameters(request: Request) -> Parameters:
 
 
 async def read_file(request: Request, body: bytes) -> bytes:
-    """The file in a form; raises RefusedError if there is not exactly one."""
+    """The file in a form; raises RefusedError if there is not exactly one, or if a field is a parameter's."""
 
     async def parts() -> AsyncGenerator[bytes, None]:
         yield body
@@ -71,6 +71,9 @@ async def read_file(request: Request, body: bytes) -> bytes:
         files = [value for _, value in form.multi_items() if not isinstance(value, str)]
         if len(files) != 1:
             raise RefusedError(400, f"the form has {len(files) or 'no'} file{'s' * (len(files) > 1)}: send one image")
+        for name, value in form.multi_items():
+            if isinstance(value, str) and name in {field.name for field in fields(Parameters)}:  # it would do nothing
+                raise RefusedError(400, f"{name}: is a field of the form; give it in the address: /predict?{name}=…")
         return await files[0].read()
     finally:
         await form.close()
