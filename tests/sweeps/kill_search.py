@@ -70,7 +70,7 @@ class Jobs:
         if ended or failed or len(rows) == EPOCHS:
             status = "pruned" if ended else "failed" if failed else "finished"
             scored = {"val/acc": max(scores.values()), "val/loss": 1.0}
-            folder.write_result({"status": status, "error": "diverged", "metrics": scored})
+            folder.write_result({"status": status, "error": "diverged", "metrics": scored, "overrides": words})
             with Path("ended").open("a") as file:
                 file.write(f"{path.name}\n")
             return

@@ -89,6 +89,18 @@ def test_a_trial_is_never_tested_and_the_best_one_at_the_end_unless_sweep_test_i
     assert (folder / "best.json").exists() == ("tested once: test/acc" in printed) == (test == "true")
 
 
+def test_the_result_of_another_search_whose_study_was_removed_is_not_recorded(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs/sweeps/tune"
+    for space, expected in (("interval(0,0.5)", 0), ("interval(0,0.5)", 0), ("interval(0.5,0.9)", 2)):
+        status, printed = search(capfd, data_root, f"model.dropout={space}", "hydra.sweeper.n_trials=1")
+        assert status == expected, printed
+        (folder / "study.journal").unlink()
+    assert "outputs/sweeps/tune/trial-0000: has the result of another search; remove it" in printed
+
+
 @pytest.mark.long
 def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -22,7 +22,7 @@ from nin.config.schema import CONF, UserError
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
-from nin.sweeps.search_checks import check_search, count_trials, read_settings
+from nin.sweeps.search_checks import check_search, count_trials, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
 from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
@@ -150,9 +150,11 @@ class Search:
     def _prepare(self, number: int, start: int, trials: Sequence[FrozenTrial]) -> list[str] | None:
         """The overrides of a trial's job; None if it has ended already, or its configuration can't be composed."""
         folder, own = self._run_folder(number), overrides_of(trials[number].params)
-        if folder.result_status():  # the search was killed before it was recorded
-            return None
         words = [*self.shared, *own]
+        if result := folder.read_result():  # the search was killed before it was recorded
+            if experiment_words(result.get("overrides", words)) != experiment_words(words):  # its study was removed
+                raise UserError(f"{folder.path}: has the result of another search; remove it, or give another name=…")
+            return None
         if self.selects_configs:  # Hydra's launcher would end the search where it can't compose a combination of them
             try:
                 compose_settings(words, config_name=self.config.hydra.job.config_name)

@@ -1,6 +1,7 @@
 """What a search needs is checked before anything is written."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -104,11 +105,9 @@ def _plan(
     """What the search is: all that must stay the same under its name.
 
     Args:
-        fixed: the overrides that all trials share; those that may change are left out.
+        fixed: the overrides that all trials share.
         max_epochs: of several points of the space, which may vary it.
     """
-    may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
-    words = [word for word in fixed if not is_within(word.partition("=")[0], [*may_change, "hydra"])]
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     return Plan(
         name=str(config.name),
@@ -117,10 +116,16 @@ def _plan(
         seed=config.seed,
         pruner=settings.pruner,
         batch_size=settings.n_jobs,
-        fixed=tuple(sorted(words)),
+        fixed=tuple(experiment_words(fixed)),
         max_epochs=epochs if epochs and epochs > 0 else None,
         config_name=config.hydra.job.config_name,
     )
+
+
+def experiment_words(words: Iterable[str]) -> list[str]:
+    """The overrides that make a trial the experiment that it is, sorted; the others may change under one name."""
+    may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
+    return sorted(word for word in words if not is_within(word.partition("=")[0], [*may_change, "hydra"]))
 
 
 def count_trials(plan: Plan, settings: SearchSettings) -> int:
