@@ -49,7 +49,8 @@ class Search:
         silence_optuna()
         self.config, self.settings, self.folder = config, read_settings(config), Path(config.hydra.sweep.dir)
         self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
-        self.shared = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]
+        # The search itself sets which of its jobs are tested, and which may be pruned.
+        self.job_words = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]
         self.total = count_trials(self.plan, self.settings)
         group_options = GlobalHydra.instance().config_loader().get_group_options
         self.selects_configs = any("@" in key or group_options(key) for key in self.plan.space)
@@ -150,7 +151,7 @@ class Search:
     def _prepare(self, number: int, start: int, trials: Sequence[FrozenTrial]) -> list[str] | None:
         """The overrides of a trial's job; None if it has ended already, or its configuration can't be composed."""
         folder, own = self._run_folder(number), overrides_of(trials[number].params)
-        words = [*self.shared, *own]
+        words = [*self.job_words, *own]
         if result := folder.read_result():  # the search was killed before it was recorded
             if experiment_words(result.get("overrides", words)) != experiment_words(words):  # its study was removed
                 raise UserError(f"{folder.path}: has the result of another search; remove it, or give another name=…")
@@ -233,7 +234,7 @@ class Search:
             return
         jobs_in_all = f"sweep.jobs={self.total + len(self.settings.final_seeds)}"
         add_common_overrides(self.config, jobs_in_all, "sweep.test=true", "sweep.prune=false")
-        words = [*(w for w in self.shared if split_override(w)[0] != "seed"), *overrides_of(best.params)]
+        words = [*(w for w in self.job_words if split_override(w)[0] != "seed"), *overrides_of(best.params)]
         jobs = [
             [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
             for seed in self.settings.final_seeds
