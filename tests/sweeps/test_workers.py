@@ -90,6 +90,8 @@ def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) 
         job.mkdir()
         result = {"status": "finished", "metrics": {}, "train_seconds": 120.0}
         (job / "result.json").write_text(json.dumps(result))
+    (tmp_path / "optimizer.lr=x").mkdir()  # of other content, as the results of a folder from elsewhere may be
+    (tmp_path / "optimizer.lr=x" / "result.json").write_text('{"status": "finished", "train_seconds": "120"}')
     settings: Any = SimpleNamespace(sweep=SimpleNamespace(jobs=4))
     # Of a search, whose jobs have no names before they start, those that were begun earlier are done.
     assert workers._progress(tmp_path / "trial-0001", 1, settings).endswith("(about 6 min of training left)")

@@ -154,8 +154,8 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
     for path in folder.parent.glob("*/result.json"):
         with contextlib.suppress(UserError):
             result = RunFolder(path.parent).read_result() or {}
-            if "train_seconds" in result:
-                seconds[path.parent.name] = result["train_seconds"]
+            if isinstance(taken := result.get("train_seconds"), int | float):
+                seconds[path.parent.name] = taken
     left = ""
     if seconds:
         # Finished jobs of other commands in the folder count for the time of a job, and not for how many are left.
