@@ -158,6 +158,9 @@ def test_a_plateau_schedule_follows_the_validation_loss_and_is_resumed(
     assert (resumed["weights_sha256"], resumed["metrics"]) == (result["weights_sha256"], result["metrics"])
     with pytest.raises(UserError, match=r"schedule=.*ReduceLROnPlateau: follows val/loss, which this run does not"):
         run_experiment(requested("trainer.limit_val_batches=0"), RunFolder(tmp_path / "unscored"))
+    plateau["mode"] = "max"
+    with pytest.raises(UserError, match=r"schedule\.mode=max: the schedule follows val/loss, which is to fall"):
+        run_experiment(requested(), RunFolder(tmp_path / "rising"))
 
 
 class Stream(IterableDataset):

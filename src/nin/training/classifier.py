@@ -26,7 +26,7 @@ from nin.networks.build import build_network
 from nin.system import devices
 from nin.training.initial_statistics import start_from_training_images
 from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
-from nin.training.schedule import build_schedule
+from nin.training.schedule import build_schedule, follow_validation
 
 log = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class Classifier(LightningModule):
             schedule = schedule.model_copy(update={name: self._count_steps() for name in counted})
             scheduler = own_classes.build("schedule", schedule, LRScheduler, optimizer)
             if isinstance(scheduler, ReduceLROnPlateau):
-                return {"optimizer": optimizer, "lr_scheduler": self._follow_validation(scheduler)}
+                return {"optimizer": optimizer, "lr_scheduler": follow_validation(scheduler, self.settings)}
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule.interval}}
         return {
             "optimizer": optimizer,
@@ -277,15 +277,6 @@ class Classifier(LightningModule):
                 "not know; set trainer.max_steps or trainer.limit_train_batches=<number>, or schedule=constant"
             )
         return int(steps)
-
-    def _follow_validation(self, scheduler: ReduceLROnPlateau) -> dict[str, Any]:
-        if self.settings.data.score_each_epoch == "test" or self.settings.trainer.limit_val_batches == 0:
-            raise UserError(
-                f"schedule={self.settings.schedule.name}: follows val/loss, which this run does not compute; set "
-                "data.score_each_epoch=val and leave trainer.limit_val_batches as it is, or choose another schedule"
-            )
-        # Never called by Lightning, which would do so after the checkpoint of the epoch is saved: `MetricsLogger` does.
-        return {"scheduler": scheduler, "interval": "epoch", "frequency": sys.maxsize, "monitor": "val/loss"}
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         chosen = self.settings.optimizer

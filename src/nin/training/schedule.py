@@ -1,11 +1,20 @@
 """The schedules of the learning rate."""
 
+import sys
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
-from nin.config.schema import Schedule
+from nin.config.schema import Schedule, Settings, UserError
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:
@@ -48,3 +57,20 @@ def _momentum_ranges(momenta: list[float]) -> dict[str, Any]:
         "max_momentum": [round(momentum + half, 6) for momentum, half in both],
         "base_momentum": [round(momentum - half, 6) for momentum, half in both],
     }
+
+
+def follow_validation(scheduler: ReduceLROnPlateau, settings: Settings) -> dict[str, Any]:
+    """What Lightning is told of a schedule that `MetricsLogger` calls with val/loss at the end of each epoch.
+
+    Raises:
+        UserError: if the run does not compute val/loss, or a larger one would count as better.
+    """
+    if settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0:
+        raise UserError(
+            f"schedule={settings.schedule.name}: follows val/loss, which this run does not compute; set "
+            "data.score_each_epoch=val and leave trainer.limit_val_batches as it is, or choose another schedule"
+        )
+    if scheduler.mode != "min":
+        raise UserError(f"schedule.mode={scheduler.mode}: the schedule follows val/loss, which is to fall; choose min")
+    # Never called by Lightning, which would do so after the checkpoint of the epoch is saved.
+    return {"scheduler": scheduler, "interval": "epoch", "frequency": sys.maxsize, "monitor": "val/loss"}
