@@ -5,7 +5,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nin.sweeps import chart, summary
@@ -186,6 +189,18 @@ def test_the_curves_are_over_epochs_or_seconds(lr_sweep: Path) -> None:
         _, right = draw(lr_sweep, x_axis=x_axis).axes
         assert right.get_xlabel() == label
         assert [list(line.get_xdata()) for line in right.lines if len(line.get_xdata())] == [values] * 4
+
+
+def test_a_curve_along_the_frame_is_visible(tmp_path: Path) -> None:
+    job = put_job(tmp_path / "s/0", ["optimizer.lr=0.1", "seed=0"], 1.0)
+    (job / "metrics.csv").write_text("epoch,val/acc,seconds\n1,1.0,8\n2,1.0,16\n")
+    figure = draw(tmp_path / "s")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    x, y = figure.axes[1].transData.transform((1.5, 1.0)).round().astype(int)
+    blue = np.asarray(to_rgb("tab:blue")) * 255
+    pixels = np.flipud(np.asarray(canvas.buffer_rgba()))[y - 3 : y + 3, x, :3]
+    assert np.abs(pixels - blue).max(1).min() < 30
 
 
 def test_epochs_are_whole_numbers(tmp_path: Path) -> None:

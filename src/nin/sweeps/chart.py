@@ -6,7 +6,7 @@ import statistics
 import textwrap
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nin.runs.folder import RunFolder, open_atomically
 from nin.sweeps.jobs import Row
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 X_AXES = {"epochs": "epoch", "seconds": "seconds"}  # and their columns in metrics.csv
 _MAX_ROWS = 20
 _LABEL_WIDTH = 36  # characters per line
+# Drawn over the frame and not clipped, so that an accuracy of exactly 1 is visible; the bars of the standard deviation
+# are clipped.
+_ON_TOP: dict[str, Any] = {"clip_on": False, "zorder": 3}
 
 
 def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
@@ -70,7 +73,7 @@ def _draw_curves(
             epochs = RunFolder(job.folder).read_epochs() if job.status != "not started" else []
             points = [(e[X_AXES[x_axis]], e[metric]) for e in epochs if metric in e and X_AXES[x_axis] in e]
             x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None)
+            axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None, **_ON_TOP)
     if rows and not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
         axes.axis("off")
         axes.text(0.5, 0.5, f"no curves: metrics.csv has no {metric}", ha="center", transform=axes.transAxes)
@@ -143,9 +146,8 @@ def _draw_seeds(
         seeds, point, offset, align, text = (values, [y] * len(values)), (mean, y), (0, 6), "center", f"{mean:.4f}"
         text += f" ± {std:.4f}" if std is not None else ""
         axes.errorbar(*point, xerr=std, color=color, capsize=4)
-    # Not clipped, so that an accuracy of exactly 1 is a full point; the bars of the standard deviation are clipped.
-    axes.plot(*seeds, color=color, marker=".", linestyle="none", alpha=0.5, clip_on=False)
-    axes.plot([point[0]], [point[1]], color=color, marker="o", clip_on=False)
+    axes.plot(*seeds, color=color, marker=".", linestyle="none", alpha=0.5, **_ON_TOP)
+    axes.plot([point[0]], [point[1]], color=color, marker="o", **_ON_TOP)
     axes.annotate(text, point, offset, textcoords="offset points", fontsize="small", ha=align)
 
 
