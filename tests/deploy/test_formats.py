@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import nin
+from nin.deploy.images import ImageForm
 
 PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
 
@@ -146,6 +147,22 @@ def test_the_model_repository_of_a_color_network_takes_color_images(color_run: P
     assert [list(output.dims) for output in config.output[:2]] == [[3], [3]]
     assert (folder / "labels.txt").read_text().split() == ["blue", "green", "red"]
     assert nin.load(folder / "1" / "model.onnx").predict(np.zeros((1, 50, 40, 3), np.uint8)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad"])
+def test_the_pages_lines_for_photos_bring_them_to_the_stored_size_as_nin_predict_does(
+    fit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 41, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6  # lies on its side
+    photo.save("photo.png", exif=exif)
+    metadata = SimpleNamespace(custom_metadata_map={"nin": '{"stored_size": 28}'})
+    names = {"json": json, "np": np, "session": SimpleNamespace(get_modelmeta=lambda: metadata)}
+    lines = block("python", "ImageOps")
+    exec(lines if fit == "crop" else lines.replace("ImageOps.fit", "ImageOps.pad"), names)
+    assert np.array_equal(names["images"], [ImageForm(3, 28, fit).decode(Path("photo.png"))])
 
 
 def test_openapi_is_valid_json_and_names_the_routes_of_the_service() -> None:
