@@ -86,6 +86,11 @@ class ResumableCheckpoint(Checkpoint):
             if position is None:
                 # The epoch's iterator draws from torch's generator, and was made before that was restored.
                 iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
+                if getattr(_batches(trainer), "persistent_workers", False):
+                    log.warning(
+                        "persistent_workers=True: random numbers that the workers of the training loader draw are not "
+                        "those of a run without the interruption; with persistent_workers=False they would be"
+                    )
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
             self._loaded = None
         self.is_restored = True
