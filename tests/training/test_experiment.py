@@ -40,6 +40,7 @@ from nin.training.classifier import Classifier
 from nin.training.evaluation import evaluate
 from nin.training.loss import NonFiniteLossError, require_finite
 from nin.training.run import execute_run
+from nin.training.trainer import build_trainer
 
 CLASSES = tuple("abcdefghij")
 
@@ -337,6 +338,26 @@ def test_a_progress_bar_of_the_users_replaces_the_projects(settings: Callable[..
     assert printer in experiment.build_trainer(settings("callbacks=none"), tmp_path, [printer]).callbacks
     with pytest.raises(UserError, match=r"trainer: .*enable_progress_bar=False"):
         experiment.build_trainer(settings(bar, "trainer.enable_progress_bar=false"), tmp_path, [])
+
+
+def test_hooks_are_profiled_on_request_only(settings: Callable[..., Settings]) -> None:
+    trainer = build_trainer(settings("trainer.profiler=simple"), None)
+    trainer.profiler.start("a")  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    assert "a" in trainer.profiler.current_actions  # type: ignore[attr-defined]
+    profile = build_trainer(settings(), None).profiler.profile  # type: ignore[attr-defined]
+    with profile("a") as first, profile("b"):
+        assert first is None
+    assert profile("a") is profile("b")  # nothing is made for a hook
+
+
+def test_a_step_on_a_cpu_does_not_count_gpus(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as `import lightning` sets it
+    module = Classifier(settings("optimizer=adamw", "schedule=constant", "schedule.warmup=0"), CLASSES)
+    optimizer = module.configure_optimizers()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: pytest.fail("loads NVIDIA's management library"))
+    optimizer.step()
 
 
 def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:

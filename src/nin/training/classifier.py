@@ -4,6 +4,7 @@ import inspect
 import itertools
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -279,6 +280,9 @@ class Classifier(LightningModule):
         return int(steps)
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
+        if self.device.type == "cpu":
+            # Lightning sets it to 1: Adam and AdamW would load NVIDIA's management library in every step.
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
         chosen = self.settings.optimizer
         if isinstance(chosen, OwnOptimizer):
             return own_classes.build("optimizer", chosen, torch.optim.Optimizer, self.network.parameters())

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, StochasticWeightAveraging
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
@@ -46,7 +48,7 @@ def build_trainer(
     arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             **arguments,
             logger=loggers,
             callbacks=[*callbacks, *own],
@@ -55,6 +57,18 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
+    if settings.trainer.profiler is None:
+        trainer.profiler = NoProfiler()  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    return trainer
+
+
+class NoProfiler(PassThroughProfiler):
+    """Measures nothing, as Lightning's default, which runs a generator for each hook of each callback in every step."""
+
+    _context = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # of another class
+        return self._context
 
 
 def _logger_and_callback_configs(
