@@ -1,4 +1,5 @@
 import io
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -6,12 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
 from helpers import ENVIRONMENT, SMALL, run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+from nin.system.processes import StoppedError
 from nin.training.callbacks import progress
+from nin.training.callbacks.progress import TrainingProgressBar
+from nin.training.experiment import Experiment
 
 
 def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
@@ -25,6 +31,27 @@ def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
     shown = screen.getvalue()
     for words in ("epoch 2/2", "loss ", "acc ", "val 0.", "images/s", "0:00:0", "testing"):
         assert words in shown
+
+
+def test_the_bar_of_a_run_that_is_resumed_within_an_epoch_ends_complete(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "Console", lambda: Console(file=io.StringIO(), force_terminal=True))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    request = RunRequest(settings("logger=none", "callbacks=none"), RunFolder(tmp_path))
+    request.folder.checkpoints.mkdir()
+    stopped = Experiment(request)
+    stop = LambdaCallback(on_train_batch_end=lambda *_: setattr(request.stop, "signum", signal.SIGTERM))
+    stopped.trainer.callbacks.append(stop)  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    with pytest.raises(StoppedError):
+        stopped.run()
+
+    resumed, shown = Experiment(RunRequest(request.settings, request.folder)), []
+    (bar,) = (c for c in resumed.trainer.callbacks if isinstance(c, TrainingProgressBar))  # type: ignore[attr-defined]
+    record = LambdaCallback(on_train_end=lambda *_: shown.extend((t.completed, t.total) for t in bar.progress.tasks))
+    resumed.trainer.callbacks.append(record)  # type: ignore[attr-defined]
+    resumed.run()
+    assert shown == [(12, 12)]
 
 
 def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(

@@ -116,7 +116,8 @@ def count_batches(trainer: Trainer) -> tuple[float, int]:
     total = batches * epochs if epochs > 0 else math.inf
     if trainer.max_steps > 0:
         total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
-    return total, trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    # Not `completed`, which a checkpoint within an epoch has one less of; see `rewrite_loop_state`.
+    return total, trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 def _format(latest: dict[str, float]) -> str:
