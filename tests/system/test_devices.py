@@ -31,6 +31,14 @@ def test_batch_norm_is_synchronized_on_gpus_only(
     require_accelerator(two.trainer)
 
 
+@without_gpu
+def test_a_missing_gpu_is_reported_before_data_are_written(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    requested = settings("trainer.accelerator=gpu", f"data.root={tmp_path / 'data'}")
+    with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: this machine has no GPU"):
+        execute_run(RunRequest(requested, RunFolder(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
+
+
 def test_hidden_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

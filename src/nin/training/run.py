@@ -59,9 +59,9 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     silence_known_warnings()  # in a notebook too
     from nin.networks.build import require_buildable
 
-    require_buildable(settings)  # before data are downloaded or decoded
-    prepare(settings.data)
+    require_buildable(settings)  # both before data are downloaded or decoded
     require_accelerator(settings.trainer)
+    prepare(settings.data)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
         from nin.training.experiment import Experiment
 
