@@ -63,7 +63,7 @@ class _LogFile(logging.FileHandler):
 
 @contextlib.contextmanager
 def log_to(file: Path | None, label: str = "") -> Iterator[None]:
-    """Sends all log records and warnings to ``file``, and warnings and errors also to standard error.
+    """Sends log records and warnings, except the known ones, to ``file``; warnings and errors also to standard error.
 
     Args:
         label: a prefix of every line on standard error, where several runs print at the same time.
@@ -80,6 +80,7 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
     root.handlers = handlers
     root.setLevel(logging.INFO)
     _route_lightning_logs()
+    silence_known_warnings()  # in a notebook too, where no command has done so
     logging.captureWarnings(True)
     try:
         yield

@@ -16,7 +16,7 @@ from nin.config.changes import differences
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.runs.console import format_path, log_to, silence_known_warnings, tensorboard_command
+from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import print_result
@@ -56,7 +56,6 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         print_result(folder, result)
         return result
     had_result = folder.result.exists()
-    silence_known_warnings()  # in a notebook too
     from nin.networks.build import require_buildable
 
     require_buildable(settings)  # both before data are downloaded or decoded
