@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -153,13 +153,8 @@ class RunFolder:
         Raises:
             UserError: if the file is there and is not a config.
         """
-        if not self.config.exists():
-            return None
-        try:
-            config = OmegaConf.load(io.StringIO(read_text(self.config)))
-        except _UNREADABLE as error:
-            raise UserError(f"{self.config}: can't be read ({str(error).splitlines()[0]})") from error
-        if not isinstance(config, DictConfig) or not config:
+        config = _read_yaml(self.config)
+        if config is not None and not (isinstance(config, DictConfig) and config):
             raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
         return config
 
@@ -169,12 +164,8 @@ class RunFolder:
         Raises:
             UserError: if the file is not a list of overrides.
         """
-        if not self.overrides.exists():
-            return []
-        try:
-            overrides = OmegaConf.to_container(OmegaConf.load(io.StringIO(read_text(self.overrides))))
-        except _UNREADABLE as error:
-            raise UserError(f"{self.overrides}: can't be read ({str(error).splitlines()[0]})") from error
+        config = _read_yaml(self.overrides)
+        overrides = [] if config is None else OmegaConf.to_container(config)
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
             raise UserError(f"{self.overrides}: not a list of overrides (key=value); remove the file")
         return overrides  # type: ignore[return-value]  # checked above
@@ -248,6 +239,16 @@ def _is_of_state(key: str, value: Any) -> bool:
     if kind is None or not isinstance(value, kind):
         return False
     return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
+
+
+def _read_yaml(path: Path) -> DictConfig | ListConfig | None:
+    """The content of a YAML file, None if it is missing; raises UserError if it can't be read."""
+    if not path.exists():
+        return None
+    try:
+        return OmegaConf.load(io.StringIO(read_text(path)))
+    except _UNREADABLE as error:
+        raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
 
 
 def read_text(path: Path) -> str:
