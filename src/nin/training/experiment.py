@@ -53,7 +53,11 @@ class Experiment:
         self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
         self.metrics = MetricsLogger(self.folder.metrics)
         self.checkpoints = ResumableCheckpoint(self.folder, self.settings.checkpoint, self.metrics, request.stop)
-        self.pruning = self._pruning_callbacks() if self.settings.sweep.prune else []
+        self.pruning: list[Any] = []
+        if self.settings.sweep.prune:
+            from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
+
+            self.pruning.append(PruningCallback(self.folder.path, self.metrics))
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
         if self.settings.trainer.precision == "64-true":
@@ -63,6 +67,65 @@ class Experiment:
         self._require_resumable()
         if self.settings.sweep.test:
             require_test_batches(self.settings, self.data, self.trainer)
+
+    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None, str | None]:
+        """Path and content of the checkpoint to resume from, and the identity of its run; each None for a new run."""
+        found = None
+        if self.folder.checkpoints.exists():
+            found = checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
+        if found is None:
+            return None, None, None
+        path, checkpoint = found
+        # The identity of the run is that of its folder, or where that was lost, of its checkpoint.
+        run_id = self.folder.read_state().get("run_id")
+        saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, run_id)
+        return path, checkpoint, run_id or saved_by
+
+    def _with_threads(self, settings: Settings) -> Settings:
+        """A run keeps the number of CPU threads of its start: sums are rounded in an order that depends on it."""
+        if settings.threads or not is_single_process(settings.trainer):
+            return settings  # Lightning chooses for several processes
+        saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
+        return settings.model_copy(update={"threads": saved or devices.default_threads()})
+
+    def _callbacks(self) -> list[lightning.Callback]:
+        callbacks: list[lightning.Callback] = [self.metrics, *self.pruning]
+        if self.settings.trainer.enable_progress_bar:
+            is_alone = sys.stdout.isatty() and not self.request.label
+            progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
+            callbacks.append(progress)
+        return [*callbacks, self.checkpoints, SlowTrainingWarner()]
+
+    def _require_resumable(self) -> None:
+        if self.checkpoint is None:
+            return
+        require_matching_weights(self.module, self.checkpoint)
+        done = _completed_epochs(self.checkpoint)
+        max_epochs = self.settings.trainer.max_epochs
+        if max_epochs not in (-1, None) and done > max_epochs:
+            raise UserError(
+                f"trainer.max_epochs={max_epochs}: the run has already trained for {done} epochs; give as many or "
+                "more, or another name"
+            )
+        saved = len(self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
+        if saved != self.trainer.world_size:
+            raise UserError(
+                f"trainer.devices: the run has {saved} process{'es' * (saved > 1)}, which share every batch, and now "
+                f"there would be {self.trainer.world_size}: other batches, so another experiment; start as many, or "
+                "give another name"
+            )
+
+    def describe_start(self) -> str:
+        """Network, data, device and precision in one line."""
+        model, data, trainer = self.settings.model, self.settings.data, self.trainer
+        parameters = sum(p.numel() for p in self.module.network.parameters())
+        count = trainer.max_epochs or -1
+        epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
+        return (
+            f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
+            f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
+            f"precision {trainer.precision}"
+        )
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
         """Trains, tests the best checkpoint once and returns the result.
@@ -94,70 +157,6 @@ class Experiment:
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
-
-    def describe_start(self) -> str:
-        """Network, data, device and precision in one line."""
-        model, data, trainer = self.settings.model, self.settings.data, self.trainer
-        parameters = sum(p.numel() for p in self.module.network.parameters())
-        count = trainer.max_epochs or -1
-        epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
-        return (
-            f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
-            f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
-            f"precision {trainer.precision}"
-        )
-
-    def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None, str | None]:
-        """Path and content of the checkpoint to resume from, and the identity of its run; each None for a new run."""
-        if not self.folder.checkpoints.exists():
-            return None, None, None
-        found = checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
-        if found is None:
-            return None, None, None
-        path, checkpoint = found
-        # The identity of the run is that of its folder, or where that was lost, of its checkpoint.
-        run_id = self.folder.read_state().get("run_id")
-        saved_by = checkpoint_files.require_same_run(checkpoint, path, self.request.settings, run_id)
-        return path, checkpoint, run_id or saved_by
-
-    def _with_threads(self, settings: Settings) -> Settings:
-        """A run keeps the number of CPU threads of its start: sums are rounded in an order that depends on it."""
-        if settings.threads or not is_single_process(settings.trainer):
-            return settings  # Lightning chooses for several processes
-        saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
-        return settings.model_copy(update={"threads": saved or devices.default_threads()})
-
-    def _pruning_callbacks(self) -> list[Any]:
-        from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
-
-        return [PruningCallback(self.folder.path, self.metrics)]
-
-    def _callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = [self.metrics, *self.pruning]
-        if self.settings.trainer.enable_progress_bar:
-            is_alone = sys.stdout.isatty() and not self.request.label
-            progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
-            callbacks.append(progress)
-        return [*callbacks, self.checkpoints, SlowTrainingWarner()]
-
-    def _require_resumable(self) -> None:
-        if self.checkpoint is None:
-            return
-        require_matching_weights(self.module, self.checkpoint)
-        done = _completed_epochs(self.checkpoint)
-        max_epochs = self.settings.trainer.max_epochs
-        if max_epochs not in (-1, None) and done > max_epochs:
-            raise UserError(
-                f"trainer.max_epochs={max_epochs}: the run has already trained for {done} epochs; give as many or "
-                "more, or another name"
-            )
-        saved = len(self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
-        if saved != self.trainer.world_size:
-            raise UserError(
-                f"trainer.devices: the run has {saved} process{'es' * (saved > 1)}, which share every batch, and now "
-                f"there would be {self.trainer.world_size}: other batches, so another experiment; start as many, or "
-                "give another name"
-            )
 
     def _prepare_folder(self, resumes: int) -> None:
         """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""
