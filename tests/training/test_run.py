@@ -115,6 +115,16 @@ def test_a_finished_run_is_not_the_result_of_other_images(
         run.execute_run(request_of(first))
 
 
+def test_a_result_that_lacks_a_part_is_named(request_of: Callable[..., RunRequest]) -> None:
+    request = request_of()
+    run.execute_run(request)
+    request.folder.write_result({"status": "finished", "metrics": {"test/acc": 0.5}, "epochs": "2"})
+    with pytest.raises(UserError) as refused:
+        run.execute_run(request)
+    wrong = "epochs, steps, train_seconds, parameters, weights_sha256 missing or of another type"
+    assert str(refused.value) == f"{request.folder.result}: {wrong}; remove it and run the command again"
+
+
 def test_ctrl_c_before_training_leaves_nothing(
     request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
             "tested weights" if result["metrics"]["test/acc"] is not None else "best weights", printable(tested[:16])
         )
     table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
-    table.add_row("training", f"{result['train_seconds']:.0f} s, {result['images_per_second'] or 0:,.0f} images/s")
+    table.add_row("training", f"{result['train_seconds']:.0f} s, {result.get('images_per_second') or 0:,.0f} images/s")
     table.add_row("parameters", f"{result['parameters']:,}")
     table.add_row("weights", printable(result["weights_sha256"][:16]))
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)

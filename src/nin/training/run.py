@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 
 # The packages that compute; the result has their versions.
 _PACKAGES = ("network-in-network", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
+# What is read of a result that another process wrote, with its type.
+_RESULT: dict[str, Any] = {
+    "metrics": dict, "epochs": int, "steps": int, "train_seconds": int | float, "parameters": int,
+    "weights_sha256": str,
+}  # fmt: skip
 
 
 class RunFailedError(Exception):
@@ -121,11 +126,15 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     """The result of a run that has ended, and that ``settings`` extend neither by epochs nor by the test; else None.
 
     Raises:
-        UserError: if the folder of images is another one, with other images.
+        UserError: if the result lacks a part, or the folder of images is another one, with other images.
     """
     result = folder.read_result()
     if result is None or result["status"] == "failed":
         return None
+    if wrong := [key for key, kind in _RESULT.items() if not isinstance(result.get(key), kind)]:
+        raise UserError(
+            f"{folder.result}: {', '.join(wrong)} missing or of another type; remove it and run the command again"
+        )
     untested = result["status"] == "finished" and result["metrics"].get("test/acc") is None
     if untested and settings.sweep.test and settings.trainer.limit_test_batches != 0:
         return None
