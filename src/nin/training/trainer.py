@@ -47,8 +47,9 @@ def build_trainer(
         callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
     arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
+    arguments["profiler"] = settings.trainer.profiler or NoProfiler()
     try:
-        trainer = lightning.Trainer(
+        return lightning.Trainer(
             **arguments,
             logger=loggers,
             callbacks=[*callbacks, *own],
@@ -57,9 +58,6 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
-    if settings.trainer.profiler is None:
-        trainer.profiler = NoProfiler()  # type: ignore[attr-defined]  # set by Lightning, missing in its types
-    return trainer
 
 
 class NoProfiler(PassThroughProfiler):
