@@ -75,7 +75,7 @@ class Search:
         self._finish()
 
     def _write_description(self) -> None:
-        """Writes what ``nin report`` needs; readable by the user only, because the storage may have a password."""
+        """Writes what ``nin report`` needs."""
         path = self.folder / "search.json"
         final_seeds = self.settings.final_seeds
         content: dict[str, Any] = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
@@ -91,7 +91,6 @@ class Search:
         text = json.dumps(content, indent=2) + "\n"
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             write_atomically(path, text)
-            path.chmod(0o600)
 
     def _run_trials(self) -> None:
         shared = False
