@@ -366,6 +366,16 @@ def test_a_description_with_other_content_is_refused(
     assert "search.json: can't be read" in capsys.readouterr().err
 
 
+def test_the_report_of_a_search_without_its_journal_says_so_and_writes_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": 4}
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    assert cli.run("report", [str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"nin report: {tmp_path / JOURNAL}: missing; the search's own command")
+    assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
+
+
 def test_control_characters_of_a_study_from_elsewhere_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -91,7 +91,10 @@ def report_search(folder: Path, url: str | None = None) -> None:
             f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
             f"connects to: add --storage postgresql://user@{database_name(named)}"
         )
-    storage = open_database(str(url or named)) if url or named else open_journal(folder / JOURNAL)
+    journal = folder / JOURNAL
+    if not (url or named) and not journal.exists():
+        raise UserError(f"{journal}: missing; the search's own command, run again, makes it from the trials' folders")
+    storage = open_database(str(url or named)) if url or named else open_journal(journal)
     try:
         study = optuna.load_study(study_name=description["name"], storage=storage)
     except KeyError:
