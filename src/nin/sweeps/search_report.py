@@ -91,10 +91,10 @@ def report_search(folder: Path, url: str | None = None) -> None:
             f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
             f"connects to: add --storage postgresql://user@{database_name(named)}"
         )
-    journal = folder / JOURNAL
-    if not (url or named) and not journal.exists():
+    url, journal = url or named, folder / JOURNAL
+    if not url and not journal.exists():
         raise UserError(f"{journal}: missing; the search's own command, run again, makes it from the trials' folders")
-    storage = open_database(str(url or named)) if url or named else open_journal(journal)
+    storage = open_database(url) if url else open_journal(journal)
     try:
         study = optuna.load_study(study_name=description["name"], storage=storage)
     except KeyError:
@@ -124,7 +124,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     except OSError as error:
         print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
     print(f"dashboards: {tensorboard_command(folder)}")
-    if not (url or named):
+    if not url:
         print(f"            {shlex.join(['optuna-dashboard', f'{format_path(folder)}/{JOURNAL}'])}")
 
 

@@ -61,7 +61,7 @@ def build_trainer(
 
 
 class NoProfiler(PassThroughProfiler):
-    """Measures nothing, as Lightning's default, which runs a generator for each hook of each callback in every step."""
+    """Measures nothing; Lightning's default runs a generator for each hook of each callback in every step."""
 
     profile = nullcontext  # type: ignore[assignment]  # gives the name of the action, as Lightning's does
 
