@@ -12,7 +12,7 @@ from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.training.classifier import Classifier
-from nin.training.schedule import build_schedule
+from nin.training.optimizers import build_schedule
 
 CLASSES = tuple("abcdefghij")
 QUIET = {

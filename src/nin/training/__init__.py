@@ -7,8 +7,8 @@ A module imports only from the modules below it:
     experiment          builds the module and the data; fits, tests the best checkpoint
     trainer             builds Lightning's Trainer, with the loggers and callbacks that the config names by _target_
     callbacks           what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
-    classifier, pruning  the LightningModule: metrics, optimizer; the pruner of a search
-    schedule            the learning rate of every step
+    classifier, pruning  the LightningModule: training, validation and test steps, metrics; the pruner of a search
+    optimizers          the optimizer, and the learning rate of every step
     initial_statistics  what the network takes from its training images: their mean and deviation, its first filters
     loss                the loss of a batch: in micro-batches, weighted among processes, required to be finite
 """

@@ -1,10 +1,8 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
-import inspect
 import itertools
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -20,18 +18,16 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin.config import own_classes
-from nin.config.schema import TOP5_CLASSES, OwnModel, OwnOptimizer, OwnSchedule, Settings, UserError
+from nin.config.schema import TOP5_CLASSES, OwnModel, OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network
 from nin.system import devices
 from nin.training.initial_statistics import start_from_training_images
 from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
-from nin.training.schedule import build_schedule, follow_validation
+from nin.training.optimizers import build_optimizer, build_schedule, follow_validation
 
 log = logging.getLogger(__name__)
-
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
 
 class Classifier(LightningModule):
@@ -253,7 +249,7 @@ class Classifier(LightningModule):
         return scores
 
     def configure_optimizers(self) -> Any:
-        optimizer = self._build_optimizer()
+        optimizer = build_optimizer(self.settings, self.network.parameters(), self.device)
         schedule = self.settings.schedule
         if schedule.name == "constant" and not schedule.warmup:
             return optimizer
@@ -278,18 +274,3 @@ class Classifier(LightningModule):
                 "not know; set trainer.max_steps or trainer.limit_train_batches=<number>, or schedule=constant"
             )
         return int(steps)
-
-    def _build_optimizer(self) -> torch.optim.Optimizer:
-        if self.device.type == "cpu":
-            # Lightning sets it to 1: Adam and AdamW would load NVIDIA's management library in every step.
-            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
-        chosen = self.settings.optimizer
-        if isinstance(chosen, OwnOptimizer):
-            return own_classes.build("optimizer", chosen, torch.optim.Optimizer, self.network.parameters())
-        kind, arguments = OPTIMIZERS[chosen.name], chosen.model_dump(exclude={"name"})
-        # Lightning can't clip the gradients of a fused optimizer in mixed precision.
-        clipped = self.settings.trainer.gradient_clip_val is not None
-        fused = self.settings.speed.fused_optimizer and self.device.type in ("cpu", "cuda") and not clipped
-        if "fused" in inspect.signature(kind).parameters:  # of a few of torch's optimizers only
-            arguments["fused"] = fused
-        return kind(self.network.parameters(), **arguments)

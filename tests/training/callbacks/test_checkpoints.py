@@ -18,7 +18,7 @@ from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.types import Section
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
-from nin.training import classifier, experiment
+from nin.training import classifier, experiment, optimizers
 from nin.training.callbacks import checkpoints
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
@@ -52,7 +52,7 @@ class MoreSettings(Settings):
 def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(classifier.OPTIMIZERS, "rprop", torch.optim.Rprop)
+    monkeypatch.setitem(optimizers.OPTIMIZERS, "rprop", torch.optim.Rprop)
     plain = settings("schedule=constant").model_dump(mode="json") | {"optimizer": {"name": "rprop", "lr": 0.1}}
     module = classifier.Classifier(MoreSettings.model_validate(plain), ["bag", "shoe"])
     optimizer = module.configure_optimizers()

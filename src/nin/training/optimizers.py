@@ -1,9 +1,13 @@
-"""The schedules of the learning rate."""
+"""The optimizers, and the schedules of the learning rate."""
 
+import inspect
+import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -14,7 +18,29 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from nin.config.schema import Schedule, Settings, UserError
+from nin.config import own_classes
+from nin.config.schema import OwnOptimizer, Schedule, Settings, UserError
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+
+
+def build_optimizer(
+    settings: Settings, parameters: Iterator[nn.Parameter], device: torch.device
+) -> torch.optim.Optimizer:
+    """The optimizer of ``settings.optimizer``, as one kernel for all weights where torch has one for ``device``."""
+    if device.type == "cpu":
+        # Lightning sets it to 1: Adam and AdamW would load NVIDIA's management library in every step.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
+    chosen = settings.optimizer
+    if isinstance(chosen, OwnOptimizer):
+        return own_classes.build("optimizer", chosen, torch.optim.Optimizer, parameters)
+    kind, arguments = OPTIMIZERS[chosen.name], chosen.model_dump(exclude={"name"})
+    # Lightning can't clip the gradients of a fused optimizer in mixed precision.
+    clipped = settings.trainer.gradient_clip_val is not None
+    fused = settings.speed.fused_optimizer and device.type in ("cpu", "cuda") and not clipped
+    if "fused" in inspect.signature(kind).parameters:  # of a few of torch's optimizers only
+        arguments["fused"] = fused
+    return kind(parameters, **arguments)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:
