@@ -15,6 +15,7 @@ from rich.console import Console
 from nin.config.schema import OwnData, Settings, UserError
 from nin.data.module import ImageDataModule
 from nin.runs.folder import RunFolder
+from nin.system.devices import retain_freed_memory
 from nin.system.processes import StopRequest
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
@@ -52,6 +53,7 @@ def prepare_training(
     with tempfile.TemporaryDirectory() as path, Path(os.devnull).open("w") as null, StopRequest() as stop:
         folder = RunFolder(path)
         folder.checkpoints.mkdir()
+        retain_freed_memory()
         lightning.seed_everything(settings.seed, verbose=False)
         loggers = []
 
