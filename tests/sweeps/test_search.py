@@ -28,6 +28,7 @@ from nin.sweeps import checks, search_checks, search_report
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
 from nin.sweeps.search_best import best_command, best_config
+from nin.sweeps.search_checks import experiment_words
 from nin.sweeps.search_report import best_trial, count_saved_epochs, describe_answer
 from nin.sweeps.space import overrides_of, read_space
 from nin.sweeps.study import (
@@ -303,6 +304,18 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
     assert "s: 3 of 3 trials, 2 failed; best val/acc first" in printed
     assert "best: trial-0001, val/acc 0.5000" in printed
     assert "failed: trial-0002: no epoch ended with a validation" in printed
+
+
+def test_the_experiment_of_a_trial_does_not_depend_on_how_it_is_run() -> None:
+    words = [
+        "+model.depth=2",
+        "++threads=1",
+        "threads=2",
+        "optimizer.lr=0.1",
+        "trainer.max_epochs=3",
+        "+logger.csv=null",
+    ]
+    assert experiment_words(words) == ["+model.depth=2", "optimizer.lr=0.1", "trainer.max_epochs=3"]
 
 
 def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_be_wrong(tmp_path: Path) -> None:

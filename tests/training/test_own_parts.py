@@ -47,11 +47,13 @@ class Auxiliary(Partly):
         return (logits, logits) if self.training else logits
 
 
+@pytest.mark.parametrize("micro_batch", ["auto", "16"])
 def test_a_network_that_returns_more_than_logits_in_training_is_refused(
-    settings: Callable[..., Settings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path, micro_batch: str
 ) -> None:
-    with pytest.raises(UserError, match=r"^model: .*\.Auxiliary returns tuple in training, .*aux_logits=false"):
-        run_experiment(with_network(settings, network="Auxiliary"), RunFolder(tmp_path))
+    chosen = with_network(settings, f"speed.micro_batch={micro_batch}", network="Auxiliary")
+    with pytest.raises(UserError, match=r"^model: the network returns tuple in training, .*aux_logits=false"):
+        run_experiment(chosen, RunFolder(tmp_path))
 
 
 @pytest.mark.parametrize("optimizer", [["optimizer=adamw"], ["optimizer=sgd", "optimizer.momentum=0.9"]])

@@ -125,7 +125,7 @@ def _plan(
 def experiment_words(words: Iterable[str]) -> list[str]:
     """The overrides that make a trial the experiment that it is, sorted; the others may change under one name."""
     may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
-    return sorted(word for word in words if not is_within(word.partition("=")[0], [*may_change, "hydra"]))
+    return sorted(word for word in words if not is_within(split_override(word)[0], [*may_change, "hydra"]))
 
 
 def count_trials(plan: Plan, settings: SearchSettings) -> int:

@@ -24,7 +24,13 @@ from nin.networks import speed
 from nin.networks.build import build_network
 from nin.system import devices
 from nin.training.initial_statistics import start_from_training_images
-from nin.training.loss import backward_micro_batches, process_weight, require_finite, require_finite_weights
+from nin.training.loss import (
+    backward_micro_batches,
+    process_weight,
+    require_finite,
+    require_finite_weights,
+    require_logits,
+)
 from nin.training.optimizers import build_optimizer, build_schedule, follow_validation
 
 log = logging.getLogger(__name__)
@@ -133,12 +139,7 @@ class Classifier(LightningModule):
             # The compiled network has static shapes: those of a full batch.
             full = len(labels) == self.settings.data.batch_size
             logits = self.network(images) if full else self.network.forward(images)
-            if not isinstance(logits, Tensor):  # one of the user's own that returns more in training
-                found = f"returns {type(logits).__name__} in training, and not logits alone"
-                raise UserError(
-                    f"model: {self.settings.model.name} {found}; turn off what it adds, as aux_logits=false"
-                )
-            loss = self.loss(logits, labels)
+            loss = self.loss(require_logits(logits), labels)
             batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
                 loss = loss * process_weight(self.trainer.strategy, len(labels), self.device)

@@ -1,14 +1,14 @@
 """The loss of a batch: in micro-batches, weighted among processes, and required to be finite."""
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
-from nin.config.schema import Schedule, Settings
+from nin.config.schema import Schedule, Settings, UserError
 
 
 class NonFiniteLossError(RuntimeError):
@@ -38,9 +38,21 @@ def backward_micro_batches(
             losses[-1] = losses[-1].detach()
         output = network(micro_images)
         # Every image has the same weight, also where the last micro-batch is smaller.
-        losses.append(loss(output, micro_labels) * (len(micro_labels) / len(labels)))
+        losses.append(loss(require_logits(output), micro_labels) * (len(micro_labels) / len(labels)))
         logits.append(output.detach())
     return losses[-1], torch.stack([part.detach() for part in losses]).sum(), torch.cat(logits)
+
+
+def require_logits(output: Any) -> Tensor:
+    """Returns the output of a network in training mode if it is logits alone.
+
+    Raises:
+        UserError: if a network of the user's own returns more.
+    """
+    if not isinstance(output, Tensor):
+        found = f"the network returns {type(output).__name__} in training, and not logits alone"
+        raise UserError(f"model: {found}; turn off what it adds, as aux_logits=false")
+    return output
 
 
 def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:

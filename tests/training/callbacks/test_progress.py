@@ -66,18 +66,20 @@ def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
 
 
 @pytest.mark.parametrize(
-    ("batches", "device", "data", "message"),
+    ("batches", "device", "data", "size", "message"),
     [
-        (1002, "cpu", "mnist", "about 8.3 hours of training left on this CPU. experiment=cpu "),  # 30 s each
-        (1002, "cpu", "folder", "about 8.3 hours of training left on this CPU. a smaller data.image_size "),
-        (1002, "cuda", "mnist", None),
-        (102, "cpu", "mnist", None),  # 50 minutes
+        (1002, "cpu", "mnist", 224, "experiment=cpu trains a small network on the same images at their own size, "),
+        (1002, "cpu", "mnist", 28, "experiment=cpu trains a small network on the same images in minutes"),
+        (1002, "cpu", "folder", 224, "a smaller data.image_size "),
+        (1002, "cuda", "mnist", 224, None),
+        (102, "cpu", "mnist", 224, None),  # 50 minutes
     ],
 )
 def test_a_long_run_on_a_cpu_is_estimated_once(
     batches: int,
     device: str,
     data: str,
+    size: int,
     message: str | None,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -87,12 +89,13 @@ def test_a_long_run_on_a_cpu_is_estimated_once(
     monkeypatch.setattr(progress, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(progress, "count_batches", lambda trainer: (batches, 2))
     trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
-    settings = SimpleNamespace(data=SimpleNamespace(name=data))
+    settings = SimpleNamespace(data=SimpleNamespace(name=data, image_size=size))
     module = SimpleNamespace(device=SimpleNamespace(type=device), settings=settings)
     warner = progress.SlowTrainingWarner(sample_seconds=60)
     for _ in range(4):
         warner.on_train_batch_end(trainer, module)
-    assert [text.startswith(message or "") and "trainer.precision=auto" in text for text in caplog.messages] == (
+    start = f"about 8.3 hours of training left on this CPU. {message}"  # of 30 s for each batch
+    assert [text.startswith(start) and "trainer.precision=auto" in text for text in caplog.messages] == (
         [True] if message else []
     )
 

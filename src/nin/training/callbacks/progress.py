@@ -207,9 +207,11 @@ def _format_hours(hours: float) -> str:
 
 
 def _advise(trainer: Trainer, pl_module: Classifier) -> str:
+    data = pl_module.settings.data
     faster = "a smaller data.image_size trains faster, and so does model=nin_small"
-    if pl_module.settings.data.name in IDX_FORMAT:
-        faster = "experiment=cpu trains on the same images at their own size, 28x28, in minutes"
+    if data.name in IDX_FORMAT:
+        size = " at their own size, 28x28," if data.image_size > 28 else ""
+        faster = f"experiment=cpu trains a small network on the same images{size} in minutes"
     if trainer.precision == "32-true" and cpu_has_bfloat16():
         faster += "; trainer.precision=auto uses the native bfloat16 of this CPU, about 1.7 times as fast"
     return f"{faster}; a GPU is used where there is one (trainer=auto, the default)."
