@@ -210,6 +210,17 @@ def check(*words: str) -> Sweep:
         return Sweep(train.compose(app, args, RunMode.MULTIRUN))
 
 
+def test_a_callback_that_changes_training_is_part_of_the_search(data_root: Path) -> None:
+    words = ["data=garments", f"data.root={data_root}", "trainer=cpu", "optimizer.lr=0.1,0.2"]
+    plain, quiet, average = (
+        check(*words, *more).search.plan.describe() for more in ([], ["callbacks=none"], ["callbacks=ema"])
+    )
+    assert quiet == plain
+    assert {key: value for key, value in average.items() if key not in plain} == {
+        "callbacks.ema._target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "callbacks.ema.decay": "0.99",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

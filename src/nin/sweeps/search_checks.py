@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
-from nin.config.changes import MAY_CHANGE, is_within, split_override
+from nin.config.changes import MAY_CHANGE, changes_training, flat, is_within, split_override
 from nin.config.composition import compose_settings
 from nin.config.data_sets import Data
 from nin.config.errors import format_errors
@@ -75,7 +75,7 @@ def check_search(
         raise UserError("sweep.test=false: the runs of hydra.sweeper.final_seeds are tested; leave one of the two out")
     _require_held_out_images(points[0])
     _require_validation_at_an_end(points[0])
-    plan = _plan(config, space, fixed, settings, {point.trainer.max_epochs for point in points})
+    plan = _plan(config, space, fixed, settings, points)
     folder = Path(config.hydra.sweep.dir)
     if settings.storage is not None:
         require_same_plan(open_database(settings.storage), plan, folder)
@@ -99,16 +99,19 @@ def read_settings(config: DictConfig) -> SearchSettings:
         raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
 
 
-def _plan(
-    config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings, max_epochs: set[int | None]
-) -> Plan:
+def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings, points: list[Settings]) -> Plan:
     """What the search is: all that must stay the same under its name.
 
     Args:
         fixed: the overrides that all trials share.
-        max_epochs: of several points of the space, which may vary it.
+        points: the settings of several points of the space.
     """
+    max_epochs = {point.trainer.max_epochs for point in points}
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
+    # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
+    callbacks = {name: entry for name, entry in points[0].callbacks.items() if changes_training(entry)}
+    values = flat({"callbacks": callbacks}).items()
+    own = [f"{key}={value}" for key, value in values if not any(is_within(key, [searched]) for searched in space)]
     return Plan(
         name=str(config.name),
         space=space,
@@ -116,7 +119,7 @@ def _plan(
         seed=config.seed,
         pruner=settings.pruner,
         batch_size=settings.n_jobs,
-        fixed=tuple(experiment_words(fixed)),
+        fixed=(*experiment_words(fixed), *own),
         max_epochs=epochs if epochs and epochs > 0 else None,
         config_name=config.hydra.job.config_name,
     )
