@@ -200,3 +200,29 @@ def test_the_config_page_has_every_option_of_every_group() -> None:
     assert page == {
         str(group.relative_to(CONF)): sorted(path.stem for path in group.glob("*.yaml")) for group in groups
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_whole_and_lines_of_text_fit(page: Path) -> None:
+    lines = page.read_text(encoding="utf-8").splitlines()
+    starts = [i for i, line in enumerate(lines) if line.startswith("|") and not lines[i - 1].startswith("|")]
+    assert [lines[i] for i in starts if not re.fullmatch(r"(\| --- )+\|", lines[i + 1])] == []
+    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "!["))] == []
+
+
+def test_the_lines_of_the_config_files_fit() -> None:
+    long = [line for path in CONF.rglob("*.yaml") for line in path.read_text("utf-8").splitlines() if len(line) > 120]
+    assert long == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_module_that_a_page_names_has_what_the_page_says(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)`\s+in\s+`(\w+/\w+\.py)`", text)
+    files = [("", path) for path in re.findall(r"`((?:training|data|config|networks|runs|sweeps)/\w+\.py)`", text)]
+    missing = [
+        (name, path)
+        for name, path in (*named, *files)
+        if not (source := ROOT / "src" / "nin" / path).is_file() or name not in source.read_text(encoding="utf-8")
+    ]
+    assert missing == []
