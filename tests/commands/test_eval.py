@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nin.checkpoints.files import AtomicCheckpointIO
 from nin.commands import eval as eval_command
@@ -69,6 +70,18 @@ def test_a_checkpoint_is_plain_data(
     with pytest.raises(UserError, match=message):
         eval_command.main([str(path)])
     assert "this" not in sys.modules
+
+
+def test_a_missing_gpu_is_reported_as_by_nin_train_before_data_are_written(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setenv("NIN_DATA", str(tmp_path / "data"))
+    path = save(tmp_path / "x.ckpt", settings("trainer.accelerator=gpu").model_dump(mode="json"))
+    with pytest.raises(UserError, match=r"trainer\.accelerator=gpu: this machine has no GPU .* use trainer=cpu"):
+        eval_command.main([str(path)])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_test_ends_though_nobody_reads_its_result(

@@ -15,6 +15,7 @@ from nin.data.sources import describe, prepare
 from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.results import print_test
+from nin.system.devices import require_accelerator
 
 MAY_CHANGE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
@@ -54,7 +55,8 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
         allowed: modules whose classes the checkpoint may name.
 
     Raises:
-        UserError: if the file is no checkpoint, names a class that is not allowed, or an override is refused.
+        UserError: if the file is no checkpoint, names a class that is not allowed, an override is refused, or the
+            accelerator is missing.
     """
     # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
     from nin.checkpoints.files import read, settings_of
@@ -64,6 +66,8 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
         checkpoint = read(path)
         stored = ignore_stored_paths(settings_of(checkpoint, path, allowed))
         settings = apply_overrides(stored, overrides, MAY_CHANGE)
+        # A test has one process, in which no batch norm is synchronized.
+        require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
         prepare(settings.data)
         return settings, *evaluate(settings, checkpoint)
 
