@@ -63,6 +63,18 @@ def test_an_export_for_cpp_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None
             use()
 
 
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("shirt.png", "not an exported .onnx file; give one, or a run's folder"), ("last.ckpt", "nin export .*last.ckpt")],
+)
+def test_the_service_takes_no_other_file_than_an_export(tmp_path: Path, name: str, remedy: str) -> None:
+    from nin.commands import serve
+
+    (tmp_path / name).touch()
+    with pytest.raises(UserError, match=remedy):
+        serve.find_export(tmp_path / name)
+
+
 def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_the_files(
     run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,10 @@ def find_export(path: Path) -> Path:
         return path
     checkpoint = find_checkpoint(path)
     if path.is_file():
+        if path.suffix != ".ckpt":
+            raise UserError(
+                f"{path}: not an exported .onnx file; give one, or a run's folder, as in outputs/runs/first"
+            )
         raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
     export = default_export(path, ".onnx")
     # Not by their times: those of a copied folder, or of best.ckpt replaced during an export, say nothing.
