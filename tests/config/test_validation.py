@@ -69,6 +69,8 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("trainer.min_epochs=11", "trainer.min_epochs=11: must be at most trainer.max_epochs, which is 10"),
         ("trainer.max_steps=0", "trainer.max_steps=0: nothing would be trained"),
         ("trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00: nothing would be trained; give a longer time"),
+        ("trainer.max_time=long", "trainer.max_time=long: must be days:hours:minutes:seconds, as in 00:01:30:00"),
+        ("speed=false", "speed=false: has keys of its own; set one of them, as in speed.<key>=…"),
         ("+trainer.max_time={hours:0}", "trainer.max_time={'hours': 0}: nothing would be trained; give a longer time"),
         ("trainer.limit_train_batches=0.0", "trainer.limit_train_batches=0: nothing would be trained"),
         ("optimizer.nesterov=true", "optimizer: nesterov=true needs momentum"),

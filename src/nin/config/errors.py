@@ -46,6 +46,9 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             return f"{key}: no such key; {did_you_mean(str(first['loc'][-1]), known)}"
         case "missing":
             return f"{key}: missing; conf/ has a value for every key, give it one or leave it as it was"
+        case "model_type" | "dict_type" if key in Settings.model_fields:
+            given = shorten(json.dumps(first["input"]))
+            return f"{key}={given}: has keys of its own; set one of them, as in {key}.<key>=…"
         case "union_tag_invalid":
             return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
         case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key

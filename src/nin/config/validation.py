@@ -223,7 +223,10 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(settings.trainer, key) == 0:
             yield f"trainer.{key}=0: nothing would be trained; give 1 or more"
-    if (duration := settings.trainer.max_time) is not None and not re.search("[1-9]", str(duration)):
+    duration = settings.trainer.max_time
+    if isinstance(duration, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", duration.strip()):  # Lightning's rule
+        yield f"trainer.max_time={duration}: must be days:hours:minutes:seconds, as in 00:01:30:00"
+    elif duration is not None and not re.search("[1-9]", str(duration)):
         yield f"trainer.max_time={duration}: nothing would be trained; give a longer time"
     if settings.trainer.limit_test_batches == 0:
         yield "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
