@@ -191,7 +191,7 @@ class ImageDataModule(LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint: the SHA-256 of a folder's decoded images and labels, and how many each part has.
 
-        The sum does not tell whether the last images were in ``val/`` or in ``test/``.
+        The sum is the same whether the last images were in ``val/`` or in ``test/``.
         """
         return {"fingerprint": self.fingerprint, "counts": self.counts} if hasattr(self, "fingerprint") else {}
 
