@@ -107,7 +107,7 @@ class Classifier(LightningModule):
         for metric in (self.train_loss, self.score_loss):
             metric.set_dtype(torch.float32)
 
-    on_test_start = on_fit_start
+    on_validation_start = on_test_start = on_fit_start
 
     def on_train_start(self) -> None:
         requested, on_gpu = self.settings.compile, self.device.type == "cuda"
