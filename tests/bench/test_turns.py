@@ -53,7 +53,6 @@ def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path)
     seen: list[str] = []
     module: Any = SimpleNamespace(
         device=torch.device("meta"), training=True, eval=lambda: None, train=lambda _: None,
-        on_validation_epoch_start=lambda: None,
         validation_step=lambda batch, _: seen.extend(tensor.device.type for tensor in batch),
         score_loss=MeanMetric(), score_acc=MeanMetric(),
     )  # fmt: skip

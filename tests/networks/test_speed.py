@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning import Callback
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
@@ -25,7 +23,6 @@ from nin.training.classifier import Classifier
 OFF = (
     "speed.channels_last=false",
     "speed.relu_after_pooling=false",
-    "speed.fold_batch_norm=false",
     "speed.fused_optimizer=false",
     "speed.micro_batch=null",
 )
@@ -203,51 +200,6 @@ def test_every_dropout_is_replaced_with_masks_of_its_own_shape() -> None:
     replaced = speed.replace_dropout(network, speed.output_shapes(network, in_channels=1, image_size=67))
     assert [dropout.shape for dropout in replaced] == [(4, 7, 7), (8, 3, 3), (8,), (8,)]
     assert not any(type(layer) is nn.Dropout for layer in network)
-
-
-class FoldedScores(Callback):
-    """Records, in each validation batch, logits of the folded network and of the network itself."""
-
-    def __init__(self) -> None:
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, _: int = 0
-    ) -> None:
-        assert isinstance(pl_module, Classifier)
-        assert not any(isinstance(m, nn.BatchNorm2d) for m in pl_module.for_scoring[0].modules())
-        self.pairs.append((pl_module.score(batch[0]), pl_module.network(batch[0])))
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("average", [False, True], ids=["", "ema"])
-def test_batch_norm_is_folded_with_the_weights_and_statistics_of_each_validation(
-    settings: Callable[..., Settings], average: bool
-) -> None:
-    chosen = settings("model=nin_small", "trainer.precision=64-true", "optimizer.lr=0.1", "data.batch_size=10")
-    module, scores = Classifier(chosen, tuple("abcdefghij")), FoldedScores()
-    images = DataLoader(TensorDataset(torch.rand(40, 1, 28, 28).double(), torch.arange(40) % 10), batch_size=10)
-    # The average is exchanged with the weights at the start of a validation.
-    averages = [EMAWeightAveraging(decay=0.9)] if average else []
-    trainer = Trainer(
-        accelerator="cpu", precision="64-true", max_epochs=3, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, callbacks=[*averages, scores],
-        limit_val_batches=1,
-    )  # fmt: skip
-    keys = list(module.state_dict())
-    trainer.fit(module, images, images)
-    folded, direct = zip(*scores.pairs, strict=True)
-    assert len(folded) == 3
-    assert not torch.allclose(direct[0], direct[1])
-    for one, other in zip(folded, direct, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    assert module.for_scoring == []
-    assert list(module.state_dict()) == keys
-
-
-def test_without_batch_norm_nothing_is_copied_for_scoring() -> None:
-    network = NiN(image_size=67)
-    assert speed.fold_batch_norm(network) is network
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script.* is deprecated")  # in torch 2.15; it still works

@@ -194,7 +194,6 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_validation_in_bfloat16_sums_in_float32(settings: Callable[..., Settings]) -> None:
     module = Classifier(settings("model=nin_small"), CLASSES)
     images = DataLoader(TensorDataset(torch.zeros(1100, 1, 28, 28), torch.zeros(1100, dtype=torch.long)), batch_size=11)
@@ -206,6 +205,7 @@ def test_a_validation_in_bfloat16_sums_in_float32(settings: Callable[..., Settin
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(loss.item(), rel=4e-3)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_stored_images_without_their_data_module_are_refused(settings: Callable[..., Settings]) -> None:
     stored = DataLoader(TensorDataset(torch.zeros(4, 28, 28, dtype=torch.uint8)), batch_size=4)
     with pytest.raises(TypeError, match=r"the images are \(4, 28, 28\), uint8, .* give the data module to the Trainer"):

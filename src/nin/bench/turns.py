@@ -146,7 +146,6 @@ def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, s
     batch = _transfer(data, next(iter(data.train_dataloader())), module)
     training, images, started = module.training, 0, time.perf_counter()
     module.eval()
-    module.on_validation_epoch_start()
     with torch.inference_mode(), trainer.precision_plugin.val_step_context():
         while time.perf_counter() < started + seconds:
             module.validation_step(batch, 0)
@@ -154,7 +153,6 @@ def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, s
             synchronize(module.device)
     module.score_loss.reset()
     module.score_acc.reset()
-    module.for_scoring = []
     module.train(training)
     return images / (time.perf_counter() - started)
 

@@ -200,8 +200,6 @@ class Speed(Section):
     channels_last: bool
     # ReLU after max pooling instead of before it: on a quarter of the values.
     relu_after_pooling: bool
-    # For scoring, batch norm is part of the convolution before it.
-    fold_batch_norm: bool
     # One kernel for all weights instead of several for each.
     fused_optimizer: bool
     # The number of images per forward and backward pass, whose gradients are accumulated; "auto": as many as the

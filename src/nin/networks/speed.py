@@ -1,6 +1,5 @@
 """The same function of the same weights, computed faster: nothing here changes a result by more than rounding."""
 
-import copy
 import itertools
 import logging
 from collections.abc import Sequence
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from nin.config.schema import OwnModel, Settings
 
@@ -130,20 +128,3 @@ def move_relu_after_pooling(network: nn.Sequential) -> None:
         if isinstance(list(before)[last], nn.ReLU):
             before[last] = nn.Identity()
             network[i] = nn.Sequential(layer, nn.ReLU(inplace=True))
-
-
-def fold_batch_norm(network: nn.Sequential) -> nn.Sequential:
-    """A copy of ``network`` for eval mode, in which each batch norm is part of the convolution before it.
-
-    In eval mode batch norm is one factor and one addend per channel. Without batch norm it is ``network`` itself.
-    """
-    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-        return network
-    folded = copy.deepcopy(network).eval()
-    for part in list(folded.modules()):
-        layers = list(part.named_children()) if isinstance(part, nn.Sequential) else []
-        for (name, layer), (name_after, after) in itertools.pairwise(layers):
-            if type(layer) is nn.Conv2d and type(after) is nn.BatchNorm2d:
-                setattr(part, name, fuse_conv_bn_eval(layer, after))
-                setattr(part, name_after, nn.Identity())
-    return folded

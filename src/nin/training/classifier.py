@@ -76,8 +76,6 @@ class Classifier(LightningModule):
         self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
         self.network = build_network(self.settings, in_channels, self.num_classes)
         self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
-        # The network during validation, test and prediction. In a list, because a module would be part of the state.
-        self.for_scoring: list[nn.Module] = []
         # Set by `MetricsLogger` where the loggers already have test metrics at this step; each tag has a step once.
         self.test_metrics_logged = False
 
@@ -176,22 +174,10 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         require_finite_weights(self)  # before a checkpoint is saved
 
-    def on_validation_epoch_start(self) -> None:
-        # Callbacks that exchange the weights for an average have done so: Lightning calls their hooks first.
-        own = isinstance(self.settings.model, OwnModel)  # which may call its layers in another order
-        if self.settings.speed.fold_batch_norm and not own:
-            self.for_scoring = [speed.fold_batch_norm(self.network)]
-
-    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
-
-    def on_predict_epoch_end(self) -> None:
-        self.for_scoring = []
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._update_scores(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.for_scoring = []
         # `MetricsLogger` logs them, at the number of optimizer steps.
         self.log_dict(self._compute_scores(self.settings.data.score_each_epoch), logger=False, sync_dist=True)
 
@@ -204,7 +190,6 @@ class Classifier(LightningModule):
         return logits
 
     def on_test_epoch_end(self) -> None:
-        self.for_scoring = []
         scores = self._compute_scores("test")
         if self.top5_acc is not None:
             scores["test/top5_acc"] = self.top5_acc.compute()
@@ -251,11 +236,10 @@ class Classifier(LightningModule):
         With ``data.test_time_flip`` they are the logarithms of the mean of two probabilities: those of the images and
         those of the mirrored images.
         """
-        network = self.for_scoring[0] if self.for_scoring else self.network
-        logits = network.forward(images)
+        logits = self.network.forward(images)
         if not self.settings.data.test_time_flip:
             return logits
-        both = torch.stack([logits, network.forward(images.flip(-1))]).float()
+        both = torch.stack([logits, self.network.forward(images.flip(-1))]).float()
         return both.log_softmax(-1).logsumexp(0) - math.log(2)
 
     def _compute_scores(self, split: str) -> dict[str, Tensor]:
