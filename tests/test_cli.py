@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENVIRONMENT, SMALL, nin
+from helpers import ENVIRONMENT, SMALL, merge, nin
 from nin import cli
 
 
@@ -195,7 +195,9 @@ def test_a_process_without_a_gpu_ends_with_2_and_one_message(tmp_path: Path, dat
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_train_then_run_the_command_again_then_eval(tmp_path: Path, data_root: Path) -> None:
+def test_train_then_run_the_command_again_then_eval(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     small = [*SMALL, "name=first"]
     first = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
     assert (first.returncode, first.stderr) == (0, "")
@@ -217,9 +219,10 @@ def test_train_then_run_the_command_again_then_eval(tmp_path: Path, data_root: P
     assert re.fullmatch(r"curves:     \S*tensorboard --logdir outputs/runs", lines[-1])
 
     times = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    again = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
-    assert again.returncode == 0
-    assert "outputs/runs/first is finished" in again.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    assert cli.run("train", merge(small)) == 0
+    assert "outputs/runs/first is finished" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == times
 
     tested = nin("eval", "outputs/runs/first", "data.batch_size=32", cwd=tmp_path)

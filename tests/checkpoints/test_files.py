@@ -97,8 +97,11 @@ def test_a_checkpoint_without_a_valid_checksum_is_damaged(tmp_path: Path) -> Non
     damaged += [bytes(flipped), bytes(flipped) + b"x", intact + b"x", intact + b"\0" * 86, b"x" + intact, b""]
     for content in damaged:
         path.write_bytes(content)
-        with pytest.raises(UserError, match=r"last.ckpt: damaged"):
+        with pytest.raises(UserError, match=r"last.ckpt: damaged.* checksum$"):
             checkpoint_files.read(path)
+    (tmp_path / "best.ckpt").write_bytes(intact)
+    with pytest.raises(UserError, match=r"last.ckpt: damaged.* checksum; other checkpoints there: best.ckpt$"):
+        checkpoint_files.read(path)
 
 
 def test_lightning_loads_no_damaged_checkpoint(tmp_path: Path) -> None:

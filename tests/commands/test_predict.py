@@ -170,6 +170,9 @@ def test_a_picture_that_can_not_be_written_is_named(
     monkeypatch.setattr(map_figures, "open_atomically", refuse)
     with pytest.raises(UserError, match=r"^--maps \S+/maps: can't be written \(No space left on device\)$"):
         main([str(run_folder), str(pictures / "0.png"), "--maps", str(tmp_path / "maps")])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^--maps \S+/file: can't be written \(a file has this name\)$"):
+        main([str(run_folder), str(pictures / "0.png"), "--maps", str(tmp_path / "file")])
 
 
 def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_path: Path) -> None:

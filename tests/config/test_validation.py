@@ -70,6 +70,7 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("trainer.max_steps=0", "trainer.max_steps=0: nothing would be trained"),
         ("trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00: nothing would be trained; give a longer time"),
         ("trainer.max_time=long", "trainer.max_time=long: must be days:hours:minutes:seconds, as in 00:01:30:00"),
+        ("trainer.precision=32bit", "trainer.precision=\"32bit\": must be 'auto', '32-true', '16-mixed', 'bf16-mixed'"),
         ("speed=false", "speed=false: has keys of its own; set one of them, as in speed.<key>=…"),
         ("+trainer.max_time={hours:0}", "trainer.max_time={'hours': 0}: nothing would be trained; give a longer time"),
         ("trainer.limit_train_batches=0.0", "trainer.limit_train_batches=0: nothing would be trained"),

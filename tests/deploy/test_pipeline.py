@@ -89,6 +89,9 @@ def test_load_says_what_a_path_is_not(tmp_path: Path, run_folder: Path) -> None:
         nin.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in it yet"):
         nin.load(tmp_path)
+    (tmp_path / "shirt.PNG").touch()
+    with pytest.raises(UserError, match=r"shirt.PNG: an image; give a run's folder, a checkpoint or an"):
+        nin.load(tmp_path / "shirt.PNG")
     assert nin.load(str(run_folder / "checkpoints" / "best.ckpt")).description.class_names[1] == "Trouser"
 
 

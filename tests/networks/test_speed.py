@@ -83,10 +83,10 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     "overrides",
     [
         pytest.param(
-            ("model=nin", "model.init=kaiming_dirac", "data.image_size=67", "optimizer.lr=0.1", "speed.micro_batch=24"),
+            ("model=nin", "model.init=kaiming_dirac", "data.image_size=67", "optimizer.lr=0.1", "data.batch_size=64"),
             marks=pytest.mark.long,
         ),
-        ("model=nin_small", "optimizer.lr=0.1"),  # batch norm: no micro-batches
+        ("model=nin_small", "optimizer.lr=0.1", "data.batch_size=16"),  # batch norm: no micro-batches
     ],
 )
 def test_in_float64_the_switches_differ_by_its_rounding(
@@ -95,8 +95,8 @@ def test_in_float64_the_switches_differ_by_its_rounding(
     """In float32 the same runs end 1e-3 to 1e-2 apart (docs/speed.md): training amplifies rounding, here 2e-16."""
     common = [
         f"data.root={real_root}", "trainer=cpu", "callbacks=none", "logger=none", "trainer.max_steps=20",
-        "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "data.batch_size=64", "speed.micro_batch=24",
-        "trainer.precision=64-true", *overrides,
+        "trainer.limit_val_batches=1", "trainer.limit_test_batches=1", "trainer.precision=64-true",
+        "speed.micro_batch=24", *overrides,
     ]  # fmt: skip
     weights = []
     for name, switches in (("on", ()), ("off", OFF)):

@@ -95,9 +95,9 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     end = len(content) - DIGITS
     if end < 22 or content[end - 22 : end - 18] != _ZIP_END:
-        raise UserError(f"{path}: damaged, or not a checkpoint of nin: it does not end with a checksum")
+        raise _damaged(path, "damaged, or not a checkpoint of nin: it does not end with a checksum")
     if hashlib.sha256(content[:end]).hexdigest().encode() != content[end:]:
-        raise UserError(f"{path}: damaged: its content does not match its checksum")
+        raise _damaged(path, "damaged: its content does not match its checksum")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about other pickle protocols before it refuses them
@@ -111,6 +111,11 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     _require_layout(checkpoint, path)
     return checkpoint
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    others = ", ".join(sorted(other.name for other in path.parent.glob("*.ckpt") if other.name != path.name))
+    return UserError(f"{path}: {what}{f'; other checkpoints there: {others}' if others else ''}")
 
 
 def _require_layout(checkpoint: Any, path: Path) -> None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from nin.config.composition import compose_config, compose_settings
 from nin.config.hydra_options import open_hydra, parse_arguments
-from nin.config.schema import OwnModel, Settings, UserError
+from nin.config.schema import OwnModel, Settings
 from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console, silence_known_warnings
@@ -33,10 +33,7 @@ def main(arguments: list[str]) -> None:
     if {"-h", "--help"} & set(arguments):
         print(HELP)
         return
-    args = parse_arguments(arguments)
-    known = ("overrides", "config_dir", "config_name", "config_path")
-    if others := [name for name, value in vars(args).items() if value and name not in known]:
-        raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
+    args = parse_arguments(arguments, ("config_dir", "config_name", "config_path"))
     silence_known_warnings()
     with open_hydra(args.config_dir, args.config_path):
         settings = compose_settings(args.overrides, args.config_name or "train")

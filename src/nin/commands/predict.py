@@ -148,7 +148,8 @@ class _MapNames:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--maps {folder}: can't be written ({error.strerror})") from error
+            reason = "a file has this name" if folder.is_file() else error.strerror
+            raise UserError(f"--maps {folder}: can't be written ({reason})") from error
         self.folder, self.used = folder, set[str]()
 
     def next(self, name: str) -> Path:

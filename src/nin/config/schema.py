@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, create_model
 
 from nin.config import types
 from nin.config.data_sets import Data, FolderData, OwnData
-from nin.config.types import Init, NonNegative, OwnClass, Positive, Section, Share
+from nin.config.types import Init, NonNegative, OwnClass, Positive, Precision, Section, Share
 
 _PACKAGE = Path(__file__).parents[1]
 # The directory of the config groups: inside the installed package, or at the top of a checkout.
@@ -152,7 +152,7 @@ class Trainer(Section):
     strategy: str
     devices: int | str | list[int]
     num_nodes: Positive
-    precision: int | str | None
+    precision: Precision | None
     fast_dev_run: int | bool
     max_epochs: Annotated[int, Field(ge=-1)] | None
     min_epochs: NonNegative | None

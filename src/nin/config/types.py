@@ -36,4 +36,9 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Pixels = Annotated[int, Field(ge=1, le=1024)]
 # The number of channels or features of a layer.
 Width = Annotated[int, Field(ge=1, le=65_536)]
+# Of the arithmetic: Lightning's names, and "auto".
+Precision = Literal[
+    "auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine",
+    "transformer-engine-float16", "32", "16", "bf16", "64", 32, 16, 64,
+]  # fmt: skip
 Init = Literal["xavier_uniform", "kaiming_normal", "kaiming_dirac", "kaiming_dirac_pca", "torch"]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nin.config.schema import UserError
+from nin.data.folder import SUFFIXES
 from nin.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def load(path: str | Path, allow: Sequence[str] = ()) -> "TrainedNetwork":
         UserError: if there is no such file, it is none of these, or it names a class that is not allowed.
     """
     path = Path(path)
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        raise UserError(f"{path}: an image; give a run's folder, a checkpoint or an .onnx file, and then the images")
     if is_export(path):
         from nin.deploy.onnx_model import load_onnx
 
