@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import nin
-from nin.config.schema import NETWORKS
+from nin.config.networks import NETWORKS
 
 SOURCE = Path(nin.__file__).parent
 FILES = sorted(path for path in SOURCE.rglob("*.py"))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from nin.config.schema import read_networks
+from nin.config.networks import read_networks
 
 SIGNATURE = "in_channels: int, num_classes: int, image_size: int"
 FILES = {

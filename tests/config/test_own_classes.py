@@ -3,7 +3,8 @@ from hydra.utils import get_class
 
 from nin.config import own_classes
 from nin.config.composition import compose_config
-from nin.config.schema import OwnModel, OwnSchedule, Settings, UserError
+from nin.config.networks import OwnModel
+from nin.config.schema import OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.config.validation import validate, validate_plain
 

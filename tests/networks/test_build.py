@@ -12,7 +12,8 @@ import nin
 from helpers import ENVIRONMENT
 from nin.config.composition import compose_config, compose_settings
 from nin.config.hydra_options import open_hydra
-from nin.config.schema import CONF, NETWORKS, UserError
+from nin.config.networks import NETWORKS
+from nin.config.schema import CONF, UserError
 from nin.networks.build import build_network, require_buildable
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from nin.config.composition import compose_config
-from nin.config.schema import NETWORKS
+from nin.config.networks import NETWORKS
 from nin.config.validation import validate
 from nin.networks.build import build_network
 from nin.networks.layers import first_fully_connected_weights, layers

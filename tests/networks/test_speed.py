@@ -12,7 +12,8 @@ from torch import nn
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.composition import compose_config
-from nin.config.schema import OwnModel, Settings
+from nin.config.networks import OwnModel
+from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.networks import speed
 from nin.networks.nin import NiN

@@ -1,4 +1,5 @@
 import math
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -249,6 +250,14 @@ def test_shares_of_an_uneven_last_batch_give_the_gradient_of_the_undivided_batch
     losses = [module.training_step((images[part], labels[part]), 0) for part in (slice(2), slice(2, 3))]
     expected = torch.nn.functional.cross_entropy(module(images), labels)
     torch.testing.assert_close((losses[0] + losses[1]) / 2, expected)  # ddp averages the gradients
+
+
+def test_a_module_can_be_pickled(settings: Callable[..., Settings]) -> None:
+    module = Classifier(settings(), CLASSES)
+    images = torch.rand(2, 1, 28, 28)
+    again = pickle.loads(pickle.dumps(module))
+    assert again.settings == module.settings
+    assert torch.equal(again.eval()(images), module.eval()(images))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

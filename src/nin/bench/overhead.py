@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from nin.bench.project import Report, prepare_training
-from nin.config.schema import OwnModel, Settings
+from nin.config.networks import OwnModel
+from nin.config.schema import Settings
 from nin.data.sources import describe
 
 _STEPS, _WARM_UP = 300, 30

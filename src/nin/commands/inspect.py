@@ -7,7 +7,8 @@ from rich.table import Table
 
 from nin.config.composition import compose_config, compose_settings
 from nin.config.hydra_options import open_hydra, parse_arguments
-from nin.config.schema import OwnModel, Settings
+from nin.config.networks import OwnModel
+from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console, silence_known_warnings

@@ -9,7 +9,8 @@ A module imports only from the modules below it:
     own_classes          classes of the user's own
     errors               messages about a config
     changes              which keys may change when a run is resumed
-    schema               types and ranges of all keys; of a network from the signature of its class
+    schema               types and ranges of all keys
+    networks             types and ranges of the keys of each network, from the signature of its class
     data_sets            types and ranges of the keys of each data set
     types                base classes of sections; types with a range
 """

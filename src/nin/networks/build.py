@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from nin.config import own_classes
-from nin.config.schema import NETWORKS, Model, OwnData, OwnModel, Settings, UserError
+from nin.config.networks import NETWORKS, Model, OwnModel
+from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Init
 from nin.networks.normalize import Normalize
 from nin.networks.score_maps import has_score_maps

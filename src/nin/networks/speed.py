@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from nin.config.schema import OwnModel, Settings
+from nin.config.networks import OwnModel
+from nin.config.schema import Settings
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from nin.config import own_classes
-from nin.config.schema import TOP5_CLASSES, OwnModel, OwnSchedule, Settings, UserError
+from nin.config.networks import OwnModel
+from nin.config.schema import TOP5_CLASSES, OwnSchedule, Settings, UserError
 from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network

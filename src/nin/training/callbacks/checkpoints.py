@@ -15,7 +15,8 @@ from torch import Tensor
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
-from nin.config.schema import SGD, OwnClass, OwnModel
+from nin.config.networks import OwnModel
+from nin.config.schema import SGD, OwnClass
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest

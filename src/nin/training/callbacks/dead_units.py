@@ -11,7 +11,8 @@ import torch
 from lightning import Callback, Trainer
 from torch import Tensor, nn
 
-from nin.config.schema import FolderData, OwnData, OwnModel
+from nin.config.networks import OwnModel
+from nin.config.schema import FolderData, OwnData
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
