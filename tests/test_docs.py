@@ -94,7 +94,7 @@ def test_every_experiment_and_sweep_that_a_page_names_exists(page: Path) -> None
 
 
 def test_the_commands_of_pages_and_recipes_compose() -> None:
-    own = "(tiny|stripes|rmsprop|mine|steps)"  # names of the examples of docs/extending.md
+    own = "(tiny|stripes|weighted|rmsprop|mine|steps)"  # names of the examples of docs/extending.md
     commands = set()
     for path in (*PAGES, *CONF.rglob("*.yaml")):
         text = re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8"))

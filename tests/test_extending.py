@@ -33,13 +33,13 @@ def folder(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block[1])
         written.append(path)
-    assert len(set(written)) == 8
+    assert len(set(written)) == 10
     write_folder(tmp_path / "photos", {"train": 12, "test": 4}, size=40)
     monkeypatch.setenv("NIN_DATA", str(data_root))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in ("my_net", "my_data", "my_callbacks"):
+    for name in ("my_net", "my_data", "my_loss", "my_callbacks"):
         sys.modules.pop(name, None)
 
 
@@ -66,6 +66,9 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
         assert exporting.main(["outputs/runs/tiny", "--allow", "my_net", f"data.root={os.environ['NIN_DATA']}"]) == 0
         # The export needs no class of yours.
         np.testing.assert_allclose(nin.load("outputs/runs/tiny/export/model.onnx").predict(image), expected, atol=1e-6)
+    if "loss=weighted" in command:
+        evaluation.main(["--allow", "my_loss", "outputs/runs/weighted", *FEW_STEPS])
+        assert f"test/loss {result['metrics']['test/loss']:.4f}" in capsys.readouterr().out
     if "data=stripes" in command:
         assert list(result["metrics"]["test/acc_by_class"]) == ["horizontal", "vertical"]
     if "PrintSteps" in command:
@@ -74,4 +77,4 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
 
 def test_the_page_has_an_example_of_each(folder: Path) -> None:
     names = {re.search(r"name=(\w+)", command)[1] for command in COMMANDS}
-    assert names == {"mine", "photos", "tiny", "stripes", "rmsprop", "steps"}
+    assert names == {"mine", "photos", "tiny", "stripes", "weighted", "rmsprop", "steps"}

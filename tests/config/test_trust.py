@@ -75,6 +75,8 @@ def test_a_class_of_another_package_is_not_trusted_because_a_trusted_one_imports
     [
         ("model", {"_target_": "this.s", "input_size": 28}),
         ("data", {"_target_": "this.s", "image_size": 28, "batch_size": 2}),
+        ("loss", {"_target_": "torch.nn.Linear"}),
+        ("loss", {"_target_": "my.torch.nn.CrossEntropyLoss"}),
         ("optimizer", {"_target_": "this.s"}),
         ("schedule", {"_target_": "torch.hub.load"}),
     ],
@@ -89,6 +91,22 @@ def test_classes_of_the_network_and_the_data_need_permission(
         f"--allow {module}"
     )
     require_trusted_targets(foreign, [module])
+
+
+@pytest.mark.parametrize(
+    ("group", "target"),
+    [
+        ("loss", "torch.nn.MultiMarginLoss"),
+        ("optimizer", "torch.optim.RMSprop"),
+        ("schedule", "torch.optim.lr_scheduler.LinearLR"),
+    ],
+)
+def test_torchs_losses_optimizers_and_schedules_need_none(
+    settings: Callable[..., Settings], group: str, target: str
+) -> None:
+    require_trusted_targets(
+        validate_plain(settings().model_dump(mode="json") | {group: {"_target_": target}}), allowed=[]
+    )
 
 
 def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -> None:

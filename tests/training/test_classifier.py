@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
-from nin.config.validation import validate
+from nin.config.validation import validate, validate_plain
 from nin.training.classifier import Classifier
 from nin.training.optimizers import build_schedule
 
@@ -250,6 +250,55 @@ def test_shares_of_an_uneven_last_batch_give_the_gradient_of_the_undivided_batch
     losses = [module.training_step((images[part], labels[part]), 0) for part in (slice(2), slice(2, 3))]
     expected = torch.nn.functional.cross_entropy(module(images), labels)
     torch.testing.assert_close((losses[0] + losses[1]) / 2, expected)  # ddp averages the gradients
+
+
+class ClassWeights(torch.nn.CrossEntropyLoss):
+    def __init__(self, class_names: list[str], weights: dict[str, float]) -> None:
+        super().__init__(weight=torch.tensor([weights.get(name, 1.0) for name in class_names]))
+
+
+class Learned(torch.nn.CrossEntropyLoss):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(num_classes))
+
+
+def with_loss(settings: Callable[..., Settings], kind: type, *overrides: str, **arguments: object) -> Settings:
+    plain = settings("schedule=constant", "optimizer=sgd", "optimizer.momentum=0", *overrides).model_dump(mode="json")
+    return validate_plain(plain | {"loss": {"_target_": f"{__name__}.{kind.__name__}", **arguments}})
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_loss_of_ones_own_is_trained_and_scores_stay_cross_entropy(settings: Callable[..., Settings]) -> None:
+    # A network that would be trained in micro-batches, whose mean loss would be another.
+    network = ("model=nin", "data.image_size=99", "model.widths=[96,8,8]", "model.dropout=0", "data.batch_size=100")
+    assert 0 < (Classifier(settings(*network), CLASSES).micro_batch_size or 0) < 100
+    module = Classifier(with_loss(settings, ClassWeights, *network, "optimizer.lr=0.5", weights={"c": 5.0}), CLASSES)
+    assert module.micro_batch_size is None
+    images, labels = torch.rand(100, 1, 99, 99), torch.arange(100) % 10
+    weights = list(module.network.parameters())
+    scores = module(images).log_softmax(1)[torch.arange(100), labels]
+    of_class = torch.where(labels == 2, 5.0, 1.0)
+    expected = -(of_class * scores).sum() / of_class.sum()
+    steps = [w.detach() - 0.5 * g for w, g in zip(weights, torch.autograd.grad(expected, weights), strict=True)]
+    batches = DataLoader(TensorDataset(images, labels), batch_size=100)
+    trainer = Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, batches, batches)
+    torch.testing.assert_close(module.train_loss.compute(), expected.detach())
+    torch.testing.assert_close([weight.detach() for weight in weights], steps)
+    module.eval()
+    with torch.no_grad():
+        unweighted = torch.nn.functional.cross_entropy(module(images), labels)
+    torch.testing.assert_close(trainer.callback_metrics["val/loss"], unweighted)
+
+
+def test_a_loss_that_would_not_do_what_was_asked_is_refused(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match=r"^loss: .*Learned has weights of its own, which would not be trained$"):
+        Classifier(with_loss(settings, Learned), CLASSES)
+    with pytest.raises(UserError, match=r"^label_smoothing=0.1: is for the cross-entropy alone; set label_smoothing=0"):
+        Classifier(with_loss(settings, ClassWeights, "label_smoothing=0.1", weights={}), CLASSES)
+    with pytest.raises(UserError, match=r"^loss.weight: .*ClassWeights has no such argument; did you mean weights\?"):
+        Classifier(with_loss(settings, ClassWeights, weight={}), CLASSES)
 
 
 def test_a_module_can_be_pickled(settings: Callable[..., Settings]) -> None:

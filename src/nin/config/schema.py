@@ -53,6 +53,10 @@ class OwnOptimizer(OwnClass):
     """A ``torch.optim.Optimizer``."""
 
 
+class OwnLoss(OwnClass):
+    """An ``nn.Module`` that maps logits ``(batch, classes)`` and labels ``(batch,)`` to their mean loss ``()``."""
+
+
 class OwnSchedule(OwnClass):
     """A ``torch.optim.lr_scheduler.LRScheduler``. An argument "steps" stands for the number of optimizer steps."""
 
@@ -209,6 +213,8 @@ class Settings(Section):
     # The share of each label that is divided among all classes. The default is for checkpoints saved before there was
     # this key.
     label_smoothing: Share = 0.0
+    # None: cross-entropy.
+    loss: OwnLoss | None = None
     trainer: Trainer
     speed: Speed
     # torch.compile, with CUDA graphs on a GPU; "auto": on a GPU.

@@ -10,6 +10,7 @@ from nin.config.composition import compose_settings
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning", "torchmetrics")
+_TORCH = {"loss": r"torch\.nn\.\w+Loss$", "optimizer": r"torch\.optim\.", "schedule": r"torch\.optim\."}
 
 
 def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
@@ -53,9 +54,9 @@ def _leads_out(key: str, value: str) -> bool:
 
 
 def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
-    """Checks the user's own classes that a stored config names for the network, data, optimizer and schedule.
+    """Checks the user's own classes that a stored config names: network, data, loss, optimizer and schedule.
 
-    Optimizers and schedules of torch need no permission.
+    Losses, optimizers and schedules of torch need no permission.
 
     Args:
         allowed: names of modules whose classes the config may name.
@@ -64,10 +65,10 @@ def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
         UserError: names each ``_target_`` that is in none of these modules.
     """
     errors = []
-    for group in ("model", "data", "optimizer", "schedule"):
+    for group in ("model", "data", "loss", "optimizer", "schedule"):
         section = getattr(stored, group)
         if isinstance(section, OwnClass) and not is_within(section.target, allowed):
-            if group in ("optimizer", "schedule") and section.target.startswith("torch.optim."):
+            if re.match(_TORCH.get(group, "$"), section.target):
                 continue
             module = section.target.partition(".")[0]
             errors.append(

@@ -22,7 +22,7 @@ from nin.config.errors import construct_unchecked, did_you_mean, format_errors, 
 from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process
 
 # Hydra would merge several options into one.
-_ONE_OPTION = ("model", "data", "optimizer", "schedule", "trainer")
+_ONE_OPTION = ("model", "data", "loss", "optimizer", "schedule", "trainer")
 _LIMITS = tuple(f"trainer.{key}" for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"))
 # Numbers or shares of batches.
 _SHARES = (*_LIMITS, "trainer.limit_predict_batches", "trainer.overfit_batches", "trainer.val_check_interval")

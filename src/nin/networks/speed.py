@@ -42,6 +42,8 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
     micro_batch = micro_batch_size(network, shapes)
     if micro_batch and options.micro_batch != "auto":
         micro_batch = options.micro_batch
+    elif settings.loss:  # the mean over a batch may be another than that over its parts, as with weights of classes
+        micro_batch = None
     dropouts = replace_dropout(network, shapes)
     if options.relu_after_pooling:
         move_relu_after_pooling(network)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric
@@ -27,6 +27,7 @@ from nin.system import devices
 from nin.training.initial_statistics import start_from_training_images
 from nin.training.loss import (
     backward_micro_batches,
+    build_loss,
     process_weight,
     require_finite,
     require_finite_weights,
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Classifier(LightningModule):
-    """Image classifier with cross-entropy loss on logits: the softmax is in the loss, not in the network.
+    """Image classifier with a loss on logits, by default cross-entropy: the softmax is in the loss, not in the network.
 
     ``hparams`` are plain values (``settings``, ``class_names``, ``in_channels``), so that
     ``Classifier.load_from_checkpoint(path)`` rebuilds the network, also with ``weights_only=True``.
@@ -64,7 +65,7 @@ class Classifier(LightningModule):
             "in_channels": in_channels,
         }
         self.save_hyperparameters(plain, logger=False)
-        self.loss = nn.CrossEntropyLoss(label_smoothing=self.settings.label_smoothing)
+        self.loss = build_loss(self.settings, self.class_names)
         # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
         # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
         # weights as well, therefore `update` is given one loss per image.

@@ -1,6 +1,7 @@
 """The loss of a batch: in micro-batches, weighted among processes, and required to be finite."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -8,11 +9,32 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 
+from nin.config import own_classes
 from nin.config.schema import Schedule, Settings, UserError
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or a weight is NaN or infinite: the message names the step, the learning rate and what to try."""
+
+
+def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
+    """The loss of logits ``(batch, classes)`` and labels ``(batch,)``: cross-entropy, or a module of the user's own.
+
+    Raises:
+        UserError: if the user's own can't be built, has weights to train, or there is a ``label_smoothing`` too.
+    """
+    if settings.loss is None:
+        return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
+    if settings.label_smoothing:
+        raise UserError(
+            f"label_smoothing={settings.label_smoothing:g}: is for the cross-entropy alone; set label_smoothing=0 with "
+            f"{settings.loss.target}"
+        )
+    available = {"num_classes": len(class_names), "class_names": list(class_names)}
+    loss = own_classes.build("loss", settings.loss, nn.Module, **available)
+    if any(weights.requires_grad for weights in loss.parameters()):
+        raise UserError(f"loss: {settings.loss.target} has weights of its own, which would not be trained")
+    return loss
 
 
 def backward_micro_batches(

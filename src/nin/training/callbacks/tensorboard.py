@@ -254,7 +254,9 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
 
 
-_EXPERIMENT = {"seed", "model", "data", "optimizer", "schedule", "trainer", "speed", "compile"}
+_EXPERIMENT = {
+    "seed", "model", "data", "loss", "label_smoothing", "optimizer", "schedule", "trainer", "speed", "compile",
+}  # fmt: skip
 _PLACES = ("data.root", "data.mirrors")  # where files are does not change a result
 
 
