@@ -242,8 +242,6 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     ]
     with pytest.raises(UserError, match=r"trainer: Found more than one stateful callback"):
         experiment.build_trainer(settings("callbacks=early_stopping", *second, "+callbacks.second.mode=max"), None, [])
-    with pytest.raises(UserError, match=r"trainer: .*[Pp]recision"):
-        run_experiment(settings("trainer.precision=3"), RunFolder(tmp_path), [])
     monitor = "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor"
     with pytest.raises(UserError, match=r"trainer: Cannot use .*LearningRateMonitor.* no logger"):
         run_experiment(settings(monitor, "logger=none"), RunFolder(tmp_path))

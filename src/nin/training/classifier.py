@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn import functional
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -180,8 +181,9 @@ class Classifier(LightningModule):
         self._update_scores(batch)
 
     def on_validation_epoch_end(self) -> None:
-        # `MetricsLogger` logs them, at the number of optimizer steps.
-        self.log_dict(self._compute_scores(self.settings.data.score_each_epoch), logger=False, sync_dist=True)
+        # In a run `MetricsLogger` logs them, at the number of optimizer steps.
+        is_run = self.trainer.state.fn != TrainerFn.VALIDATING
+        self._log(self._compute_scores(self.settings.data.score_each_epoch), is_logged=not is_run)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Updates the test metrics and returns the logits ``(batch, classes)`` for callbacks."""
@@ -199,10 +201,7 @@ class Classifier(LightningModule):
         # Lightning logs at this step; its own count of batches is one too high after some resumes.
         if self.trainer.global_step:  # after training
             scores["step"] = torch.tensor(float(self.trainer.global_step), device=self.device)
-        with warnings.catch_warnings():
-            # `Trainer.test` returns what is logged with logger=True, also if there is no logger.
-            warnings.filterwarnings("ignore", message="You called `self.log")
-            self.log_dict(scores, logger=not self.test_metrics_logged, sync_dist=True)
+        self._log(scores, is_logged=not self.test_metrics_logged)
         self.confusion.compute()  # of all processes, while they are in step; torchmetrics keeps the result
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
@@ -250,6 +249,13 @@ class Classifier(LightningModule):
         self.score_loss.reset()
         self.score_acc.reset()
         return scores
+
+    def _log(self, scores: dict[str, Tensor], is_logged: bool) -> None:
+        """Hands the scores of all processes to callbacks and, if ``is_logged``, to loggers."""
+        with warnings.catch_warnings():
+            # `Trainer.validate` and `Trainer.test` return what is logged with logger=True, also if there is no logger.
+            warnings.filterwarnings("ignore", message="You called `self.log")
+            self.log_dict(scores, logger=is_logged, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.settings, self.network.parameters(), self.device)
