@@ -13,6 +13,8 @@ class Thing:
     def __init__(self, first: int, width: int, image_size: int = 0):
         if width > 9:
             raise ValueError("too wide")
+        if width == 0:
+            raise KeyError("Shirt")
         if width < 0:
             raise FileNotFoundError(2, "No such file or directory", "weights.pt")
         self.values = first, width, image_size
@@ -46,6 +48,7 @@ def test_the_signature_decides_what_is_given() -> None:
         ({"widht": 3}, r"model.widht: .*Thing has no such argument; did you mean width\?"),
         ({}, "model: .*Thing: missing a required argument: 'width'"),
         ({"width": 10}, r"model: .*Thing fails with width=10 \(ValueError: too wide\)"),
+        ({"width": 0}, r"model: .*Thing fails with width=0 \(KeyError: 'Shirt'\)"),
         ({"width": -1}, r"model: .*Thing fails with width=-1 \(FileNotFoundError: .*: 'weights.pt'\)"),
     ],
 )

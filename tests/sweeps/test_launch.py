@@ -51,6 +51,17 @@ def alone(overrides: list[str], folder: Path) -> str:
     return run_experiment(validate(compose_config(overrides)), RunFolder(folder), [])["weights_sha256"]
 
 
+def test_a_loss_that_no_job_could_use_is_refused_before_the_first_starts() -> None:
+    classes = ("torch.nn.MultiMarginLoss", "torch.nn.MultiMarginLos")
+    jobs = [["experiment=quickstart", f"+loss._target_={name}", "label_smoothing=0"] for name in classes]
+    jobs.append(["experiment=quickstart", f"+loss._target_={classes[0]}", "label_smoothing=0.1"])
+    with pytest.raises(UserError) as refused:
+        checks.check_jobs(jobs, on_this_machine=False)
+    wrong_class, smoothed = refused.value.errors
+    assert wrong_class == "loss._target_=torch.nn.MultiMarginLos: torch.nn has no class MultiMarginLos"
+    assert smoothed.startswith("label_smoothing=0.1: is for the cross-entropy alone")
+
+
 def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:
     with pytest.raises(UserError) as refused:
         checks.check_jobs(

@@ -9,7 +9,7 @@ import torch
 from lightning import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from nin.config.composition import compose_config
+from nin.config.composition import apply_overrides, compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate, validate_plain
 from nin.training.classifier import Classifier
@@ -264,6 +264,22 @@ class Learned(torch.nn.CrossEntropyLoss):
         self.scale = torch.nn.Parameter(torch.ones(num_classes))
 
 
+class Returns(torch.nn.Module):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> object:
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return {"each": losses, "more": (losses.mean(), logits), "number": losses.mean().item()}[self.what]
+
+
+class WeightsByNumber(torch.nn.CrossEntropyLoss):
+    def __init__(self, num_classes: int, weights: dict[int, float]) -> None:
+        super().__init__(weight=torch.tensor([weights.get(label, 1.0) for label in range(num_classes)]))
+        assert all(label in range(num_classes) for label in weights)
+
+
 def with_loss(settings: Callable[..., Settings], kind: type, *overrides: str, **arguments: object) -> Settings:
     plain = settings("schedule=constant", "optimizer=sgd", "optimizer.momentum=0", *overrides).model_dump(mode="json")
     return validate_plain(plain | {"loss": {"_target_": f"{__name__}.{kind.__name__}", **arguments}})
@@ -300,6 +316,32 @@ def test_a_loss_that_would_not_do_what_was_asked_is_refused(settings: Callable[.
         Classifier(with_loss(settings, ClassWeights, "label_smoothing=0.1", weights={}), CLASSES)
     with pytest.raises(UserError, match=r"^loss.weight: .*ClassWeights has no such argument; did you mean weights\?"):
         Classifier(with_loss(settings, ClassWeights, weight={}), CLASSES)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("micro_batch", ["null", "4"])
+@pytest.mark.parametrize(("what", "found"), [("each", "shape "), ("more", "tuple"), ("number", "float")])
+def test_a_loss_of_ones_own_that_returns_more_than_a_mean_is_named(
+    settings: Callable[..., Settings], what: str, found: str, micro_batch: str
+) -> None:
+    network = ("model=nin_small", "model.norm=none", f"speed.micro_batch={micro_batch}")
+    module = Classifier(with_loss(settings, Returns, *network, what=what), CLASSES)
+    batches = DataLoader(TensorDataset(torch.rand(8, 1, 28, 28), torch.arange(8)), batch_size=8)
+    with pytest.raises(UserError, match=f"^loss: its class returns .*{found}.*, and not the mean loss of the batch"):
+        Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0).fit(module, batches, batches)
+
+
+def test_numbers_as_keys_of_a_loss_are_numbers_when_its_checkpoint_is_loaded(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    requested = with_loss(settings, WeightsByNumber, weights={6: 2.0})
+    module = Classifier(requested, CLASSES)
+    trainer = Trainer(**QUIET)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    again = Classifier.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
+    assert again.settings == apply_overrides(requested, [], ()) == requested
+    assert again.loss.weight[6] == 2
 
 
 def test_a_module_can_be_pickled(settings: Callable[..., Settings]) -> None:

@@ -77,7 +77,8 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     Raises:
         UserError: lists every error, or names a key that is not among ``may_change``.
     """
-    config = OmegaConf.create(settings.model_dump(mode="json"))
+    # Not as JSON, whose keys are texts: a class of the user's own may have numbers as keys.
+    config = OmegaConf.create(settings.model_dump())
     words = overrides
     try:
         parsed = parse_overrides(overrides)

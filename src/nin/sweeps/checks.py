@@ -84,8 +84,8 @@ def require_joblib_arguments(launcher: DictConfig) -> None:
 
 
 def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = "train") -> list[Settings]:
-    """Composes and validates all jobs, tries their networks, prepares their data, and has Lightning check their Trainer
-    arguments.
+    """Composes and validates all jobs, tries their networks and losses, prepares their data, and has Lightning check
+    their Trainer arguments.
 
     Args:
         jobs: the overrides of each job.
@@ -110,6 +110,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
     # What takes torch, a download or a second is done once for the jobs that have it in common.
     checks: list[tuple[Callable[[Settings], None], Callable[[Settings], Any]]] = [
         (_try_network, lambda job: (job.model, job.data.image_size)),
+        (_try_loss, lambda job: (job.loss, job.label_smoothing)),
         (lambda job: prepare(job.data), lambda job: job.data),
     ]
     if on_this_machine:
@@ -159,6 +160,12 @@ def _try_network(settings: Settings) -> None:
     from nin.networks.build import require_buildable
 
     require_buildable(settings)
+
+
+def _try_loss(settings: Settings) -> None:
+    from nin.training.loss import require_known_loss
+
+    require_known_loss(settings)
 
 
 def _try_trainer(settings: Settings) -> None:

@@ -33,6 +33,7 @@ from nin.training.loss import (
     require_finite,
     require_finite_weights,
     require_logits,
+    require_single,
 )
 from nin.training.optimizers import build_optimizer, build_schedule, follow_validation
 
@@ -61,7 +62,8 @@ class Classifier(LightningModule):
         self.class_names, self.in_channels = tuple(class_names), in_channels
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
         plain = {
-            "settings": self.settings.model_dump(mode="json"),
+            # Not as JSON, whose keys are texts: a class of the user's own may have numbers as keys, as {6: 2.0}.
+            "settings": self.settings.model_dump(),
             "class_names": list(class_names),
             "in_channels": in_channels,
         }
@@ -140,7 +142,7 @@ class Classifier(LightningModule):
             # The compiled network has static shapes: those of a full batch.
             full = len(labels) == self.settings.data.batch_size
             logits = self.network(images) if full else self.network.forward(images)
-            loss = self.loss(require_logits(logits), labels)
+            loss = require_single(self.loss(require_logits(logits), labels))
             batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
                 loss = loss * process_weight(self.trainer.strategy, len(labels), self.device)

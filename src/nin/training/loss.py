@@ -17,19 +17,31 @@ class NonFiniteLossError(RuntimeError):
     """The loss or a weight is NaN or infinite: the message names the step, the learning rate and what to try."""
 
 
+def require_known_loss(settings: Settings) -> None:
+    """Checks what is known of the loss before the data are, so that no job of a sweep starts with a wrong one.
+
+    Raises:
+        UserError: if the user's own class can't be imported, or there is a ``label_smoothing`` too.
+    """
+    if settings.loss is None:
+        return
+    if settings.label_smoothing:
+        raise UserError(
+            f"label_smoothing={settings.label_smoothing:g}: is for the cross-entropy alone; set label_smoothing=0 with "
+            f"{settings.loss.target}"
+        )
+    own_classes.import_class("loss", settings.loss, nn.Module)
+
+
 def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
     """The loss of logits ``(batch, classes)`` and labels ``(batch,)``: cross-entropy, or a module of the user's own.
 
     Raises:
         UserError: if the user's own can't be built, has weights to train, or there is a ``label_smoothing`` too.
     """
+    require_known_loss(settings)
     if settings.loss is None:
         return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    if settings.label_smoothing:
-        raise UserError(
-            f"label_smoothing={settings.label_smoothing:g}: is for the cross-entropy alone; set label_smoothing=0 with "
-            f"{settings.loss.target}"
-        )
     available = {"num_classes": len(class_names), "class_names": list(class_names)}
     loss = own_classes.build("loss", settings.loss, nn.Module, **available)
     if any(weights.requires_grad for weights in loss.parameters()):
@@ -60,7 +72,8 @@ def backward_micro_batches(
             losses[-1] = losses[-1].detach()
         output = network(micro_images)
         # Every image has the same weight, also where the last micro-batch is smaller.
-        losses.append(loss(require_logits(output), micro_labels) * (len(micro_labels) / len(labels)))
+        mean = require_single(loss(require_logits(output), micro_labels))
+        losses.append(mean * (len(micro_labels) / len(labels)))
         logits.append(output.detach())
     return losses[-1], torch.stack([part.detach() for part in losses]).sum(), torch.cat(logits)
 
@@ -75,6 +88,18 @@ def require_logits(output: Any) -> Tensor:
         found = f"the network returns {type(output).__name__} in training, and not logits alone"
         raise UserError(f"model: {found}; turn off what it adds, as aux_logits=false")
     return output
+
+
+def require_single(loss: Any) -> Tensor:
+    """Returns what a loss returns if it is a single number ``()``.
+
+    Raises:
+        UserError: if a loss of the user's own returns something else, such as a loss for each image.
+    """
+    if not isinstance(loss, Tensor) or loss.dim():
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(f"loss: its class returns {found}, and not the mean loss of the batch as a tensor of shape ()")
+    return loss
 
 
 def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:

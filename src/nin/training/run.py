@@ -62,8 +62,10 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         return result
     had_result = folder.result.exists()
     from nin.networks.build import require_buildable
+    from nin.training.loss import require_known_loss
 
-    require_buildable(settings)  # both before data are downloaded or decoded
+    require_buildable(settings)  # all before data are downloaded or decoded
+    require_known_loss(settings)
     require_accelerator(settings.trainer)
     prepare(settings.data)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
