@@ -34,9 +34,6 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     data = build_data(settings)
     require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))
     module = Classifier(settings, data.class_names, data.channels)
-    if settings.trainer.precision == "64-true":
-        module.double()  # float32 would round the weights
-    load_weights(module, checkpoint)
     # One process reports the metrics, however many trained the weights; nothing is written and no curve is logged.
     one = {} if is_single_process(settings.trainer) else {"strategy": "auto", "devices": 1, "num_nodes": 1}
     trainer = settings.trainer.model_copy(update={**one, "profiler": None})
@@ -44,5 +41,8 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
     bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
     tester = build_trainer(settings, None, bar)
+    if tester.precision == "64-true":  # as Lightning names it, also if the setting is 64
+        module.double()  # float32 would round the weights
+    load_weights(module, checkpoint)
     require_test_batches(settings, data, tester)
     return test(tester, module, data)

@@ -60,7 +60,7 @@ class Experiment:
             self.pruning.append(PruningCallback(self.folder.path, self.metrics))
         resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
-        if self.settings.trainer.precision == "64-true":
+        if self.trainer.precision == "64-true":  # as Lightning names it, also if the setting is 64
             self.module.double()  # Lightning does so after it has loaded a checkpoint, which float32 would round
         devices.require_working_gpu(self.trainer.strategy.root_device)
         self.device_name = devices.device_name(self.trainer.strategy.root_device)
