@@ -135,8 +135,8 @@ def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for
     data_root: Path,
 ) -> None:
     small = ["model=nin_small", "data=garments", f"data.root={data_root}"]
-    jobs = [[*small, "trainer.precision=32-true"], [*small, "trainer.precision=bf61-mixed"]]
-    with pytest.raises(UserError, match="Precision 'bf61-mixed' is invalid"):
+    jobs = [[*small, "trainer.strategy=auto"], [*small, "trainer.strategy=dpp"]]
+    with pytest.raises(UserError, match="invalid strategy name: `strategy='dpp'`"):
         checks.check_jobs(jobs, on_this_machine=True)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="this machine has no GPU"):
