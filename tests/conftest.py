@@ -1,6 +1,7 @@
 """Shared by all tests: settings in one process, the garments generated once, the real data where NIN_DATA has it."""
 
 import functools
+import gc
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +29,16 @@ LONGEST = (
     "test_killed_stopped_refused_and_resumed_as_a_person_would",
     "test_train_then_run_the_command_again_then_eval",
 )
+
+
+def pytest_collection_finish() -> None:
+    """Keeps the garbage collector from searching torch and Lightning again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # bindings in C++ report what is not collected at the end
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

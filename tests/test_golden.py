@@ -93,12 +93,19 @@ def compare(path: Path, losses: list[float]) -> None:
     assert len(losses) == STEPS
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# The network of the paper takes as long as the networks of all other recipes together.
+OF_PAPER = {recipe: pytest.param(recipe, marks=pytest.mark.long) for recipe in ("paper", "paper_cifar10")}
+
+
+@pytest.mark.parametrize("recipe", [OF_PAPER.get(recipe, recipe) for recipe in RECIPES])
 def test_losses_on_the_garments(recipe: str, data_root: Path) -> None:
     compare(GOLDEN / "garments" / f"{recipe}.csv", train(recipe, "data=garments", f"data.root={data_root}"))
 
 
-@pytest.mark.parametrize("recipe", sorted(set(RECIPES) - {"quickstart", "paper_cifar10"}))  # of other data
+# Two recipes have other data.
+@pytest.mark.parametrize(
+    "recipe", [OF_PAPER.get(recipe, recipe) for recipe in sorted(set(RECIPES) - {"quickstart", "paper_cifar10"})]
+)
 def test_losses_on_fashion_mnist(recipe: str, real_root: Path) -> None:
     compare(GOLDEN / "fashion_mnist" / f"{recipe}.csv", train(recipe, f"data.root={real_root}"))
 

@@ -26,6 +26,7 @@ def block(language: str, containing: str) -> str:
     return found
 
 
+@pytest.mark.long
 def test_tritons_own_protobuf_reads_the_model_repository(run_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")

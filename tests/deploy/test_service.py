@@ -133,6 +133,7 @@ def test_a_client_that_reads_after_it_has_sent_all_gets_the_413(server: Server) 
             assert client.recv(100).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.long
 def test_large_uploads_fill_no_more_memory_than_allowed_and_small_ones_are_answered(server: Server) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as clients:

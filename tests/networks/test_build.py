@@ -95,6 +95,7 @@ class Tiny(Network):
 """
 
 
+@pytest.mark.long
 def test_a_network_is_added_with_two_files(tmp_path: Path) -> None:
     package = tmp_path / "nin"
     shutil.copytree(Path(nin.__file__).parent, package)

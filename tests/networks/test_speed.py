@@ -66,7 +66,7 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
 ) -> None:
     common = [
         "data=garments", f"data.root={data_root}", "trainer=cpu", "callbacks=none", "logger=none",
-        "trainer.max_epochs=1", "trainer.limit_train_batches=20", "trainer.limit_val_batches=2",
+        "trainer.max_epochs=1", "trainer.limit_train_batches=12", "trainer.limit_val_batches=2",
         "trainer.limit_test_batches=2", "data.batch_size=30", "optimizer.lr=0.01", "speed.micro_batch=16", *overrides,
     ]  # fmt: skip
     weights, scores = [], []

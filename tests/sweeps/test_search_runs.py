@@ -89,6 +89,7 @@ def test_a_trial_is_never_tested_and_the_best_one_at_the_end_unless_sweep_test_i
     assert (folder / "best.json").exists() == ("tested once: test/acc" in printed) == (test == "true")
 
 
+@pytest.mark.long
 def test_the_result_of_another_search_whose_study_was_removed_is_not_recorded(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,7 +138,12 @@ def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
             "nesterov=true needs momentum",
         ),
         # Not at an end of the space, so that the check before the search does not meet it.
-        (["schedule=constant,cosine,nosuch,one_cycle", "optimizer.momentum=0.9"], "schedule=nosuch", "nosuch"),
+        pytest.param(
+            ["schedule=constant,cosine,nosuch,one_cycle", "optimizer.momentum=0.9"],
+            "schedule=nosuch",
+            "nosuch",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_trial_whose_settings_are_refused_fails_and_the_search_continues(
@@ -162,6 +168,7 @@ def test_a_trial_whose_settings_are_refused_fails_and_the_search_continues(
     assert message in failed["error"]
 
 
+@pytest.mark.long
 def test_the_answer_of_a_search_from_the_users_own_config_names_it(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
