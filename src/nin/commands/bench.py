@@ -23,6 +23,7 @@ from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import write_atomically
 from nin.system.devices import require_accelerator
+from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def main(arguments: list[str]) -> int:
     try:
         with show_progress(errors) as progress:
             progress("loading torch and Lightning …")
-            import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
+            with without_garbage_collection():
+                import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
 
             with log_to(None):
                 results = run_benchmarks(settings, args.seconds, args.rounds, progress)

@@ -16,6 +16,7 @@ from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, silence_known_warnings, tolerate_output_errors
 from nin.runs.results import print_test
 from nin.system.devices import require_accelerator
+from nin.system.imports import without_garbage_collection
 
 MAY_CHANGE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
@@ -59,8 +60,9 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
             accelerator is missing.
     """
     # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
-    from nin.checkpoints.files import read, settings_of
-    from nin.training.evaluation import evaluate
+    with without_garbage_collection():
+        from nin.checkpoints.files import read, settings_of
+        from nin.training.evaluation import evaluate
 
     with log_to(None):
         checkpoint = read(path)

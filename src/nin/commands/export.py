@@ -11,6 +11,7 @@ from nin.commands.options import add_allow_option
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.folder import RunFolder
+from nin.system.imports import without_garbage_collection
 
 if TYPE_CHECKING:
     from nin.deploy.export import Exporter
@@ -72,7 +73,8 @@ def main(arguments: list[str]) -> int:
             redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
         ) as progress,
     ):
-        from nin.deploy.export import Exporter, ExportError
+        with without_garbage_collection():
+            from nin.deploy.export import Exporter, ExportError
 
         bar = progress.add_task("loading", total=None)
         exporter = Exporter(

@@ -17,6 +17,7 @@ from nin.commands.options import add_allow_option
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, log_to, silence_known_warnings
+from nin.system.imports import without_garbage_collection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,7 +55,8 @@ def main(arguments: list[str]) -> int:
     with log_to(None):
         from nin.deploy.loading import load
 
-        network = load(args.network, args.allow)
+        with without_garbage_collection():
+            network = load(args.network, args.allow)
         return predict(network, args)
 
 

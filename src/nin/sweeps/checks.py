@@ -12,6 +12,7 @@ from nin.config.schema import Settings, Trainer, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import log_to
 from nin.system.devices import require_accelerator
+from nin.system.imports import without_garbage_collection
 
 # The packages of each launcher.
 _PACKAGES = {
@@ -157,13 +158,15 @@ def _require_one_process(trainer: Trainer) -> None:
 
 
 def _try_network(settings: Settings) -> None:
-    from nin.networks.build import require_buildable
+    with without_garbage_collection():
+        from nin.networks.build import require_buildable
 
     require_buildable(settings)
 
 
 def _try_loss(settings: Settings) -> None:
-    from nin.training.loss import require_known_loss
+    with without_garbage_collection():
+        from nin.training.loss import require_known_loss
 
     require_known_loss(settings)
 

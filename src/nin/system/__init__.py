@@ -3,4 +3,5 @@
 A module imports only from the modules below it:
 
     processes, devices  ranks and signals of the processes of one run; threads and memory of a device
+    imports             faster imports of torch and Lightning
 """

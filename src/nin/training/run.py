@@ -21,6 +21,7 @@ from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import print_result
 from nin.system.devices import add_remedy, require_accelerator
+from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
 
 if TYPE_CHECKING:
@@ -61,16 +62,16 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         print_result(folder, result)
         return result
     had_result = folder.result.exists()
-    from nin.networks.build import require_buildable
-    from nin.training.loss import require_known_loss
+    with without_garbage_collection():
+        from nin.networks.build import require_buildable
+        from nin.training.experiment import Experiment
+        from nin.training.loss import require_known_loss
 
     require_buildable(settings)  # all before data are downloaded or decoded
     require_known_loss(settings)
     require_accelerator(settings.trainer)
     prepare(settings.data)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
-        from nin.training.experiment import Experiment
-
         with log_to(None):
             return Experiment(request).run()
     with folder.claim(_waiting(request) if request.wait else None):
