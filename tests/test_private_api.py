@@ -11,14 +11,16 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning
 import pytest
 import torch
+from lightning.fabric.connector import _PRECISION_INPUT
 
 import nin
 from nin.config.schema import CONF
+from nin.config.types import Precision
 
 SOURCE = Path(nin.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -262,3 +264,9 @@ def test_every_imported_package_is_declared() -> None:
     imported -= {*sys.stdlib_module_names, "nin"}
     assert {DISTRIBUTIONS.get(name, name) for name in imported} - declared == set()
     assert importlib.metadata.version("network-in-network") == project["version"]
+
+
+def test_the_precisions_of_the_config_are_those_of_the_trainer() -> None:
+    kinds = get_args(_PRECISION_INPUT)
+    theirs = {value for kind in kinds for value in get_args(kind)}
+    assert {*get_args(Precision)} == {"auto", *theirs}

@@ -77,6 +77,10 @@ def test_imports_run_downward_only(path: Path) -> None:
     assert [error for imported in imports(path) if (error := upward_import(importer, imported))] == []
 
 
+def test_no_module_is_longer_than_300_lines() -> None:
+    assert [path.name for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 300] == []
+
+
 @pytest.mark.parametrize("package", PACKAGES, ids=module_name)
 def test_a_package_lists_all_of_its_modules(package: Path) -> None:
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}

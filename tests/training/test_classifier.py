@@ -285,6 +285,24 @@ def with_loss(settings: Callable[..., Settings], kind: type, *overrides: str, **
     return validate_plain(plain | {"loss": {"_target_": f"{__name__}.{kind.__name__}", **arguments}})
 
 
+def require_trained_on(
+    module: Classifier, images: torch.Tensor, labels: torch.Tensor, loss: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    """One step of SGD at learning rate 0.5, on all ``images``, must be that on ``loss``, and val/loss cross-entropy."""
+    weights = list(module.network.parameters())
+    expected = loss(module(images))
+    steps = [w.detach() - 0.5 * g for w, g in zip(weights, torch.autograd.grad(expected, weights), strict=True)]
+    batches = DataLoader(TensorDataset(images, labels), batch_size=len(labels))
+    trainer = Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0)
+    trainer.fit(module, batches, batches)
+    torch.testing.assert_close(module.train_loss.compute(), expected.detach())
+    torch.testing.assert_close([weight.detach() for weight in weights], steps)
+    module.eval()
+    with torch.no_grad():
+        cross_entropy = torch.nn.functional.cross_entropy(module(images), labels)
+    torch.testing.assert_close(trainer.callback_metrics["val/loss"], cross_entropy)
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_loss_of_ones_own_is_trained_and_scores_stay_cross_entropy(settings: Callable[..., Settings]) -> None:
     # A network that would be trained in micro-batches, whose mean loss would be another.
@@ -292,21 +310,13 @@ def test_a_loss_of_ones_own_is_trained_and_scores_stay_cross_entropy(settings: C
     assert 0 < (Classifier(settings(*network), CLASSES).micro_batch_size or 0) < 100
     module = Classifier(with_loss(settings, ClassWeights, *network, "optimizer.lr=0.5", weights={"c": 5.0}), CLASSES)
     assert module.micro_batch_size is None
-    images, labels = torch.rand(100, 1, 99, 99), torch.arange(100) % 10
-    weights = list(module.network.parameters())
-    scores = module(images).log_softmax(1)[torch.arange(100), labels]
-    of_class = torch.where(labels == 2, 5.0, 1.0)
-    expected = -(of_class * scores).sum() / of_class.sum()
-    steps = [w.detach() - 0.5 * g for w, g in zip(weights, torch.autograd.grad(expected, weights), strict=True)]
-    batches = DataLoader(TensorDataset(images, labels), batch_size=100)
-    trainer = Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0)
-    trainer.fit(module, batches, batches)
-    torch.testing.assert_close(module.train_loss.compute(), expected.detach())
-    torch.testing.assert_close([weight.detach() for weight in weights], steps)
-    module.eval()
-    with torch.no_grad():
-        unweighted = torch.nn.functional.cross_entropy(module(images), labels)
-    torch.testing.assert_close(trainer.callback_metrics["val/loss"], unweighted)
+    labels = torch.arange(100) % 10
+
+    def expected(logits: torch.Tensor) -> torch.Tensor:
+        of_class = torch.where(labels == 2, 5.0, 1.0)
+        return -(of_class * logits.log_softmax(1)[torch.arange(100), labels]).sum() / of_class.sum()
+
+    require_trained_on(module, torch.rand(100, 1, 99, 99), labels, expected)
 
 
 def test_a_loss_that_would_not_do_what_was_asked_is_refused(settings: Callable[..., Settings]) -> None:
@@ -360,17 +370,10 @@ def test_label_smoothing_is_part_of_the_training_loss_only(settings: Callable[..
         "optimizer.lr=0.5", "optimizer.momentum=0", f"speed.micro_batch={micro_batch}",
     )  # fmt: skip
     module = Classifier(chosen, CLASSES)
-    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
-    weights = list(module.network.parameters())
-    scores = module(images).log_softmax(1)
-    expected = -(0.9 * scores[labels, labels] + 0.1 * scores.mean(1)).mean()  # Szegedy et al. 2016, section 7
-    steps = [w.detach() - 0.5 * g for w, g in zip(weights, torch.autograd.grad(expected, weights), strict=True)]
-    batches = DataLoader(TensorDataset(images, labels), batch_size=10)
-    trainer = Trainer(**QUIET, max_epochs=1, num_sanity_val_steps=0)
-    trainer.fit(module, batches, batches)
-    torch.testing.assert_close(module.train_loss.compute(), expected.detach())
-    torch.testing.assert_close([weight.detach() for weight in weights], steps)
-    module.eval()
-    with torch.no_grad():
-        unsmoothed = torch.nn.functional.cross_entropy(module(images), labels)
-    torch.testing.assert_close(trainer.callback_metrics["val/loss"], unsmoothed)
+    labels = torch.arange(10)
+
+    def expected(logits: torch.Tensor) -> torch.Tensor:
+        scores = logits.log_softmax(1)
+        return -(0.9 * scores[labels, labels] + 0.1 * scores.mean(1)).mean()  # Szegedy et al. 2016, section 7
+
+    require_trained_on(module, torch.rand(10, 1, 28, 28), labels, expected)

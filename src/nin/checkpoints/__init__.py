@@ -3,6 +3,7 @@
 A module imports only from the modules below it:
 
     files, weights            atomic, checksummed files; whether the weights in them are those of a network
+    complete_state            whether they have the whole state of the loops, the optimizer and the schedule
     checksum                  the checksum that a file ends with
     loop_state, random_state  the counters of Lightning's loops; random generators
 """

@@ -10,7 +10,8 @@ from nin.config.composition import compose_settings
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning", "torchmetrics")
-_TORCH = {"loss": r"torch\.nn\.\w+Loss$", "optimizer": r"torch\.optim\.", "schedule": r"torch\.optim\."}
+# Classes of torch that need no permission.
+_OF_TORCH = {"loss": r"torch\.nn\.\w+Loss", "optimizer": r"torch\.optim\..+", "schedule": r"torch\.optim\..+"}
 
 
 def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
@@ -68,7 +69,7 @@ def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
     for group in ("model", "data", "loss", "optimizer", "schedule"):
         section = getattr(stored, group)
         if isinstance(section, OwnClass) and not is_within(section.target, allowed):
-            if re.match(_TORCH.get(group, "$"), section.target):
+            if group in _OF_TORCH and re.fullmatch(_OF_TORCH[group], section.target):
                 continue
             module = section.target.partition(".")[0]
             errors.append(

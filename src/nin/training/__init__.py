@@ -10,5 +10,5 @@ A module imports only from the modules below it:
     classifier, pruning  the LightningModule: training, validation and test steps, metrics; the pruner of a search
     optimizers          the optimizer, and the learning rate of every step
     initial_statistics  what the network takes from its training images: their mean and deviation, its first filters
-    loss                the loss of a batch: in micro-batches, weighted among processes, required to be finite
+    loss                the loss of a batch: cross-entropy or one's own, in micro-batches, among processes, finite
 """

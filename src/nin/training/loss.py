@@ -1,4 +1,4 @@
-"""The loss of a batch: in micro-batches, weighted among processes, and required to be finite."""
+"""The loss of a batch: cross-entropy or the user's own, in micro-batches, weighted among processes, and finite."""
 
 import math
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
     require_known_loss(settings)
     if settings.loss is None:
         return nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    available = {"num_classes": len(class_names), "class_names": list(class_names)}
-    loss = own_classes.build("loss", settings.loss, nn.Module, **available)
+    names = list(class_names)
+    loss = own_classes.build("loss", settings.loss, nn.Module, num_classes=len(names), class_names=names)
     if any(weights.requires_grad for weights in loss.parameters()):
         raise UserError(f"loss: {settings.loss.target} has weights of its own, which would not be trained")
     return loss

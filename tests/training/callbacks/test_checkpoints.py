@@ -13,6 +13,7 @@ from pydantic import Field
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.complete_state import require_complete_state
 from nin.config.schema import SGD, AdamW, Settings, UserError
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.types import Section
@@ -63,10 +64,10 @@ def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(
     loop = SimpleNamespace(state_dict=dict)
     trainer = SimpleNamespace(optimizers=[optimizer], fit_loop=loop, lr_scheduler_configs=[])
     saved = {"loops": {"fit_loop": {}}, "optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
-    checkpoints.require_complete_state(trainer, module, saved)
+    require_complete_state(trainer, module.settings, saved)
     del saved["optimizer_states"][0]["state"][0]
     with pytest.raises(TypeError, match="the optimizer's state is not that of all weights"):
-        checkpoints.require_complete_state(trainer, module, saved)
+        require_complete_state(trainer, module.settings, saved)
 
 
 class Clock(Callback):

@@ -12,11 +12,10 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from nin.checkpoints.complete_state import layout, require_complete_state
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
-from nin.config.networks import OwnModel
-from nin.config.schema import SGD, OwnClass
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
@@ -24,9 +23,6 @@ from nin.training.callbacks.metrics import MetricsLogger, is_stopping
 from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
-
-# The parts of the fit loop's state that count; the others are positions of dataloaders.
-_COUNTED = ("progress", "epoch_loop.state_dict")
 
 
 class ResumableCheckpoint(Checkpoint):
@@ -64,7 +60,7 @@ class ResumableCheckpoint(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         # Before Lightning restores the optimizer and the schedule: torch accepts states that lack a part.
         if self._checkpoint:
-            require_complete_state(trainer, pl_module, self._checkpoint)
+            require_complete_state(trainer, pl_module.settings, self._checkpoint)
             self._checkpoint = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
@@ -81,7 +77,7 @@ class ResumableCheckpoint(Checkpoint):
             if position is not None:
                 _batches(trainer).load_state_dict(position)
             own = self._loaded["processes"][trainer.global_rank]
-            if _layout(own["metrics"]) != _layout(_train_metrics(pl_module)):
+            if layout(own["metrics"]) != layout(_train_metrics(pl_module)):
                 raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
             set_random_state(own["random_state"], pl_module.device, _batches(trainer))
             if position is None:
@@ -215,56 +211,10 @@ class ResumableCheckpoint(Checkpoint):
         self.best, self.saved_step = state_dict["best"], state_dict["saved_step"]
 
 
-def require_complete_state(trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
-    """Checks that a checkpoint has all counters of the loops, and the whole state of the project's own optimizers and
-    schedules.
-
-    Raises:
-        TypeError: names what is missing or of another type.
-    """
-    settings, (optimizer,) = pl_module.settings, trainer.optimizers
-    counters = {key: part for key, part in trainer.fit_loop.state_dict().items() if key.endswith(_COUNTED)}
-    if _layout(counters) != _layout({key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}):
-        raise TypeError("the counters of the loops differ")
-    if isinstance(settings.optimizer, OwnClass) or isinstance(settings.schedule, OwnClass):
-        return
-    saved, fresh = checkpoint["optimizer_states"][0], optimizer.state_dict()
-    if _layout(saved["param_groups"]) != _layout(fresh["param_groups"]):
-        raise TypeError("param_groups of the optimizer differ")
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    if not isinstance(settings.optimizer, SGD) or settings.optimizer.momentum:  # SGD without momentum has no state
-        with_state = sorted(saved["state"])
-        # A network of the user's own may have frozen or unused weights, which have no state.
-        known = isinstance(settings.model, OwnModel) and set(with_state) <= set(range(len(weights)))
-        if not known and with_state != list(range(len(weights))):
-            raise TypeError("the optimizer's state is not that of all weights")
-        for i, state in saved["state"].items():
-            weight = weights[i]
-            shapes = {name: value.shape for name, value in state.items()}
-            if not shapes or shapes.keys() != saved["state"][with_state[0]].keys():
-                raise TypeError("the optimizer's state lacks a part")
-            if any(shape not in ((), weight.shape) for shape in shapes.values()):
-                raise TypeError("the optimizer's state is that of other weights")
-    schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    if _layout(checkpoint["lr_schedulers"]) != _layout(schedulers):
-        raise TypeError("the state of the schedule lacks a part, or has one of another type")
-
-
 def _train_metrics(pl_module: Classifier) -> dict[str, Tensor]:
     """The state of the training metrics of this process since the last logging, on the CPU."""
     state = pl_module.state_dict()
     return {name: state[name].cpu() for name in state if name.startswith(("train_loss.", "train_acc."))}
-
-
-def _layout(value: Any) -> Any:
-    """The keys, lengths, types and shapes in ``value``; integers and floats are alike, and so are lists and tuples."""
-    if isinstance(value, dict):
-        return {key: _layout(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_layout(part) for part in value]
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
-    return "number" if type(value) in (int, float) else type(value).__name__
 
 
 def _averages(trainer: Trainer) -> list[WeightAveraging]:
