@@ -67,8 +67,13 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
         # The export needs no class of yours.
         np.testing.assert_allclose(nin.load("outputs/runs/tiny/export/model.onnx").predict(image), expected, atol=1e-6)
     if "loss=weighted" in command:
-        evaluation.main(["--allow", "my_loss", "outputs/runs/weighted", *FEW_STEPS])
+        # The loss is needed for training alone.
+        (folder / "my_loss.py").unlink()
+        del sys.modules["my_loss"]
+        evaluation.main(["outputs/runs/weighted", *FEW_STEPS])
         assert f"test/loss {result['metrics']['test/loss']:.4f}" in capsys.readouterr().out
+        assert nin.load("outputs/runs/weighted").predict([np.zeros((28, 28), np.uint8)]).shape == (1, 10)
+        assert "my_loss" not in sys.modules
     if "data=stripes" in command:
         assert list(result["metrics"]["test/acc_by_class"]) == ["horizontal", "vertical"]
     if "PrintSteps" in command:

@@ -1,6 +1,7 @@
 """A run from request to result, with training replaced by a function that does nothing."""
 
 import contextlib
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -117,12 +118,17 @@ def test_a_finished_run_is_not_the_result_of_other_images(
 
 def test_a_result_that_lacks_a_part_is_named(request_of: Callable[..., RunRequest]) -> None:
     request = request_of()
-    run.execute_run(request)
+    result = run.execute_run(request)
     request.folder.write_result({"status": "finished", "metrics": {"test/acc": 0.5}, "epochs": "2"})
     with pytest.raises(UserError) as refused:
         run.execute_run(request)
     wrong = "epochs, steps, train_seconds, parameters, weights_sha256 missing or of another type"
     assert str(refused.value) == f"{request.folder.result}: {wrong}; remove it and run the command again"
+    metrics = result["metrics"] | {"test/acc": "0.5", "val/loss": [1.0]}
+    request.folder.write_result(result | {"metrics": metrics, "best_weights_sha256": 5, "images_per_second": "7"})
+    wrong = "best_weights_sha256, images_per_second, metrics.test/acc, metrics.val/loss missing or of another type"
+    with pytest.raises(UserError, match=re.escape(wrong)):
+        run.execute_run(request)
 
 
 def test_ctrl_c_before_training_leaves_nothing(

@@ -17,7 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from nin.checkpoints.checksum import DIGITS
 from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
-from nin.config.trust import require_allowed_classes
+from nin.config.trust import OF_TRAINED, require_allowed_classes
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder, open_atomically, sync_folder
 
@@ -239,8 +239,8 @@ def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | 
     """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.
 
     Args:
-        allowed: the modules whose classes may be imported, if the settings are used to build a network; None if they
-            are only compared.
+        allowed: the modules whose classes may be imported, if the settings are used to build the trained network; None
+            if they are only compared.
 
     Raises:
         UserError: if this version of the project does not know them, or they name a class that is not allowed.
@@ -250,7 +250,7 @@ def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | 
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
     if allowed is not None:
-        require_allowed_classes(stored, allowed)
+        require_allowed_classes(stored, allowed, OF_TRAINED)
     return stored
 
 

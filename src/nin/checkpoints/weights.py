@@ -37,9 +37,18 @@ def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -
 
 
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Loads a checkpoint's weights into ``module``; raises as `require_matching_weights` does."""
-    require_matching_weights(module, checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    """Loads a checkpoint's weights into ``module``; raises as `require_matching_weights` does.
+
+    Tensors of a loss of the user's own are ignored where ``module`` has none, as outside of training.
+    """
+    current = module.state_dict()
+    weights = {
+        name: value
+        for name, value in checkpoint["state_dict"].items()
+        if name in current or not str(name).startswith("loss.")
+    }
+    require_matching_weights(module, {"state_dict": weights})
+    module.load_state_dict(weights)
 
 
 def _same_type(a: Tensor, b: Tensor) -> bool:

@@ -54,19 +54,25 @@ def _leads_out(key: str, value: str) -> bool:
     return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
-def require_allowed_classes(stored: Settings, allowed: list[str]) -> None:
-    """Checks the user's own classes that a stored config names: network, data, loss, optimizer and schedule.
+# The sections that may name a class of the user's own, and those of them that a trained network needs.
+OWN_CLASSES = ("model", "data", "loss", "optimizer", "schedule")
+OF_TRAINED = ("model", "data")
+
+
+def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...] = OWN_CLASSES) -> None:
+    """Checks the user's own classes that a stored config names.
 
     Losses, optimizers and schedules of torch need no permission.
 
     Args:
         allowed: names of modules whose classes the config may name.
+        groups: the sections whose classes are going to be imported.
 
     Raises:
         UserError: names each ``_target_`` that is in none of these modules.
     """
     errors = []
-    for group in ("model", "data", "loss", "optimizer", "schedule"):
+    for group in groups:
         section = getattr(stored, group)
         if isinstance(section, OwnClass) and not is_within(section.target, allowed):
             if group in _OF_TORCH and re.fullmatch(_OF_TORCH[group], section.target):
@@ -127,9 +133,9 @@ def ignore_stored_actions(stored: Settings) -> Settings:
 
 
 def ignore_stored_paths(stored: Settings) -> Settings:
-    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers and callbacks."""
+    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers, callbacks and loss."""
     stored = ignore_stored_root(ignore_stored_actions(stored))
-    return stored.model_copy(update={"logger": {}, "callbacks": {}})
+    return stored.model_copy(update={"logger": {}, "callbacks": {}, "loss": None})
 
 
 def ignore_stored_root(stored: Settings) -> Settings:

@@ -96,7 +96,8 @@ def read_checkpoint(
             f"{path}: trained on images of {in_channels} channels; nin predict, export and serve take grayscale (1) "
             "and RGB (3)"
         )
-    module = Classifier(settings, class_names, in_channels)
+    # Nothing is trained: a loss of the user's own is not imported.
+    module = Classifier(settings.model_copy(update={"loss": None}), class_names, in_channels)
     load_weights(module, checkpoint)
     module = module.float().eval().requires_grad_(False)
     data = settings.data

@@ -10,6 +10,9 @@ from nin.config.errors import printable
 from nin.runs.console import Console, format_path, tensorboard_command
 from nin.runs.folder import RunFolder
 
+# The metrics of `print_result`.
+PRINTED = ("test/acc", "test/top5_acc", "test/loss", "val/acc", "val/loss")
+
 _MATRIX_CLASSES = 12  # as many columns as 120 characters have room for
 _LISTED_CLASSES = 30
 
@@ -18,12 +21,13 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     """Prints the result of a finished run, its folder, and the command that opens TensorBoard on the runs around it."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
-    for name in ("test/acc", "test/top5_acc", "test/loss", "val/acc", "val/loss"):
+    for name in PRINTED:
         if result["metrics"].get(name) is not None:
             table.add_row(name, f"{result['metrics'][name]:.4f}")
     if tested := result.get("best_weights_sha256"):
         table.add_row(
-            "tested weights" if result["metrics"]["test/acc"] is not None else "best weights", printable(tested[:16])
+            "tested weights" if result["metrics"].get("test/acc") is not None else "best weights",
+            printable(tested[:16]),
         )
     table.add_row("epochs, steps", f"{result['epochs']}, {result['steps']}")
     table.add_row("training", f"{result['train_seconds']:.0f} s, {result.get('images_per_second') or 0:,.0f} images/s")

@@ -19,7 +19,7 @@ from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.runs.results import print_result
+from nin.runs.results import PRINTED, print_result
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
@@ -34,7 +34,7 @@ _PACKAGES = ("network-in-network", "torch", "torchvision", "lightning", "hydra-c
 # What is read of a result that another process wrote, with its type.
 _RESULT: dict[str, Any] = {
     "metrics": dict, "epochs": int, "steps": int, "train_seconds": int | float, "parameters": int,
-    "weights_sha256": str,
+    "weights_sha256": str, "best_weights_sha256": str | None, "images_per_second": int | float | None,
 }  # fmt: skip
 
 
@@ -134,7 +134,11 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     result = folder.read_result()
     if result is None or result["status"] == "failed":
         return None
-    if wrong := [key for key, kind in _RESULT.items() if not isinstance(result.get(key), kind)]:
+    wrong = [key for key, kind in _RESULT.items() if not isinstance(result.get(key), kind)]
+    if "metrics" not in wrong:
+        metrics = result["metrics"]
+        wrong += [f"metrics.{name}" for name in PRINTED if not isinstance(metrics.get(name), int | float | None)]
+    if wrong:
         raise UserError(
             f"{folder.result}: {', '.join(wrong)} missing or of another type; remove it and run the command again"
         )
