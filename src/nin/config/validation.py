@@ -23,13 +23,18 @@ from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_
 
 # Hydra would merge several options into one.
 _ONE_OPTION = ("model", "data", "loss", "optimizer", "schedule", "trainer")
-_LIMITS = tuple(f"trainer.{key}" for key in ("limit_train_batches", "limit_val_batches", "limit_test_batches"))
+
+
+def _trainer_keys(*keys: str) -> tuple[str, ...]:
+    return tuple(f"trainer.{key}" for key in keys)
+
+
+_DEVICES = _trainer_keys("devices", "num_nodes", "strategy")
+_LIMITS = _trainer_keys("limit_train_batches", "limit_val_batches", "limit_test_batches")
 # Numbers or shares of batches.
-_SHARES = (*_LIMITS, "trainer.limit_predict_batches", "trainer.overfit_batches", "trainer.val_check_interval")
-_BATCH_KEYS = (
-    *_LIMITS, "trainer.overfit_batches", "trainer.devices", "trainer.num_nodes", "trainer.strategy",
-    "data.name", "data.val_size", "data.batch_size", "data.score_each_epoch",
-)  # fmt: skip
+_SHARES = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
+_DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
+_BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
 
 
 def find_override_errors(overrides: list[str]) -> list[str]:
@@ -234,6 +239,13 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
         yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
 
 
+def require_separate_processes(settings: Settings) -> Iterator[str]:
+    """The metrics and the state of a run are known to the processes that train, and to none that started them."""
+    strategy = settings.trainer.strategy
+    if re.search("_(spawn|fork|notebook)", strategy):
+        yield f"trainer.strategy={strategy}: starts its processes as copies of one that does not train; choose ddp"
+
+
 def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
     if not settings.trainer.sync_batchnorm:
         return
@@ -277,20 +289,12 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] =
     (("data.name", "data.val_size", "data.score_each_epoch"), require_images_for_selection),
     (_SHARES, require_valid_limits),
     (_BATCH_KEYS, require_batches_within_limits),
-    ((*_BATCH_KEYS, "trainer.val_check_interval", "trainer.check_val_every_n_epoch"), require_scoring_within_epochs),
-    (("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "schedule"), require_an_end_of_training),
-    (
-        ("trainer.min_epochs", "trainer.max_epochs", "trainer.min_steps", "trainer.max_steps"),
-        require_minimum_below_maximum,
-    ),
-    (
-        ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "trainer.barebones", *_LIMITS),
-        require_work_and_results,
-    ),
-    (
-        ("trainer.sync_batchnorm", "trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
-        require_devices_to_synchronize,
-    ),
+    ((*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch")), require_scoring_within_epochs),
+    ((*_trainer_keys("max_epochs", "max_steps", "max_time"), "schedule"), require_an_end_of_training),
+    (_trainer_keys("min_epochs", "max_epochs", "min_steps", "max_steps"), require_minimum_below_maximum),
+    ((*_trainer_keys("max_epochs", "max_steps", "max_time", "barebones"), *_LIMITS), require_work_and_results),
+    (("trainer.strategy",), require_separate_processes),
+    ((*_trainer_keys("sync_batchnorm", "accelerator"), *_DEVICES), require_devices_to_synchronize),
     (("callbacks", "data.score_each_epoch", "trainer.limit_val_batches"), require_monitored_metrics),
     (("optimizer",), require_momentum),
 )
