@@ -76,10 +76,12 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
         assert "my_loss" not in sys.modules
     if "data=stripes" in command:
         assert list(result["metrics"]["test/acc_by_class"]) == ["horizontal", "vertical"]
+    if "CSVLogger" in command:
+        assert Path("outputs/runs/log/lightning_logs/version_0/metrics.csv").exists()
     if "PrintSteps" in command:
         assert "steps 6" in capsys.readouterr().out
 
 
 def test_the_page_has_an_example_of_each(folder: Path) -> None:
     names = {re.search(r"name=(\w+)", command)[1] for command in COMMANDS}
-    assert names == {"mine", "photos", "tiny", "stripes", "weighted", "rmsprop", "steps"}
+    assert names == {"mine", "photos", "tiny", "stripes", "weighted", "rmsprop", "steps", "log"}
