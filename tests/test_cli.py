@@ -162,6 +162,7 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
         (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),
         (["eval", "nowhere"], "nin eval: nowhere: no such run or checkpoint"),
+        (["eval", "a" * 300], f"nin eval: {'a' * 300}: File name too long"),
         (
             ["inspect", "model=resnet"],
             "nin inspect: model=resnet: no such model; did you mean lenet? There are: alexnet",

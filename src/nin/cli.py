@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it.
 
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -103,7 +104,10 @@ def run(name: str, arguments: list[str]) -> int:
     except UserError as error:
         print(f"nin {name}: {printable_lines(str(error))}", file=sys.stderr)
         return 2
-    except PermissionError as error:  # somebody else's run
+    except OSError as error:
+        # Somebody else's run, or a path that no file can have.
+        if not (isinstance(error, PermissionError) or error.errno == errno.ENAMETOOLONG):
+            raise
         print(f"nin {name}: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -173,6 +174,19 @@ def test_a_picture_that_can_not_be_written_is_named(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--maps \S+/file: can't be written \(a file has this name\)$"):
         main([str(run_folder), str(pictures / "0.png"), "--maps", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(("image", "maps"), [("0.png", "."), (".", "."), (".", "maps"), ("0.png", "../pictures")])
+def test_maps_are_not_written_among_the_images(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image: str, maps: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.chdir(tmp_path / "pictures")
+    Image.new("L", (28, 28)).save("0.png")
+    content = Path("0.png").read_bytes()
+    with pytest.raises(UserError, match=rf"^--maps {re.escape(maps)}: has the images of {re.escape(image)}, or is in"):
+        main([str(run_folder), image, "--maps", maps])
+    assert [path.read_bytes() for path in tmp_path.rglob("*.*")] == [content]
 
 
 def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_path: Path) -> None:

@@ -55,6 +55,10 @@ def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(setting
     require_trusted_targets(stored(settings, _target_=CLASS), [])
     require_trusted_targets(stored(settings, "logger", _target_="lightning.pytorch.loggers.CSVLogger"), [])
     require_trusted_targets(settings(), [])  # the defaults
+    # It sends what is logged to another machine.
+    sends = stored(settings, "logger", _target_="lightning.pytorch.loggers.WandbLogger", project="p")
+    assert "WandbLogger: this run's config is not allowed to call it" in refusal(sends)
+    require_trusted_targets(sends, ["lightning"])
     require_trusted_targets(stored(settings, _target_="my_package.part.Callback"), ["my_package"])
     assert "my_package_of_another" in refusal(stored(settings, _target_="my_package_of_another.X"), "my_package")
     # One class alone may be allowed too.

@@ -5,7 +5,7 @@ import pytest
 
 from nin.config.schema import UserError
 from nin.data.cache import Cache, open_cache
-from nin.data.splits import describe_split, require_enough_images, split_folder
+from nin.data.splits import describe_split, require_enough_images, require_training_images, split_folder
 from pictures import folder_data, write_folder
 
 
@@ -66,6 +66,13 @@ def test_too_few_images_are_refused(cache: Cache, keys: dict[str, object], messa
     assert [error.startswith(message) for error, message in zip(raised.value.errors, messages, strict=True)]
     for error, message in zip(raised.value.errors, messages, strict=True):
         assert error.startswith(message)
+
+
+def test_a_class_without_an_image_to_train_on_is_named(cache: Cache) -> None:
+    rows = split_folder(cache, folder_data(Path("/")), seed=0)["train"]
+    require_training_images(cache, rows)
+    with pytest.raises(UserError, match=r"all training images of blue, red are held out; .* data.val_size"):
+        require_training_images(cache, rows[cache.labels()[rows] == 1])
 
 
 def test_without_validation_images_the_test_images_can_be_scored(cache: Cache) -> None:

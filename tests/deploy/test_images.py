@@ -147,3 +147,6 @@ def test_light_and_dark_are_swapped_before_an_image_is_padded(channels: int, mod
     for size, fit in ((28, "crop"), (28, "stretch"), (None, "stretch")):
         gray = Image.new(mode, (84, 28), (200,) * len(mode))
         assert set(ImageForm(channels, size, fit, invert=True).decode(encoded(gray)).flat) == {55}
+    dark_on_transparent = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
+    dark_on_transparent.paste((20, 20, 20, 255), (0, 0, 14, 28))
+    assert set(inverted.decode(encoded(dark_on_transparent)).flat) == {0, 235}

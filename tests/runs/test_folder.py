@@ -126,8 +126,9 @@ def test_a_named_pipe_is_not_waited_for(folder: RunFolder, name: str) -> None:
 
 
 def test_a_claim_removes_what_killed_processes_were_writing(folder: RunFolder) -> None:
+    number = "0123456789ab"
     leftovers = [
-        folder.path / name for name in (".a.tmp", ".hydra/.state.json.1f.tmp", "checkpoints/.best.ckpt.1f.tmp")
+        folder.path / f"{name}.{number}.tmp" for name in (".a", ".hydra/.state.json", "checkpoints/.best.ckpt")
     ]
     for leftover in leftovers:
         leftover.parent.mkdir(parents=True, exist_ok=True)

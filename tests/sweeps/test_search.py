@@ -30,7 +30,7 @@ from nin.sweeps.search import Search
 from nin.sweeps.search_best import best_command, best_config
 from nin.sweeps.search_checks import experiment_words
 from nin.sweeps.search_report import best_trial, count_saved_epochs, describe_answer
-from nin.sweeps.space import overrides_of, read_space
+from nin.sweeps.space import enumerate_values, overrides_of, read_space
 from nin.sweeps.study import (
     JOURNAL,
     JournalLock,
@@ -58,6 +58,8 @@ LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
         ("model.last_width=range(16, 65, 16)", IntDistribution(16, 64, step=16)),
         ("model.last_width=range(1, 4)", IntDistribution(1, 3)),
         ("model.dropout=range(0, 1, 0.25)", FloatDistribution(0.0, 0.75, step=0.25)),
+        ("model.dropout=range(0.1, 0.8, 0.1)", FloatDistribution(0.1, 0.7, step=0.1)),
+        ("model.dropout=range(0.4, 0.1, -0.1)", FloatDistribution(0.2, 0.4, step=0.1)),
         ("model.norm=none,batch", CategoricalDistribution(["none", "batch"])),
         ("model.widths=[8,16],[16,32]", CategoricalDistribution(["[8,16]", "[16,32]"])),
         ("model.norm=choice(none, batch)", CategoricalDistribution(["none", "batch"])),
@@ -67,6 +69,13 @@ def test_hydras_syntax_becomes_optunas_distributions(word: str, distribution: Ba
     key = word.partition("=")[0]
     assert read_space({}, [word, "seed=1"]) == ({key: distribution}, ["seed=1"])
     assert read_space({key: word.partition("=")[2]}, []) == ({key: distribution}, [])
+
+
+def test_a_grid_has_the_decimals_of_a_range() -> None:
+    (distribution,) = read_space({}, ["model.dropout=range(0.1, 0.8, 0.1)"])[0].values()
+    values = enumerate_values("model.dropout", distribution)
+    assert values == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    assert all(map(distribution._contains, values))  # as Optuna checks it
 
 
 def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
@@ -514,7 +523,7 @@ def test_a_best_trial_whose_folder_was_removed_is_said_to_be_missing(
 ) -> None:
     trial = create_trial(value=0.5)
     trial.number = 3
-    search_report.test_best(tmp_path, trial)
+    search_report.test_best(tmp_path, trial, validate(compose_config(["experiment=cpu"])))
     printed = capsys.readouterr().out
     assert printed.startswith(
         f"{tmp_path}/trial-0003/checkpoints/best.ckpt: not found, so the best trial is not tested"

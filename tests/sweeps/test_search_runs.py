@@ -1,6 +1,7 @@
 """Whole searches with real runs, in the tests' own process."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_a_trial_is_never_tested_and_the_best_one_at_the_end_unless_sweep_test_i
     result = json.loads((folder / "trial-0000/result.json").read_text())
     assert result["metrics"]["test/acc"] is None
     assert (folder / "best.json").exists() == ("tested once: test/acc" in printed) == (test == "true")
+    if test == "true":
+        # A config in the folder may come from elsewhere, and is not needed to test the checkpoint.
+        (folder / "best.json").unlink()
+        (tmp_path / "planted.py").write_text("raise SystemExit('imported')")
+        planted = "data: {_target_: planted.Data, image_size: 28, batch_size: 8}"
+        config = folder / "trial-0000/.hydra/config.yaml"
+        config.write_text(re.sub(r"^data:\n(  .*\n)+", planted + "\n", config.read_text(), flags=re.MULTILINE))
+        assert planted in config.read_text()
+        status, again = search(capfd, data_root, *words)
+        assert status == 0, again
+        assert (folder / "best.json").exists()
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.training.experiment import Experiment
+from nin.training.loss import build_loss
 from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
 from pictures import folder_data, write_folder
@@ -54,6 +55,22 @@ def test_a_network_that_returns_more_than_logits_in_training_is_refused(
     chosen = with_network(settings, f"speed.micro_batch={micro_batch}", network="Auxiliary")
     with pytest.raises(UserError, match=r"^model: the network returns tuple in training, .*aux_logits=false"):
         run_experiment(chosen, RunFolder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("BCEWithLogitsLoss", r"fails with logits \(21, 10\) and int64 labels \(21,\): ValueError: Target size"),
+        ("CosineEmbeddingLoss", "TypeError: .*missing 1 required positional argument"),
+        ("MSELoss", "RuntimeError: The size of tensor a"),
+    ],
+)
+def test_a_loss_that_takes_no_logits_and_labels_is_refused_before_training(
+    settings: Callable[..., Settings], name: str, message: str
+) -> None:
+    chosen = settings(f"+loss._target_=torch.nn.{name}")
+    with pytest.raises(UserError, match=rf"^loss: torch.nn.{name} .*{message}"):
+        build_loss(chosen, [str(i) for i in range(10)])
 
 
 @pytest.mark.parametrize("optimizer", [["optimizer=adamw"], ["optimizer=sgd", "optimizer.momentum=0.9"]])

@@ -131,6 +131,56 @@ def test_a_result_that_lacks_a_part_is_named(request_of: Callable[..., RunReques
         run.execute_run(request)
 
 
+def test_a_refused_extension_leaves_the_run_as_it_was(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(experiment: FakeExperiment, resumes: int = 0) -> None:
+        raise UserError("trainer: refused")
+
+    request = request_of()
+    request.folder.checkpoints.mkdir(parents=True)
+    request.folder.last.write_bytes(b"weights")
+    monkeypatch.setattr(run, "read_settings", lambda folder: request.settings)
+    run.execute_run(request)
+
+    def files() -> dict[str, bytes]:
+        return {
+            path.name: path.read_bytes()
+            for path in (*request.folder.config.parent.glob("*.yaml"), request.folder.result)
+        }
+
+    before = files()
+    assert before.keys() == {"config.yaml", "overrides.yaml", "result.json"}
+    longer = request_of("trainer.max_epochs=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeExperiment, "run", refuse)
+        with pytest.raises(UserError, match="trainer: refused"):
+            run.execute_run(longer)
+        assert files() == before
+        # Once something was trained, the earlier result is that of other weights.
+        patch.setattr(FakeExperiment, "run", lambda *_: request.folder.last.write_bytes(b"others") and refuse(*_))
+        with pytest.raises(UserError, match="trainer: refused"):
+            run.execute_run(longer)
+    assert not request.folder.result.exists()
+
+
+def test_a_folder_with_files_of_another_program_is_refused(request_of: Callable[..., RunRequest]) -> None:
+    request = request_of()
+    request.folder.path.mkdir()
+    names = ("metrics.csv", "events.out.tfevents.1.other", ".draft.tmp")
+    for name in names:
+        (request.folder.path / name).write_text("mine")
+    with pytest.raises(
+        UserError, match=r"run: has metrics.csv, events.out.tfevents.1.other and no run, which would be"
+    ):
+        run.execute_run(request)
+    assert {path.name: path.read_text() for path in request.folder.path.iterdir()} == dict.fromkeys(names, "mine")
+    for name in names[:2]:
+        (request.folder.path / name).unlink()
+    run.execute_run(request)
+    assert (request.folder.path / ".draft.tmp").read_text() == "mine"  # not a name that a run's files have
+
+
 def test_ctrl_c_before_training_leaves_nothing(
     request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

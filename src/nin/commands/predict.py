@@ -52,12 +52,27 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--top {args.top}: must be 1 or more")
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
         raise UserError(f"{', '.join(missing)}: no such file or folder")
+    if args.maps:
+        _require_other_folder(args.maps, args.images)
     with log_to(None):
         from nin.deploy.loading import load
 
         with without_garbage_collection():
             network = load(args.network, args.allow)
         return predict(network, args)
+
+
+def _require_other_folder(maps: Path, images: list[Path]) -> None:
+    """Checks that no picture can replace an image, or be classified the next time.
+
+    Raises:
+        UserError: if ``maps`` is the folder of one of the files in ``images``, or within one of the folders there.
+    """
+    place = maps.resolve()
+    for path in (path for path in images if str(path) != "-"):
+        folder = path.resolve() if path.is_dir() else path.parent.resolve()
+        if place == folder or (path.is_dir() and place.is_relative_to(folder)):
+            raise UserError(f"--maps {maps}: has the images of {path}, or is in that folder; give another folder")
 
 
 def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:

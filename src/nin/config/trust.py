@@ -21,8 +21,8 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
         allowed: names of further modules whose classes the config may name.
 
     Raises:
-        UserError: names each ``_target_`` that is not a Logger or Callback of this project, Lightning or torchmetrics,
-            and each path or address that leads out of the run's folder.
+        UserError: names each ``_target_`` that is neither a callback of this project, Lightning or torchmetrics nor a
+            logger for TensorBoard or CSV files, and each path or address that leads out of the run's folder.
     """
     require_allowed_classes(stored, allowed)
     errors = []
@@ -104,13 +104,15 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
     from hydra.errors import HydraException
     from hydra.utils import get_class
     from lightning import Callback
-    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
+    # The other loggers send what is logged to another machine.
+    kinds = (TensorBoardLogger, CSVLogger) if group == "logger" else (Callback,)
     try:
         found = get_class(target)
     except (HydraException, ImportError, ValueError, AttributeError):
         return False
-    return issubclass(found, Logger if group == "logger" else Callback) and is_within(found.__module__, _TRUSTED)
+    return issubclass(found, kinds) and is_within(found.__module__, _TRUSTED)
 
 
 def ignore_stored_actions(stored: Settings) -> Settings:

@@ -120,7 +120,7 @@ def _places(data: FolderData) -> list[Path]:
     """Where a cache may be: ``data.cache``, or beside the root, or, where that can't be written, in the home folder."""
     if data.cache:
         return [Path(data.cache)]
-    root = Path(data.root)
+    root = Path(os.path.abspath(data.root))  # noqa: PTH100  # ".." has no name, and a link keeps its own
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [root.with_name(f"{root.name}.cache"), home / "nin"]
 

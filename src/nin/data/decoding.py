@@ -122,7 +122,7 @@ def to_array(
     Args:
         size: height and width of the result in pixels; None keeps those of the image.
         fit: how the image is brought to ``size``: "crop" (the centered square), "pad" (with black) or "stretch".
-        invert: whether light and dark are swapped; the padding is black all the same.
+        invert: whether light and dark are swapped; the padding, and what is transparent, is black all the same.
 
     Raises:
         ImageTooLargeError: if it does not fit in memory.
@@ -144,7 +144,8 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
             # In a JPEG file these hold the orientation, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
                 ImageOps.exif_transpose(image, in_place=True)
-            return _fit(_flatten(image), size, fit, padding) if size else _flatten(image)
+            image = _flatten(image, padding)
+            return _fit(image, size, fit, padding) if size else image
     except Exception as error:
         raise _name_error(error) from error
 
@@ -177,8 +178,8 @@ def _name_error(error: Exception) -> ImageError:
     return ImageError(f"damaged ({type(error).__name__}: {error})")
 
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Converts any of Pillow's modes to "L" or "RGB"."""
+def _flatten(image: Image.Image, ground: int) -> Image.Image:
+    """Converts any of Pillow's modes to "L" or "RGB"; what is transparent gets the gray level ``ground``."""
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit PNG and TIFF files; 65535 becomes 255. Of 32 bits, programs use as many as 16 bits or 8 bits have.
         values = np.asarray(image).astype(np.float64)
@@ -191,7 +192,9 @@ def _flatten(image: Image.Image) -> Image.Image:
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (ground, ground, ground, 255)), image).convert(
+            "RGB"
+        )
     image.load()
     return image if image.mode == mode else image.convert(mode)
 

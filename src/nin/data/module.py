@@ -14,7 +14,7 @@ from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, UserError
 from nin.data.folder import PARTS
 from nin.data.sources import describe, load, prepare
-from nin.data.splits import describe_split, open_folder, split_folder
+from nin.data.splits import describe_split, open_folder, require_training_images, split_folder
 from nin.data.transforms import augment, resize
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,9 @@ class ImageDataModule(LightningDataModule):
         images, labels = mapped.view(cache.shape), torch.from_numpy(cache.labels())
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         parts: dict[str, Any] = {}
-        for part, rows in split_folder(cache, data, self.seed).items():
+        split_rows = split_folder(cache, data, self.seed)
+        require_training_images(cache, split_rows["train"])
+        for part, rows in split_rows.items():
             indices = torch.from_numpy(rows)
             if count <= data.memory_limit_mib * 2**20:
                 parts[part] = images[indices].to(device), labels[indices].to(device)
@@ -202,7 +204,10 @@ class ImageDataModule(LightningDataModule):
             UserError: if they are others, or in other parts.
         """
         saved, counts = state_dict.get("fingerprint"), state_dict.get("counts")  # earlier versions saved no counts
-        if saved and (saved != self.fingerprint or counts not in (None, self.counts)):
+        if not saved or not isinstance(self.data, FolderData):
+            return
+        cache = open_folder(self.data)
+        if saved != cache.fingerprint or counts not in (None, dict(cache.counts)):
             raise UserError(
                 f"data.root={self.data.root}: has other images than those the run was started with, or in other "
                 "parts, so it can't be resumed exactly; restore them, or give another name=…"

@@ -119,6 +119,20 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
     return rows
 
 
+def require_training_images(cache: Cache, rows: np.ndarray) -> None:
+    """Checks that each class has images among the ``rows`` to train on.
+
+    Raises:
+        UserError: names the classes all of whose images are held out.
+    """
+    left = set(cache.labels()[rows].tolist())
+    if absent := [name for label, name in enumerate(cache.class_names) if label not in left]:
+        raise UserError(
+            f"data.root: all training images of {', '.join(map(printable, absent))} are held out; add images, or hold "
+            "out fewer with data.val_size or data.test_size"
+        )
+
+
 def _in_proportion(labels: np.ndarray, seed: int) -> np.ndarray:
     """A random order in which every stretch has the classes in about the proportion of all ``labels``."""
     order = np.random.default_rng(seed).permutation(len(labels))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import tempfile
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,8 @@ class Exporter:
 @contextlib.contextmanager
 def written_when_checked(path: Path) -> Iterator[Path]:
     """Gives a temporary file, which is renamed to ``path`` at the end and removed after an error."""
-    temporary = path.with_name(f"tmp-{path.name}")  # with the suffix that torch's functions require
+    # With the suffix that torch's functions require.
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)

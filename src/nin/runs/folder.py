@@ -24,6 +24,7 @@ from yaml import YAMLError
 
 from nin.config.schema import UserError
 
+_TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names that `open_atomically` gives
 _LEFT_OVER_SECONDS = 3600  # nobody writes a file for that long without a byte in between
 # Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
@@ -81,7 +82,7 @@ class RunFolder:
             ) from error
         try:
             self.update_state(pid=os.getpid(), host=socket.gethostname())
-            written = (folder.glob(".*.tmp") for folder in (self.path, self.config.parent, self.checkpoints))
+            written = (folder.glob(_TEMPORARY) for folder in (self.path, self.config.parent, self.checkpoints))
             for leftover in (*itertools.chain(*written), self.fresh):
                 leftover.unlink(missing_ok=True)  # a process that was killed was writing it
             yield
@@ -190,7 +191,8 @@ class RunFolder:
             return None
         except (OSError, ValueError, RecursionError):
             result = None
-        if not isinstance(result, dict) or result.get("status") not in STATUSES:
+        is_result = isinstance(result, dict) and isinstance(result.get("metrics", {}), dict)
+        if not is_result or result.get("status") not in STATUSES:
             raise UserError(f"{self.result}: not the result of a run; remove it and run the command again")
         return result
 

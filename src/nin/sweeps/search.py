@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.hydra_options import SEARCH_PATH
-from nin.config.schema import CONF, UserError
+from nin.config.schema import CONF, Settings, UserError
 from nin.runs.folder import RunFolder, write_atomically
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
@@ -157,7 +157,7 @@ class Search:
             return None
         if self.selects_configs:  # Hydra's launcher would end the search where it can't compose a combination of them
             try:
-                compose_settings(words, config_name=self.config.hydra.job.config_name)
+                self._compose(own)
             except UserError as error:
                 self._write_failure(folder, words, error)
                 return None
@@ -166,6 +166,10 @@ class Search:
             write_comparison(folder.path, self.plan.name, self.plan.pruner, self.plan.max_epochs, earlier)
         print(f"trial {number}: {' '.join(own)}", flush=True)
         return [*words, f"hydra.sweep.subdir={folder.path.name}"]
+
+    def _compose(self, own: list[str]) -> Settings:
+        """The settings of a trial with its ``own`` overrides."""
+        return compose_settings([*self.job_words, *own], config_name=self.config.hydra.job.config_name)
 
     def _record_refusal(self, folder: RunFolder, words: list[str], ended: Any) -> None:
         """A job that left no result was stopped, or refused by what only the run itself can check.
@@ -229,7 +233,7 @@ class Search:
         if self.settings.final_seeds is None:
             if self.point.sweep.test:
                 with self.store.claims.lock():
-                    test_best(self.folder, best)
+                    test_best(self.folder, best, self._compose(overrides_of(best.params)))
             return
         jobs_in_all = f"sweep.jobs={self.total + len(self.settings.final_seeds)}"
         add_common_overrides(self.config, jobs_in_all, "sweep.test=true", "sweep.prune=false")

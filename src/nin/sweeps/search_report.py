@@ -19,8 +19,7 @@ from rich import box
 from rich.table import Table
 
 from nin.config.errors import printable, printable_lines
-from nin.config.schema import UserError
-from nin.config.validation import validate_plain
+from nin.config.schema import Settings, UserError
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, markdown_table, tensorboard_command
 from nin.runs.folder import RunFolder, read_text, write_atomically
@@ -48,15 +47,18 @@ def count_saved_epochs(trials: Sequence[FrozenTrial], max_epochs: int) -> int:
     return sum(max(0, max_epochs - len(trial.intermediate_values)) for trial in pruned)
 
 
-def test_best(folder: Path, best: FrozenTrial) -> None:
-    """Tests the best trial's best checkpoint once; ``best.json`` has the result."""
+def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
+    """Tests the best trial's best checkpoint once; ``best.json`` has the result.
+
+    Args:
+        settings: of that trial, as the search's command has them: a config in ``folder`` may come from elsewhere.
+    """
     path = folder / "best.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         if json.loads(path.read_text(encoding="utf-8"))["trial"] == best.number:
             return
     run = RunFolder(folder / trial_name(best.number))
-    config = run.read_request()
-    if config is None or not run.best.exists():
+    if not run.best.exists():
         print(
             f"{format_path(run.best)}: not found, so the best trial is not tested; where it was trained, nin eval can "
             "test it, or train it anew with the command below"
@@ -66,7 +68,6 @@ def test_best(folder: Path, best: FrozenTrial) -> None:
     from nin.training.evaluation import evaluate  # before `log_to`, which removes the handlers that lightning adds
 
     with log_to(None):
-        settings = validate_plain(config)
         prepare(settings.data)
         metrics, confusion = evaluate(settings, read(run.best))
     content = {"trial": best.number, "metrics": metrics, "test_images": int(confusion.sum())}
@@ -136,10 +137,11 @@ def _read_description(folder: Path) -> dict[str, Any]:
                 isinstance(description.get("storage"), str | None)
                 and all(isinstance(description.get(key), str | None) for key in (*CONFIG_OPTIONS, SEARCH_PATH_KEY))
                 and all(isinstance(word, str) for word in description["fixed"])
+                and all(isinstance(seed, int) for seed in description.get("final_seeds") or [])
             ):
                 return description
         raise ValueError("not the description of a search")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
 
 
@@ -199,7 +201,7 @@ def describe_answer(folder: Path, description: dict[str, Any], study: optuna.Stu
     if fits_config_file(description):
         same = shlex.join(["nin", "train", "--config-dir", format_path(folder), "--config-name", "best"])
         notes.append(f"    {same}    (the same)")
-    notes += _describe_test(folder, best)
+    notes += _describe_test(folder, best, description.get("final_seeds"))
     if importances := _importances(study):
         shown = ", ".join(f"{key} {share:.2f}" for key, share in importances.items())
         notes.append(f"importance for val/acc (fANOVA): {shown}")
@@ -209,19 +211,21 @@ def describe_answer(folder: Path, description: dict[str, Any], study: optuna.Stu
     return notes
 
 
-def _describe_test(folder: Path, best: FrozenTrial) -> list[str]:
+def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> list[str]:
     finals, failed = [], []
-    for path in sorted(folder.glob(f"final-{best.number:04d}-seed=*")):
-        result = RunFolder(path).read_result() or {}
-        if result.get("status") == "finished":
-            finals.append(result["metrics"]["test/acc"])
+    for seed in seeds or []:
+        path, result = folder / f"final-{best.number:04d}-seed={seed}", {}
+        with contextlib.suppress(UserError):  # not a result: it is written anew when the search is started again
+            result = RunFolder(path).read_result() or {}
+        if result.get("status") == "finished" and isinstance(acc := result["metrics"].get("test/acc"), float):
+            finals.append(acc)
         elif result.get("status") == "failed":
             lines = str(result.get("error", "")).splitlines() or ["unknown error"]
             failed.append(f"failed: {path.name}: {lines[0]}")
     if finals:
         std = f" ± {statistics.stdev(finals):.4f}" if len(finals) > 1 else ""
-        seeds = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
-        text = f"trained anew with {seeds}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
+        count = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
+        text = f"trained anew with {count}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
         return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         tested = json.loads((folder / "best.json").read_text(encoding="utf-8"))

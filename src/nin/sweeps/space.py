@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 import optuna
@@ -95,15 +96,17 @@ def _range(value: RangeSweep, tags: set[str], given: str) -> BaseDistribution:
         raise UserError(f"{given}: a range has steps; use tag(log, interval(…)) or tag(log, int, interval(…))")
     assert value.start is not None  # Hydra's range() has both
     assert value.stop is not None
-    count = math.ceil((value.stop - value.start) / value.step)
+    # In decimals: 0.1 + 6 * 0.1 is 0.7, and not 0.7000000000000001.
+    start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
+    count = math.ceil((stop - start) / step)
     if count <= 0:
         raise UserError(f"{given}: the range has no values; its first end must come before its second")
     if count > _MAX_VALUES:
         raise UserError(f"{given}: the range has {count:,} values; give at most {_MAX_VALUES:,}, or an interval")
-    low, high = sorted((value.start, value.start + (count - 1) * value.step))
+    low, high = sorted((start, start + (count - 1) * step))
     if all(isinstance(number, int) for number in (value.start, value.stop, value.step)):
-        return IntDistribution(int(low), int(high), step=abs(int(value.step)))
-    return FloatDistribution(low, high, step=abs(value.step))
+        return IntDistribution(int(low), int(high), step=abs(int(step)))
+    return FloatDistribution(float(low), float(high), step=float(abs(step)))
 
 
 def format_value(value: Any) -> str:
@@ -128,7 +131,8 @@ def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
         return list(range(distribution.low, distribution.high + 1, distribution.step))
     if isinstance(distribution, FloatDistribution) and distribution.step is not None:
         count = round((distribution.high - distribution.low) / distribution.step) + 1
-        return [distribution.low + i * distribution.step for i in range(count)]
+        low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
+        return [float(low + i * step) for i in range(count)]
     raise UserError(f"{key}: hydra.sweeper.sampler=grid needs choices or a range, not an interval")
 
 

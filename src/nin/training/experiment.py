@@ -100,6 +100,9 @@ class Experiment:
         if self.checkpoint is None:
             return
         require_matching_weights(self.module, self.checkpoint)
+        state = self.checkpoint.get(checkpoint_files.DATA)
+        if isinstance(self.data, ImageDataModule) and isinstance(state, dict):
+            self.data.load_state_dict(state)  # as Lightning does when the run has begun
         done = _completed_epochs(self.checkpoint)
         max_epochs = self.settings.trainer.max_epochs
         if max_epochs not in (-1, None) and done > max_epochs:

@@ -1,12 +1,15 @@
 """The loss of a batch: cross-entropy or the user's own, in micro-batches, weighted among processes, and finite."""
 
+import copy
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from nin.config import own_classes
@@ -46,7 +49,20 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
     loss = own_classes.build("loss", settings.loss, nn.Module, num_classes=len(names), class_names=names)
     if any(weights.requires_grad for weights in loss.parameters()):
         raise UserError(f"loss: {settings.loss.target} has weights of its own, which would not be trained")
+    _try(loss, settings.loss.target, len(names))
     return loss
+
+
+def _try(loss: nn.Module, target: str, classes: int) -> None:
+    """Computes a copy of ``loss`` once; raises UserError if it does not take logits and labels."""
+    labels = torch.arange(2 * classes + 1) % classes
+    try:
+        with torch.no_grad(), isolate_rng(), warnings.catch_warnings(action="ignore"):
+            output = copy.deepcopy(loss)(torch.zeros(len(labels), classes), labels)
+    except Exception as error:
+        shapes = f"logits {(len(labels), classes)} and int64 labels {(len(labels),)}"
+        raise UserError(f"loss: {target} fails with {shapes}: {type(error).__name__}: {error}") from error
+    require_single(output)
 
 
 def backward_micro_batches(

@@ -17,7 +17,7 @@ from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, open_atomically
 from nin.runs.request import RunRequest
 from nin.runs.results import PRINTED, print_result
 from nin.system.devices import add_remedy, require_accelerator
@@ -55,6 +55,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
     """
     folder, settings = request.folder, request.settings
+    _require_folder_of_a_run(folder)
     if folder.checkpoints.exists() or folder.result.exists():
         require_same_experiment(folder, settings)
     if folder.result.exists() and (result := read_finished_result(folder, settings)):
@@ -83,6 +84,16 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         result = result or _train_and_record(request)
     print_result(folder, result)
     return result
+
+
+def _require_folder_of_a_run(folder: RunFolder) -> None:
+    if folder.config.exists() or folder.has_progress():
+        return
+    if replaced := [path.name for path in (folder.metrics, *folder.event_files()) if path.exists()]:
+        raise UserError(
+            f"{folder.path}: has {', '.join(replaced)} and no run, which would be replaced; give another name=…, or "
+            "remove them"
+        )
 
 
 def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
@@ -189,6 +200,9 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
 
     folder = request.folder
     before, is_new = set(folder.path.iterdir()), not folder.config.exists()
+    replaced = (folder.overrides, folder.config, folder.result)
+    kept = {path: path.read_bytes() for path in replaced if path.exists()}
+    saved = _modified(folder.last)
     place = f"run folder: {format_path(folder.path)}"
     if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
         place += f", curves: {tensorboard_command(folder.path.parent)}"
@@ -211,6 +225,8 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             # Lightning asks for the schedule and for batches after the request is written.
             if is_new and not folder.has_progress():
                 _remove_new(folder, before)
+            elif saved and saved == _modified(folder.last):  # nothing was trained
+                _restore(kept)
             raise
         except Exception as error:
             add_remedy(error, request.settings)
@@ -226,6 +242,18 @@ def _remove_new(folder: RunFolder, before: set[Path]) -> None:
     """Removes what a refused run has written beside ``before``; without a config `RunFolder.claim` removes the rest."""
     for path in {*folder.path.iterdir(), folder.config} - before:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _modified(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _restore(kept: dict[Path, bytes]) -> None:
+    """Writes files of an earlier start again, where a refused one has replaced them."""
+    for path, content in kept.items():
+        if not path.exists() or path.read_bytes() != content:
+            with open_atomically(path) as file:
+                file.write(content)
 
 
 def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any]:
