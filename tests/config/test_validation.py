@@ -104,6 +104,7 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: must be greater than or equal to 0"),
         ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize"),
+        (f"name={'a' * 201}", f'name="{"a" * 78}…: must have at most 200 characters'),
         ("trainer.strategy=ddp_fork", "trainer.strategy=ddp_fork: starts its processes as copies of one that does not"),
         ("trainer.strategy=ddp_spawn_find_unused_parameters_true", "trainer.strategy=ddp_spawn_find_unused_parameters"),
         ("trainer.devices=1.5", "trainer.devices=1.5: must be a valid integer or a valid string or a valid list"),

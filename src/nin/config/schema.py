@@ -193,8 +193,8 @@ class Settings(Section):
     # The name of the run's folder.
     name: Annotated[
         str,
-        BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v),
         Field(pattern=NAME, max_length=200),
+        BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v),
     ]
     resume: Literal["auto", "never"]
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
