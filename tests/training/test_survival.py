@@ -562,7 +562,7 @@ def test_a_run_whose_reader_is_gone_continues_to_its_result(
 def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (folder.checkpoints / ".ipynb_checkpoints").mkdir(parents=True)
-    for name in (".fresh.ckpt", ".best.ckpt.tmp", ".nfs01", "last.ckpt"):
+    for name in (".fresh.ckpt", ".best.ckpt.0123456789ab.tmp", ".nfs01", "last.ckpt"):
         (folder.checkpoints / name).touch()
     with folder.claim():
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == [

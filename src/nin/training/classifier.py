@@ -33,7 +33,6 @@ from nin.training.loss import (
     require_finite,
     require_finite_weights,
     require_logits,
-    require_single,
 )
 from nin.training.optimizers import build_optimizer, build_schedule, follow_validation
 
@@ -142,7 +141,7 @@ class Classifier(LightningModule):
             # The compiled network has static shapes: those of a full batch.
             full = len(labels) == self.settings.data.batch_size
             logits = self.network(images) if full else self.network.forward(images)
-            loss = require_single(self.loss(require_logits(logits), labels))
+            loss = self.loss(require_logits(logits), labels)
             batch_loss, logits = loss.detach(), logits.detach()
             if self.trainer.world_size > 1 and self.trainer.is_last_batch:
                 loss = loss * process_weight(self.trainer.strategy, len(labels), self.device)

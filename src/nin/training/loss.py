@@ -40,7 +40,8 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
     """The loss of logits ``(batch, classes)`` and labels ``(batch,)``: cross-entropy, or a module of the user's own.
 
     Raises:
-        UserError: if the user's own can't be built, has weights to train, or there is a ``label_smoothing`` too.
+        UserError: if the user's own can't be built, has weights to train, does not compute a mean loss, or there is a
+            ``label_smoothing`` too.
     """
     require_known_loss(settings)
     if settings.loss is None:
@@ -54,7 +55,7 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
 
 
 def _try(loss: nn.Module, target: str, classes: int) -> None:
-    """Computes a copy of ``loss`` once; raises UserError if it does not take logits and labels."""
+    """Computes a copy of ``loss`` once; raises UserError if it makes no single number of logits and labels."""
     labels = torch.arange(2 * classes + 1) % classes
     try:
         with torch.no_grad(), isolate_rng(), warnings.catch_warnings(action="ignore"):
@@ -62,7 +63,9 @@ def _try(loss: nn.Module, target: str, classes: int) -> None:
     except Exception as error:
         shapes = f"logits {(len(labels), classes)} and int64 labels {(len(labels),)}"
         raise UserError(f"loss: {target} fails with {shapes}: {type(error).__name__}: {error}") from error
-    require_single(output)
+    if not isinstance(output, Tensor) or output.dim():
+        found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(f"loss: its class returns {found}, and not the mean loss of the batch as a tensor of shape ()")
 
 
 def backward_micro_batches(
@@ -88,7 +91,7 @@ def backward_micro_batches(
             losses[-1] = losses[-1].detach()
         output = network(micro_images)
         # Every image has the same weight, also where the last micro-batch is smaller.
-        mean = require_single(loss(require_logits(output), micro_labels))
+        mean = loss(require_logits(output), micro_labels)
         losses.append(mean * (len(micro_labels) / len(labels)))
         logits.append(output.detach())
     return losses[-1], torch.stack([part.detach() for part in losses]).sum(), torch.cat(logits)
@@ -104,18 +107,6 @@ def require_logits(output: Any) -> Tensor:
         found = f"the network returns {type(output).__name__} in training, and not logits alone"
         raise UserError(f"model: {found}; turn off what it adds, as aux_logits=false")
     return output
-
-
-def require_single(loss: Any) -> Tensor:
-    """Returns what a loss returns if it is a single number ``()``.
-
-    Raises:
-        UserError: if a loss of the user's own returns something else, such as a loss for each image.
-    """
-    if not isinstance(loss, Tensor) or loss.dim():
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise UserError(f"loss: its class returns {found}, and not the mean loss of the batch as a tensor of shape ()")
-    return loss
 
 
 def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:
