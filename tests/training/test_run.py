@@ -149,7 +149,7 @@ def test_a_refused_extension_leaves_the_run_as_it_was(
             for path in (*request.folder.config.parent.glob("*.yaml"), request.folder.result)
         }
 
-    before = files()
+    before, state = files(), request.folder.read_state()
     assert before.keys() == {"config.yaml", "overrides.yaml", "result.json"}
     longer = request_of("trainer.max_epochs=4")
     with monkeypatch.context() as patch:
@@ -157,6 +157,7 @@ def test_a_refused_extension_leaves_the_run_as_it_was(
         with pytest.raises(UserError, match="trainer: refused"):
             run.execute_run(longer)
         assert files() == before
+        assert request.folder.read_state() == state  # nor does it count as a resume
         # Once something was trained, the earlier result is that of other weights.
         patch.setattr(FakeExperiment, "run", lambda *_: request.folder.last.write_bytes(b"others") and refuse(*_))
         with pytest.raises(UserError, match="trainer: refused"):

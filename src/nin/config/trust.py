@@ -10,6 +10,9 @@ from nin.config.composition import compose_settings
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning", "torchmetrics")
+# The sections that may name a class of the user's own, and those of them that a trained network needs.
+_OWN_CLASSES = ("model", "data", "loss", "optimizer", "schedule")
+OF_TRAINED = ("model", "data")
 # Classes of torch that need no permission.
 _OF_TORCH = {"loss": r"torch\.nn\.\w+Loss", "optimizer": r"torch\.optim\..+", "schedule": r"torch\.optim\..+"}
 
@@ -54,12 +57,7 @@ def _leads_out(key: str, value: str) -> bool:
     return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
-# The sections that may name a class of the user's own, and those of them that a trained network needs.
-OWN_CLASSES = ("model", "data", "loss", "optimizer", "schedule")
-OF_TRAINED = ("model", "data")
-
-
-def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...] = OWN_CLASSES) -> None:
+def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...] = _OWN_CLASSES) -> None:
     """Checks the user's own classes that a stored config names.
 
     Losses, optimizers and schedules of torch need no permission.

@@ -200,7 +200,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
 
     folder = request.folder
     before, is_new = set(folder.path.iterdir()), not folder.config.exists()
-    replaced = (folder.overrides, folder.config, folder.result)
+    replaced = (folder.overrides, folder.config, folder.state, folder.result)
     kept = {path: path.read_bytes() for path in replaced if path.exists()}
     saved = _modified(folder.last)
     place = f"run folder: {format_path(folder.path)}"
