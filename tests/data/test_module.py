@@ -150,12 +150,15 @@ def test_a_run_is_not_resumed_with_other_images(tmp_path: Path) -> None:
         other.load_state_dict(state)
 
 
-def test_a_class_that_is_held_out_completely_is_refused(tmp_path: Path) -> None:
+def test_a_class_that_is_held_out_completely_can_be_scored_but_not_trained(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "root", {"train": 8, "test": 1})
     for path in list((root / "train" / "red").iterdir())[1:]:
         path.unlink()
     with pytest.raises(UserError, match="all training images of red are held out"):
         ImageDataModule(folder_data(root, val_size=0.8), seed=0).setup("fit")
+    module = ImageDataModule(folder_data(root, val_size=0.8), seed=0)
+    module.setup("test")
+    assert len(module.test[1]) == 3
 
 
 def test_a_run_is_not_resumed_with_the_images_in_other_parts(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ class ImageDataModule(LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if isinstance(self.data, FolderData):
-            self._setup_folder(self.data)
+            self._setup_folder(self.data, stage)
             return
         if stage in (None, "fit", "validate") and not hasattr(self, "train"):
             images, labels = self._load("train")
@@ -156,7 +156,7 @@ class ImageDataModule(LightningDataModule):
         images, labels = load(self.data, part)
         return images.to(device), labels.to(device)
 
-    def _setup_folder(self, data: FolderData) -> None:
+    def _setup_folder(self, data: FolderData, stage: str | None) -> None:
         """Images up to ``data.memory_limit_mib`` are copied to the training device, more are read by batch."""
         if hasattr(self, "train"):
             return
@@ -179,7 +179,8 @@ class ImageDataModule(LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         parts: dict[str, Any] = {}
         split_rows = split_folder(cache, data, self.seed)
-        require_training_images(cache, split_rows["train"])
+        if stage in (None, "fit"):
+            require_training_images(cache, split_rows["train"])
         for part, rows in split_rows.items():
             indices = torch.from_numpy(rows)
             if count <= data.memory_limit_mib * 2**20:
