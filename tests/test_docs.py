@@ -49,7 +49,7 @@ def test_the_plain_loop_ends_with_the_weights_of_nin_train(
     overrides = [f"data.{key}={value}" for key, value in EXPERIMENT.items()]
     limits = ["trainer.max_epochs=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     train = [
-        "name=plain", *_speed_off(), "data=garments", f"data.root={data_root}", "threads=1", "trainer=cpu",
+        "name=plain", *_speed_off(), "data=garments", f"data.root={data_root}", "threads=1",
         *overrides, *limits, "callbacks=none", "logger=none",
     ]  # fmt: skip
     threads = torch.get_num_threads()

@@ -33,14 +33,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin predict",
         allow_abbrev=False,
-        description="Class probabilities of images, which take the path of a test image: gray or color as the "
-        "network needs them, resized, and scored mirrored too if the run was tested so.",
+        description="Class probabilities of images. They are preprocessed as the test images were: gray or color as "
+        "the network needs them, resized, and scored mirrored too if the run was tested so.",
         epilog="example: nin predict outputs/runs/first shirt.jpg photos/ --maps maps",
     )
     parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
     parser.add_argument("images", type=Path, nargs="+", help="image files, folders, IDX files, or - for standard input")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes in the table; default: 3")
-    parser.add_argument("--invert", action="store_true", help="for dark things on a light ground")
+    parser.add_argument(
+        "--invert", action="store_true", help="for dark objects on a light background: swap light and dark"
+    )
     parser.add_argument("--maps", type=Path, metavar="DIR", help="write a picture of each image's score maps there")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as a JSON array")

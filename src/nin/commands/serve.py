@@ -17,17 +17,18 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin serve",
         allow_abbrev=False,
-        description="Serves an export with onnxruntime: POST an image to /predict, or open the page at /. A run that "
-        f"has no export yet is exported first. Where the variable {KEY} is set, clients must send its value.",
+        description="Serves an export with onnxruntime: POST an image to /predict, or open the page at /. A run "
+        f"without an export of its best.ckpt is exported first. Where the variable {KEY} is set, clients must send its "
+        "value.",
         epilog="example: nin serve outputs/runs/first --port 8000",
     )
     parser.add_argument("network", type=Path, help="a run's folder, or an exported .onnx file")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    parser.add_argument("--threads", type=int, help="of the CPU; default: all that this process may use")
-    parser.add_argument("--max-megabytes", type=float, default=20, help="of a request; default: 20")
-    parser.add_argument("--max-megapixels", type=float, default=25, help="of an image; default: 25")
-    parser.add_argument("--max-waiting", type=int, default=256, help="images that wait; default: 256")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all that this process may use")
+    parser.add_argument("--max-megabytes", type=float, default=20, help="largest request body; default: 20")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="largest image; default: 25")
+    parser.add_argument("--max-waiting", type=int, default=256, help="images that may wait to be scored; default: 256")
     parser.add_argument(
         "--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30"
     )

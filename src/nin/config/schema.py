@@ -132,8 +132,8 @@ class Speed(Section):
     relu_after_pooling: bool
     # One kernel for all weights instead of several for each.
     fused_optimizer: bool
-    # The number of images per forward and backward pass, whose gradients are accumulated; "auto": as many as the
-    # cache of the CPU holds.
+    # The number of images per forward and backward pass, whose gradients are accumulated; "auto": as many as
+    # keep the largest maps within 18 MiB, about the size of a CPU's cache.
     micro_batch: Positive | Literal["auto"] | None
 
 

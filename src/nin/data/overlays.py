@@ -22,7 +22,7 @@ def draw_image(axes: Any, image: np.ndarray, left: float = 0, top: float = 0) ->
 
 
 def blend(image: np.ndarray, score_map: np.ndarray, limit: float) -> np.ndarray:
-    """Lays a class's score map over an image; where the map is 0 the image is seen as it is.
+    """Lays a class's score map over an image; where the map is 0 the image is unchanged.
 
     Args:
         image: ``(height, width)`` or ``(height, width, 3)``, uint8.

@@ -77,7 +77,8 @@ class DatasetInfo:
 def describe(data: Data | FolderData | OwnData) -> DatasetInfo:
     """The classes and images of the data set that ``data`` names.
 
-    Reads no file, except of ``data=folder``, whose images are decoded if they have not been.
+    Reads no file, except of ``data=folder``, whose images are decoded if they have not been. A data module of the
+    user's own is built.
     """
     if isinstance(data, OwnData):
         from nin.data.own import build_own_data

@@ -72,8 +72,9 @@ class TrainedNetwork:
     """A network with all preprocessing: images in, probabilities and score maps out.
 
     ``images`` are one uint8 array ``(batch, height, width)`` or ``(batch, height, width, 3)``, or a list of such
-    arrays without the batch, of Pillow images and of paths; in a list sizes may differ. Each image takes the path of
-    a test image: gray or color as the network needs it, resized to the stored size, then to the network's.
+    arrays without the batch, of Pillow images and of paths; in a list sizes may differ. Each image is
+    preprocessed as a test image: gray or color as the network needs it, resized to the stored size, then to the
+    network's.
 
     Args:
         compute: takes a uint8 batch of one size, ``(batch, height, width)`` for a gray network and

@@ -1,7 +1,7 @@
 """The study of a search: what is proposed for a trial, and the storage that has all trials.
 
 A proposal depends on the search's seed, the trial's number and the trials of earlier batches, and on nothing else: a
-new sampler is built for each trial and sees a copy of these trials in the order of their numbers. A search that was
+new sampler is built for each trial and is given a copy of these trials in the order of their numbers. A search that was
 killed therefore proposes the same trials when it is run again.
 """
 

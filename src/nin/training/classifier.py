@@ -49,6 +49,11 @@ class Classifier(LightningModule):
         settings: the run's settings, or the same as a plain dict, which is validated.
         class_names: one name per class, in the order of the labels.
         in_channels: number of channels of the images.
+
+    Raises:
+        pydantic.ValidationError: if a dict has wrong or missing settings.
+        UserError: if the network or the loss can't be built, or if the dict of a checkpoint names a class of a module
+            that is not imported.
     """
 
     def __init__(self, settings: Settings | dict[str, Any], class_names: Sequence[str], in_channels: int = 1):

@@ -222,7 +222,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise
         except (UserError, KeyboardInterrupt) as error:  # Ctrl-C before the run listens to signals
             log.info("%s", f"refused: {error}" if isinstance(error, UserError) else "stopped by Ctrl-C at the start")
-            # Lightning asks for the schedule and for batches after the request is written.
+            # Lightning requests the schedule and batches after the request is written.
             if is_new and not folder.has_progress():
                 _remove_new(folder, before)
             elif saved and saved == _modified(folder.last):  # nothing was trained
@@ -257,7 +257,9 @@ def _restore(kept: dict[Path, bytes]) -> None:
 
 
 def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any]:
-    """Writes the request down, after what can refuse it before data are loaded, and the code that runs.
+    """Writes the requested config, the overrides and the versions of the code.
+
+    It is called when everything that can be refused before data are loaded has been checked.
 
     Returns:
         The part of the result about the code that the run used: ``versions`` and ``git_commit`` of the first start,

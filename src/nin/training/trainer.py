@@ -45,6 +45,10 @@ def build_trainer(
     arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
     if has_own_bar:
         callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
+    callbacks = [*callbacks, *own]
+    # Lightning would add a `ModelCheckpoint` of its own to a Trainer without one.
+    has_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    arguments["enable_checkpointing"] = None if has_checkpoints else False
     arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     arguments["profiler"] = settings.trainer.profiler or NoProfiler()
@@ -52,7 +56,7 @@ def build_trainer(
         return lightning.Trainer(
             **arguments,
             logger=loggers,
-            callbacks=[*callbacks, *own],
+            callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
         )

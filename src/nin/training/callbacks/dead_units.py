@@ -186,8 +186,8 @@ def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[
     if not isinstance(list(network)[-1], nn.Flatten):
         return counts, None
     last_maps = next(m for m in reversed(list(network.modules())) if isinstance(m, nn.Conv2d | nn.BatchNorm2d))
-    silent = (largest[last_maps] <= 0).nonzero().flatten().tolist() if last_maps in before else []
-    return counts, silent
+    dead = (largest[last_maps] <= 0).nonzero().flatten().tolist() if last_maps in before else []
+    return counts, dead
 
 
 def _layers_before_relus(network: nn.Sequential) -> dict[nn.Module, int]:
