@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -6,7 +5,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import PIL
 import pytest
 from PIL import Image
 
@@ -14,7 +12,6 @@ from nin.config.schema import UserError
 from nin.data import parallel
 from nin.data.cache import Cache, open_cache
 from nin.data.decoding import open_image, to_array
-from nin.data.folder import list_images
 from pictures import folder_data, write_folder
 
 
@@ -51,22 +48,6 @@ def test_a_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert open_cache(data.model_copy(update={"fit": "pad"})).path != first.path
     (tmp_path / "root" / "train" / "red" / "0.png").unlink()
     assert open_cache(data).counts == {"train": 5}
-
-
-def test_a_cache_of_an_earlier_version_is_kept_unless_it_has_tiff_files(tmp_path: Path) -> None:
-    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
-
-    def earlier_name() -> str:
-        listing = list_images(data)
-        settings = [1, PIL.__version__, 12, "crop", "auto", False]
-        digest = hashlib.sha256(json.dumps([settings, listing.class_names, []]).encode())
-        for file in listing.files["train"]:
-            digest.update(f"train\0{file.name}\0{file.label}\0{file.size}\0{file.modified_ns}\n".encode())
-        return digest.hexdigest()[:32]
-
-    assert open_cache(data).path.name == earlier_name()
-    Image.new("I", (12, 12), 9).save(tmp_path / "root" / "train" / "red" / "2.tiff")
-    assert open_cache(data).path.name != earlier_name()
 
 
 def test_a_faulty_layout_is_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

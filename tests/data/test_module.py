@@ -167,7 +167,6 @@ def test_a_run_is_not_resumed_with_the_images_in_other_parts(tmp_path: Path) -> 
     module.setup("fit")
     state = module.state_dict()
     module.load_state_dict(state)
-    module.load_state_dict({"fingerprint": state["fingerprint"]})  # of an earlier version
     (root / "val").rename(root / "test")
     other = ImageDataModule(folder_data(root), seed=0)
     other.prepare_data()

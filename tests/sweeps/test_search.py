@@ -197,20 +197,12 @@ def test_a_journal_with_another_name_is_refused_with_the_name_and_the_folder_tha
         require_same_plan(open_journal(renamed / JOURNAL), other, renamed)
 
 
-def test_another_base_config_is_another_search_unless_an_earlier_version_stored_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_base_config_is_another_search(tmp_path: Path) -> None:
     mine = dataclasses.replace(plan(), config_name="mine")
     storage = Store(mine, tmp_path, None).storage
     require_same_plan(storage, mine, tmp_path)
     with pytest.raises(UserError, match=r"--config-name: mine there, train now$"):
         require_same_plan(storage, plan(), tmp_path)
-    stored = {key: value for key, value in mine.describe().items() if key != "--config-name"}
-    monkeypatch.setattr(Plan, "describe", lambda _: stored)
-    storage = Store(mine, tmp_path / "earlier", None).storage
-    monkeypatch.undo()
-    for now in (mine, plan()):
-        require_same_plan(storage, now, tmp_path)
 
 
 def check(*words: str) -> Sweep:
@@ -312,7 +304,7 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
         folder.write_result({"status": "finished", "metrics": {"val/acc": score}})
         if number < 2:
             search._record(number, folder)
-    search.store.storage.set_trial_state_values(2, TrialState.COMPLETE, None)  # as earlier versions did
+    search.store.storage.set_trial_state_values(2, TrialState.COMPLETE, None)  # as in a study of others
     trials = search.store.trials()
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE", "FAIL"]
     propose(plan(), trials)

@@ -146,7 +146,7 @@ def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_modu
         ("own", 2, "null"),
         *((kind, 2, "true") for kind in ("project's", "own")),
     ]
-    # A run of an earlier version, in which every process trained on all images, is not continued otherwise.
+    # A run in which every process trained on all images, is not continued otherwise.
     (before, now), one = (
         [validate_plain(settings(*keys, f"trainer.use_distributed_sampler={given}").model_dump() | {"data": own})
          for given in ("false", "null")] for keys in (["trainer.strategy=ddp", "trainer.devices=2"], [])

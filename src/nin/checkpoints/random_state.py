@@ -34,8 +34,7 @@ def set_random_state(state: dict[str, Any], device: torch.device, loader: Any) -
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    # Checkpoints of earlier versions have none of the loader.
-    for generator, own in zip(_generators(loader), state.get("loader", []), strict=False):
+    for generator, own in zip(_generators(loader), state["loader"], strict=True):
         generator.set_state(own)
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

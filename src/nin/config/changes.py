@@ -78,7 +78,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
     def fixed_values(settings: Settings) -> dict[str, Any]:
         plain = settings.model_dump(mode="json")
         callbacks = {name: entry for name, entry in plain["callbacks"].items() if changes_training(entry)}
-        # It was false in all runs of earlier versions.
+        # null stands for what the data module needs.
         keys = flat(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
         fixed_length = depends_on_steps(settings.schedule)
         may_change = [key for key in MAY_CHANGE if not fixed_length or key != "trainer.max_epochs"]

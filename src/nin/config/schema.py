@@ -139,8 +139,7 @@ class Speed(Section):
 
 class Checkpoint(Section):
     every_n_steps: Positive | None
-    # The default is for runs of versions that had no such key.
-    every_n_minutes: Annotated[float, Field(gt=0)] | None = None
+    every_n_minutes: Annotated[float, Field(gt=0)] | None
     # Each save renames them all.
     keep: Annotated[int, Field(ge=0, le=1000)]
 
@@ -210,11 +209,10 @@ class Settings(Section):
         OWN_OR_TYPED,
     ]
     schedule: Annotated[Annotated[Schedule, Tag("typed")] | Annotated[OwnSchedule, Tag("_target_")], OWN_OR_TYPED]
-    # The share of each label that is divided among all classes. The default is for checkpoints saved before there was
-    # this key.
-    label_smoothing: Share = 0.0
+    # The share of each label that is divided among all classes.
+    label_smoothing: Share
     # None: cross-entropy.
-    loss: OwnLoss | None = None
+    loss: OwnLoss | None
     trainer: Trainer
     speed: Speed
     # torch.compile, with CUDA graphs on a GPU; "auto": on a GPU.

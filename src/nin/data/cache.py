@@ -26,9 +26,7 @@ from nin.config.schema import FolderData, UserError
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, list_images, require_usable
 from nin.data.parallel import decode_folder
 
-# Of the cache; a change of the decoding needs another number. With TIFF files it is one more, since these are decoded
-# otherwise than at first (32-bit integers).
-_FORMAT = 1
+_FORMAT = 2  # of the cache; a change of the decoding needs another number
 _HASHED = 2**30  # a larger file is not read to verify it; its size is compared
 
 
@@ -126,8 +124,7 @@ def _places(data: FolderData) -> list[Path]:
 
 
 def _key(data: FolderData, listing: Listing) -> str:
-    has_tiff = any(file.name.lower().endswith((".tif", ".tiff")) for files in listing.files.values() for file in files)
-    settings = [_FORMAT + has_tiff, PIL.__version__, data.stored_size, data.fit, data.channels, data.skip_broken]
+    settings = [_FORMAT, PIL.__version__, data.stored_size, data.fit, data.channels, data.skip_broken]
     digest = hashlib.sha256(json.dumps([settings, listing.class_names, sorted(listing.broken.items())]).encode())
     for part, files in listing.files.items():
         for file in files:

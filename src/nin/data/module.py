@@ -204,11 +204,10 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: if they are others, or in other parts.
         """
-        saved, counts = state_dict.get("fingerprint"), state_dict.get("counts")  # earlier versions saved no counts
-        if not saved or not isinstance(self.data, FolderData):
+        if not isinstance(self.data, FolderData):
             return
         cache = open_folder(self.data)
-        if saved != cache.fingerprint or counts not in (None, dict(cache.counts)):
+        if state_dict != {"fingerprint": cache.fingerprint, "counts": dict(cache.counts)}:
             raise UserError(
                 f"data.root={self.data.root}: has other images than those the run was started with, or in other "
                 "parts, so it can't be resumed exactly; restore them, or give another name=…"

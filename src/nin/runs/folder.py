@@ -274,7 +274,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     ``path`` is replaced, not followed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*tmp"):  # also .name.tmp, as earlier versions named it
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):  # another process may remove it in the meantime
             if time.time() - leftover.lstat().st_mtime > _LEFT_OVER_SECONDS:  # of a process that was killed
                 leftover.unlink()

@@ -61,9 +61,6 @@ def best_config(description: dict[str, Any], best: FrozenTrial) -> str:
 
 
 def _has_space_in_file(description: dict[str, Any]) -> bool:
-    """Whether a file may give the space: that of ``sweep=…``, one of ``--config-name``, or any other.
-
-    ``in_files`` is missing in the descriptions that earlier versions wrote.
-    """
+    """Whether a file may give the space: that of ``sweep=…``, one of ``--config-name``, or any other."""
     has_sweep = any(split_override(word)[0] == "sweep" for word in description["fixed"])
     return has_sweep or bool(description.get("config_name") or description.get("in_files"))

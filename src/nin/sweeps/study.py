@@ -241,7 +241,6 @@ def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
             raise UserError(f"{plan.name}: a study that is not from nin train; give another name=…")
         return
     now = plan.describe()
-    there = {"--config-name": plan.config_name} | there  # which earlier versions did not store
     differing = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
     if differing:
         lines = [f"{key}: {there.get(key, 'not given')} there, {now.get(key, 'not given')} now" for key in differing]

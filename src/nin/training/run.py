@@ -172,13 +172,11 @@ def _require_same_images(folder: RunFolder, settings: Settings, previous: Settin
     from nin.data.splits import open_folder
 
     cache = open_folder(data)
-    # Results of earlier versions have no sum, or no numbers.
-    for name, value in (("images_sha256", cache.fingerprint), ("images", cache.counts)):
-        if result.get(name) not in (None, value):
-            raise UserError(
-                f"data.root={data.root}: has other images, or in other parts, than {before.root} had in the finished "
-                f"run {folder.path}; give another name=…"
-            )
+    if (result.get("images_sha256"), result.get("images")) != (cache.fingerprint, cache.counts):
+        raise UserError(
+            f"data.root={data.root}: has other images, or in other parts, than {before.root} had in the finished "
+            f"run {folder.path}; give another name=…"
+        )
 
 
 def _waiting(request: RunRequest) -> Callable[[str], None]:

@@ -140,8 +140,8 @@ def test_the_jobs_of_a_sweep_have_their_keys_and_the_final_metrics_as_columns(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "lr" / "optimizer.lr=0.1")
-    older = "+logger.tensorboard.version=tensorboard"  # a folder in the run's folder, in configs of earlier versions
-    chosen = settings("callbacks=none", "trainer.max_steps=1", "sweep.keys=[optimizer.lr]", "optimizer.lr=0.1", older)
+    version = "+logger.tensorboard.version=tensorboard"  # a folder in the run's folder
+    chosen = settings("callbacks=none", "trainer.max_steps=1", "sweep.keys=[optimizer.lr]", "optimizer.lr=0.1", version)
     result = run_experiment(chosen, folder, ["optimizer.lr=0.1"])
     events = EventAccumulator(str(folder.path)).Reload()
     columns = metadata.parse_experiment_plugin_data(events.summary_metadata["_hparams_/experiment"].plugin_data.content)

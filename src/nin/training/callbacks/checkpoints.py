@@ -68,9 +68,8 @@ class ResumableCheckpoint(Checkpoint):
         if self._loaded:
             trainer.should_stop = self._loaded["should_stop"]
             # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in
-            # its on_train_start, before this. Checkpoints of earlier versions lack it.
-            accumulated = self._loaded.get("accumulate_grad_batches", trainer.accumulate_grad_batches)
-            trainer.accumulate_grad_batches = accumulated
+            # its on_train_start, before this.
+            trainer.accumulate_grad_batches = self._loaded["accumulate_grad_batches"]
             # Lightning loads this state earlier, and then builds the dataloader again for estimated_stepping_batches.
             if ((position := self._loaded["batches"]) is not None) != _has_position(trainer):
                 raise ValueError("the position in the data is missing, or the dataloader can't restore it")
