@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch.callbacks import Timer
 
 from nin.commands import resume
-from nin.config.schema import Settings, UserError
-from nin.config.trust import ignore_stored_actions, ignore_stored_paths, require_trusted_targets
+from nin.config.schema import OwnLoss, Settings, UserError
+from nin.config.trust import require_trusted_targets, with_local_defaults, without_training_parts
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 
@@ -49,6 +49,18 @@ def test_only_callbacks_of_trusted_packages_are_imported(settings: Callable[...,
         f"--allow {module}"
     )
     assert "this" not in sys.modules  # its import prints a poem
+
+
+def test_refused_classes_of_all_sections_are_named_together(settings: Callable[..., Settings]) -> None:
+    own = stored(settings, _target_="mine.Callback").model_copy(
+        update={"loss": OwnLoss.model_validate({"_target_": "mine.Loss"})}
+    )
+    first, *errors = refusal(own).splitlines()
+    assert first == "2 errors"
+    assert [error.split(":")[0].strip() for error in errors] == [
+        "loss._target_=mine.Loss",
+        "callbacks.x._target_=mine.Callback",
+    ]
 
 
 def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(settings: Callable[..., Settings]) -> None:
@@ -142,17 +154,17 @@ def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
 ) -> None:
     monkeypatch.setenv("NIN_DATA", str(data_root))
     foreign = settings("data.mirrors=[https://example.org]", "trainer.profiler=pytorch", "data.root=/foreign")
-    followed = ignore_stored_paths(foreign)
+    followed = without_training_parts(foreign)
     assert followed.data.mirrors == settings().data.mirrors
     assert followed.trainer.profiler is None
     assert followed.data.root == str(data_root)
     assert (followed.logger, followed.callbacks) == ({}, {})
-    resumed = ignore_stored_actions(foreign)
+    resumed = with_local_defaults(foreign)
     assert (resumed.data.mirrors, resumed.trainer.profiler) == (settings().data.mirrors, None)
     assert (resumed.data.root, resumed.logger) == ("/foreign", foreign.logger)
 
 
-@pytest.mark.parametrize("command", [ignore_stored_actions, ignore_stored_paths])
+@pytest.mark.parametrize("command", [with_local_defaults, without_training_parts])
 def test_an_interpolation_is_not_resolved(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, command: Callable[[Settings], Settings]
 ) -> None:

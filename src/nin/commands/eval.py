@@ -9,7 +9,7 @@ from rich.progress import Progress
 from nin.commands.options import add_allow_option
 from nin.config.composition import apply_overrides
 from nin.config.schema import FolderData, Settings, UserError
-from nin.config.trust import ignore_stored_paths
+from nin.config.trust import without_training_parts
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
 from nin.deploy.loading import find_checkpoint, is_export
@@ -66,7 +66,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
 
     with log_to(None):
         checkpoint = read(path)
-        stored = ignore_stored_paths(settings_of(checkpoint, path, allowed))
+        stored = without_training_parts(settings_of(checkpoint, path, allowed))
         settings = apply_overrides(stored, overrides, MAY_CHANGE)
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
@@ -86,7 +86,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     from nin.deploy.scoring import evaluate, load_part
 
     description = load_onnx(path).description
-    stored = ignore_stored_paths(settings_of(description, path))
+    stored = without_training_parts(settings_of(description, path))
     # An export names no path of the machine that wrote it, and a folder of images has no default place.
     if isinstance(stored.data, FolderData) and not any(given.startswith("data.root=") for given in overrides):
         raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")

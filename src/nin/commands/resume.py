@@ -7,7 +7,7 @@ from nin.commands.options import add_allow_option
 from nin.config.changes import MAY_CHANGE
 from nin.config.composition import apply_overrides
 from nin.config.schema import Data, Settings, UserError
-from nin.config.trust import ignore_stored_actions, ignore_stored_root, require_trusted_targets
+from nin.config.trust import require_trusted_targets, with_local_defaults, with_local_root
 from nin.config.validation import validate_plain
 from nin.data.sources import raw_folder
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
@@ -56,8 +56,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -> tuple[Settings, list[str]]:
     """The settings to resume with, and all overrides that led to them.
 
-    The stored config is plain data: no interpolation is resolved, and it can't name code outside this project,
-    Lightning and torchmetrics, nor addresses to download from.
+    The stored config is plain data: no interpolation is resolved, it names no addresses to download from, and no class
+    but callbacks of this project and of Lightning, loggers of local files, and losses, optimizers and schedules of
+    torch, unless its module is ``allowed``.
 
     Raises:
         UserError: if the folder has no valid config, or an override is not allowed.
@@ -67,11 +68,11 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
         if any(folder.path.glob("*/.hydra/overrides.yaml")):
             raise UserError(f"{folder.path}: holds several runs; to resume a sweep, run its command again")
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
-    stored = ignore_stored_actions(validate_plain(config))
+    stored = with_local_defaults(validate_plain(config))
     require_trusted_targets(stored, allowed)
     # Missing files are downloaded or generated, and not into a folder that only the stored config names.
     if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
-        stored = ignore_stored_root(stored)
+        stored = with_local_root(stored)
     settings = apply_overrides(stored, overrides, _MAY_CHANGE)
     # The stored overrides are only recorded, not composed: they may name anything.
     return settings.model_copy(update={"resume": "auto"}), [*folder.read_overrides(), *overrides]

@@ -75,7 +75,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
         may_change: the keys, or prefixes of keys, that may be overridden.
 
     Raises:
-        UserError: lists every error, or names a key that is not among ``may_change``.
+        UserError: lists every error, or every key that is not among ``may_change``.
     """
     # Not as JSON, whose keys are texts: a class of the user's own may have numbers as keys.
     config = OmegaConf.create(settings.model_dump())
@@ -91,18 +91,22 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
         raise collect_errors(error, words) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
+    refused = []
     for override in parsed:
         device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
         for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
             if not is_within(key, may_change):
-                raise UserError(f"{override.input_line}: can't be changed here; these can: {', '.join(may_change)}")
-            if override.is_delete():
+                refused.append(f"{override.input_line}: can't be changed here")
+            elif override.is_delete():
                 parent, _, last = key.rpartition(".")
                 section = OmegaConf.select(config, parent) if parent else config
                 if section:  # the earlier run may not have it
                     section.pop(last, None)
             else:
                 OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
+    if refused:
+        refused[-1] += f"; these can: {', '.join(may_change)}"
+        raise UserError(*refused)
     return validate(config)
 
 

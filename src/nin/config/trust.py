@@ -9,7 +9,7 @@ from nin.config.changes import is_within
 from nin.config.composition import compose_settings
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
-_TRUSTED = ("nin", "lightning", "torchmetrics")
+_TRUSTED = ("nin", "lightning")
 # The sections that may name a class of the user's own, and those of them that a trained network needs.
 _OWN_CLASSES = ("model", "data", "loss", "optimizer", "schedule")
 OF_TRAINED = ("model", "data")
@@ -24,21 +24,16 @@ def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
         allowed: names of further modules whose classes the config may name.
 
     Raises:
-        UserError: names each ``_target_`` that is neither a callback of this project, Lightning or torchmetrics nor a
-            logger for TensorBoard or CSV files, and each path or address that leads out of the run's folder.
+        UserError: names each ``_target_`` that is neither a callback of this project or Lightning nor a logger for
+            TensorBoard or CSV files, and each path or address that leads out of the run's folder.
     """
-    require_allowed_classes(stored, allowed)
-    errors = []
+    errors = list(_refused_classes(stored, allowed, _OWN_CLASSES))
     for group in ("logger", "callbacks"):
         for name, config in getattr(stored, group).items():
             for key, value in _leaves(config, f"{group}.{name}"):
                 if key.endswith("._target_"):
                     if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
-                        module = str(value).partition(".")[0]
-                        errors.append(
-                            f"{key}={value}: this run's config is not allowed to call it; if you trust it, add "
-                            f"--allow {module}"
-                        )
+                        errors.append(_refusal(key, str(value)))
                 elif isinstance(value, str) and value and _leads_out(key, value):
                     errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
     if errors:
@@ -69,19 +64,24 @@ def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[
     Raises:
         UserError: names each ``_target_`` that is in none of these modules.
     """
-    errors = []
+    if errors := list(_refused_classes(stored, allowed, groups)):
+        raise UserError(*errors)
+
+
+def _refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...]) -> Iterator[str]:
     for group in groups:
         section = getattr(stored, group)
-        if isinstance(section, OwnClass) and not is_within(section.target, allowed):
-            if group in _OF_TORCH and re.fullmatch(_OF_TORCH[group], section.target):
-                continue
-            module = section.target.partition(".")[0]
-            errors.append(
-                f"{group}._target_={section.target}: this run's config is not allowed to call it; if you trust it, add "
-                f"--allow {module}"
-            )
-    if errors:
-        raise UserError(*errors)
+        if not isinstance(section, OwnClass) or is_within(section.target, allowed):
+            continue
+        if group not in _OF_TORCH or not re.fullmatch(_OF_TORCH[group], section.target):
+            yield _refusal(f"{group}._target_", section.target)
+
+
+def _refusal(key: str, target: str) -> str:
+    return (
+        f"{key}={target}: this run's config is not allowed to call it; if you trust it, add "
+        f"--allow {target.partition('.')[0]}"
+    )
 
 
 def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -113,7 +113,7 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
     return issubclass(found, kinds) and is_within(found.__module__, _TRUSTED)
 
 
-def ignore_stored_actions(stored: Settings) -> Settings:
+def with_local_defaults(stored: Settings) -> Settings:
     """``stored`` without the addresses to download from, the place of a cache, and the profiler.
 
     Each applies only if it is given again.
@@ -132,13 +132,13 @@ def ignore_stored_actions(stored: Settings) -> Settings:
     return stored.model_copy(update={"data": data, "trainer": trainer})
 
 
-def ignore_stored_paths(stored: Settings) -> Settings:
-    """``ignore_stored_actions``, with this machine's own ``data.root`` and without loggers, callbacks and loss."""
-    stored = ignore_stored_root(ignore_stored_actions(stored))
+def without_training_parts(stored: Settings) -> Settings:
+    """``with_local_defaults``, with this machine's own ``data.root`` and without loggers, callbacks and loss."""
+    stored = with_local_root(with_local_defaults(stored))
     return stored.model_copy(update={"logger": {}, "callbacks": {}, "loss": None})
 
 
-def ignore_stored_root(stored: Settings) -> Settings:
+def with_local_root(stored: Settings) -> Settings:
     """``stored`` with this machine's own ``data.root``.
 
     A folder of images has no default place: the stored one is kept, unless another is given.

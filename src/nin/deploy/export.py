@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nin.config.composition import apply_overrides
 from nin.config.schema import Settings, UserError
-from nin.config.trust import ignore_stored_paths
+from nin.config.trust import without_training_parts
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
 from nin.data.splits import warn_of_other_images
@@ -68,7 +68,7 @@ class Exporter:
         self.pipeline = pipeline_of(self.module, self.description)
         self.settings, self.progress = self.module.settings, progress
         # With this machine's own place of the data.
-        self.here = apply_overrides(ignore_stored_paths(self.settings), list(overrides), MAY_CHANGE)
+        self.here = apply_overrides(without_training_parts(self.settings), list(overrides), MAY_CHANGE)
         prepare(self.here.data)
         warn_of_other_images(self.here.data, self.description.more["images_sha256"])
         self.images, self.labels = load_part(self.here, "test")
