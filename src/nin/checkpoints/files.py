@@ -235,12 +235,15 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
     return saved_by
 
 
-def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | None = None) -> Settings:
+def settings_of(
+    checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | None = None, groups: tuple[str, ...] = OF_TRAINED
+) -> Settings:
     """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.
 
     Args:
         allowed: the modules whose classes may be imported, if the settings are used to build the trained network; None
             if they are only compared.
+        groups: the sections whose classes are going to be imported.
 
     Raises:
         UserError: if this version of the project does not know them, or they name a class that is not allowed.
@@ -250,7 +253,7 @@ def settings_of(checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | 
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
     if allowed is not None:
-        require_allowed_classes(stored, allowed, OF_TRAINED)
+        require_allowed_classes(stored, allowed, groups)
     return stored
 
 

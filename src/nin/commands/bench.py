@@ -34,7 +34,10 @@ log = logging.getLogger(__name__)
 # Only training is measured; data=garments needs no download and has images as large as Fashion-MNIST's.
 _DEFAULTS = ["data=garments", "schedule=constant"]
 # Training ends when all rounds are measured.
-_FIXED = ["trainer.max_epochs=1000", "trainer.limit_val_batches=0"]
+_FIXED = [
+    "trainer.max_epochs=1000", "trainer.max_steps=-1", "trainer.max_time=null", "trainer.fast_dev_run=false",
+    "trainer.limit_val_batches=0",
+]  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
@@ -142,8 +145,8 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     more = {}
     try:
         more["export"] = measure_untrained(settings, seconds)
-    except UserError as error:
-        log.warning("the export is left out: %s", error)
+    except Exception as error:  # noqa: BLE001  # of the exporter, about a network of the user's own
+        log.warning("the export is left out: %s", (str(error) or type(error).__name__).splitlines()[0])
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
         "device": device_name(build_trainer(settings, None, []).strategy.root_device),

@@ -113,7 +113,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
             for name, image in window:
                 if isinstance(image, ImageError):
                     broken += 1
-                    errors.print(f"nin predict: {name}: {image}", markup=False)
+                    errors.print(f"nin predict: {printable(name)}: {printable(str(image))}", markup=False)
                     writer.add_error(name, str(image))
                     continue
                 writer.add(name, scores.probabilities[place])
@@ -127,8 +127,8 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     writer.finish()
     if not args.invert and light > 0 and description.light_on_dark:
         errors.print(
-            f"nin predict: images with a light border: {light} of {found}; the network was trained on light things on "
-            "a dark ground: if they are dark on light, add --invert",
+            f"nin predict: images with a light border: {light} of {found - broken}; the network was trained on light "
+            "objects on a dark background: if they are dark on light, add --invert",
             markup=False,
         )
     if broken:

@@ -244,6 +244,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
     if isinstance(error, ValueError) and "Config group override" in first:
         return f"{given}: {key} is a config group, and its value an option; {_list_options(key)}"
+    if override.partition("=")[2].startswith("{") and (CONF / key).is_dir():
+        return f"{given}: the value of {key} is an option; write this to my/{key}/<name>.yaml, and add --config-dir my"
     if first.startswith(("Could not override", "Key '")) or "does not exist" in first:
         return f"{given}: no such key" + _suggest_key(key, config)
     if first.startswith(("Could not append", "Multiple values")) and override.startswith("+"):

@@ -66,8 +66,7 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
         raise UserError(f"{key}: {config.target}: {error}") from error
     try:
         return found(*positional, **given)
-    # What the user's own class raises about the values that it is given, or about a file that it needs.
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, OSError) as error:
+    except Exception as error:  # of the user's own class, about its values or a file or package that it needs
         values = ", ".join(f"{name}={value!r}" for name, value in config.arguments.items())
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{key}: {config.target} fails with {values or 'its defaults'} ({reason})") from error

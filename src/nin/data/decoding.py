@@ -104,11 +104,12 @@ def formats() -> list[str]:
 
     For PostScript Pillow starts Ghostscript, and a file must not be a program. ICO, ICNS, BLP and IPTC files hold a
     file of another format, whose size Pillow reads only when it decodes it (of ICO files already when they are opened),
-    and which in IPTC files may be PostScript.
+    and which in IPTC files may be PostScript. Of MPEG, HDF5, GRIB and BUFR files Pillow knows the names only.
     """
     Image.preinit()  # the common ones are tried first
     Image.init()
-    return [name for name in Image.ID if name not in ("EPS", "ICO", "ICNS", "BLP", "IPTC")]
+    excluded = ("EPS", "ICO", "ICNS", "BLP", "IPTC", "MPEG", "HDF5", "GRIB", "BUFR")
+    return [name for name in Image.ID if name not in excluded]
 
 
 def to_array(

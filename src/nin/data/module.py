@@ -217,8 +217,9 @@ class ImageDataModule(LightningDataModule):
         """Mean and deviation of each channel over the training images, from 0 to 1: float32 ``(channels,)``."""
         counts = torch.zeros(self.channels, 256, dtype=torch.int64)
         images = self.train[0]
-        for start in range(0, len(images), 1024):
-            pixels = images[start : start + 1024].cpu().reshape(-1, self.channels).to(torch.int64)
+        chunk = max(1, 2**24 // images[:1].numel())  # 16 MiB
+        for start in range(0, len(images), chunk):
+            pixels = images[start : start + chunk].cpu().reshape(-1, self.channels)
             counts += torch.stack([channel.bincount(minlength=256) for channel in pixels.T])
         values = torch.arange(256, dtype=torch.float64) / 255
         shares = counts.double() / counts.sum(1, keepdim=True)

@@ -30,6 +30,11 @@ def open_folder(data: FolderData, again: bool = False) -> Cache:
     return _opened[data]
 
 
+def with_channels(data: FolderData, channels: int) -> FolderData:
+    """``data`` with images of ``channels``, those of a trained network; another folder may have only gray ones."""
+    return data if open_folder(data).channels == channels else data.model_copy(update={"channels": channels})
+
+
 def require_enough_images(cache: Cache, data: FolderData) -> None:
     """Checks the numbers of images that a folder has, as the rules of the config do for the published data sets.
 

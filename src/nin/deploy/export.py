@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import Settings, UserError
-from nin.config.trust import without_training_parts
+from nin.config.schema import FolderData, Settings, UserError
+from nin.config.trust import require_allowed_classes, without_training_parts
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
-from nin.data.splits import warn_of_other_images
+from nin.data.splits import warn_of_other_images, with_channels
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
@@ -69,6 +69,11 @@ class Exporter:
         self.settings, self.progress = self.module.settings, progress
         # With this machine's own place of the data.
         self.here = apply_overrides(without_training_parts(self.settings), list(overrides), MAY_CHANGE)
+        require_allowed_classes(self.here, list(allow), ("data",))
+        if isinstance(self.here.data, FolderData):
+            # Nothing is trained: a folder may have fewer training images than a batch.
+            data = with_channels(self.here.data.model_copy(update={"batch_size": 1}), self.description.channels)
+            self.here = self.here.model_copy(update={"data": data})
         prepare(self.here.data)
         warn_of_other_images(self.here.data, self.description.more["images_sha256"])
         self.images, self.labels = load_part(self.here, "test")
@@ -109,7 +114,7 @@ class Exporter:
                 name: self._accuracy(load_onnx(file)) for name, file in (("float", source), ("int8", temporary))
             }
             lost = accuracy["float"] - accuracy["int8"]
-            if lost > INT8_LOSS:
+            if round(lost, 7) > INT8_LOSS:
                 raise ExportError(
                     f"int8: {accuracy['int8']:.4f} of the test images right, {accuracy['float']:.4f} before: it loses "
                     f"{100 * lost:.2f} points, more than {100 * INT8_LOSS:.1f}; not kept"

@@ -12,7 +12,7 @@ from torch.nn import functional
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checksum import read_checksum
 from nin.checkpoints.weights import load_weights, weights_sha256
-from nin.config.schema import FolderData, Settings, UserError
+from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import ends_with_pooling, forward_with_maps, grad_cam, has_score_maps
@@ -72,6 +72,13 @@ def _resize(pixels: Tensor, size: int) -> Tensor:
     return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
+def _stored_size(data: Data | FolderData | OwnData) -> int:
+    """The folder, or the data module of the user's own, need not be there: for them it is a setting."""
+    if isinstance(data, FolderData):
+        return data.stored_size
+    return data.image_size if isinstance(data, OwnData) else describe(data).stored_size
+
+
 def read_checkpoint(
     path: Path, run: RunFolder | None = None, allow: Sequence[str] = ()
 ) -> tuple[Classifier, Description]:
@@ -87,7 +94,8 @@ def read_checkpoint(
     # Before its content: if a run replaces the file meanwhile, the description is that of no checkpoint.
     checksum = read_checksum(path)
     checkpoint = checkpoint_files.read(path)
-    settings = checkpoint_files.settings_of(checkpoint, path, list(allow))
+    # No data are loaded: a data module of the user's own is not imported.
+    settings = checkpoint_files.settings_of(checkpoint, path, list(allow), ("model",))
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
     if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names)):
         raise UserError(f"{path}: saved by another version of nin? It names no classes")
@@ -105,8 +113,7 @@ def read_checkpoint(
     return module, Description(
         class_names=class_names,
         channels=in_channels,
-        # Of a folder it is a setting: the folder itself need not be there.
-        stored_size=data.stored_size if isinstance(data, FolderData) else describe(data).stored_size,
+        stored_size=_stored_size(data),
         fit=data.fit if isinstance(data, FolderData) else None,
         image_size=settings.data.image_size,
         test_time_flip=settings.data.test_time_flip,

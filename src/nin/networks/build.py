@@ -127,8 +127,8 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     try:
         with torch.no_grad():
             logits = network(torch.zeros(size, device=first.device))
-    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # of the user's own class
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"model: {model.target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
             "data.image_size"

@@ -14,8 +14,12 @@ def has_score_maps(network: nn.Module) -> bool:
 def ends_with_pooling(network: nn.Module) -> bool:
     """Whether the logits are the means of the last maps."""
     layers = _layers(network)
-    pools_to_one = len(layers) > 1 and getattr(layers[-2], "output_size", None) in (1, (1, 1))
-    return pools_to_one and _ends_with(network, nn.AdaptiveAvgPool2d, nn.Flatten)
+    return _ends_with(network, nn.AdaptiveAvgPool2d, nn.Flatten) and _pools_to_one(layers[-2])
+
+
+def _pools_to_one(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a global average pooling."""
+    return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
 
 
 def _ends_with(network: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -43,9 +47,9 @@ def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     """Logits and score maps of a network for which `has_score_maps` is true.
 
     With global average pooling the last block has one map per class, and the logit is its mean (Lin et al. 2013,
-    section 3.2). With a fully connected layer on the maps, a class's score map is the sum of all maps, each weighted
-    position by position with the class's weights (class activation maps: Zhou et al. 2016, section 2); its mean and
-    the layer's bias add up to the logit.
+    section 3.2). With a fully connected layer on the maps, or on their means, a class's score map is the sum of all
+    maps, each weighted with the class's weights (class activation maps: Zhou et al. 2016, section 2), position by
+    position if it has several; its mean and the layer's bias add up to the logit.
 
     Args:
         images: ``(batch, channels, size, size)``, float.
@@ -54,10 +58,14 @@ def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
         Logits ``(batch, classes)`` and score maps ``(batch, classes, height, width)``.
     """
     maps = images
-    *layers, pooling, last = _layers(network)
+    *layers, before, last = _layers(network)  # a global average pooling and Flatten, or Flatten and Linear
+    pooling = layers.pop() if isinstance(last, nn.Linear) and _pools_to_one(layers[-1]) else None
     for layer in layers:
         maps = layer(maps)
-    logits = last(pooling(maps))
+    if pooling is not None:
+        logits = last(before(pooling(maps)))
+        return logits, torch.einsum("bkhw,ck->bchw", maps, last.weight)
+    logits = last(before(maps))
     if isinstance(last, nn.Linear):
         height, width = maps.shape[-2:]
         weights = last.weight.view(last.out_features, -1, height, width)
@@ -92,7 +100,10 @@ def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
         )
     with torch.no_grad():
         classes = network(images[:1]).shape[1]
-    cam = LayerGradCam(network, layers[flattens[0] - 1])
+    last = flattens[0] - 1
+    if last and _pools_to_one(layers[last]):
+        last -= 1
+    cam = LayerGradCam(network, layers[last])
     images = images.detach().requires_grad_()  # a network without gradients of its weights still has these
     maps = torch.cat([cam.attribute(images, target=i).detach() for i in range(classes)], dim=1)
     # captum weights each map by the mean of its gradients; by their sum the product's mean is the logit's share.

@@ -205,7 +205,7 @@ class Search:
                     print(f"trial {number} failed: {error}", flush=True)
                     self.store.finish(number, TrialState.FAIL, None, scores, {}, error)
                 case "pruned":
-                    print(f"trial {number} was pruned after {len(scores)} epochs", flush=True)
+                    print(f"trial {number} was pruned after {max(scores)} epochs", flush=True)
                     self.store.finish(number, TrialState.PRUNED, scores[max(scores)], scores, rungs)
                 case _ if (score := result["metrics"].get("val/acc")) is None:
                     print(f"trial {number} failed: {WITHOUT_SCORE}", flush=True)

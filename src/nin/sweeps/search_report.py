@@ -44,7 +44,12 @@ def best_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
 def count_saved_epochs(trials: Sequence[FrozenTrial], max_epochs: int) -> int:
     """The number of epochs that pruned trials were not trained for."""
     pruned = [trial for trial in trials if trial.state == TrialState.PRUNED]
-    return sum(max(0, max_epochs - len(trial.intermediate_values)) for trial in pruned)
+    return sum(max(0, max_epochs - _last_epoch(trial)) for trial in pruned)
+
+
+def _last_epoch(trial: FrozenTrial) -> int:
+    """The number of the last epoch that ended with a validation."""
+    return max(trial.intermediate_values, default=0)
 
 
 def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
@@ -162,7 +167,7 @@ def _tabulate(trials: Sequence[FrozenTrial]) -> list[list[str]]:
         value = "" if trial.value is None else f"{trial.value:.4f}"
         state = names.get(trial.state, trial.state.name.lower())
         params = [printable(str(param)) for param in trial.params.values()]
-        rows.append([str(trial.number), value, str(len(trial.intermediate_values)), state, *params])
+        rows.append([str(trial.number), value, str(_last_epoch(trial)), state, *params])
     return rows
 
 

@@ -47,7 +47,12 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _as_override(value: Any) -> str | None:
-    """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a section or a missing key."""
+    """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a missing key.
+
+    A section has the name that its option has, as in ``optimizer=adamw``.
+    """
+    if isinstance(value, dict):
+        return next((own for key in ("name", "_target_") if isinstance(own := value.get(key), str)), None)
     if isinstance(value, list):
         if any(isinstance(item, list) for item in value):  # which may hold itself, in a file from elsewhere
             return None

@@ -108,7 +108,7 @@ def _torchrun_store() -> Any:
 
 
 class StoppedError(Exception):
-    """The run was stopped by a signal; its checkpoint is saved."""
+    """The run was stopped by a signal."""
 
     def __init__(self, signum: int):
         super().__init__(signum)

@@ -191,6 +191,9 @@ class Classifier(LightningModule):
         is_run = self.trainer.state.fn != TrainerFn.VALIDATING
         self._log(self._compute_scores(self.settings.data.score_each_epoch), is_logged=not is_run)
 
+    def on_test_epoch_start(self) -> None:
+        self.confusion.reset()
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Updates the test metrics and returns the logits ``(batch, classes)`` for callbacks."""
         logits = self._update_scores(batch)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
-from nin.config.schema import Settings, is_single_process
+from nin.config.schema import FolderData, Settings, is_single_process
 from nin.data.classes import require_same_classes
-from nin.data.splits import warn_of_other_images
+from nin.data.splits import warn_of_other_images, with_channels
 from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
@@ -31,6 +31,9 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     """
     set_threads(settings)
     warn_of_other_images(settings.data, images_sha256(checkpoint))
+    if isinstance(settings.data, FolderData):
+        channels = with_channels(settings.data, checkpoint["hyper_parameters"]["in_channels"])
+        settings = settings.model_copy(update={"data": channels})
     data = build_data(settings)
     require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))
     module = Classifier(settings, data.class_names, data.channels)

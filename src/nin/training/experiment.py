@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ class Experiment:
             else:
                 tested, confusion = test(self.trainer, self.module, self.data)
                 result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
-            result |= getattr(self.data, "notes", {})
+            result |= self.data.notes if isinstance(self.data, ImageDataModule) else {}
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
@@ -188,6 +189,8 @@ class Experiment:
             raise UserError(f"trainer: {error}") from error  # no step was taken
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
+                raise UserError(f"trainer: {error}") from error  # a val_check_interval of more batches than there are
             if self.checkpoint is None or self.checkpoints.is_restored:
                 raise
             log.info("the checkpoint's state could not be restored", exc_info=error)
@@ -195,6 +198,15 @@ class Experiment:
                 f"{self.resume_path}: can't be resumed: its state could not be restored ({type(error).__name__}: "
                 f"{error}, see nin.log); remove it to resume from the checkpoint before it, or give another name=…"
             ) from error
+
+    def describe_end(self) -> str:
+        """What a run that was stopped has saved, for the terminal."""
+        saved, step = self.checkpoints.saved_step, self.trainer.global_step
+        if not self.folder.last.exists():
+            return "no checkpoint is saved yet, the same command starts from the beginning"
+        if saved == step:
+            return "last.ckpt is saved, run the same command again to resume"
+        return f"run the same command again to resume from last.ckpt, which has step {saved} of {step}"
 
     def _describe(self, tested: dict[str, Any], final_weights: str) -> dict[str, Any]:
         best, metrics = self.checkpoints.best, self.metrics
@@ -212,6 +224,12 @@ class Experiment:
             "device": self.device_name,
             "overrides": self.request.overrides,
         }
+
+
+def _is_lightnings(error: Exception) -> bool:
+    """Whether Lightning itself raised ``error``, and not what it called."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__")).startswith("lightning.")
 
 
 def _completed_epochs(checkpoint: dict[str, Any]) -> int:

@@ -215,8 +215,9 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             folder.write_result(result)
             return result
         except StoppedError as stopped:
-            log.info("%s; the run resumes from last.ckpt", stopped)
-            print(f"{stopped}; last.ckpt is saved, run the same command again to resume", file=sys.stderr)
+            message = f"{stopped}; {experiment.describe_end()}"
+            log.info("%s", message)
+            print(message, file=sys.stderr)
             raise
         except (UserError, KeyboardInterrupt) as error:  # Ctrl-C before the run listens to signals
             log.info("%s", f"refused: {error}" if isinstance(error, UserError) else "stopped by Ctrl-C at the start")

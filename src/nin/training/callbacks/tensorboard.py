@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from nin.config.changes import flat, split_override
-from nin.config.composition import compose_config
+from nin.config.composition import compose_settings
 from nin.config.schema import Settings
 from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.runs.console import markdown_table
@@ -247,7 +247,7 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
         # Parsed as Hydra does: 1e-05 is a number.
         values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
     else:
-        defaults = flat(OmegaConf.to_container(compose_config([])))  # type: ignore[arg-type]  # a config is a dict
+        defaults = flat(compose_settings([]).model_dump(mode="json", include=_EXPERIMENT))
         chosen = flat(settings.model_dump(mode="json", include=_EXPERIMENT))
         values = {k: v for k, v in chosen.items() if k not in _PLACES and v != defaults.get(k)}
         values["seed"] = settings.seed
