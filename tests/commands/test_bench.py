@@ -119,6 +119,9 @@ def test_data_and_schedule_can_be_chosen() -> None:
     default = bench.read_settings(["experiment=cpu"])
     assert (default.data.name, default.schedule.name) == ("garments", "constant")
     assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
+    for word in ("trainer.max_steps=3", "trainer.max_time=00:00:01:00", "trainer.fast_dev_run=true"):
+        with pytest.raises(UserError, match=f"^{word.partition('=')[0]}: nin bench sets it"):
+            bench.read_settings([word])
 
 
 def test_the_users_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,8 +127,12 @@ def test_a_light_ground_is_noticed_and_inverted(
 ) -> None:
     Image.fromarray(255 - test_images[5]).save(tmp_path / "light.png")
     Image.fromarray(test_images[5]).save(tmp_path / "dark.png")
-    assert main([str(export), str(tmp_path / "light.png"), "--json"]) == 0
-    assert "images with a light border: 1 of 1; the" in capfd.readouterr().err.replace("\n", " ")
+    (broken := tmp_path / "\x1b[31mbroken.png").touch()
+    assert main([str(export), str(tmp_path / "light.png"), str(broken), "--json"]) == 1
+    printed = capfd.readouterr().err
+    assert "images with a light border: 1 of 1; the" in printed.replace("\n", " ")
+    assert "\\x1b[31mbroken.png: " in printed
+    assert "\x1b" not in printed
     assert main([str(export), str(tmp_path / "light.png"), "--json", "--invert"]) == 0
     inverted = capfd.readouterr()
     assert inverted.err == ""

@@ -235,3 +235,17 @@ def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:
     )
     with pytest.raises(UserError, match="no such key"):
         apply_overrides(earlier, ["trainer.max_epoch=1"], ("trainer",))
+
+
+def test_keys_that_are_numbers_hide_no_other_mistake() -> None:
+    callback = (
+        "+callbacks.acc={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {4: 2}}"
+    )
+    with pytest.raises(UserError, match=r"^optimizer.lrr=0.1: no such key; did you mean lr\?") as refused:
+        compose_settings([callback, "optimizer.lrr=0.1"])
+    assert len(refused.value.errors) == 1
+
+
+def test_a_class_is_named_by_a_file_of_the_group() -> None:
+    with pytest.raises(UserError, match=r"the value of model is an option; write this to my/model/<name>.yaml, and"):
+        compose_settings(["model={_target_: my_net.Net, input_size: 28}"])

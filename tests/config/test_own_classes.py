@@ -15,6 +15,8 @@ class Thing:
             raise ValueError("too wide")
         if width == 0:
             raise KeyError("Shirt")
+        if width == 1:
+            raise ModuleNotFoundError("No module named 'timm'")
         if width < 0:
             raise FileNotFoundError(2, "No such file or directory", "weights.pt")
         self.values = first, width, image_size
@@ -49,6 +51,7 @@ def test_the_signature_decides_what_is_given() -> None:
         ({}, "model: .*Thing: missing a required argument: 'width'"),
         ({"width": 10}, r"model: .*Thing fails with width=10 \(ValueError: too wide\)"),
         ({"width": 0}, r"model: .*Thing fails with width=0 \(KeyError: 'Shirt'\)"),
+        ({"width": 1}, r"model: .*Thing fails with width=1 \(ModuleNotFoundError: No module named 'timm'\)"),
         ({"width": -1}, r"model: .*Thing fails with width=-1 \(FileNotFoundError: .*: 'weights.pt'\)"),
     ],
 )

@@ -2,10 +2,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nin.config.schema import UserError
 from nin.data.cache import Cache, open_cache
-from nin.data.splits import describe_split, require_enough_images, require_training_images, split_folder
+from nin.data.splits import (
+    describe_split,
+    open_folder,
+    require_enough_images,
+    require_training_images,
+    split_folder,
+    with_channels,
+)
 from pictures import folder_data, write_folder
 
 
@@ -77,3 +85,12 @@ def test_a_class_without_an_image_to_train_on_is_named(cache: Cache) -> None:
 
 def test_without_validation_images_the_test_images_can_be_scored(cache: Cache) -> None:
     require_enough_images(cache, folder_data(Path("/"), val_size=0, score_each_epoch="test"))
+
+
+def test_the_images_of_another_folder_have_the_channels_of_the_network(tmp_path: Path) -> None:
+    gray = folder_data(write_folder(tmp_path, {"train": 4}, {"dark": (9, 9, 9), "light": (99, 99, 99)}))
+    for path in tmp_path.rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    assert open_folder(gray).channels == 1
+    assert with_channels(gray, 1) is gray
+    assert open_folder(with_channels(gray, 3)).shape == (8, 12, 12, 3)

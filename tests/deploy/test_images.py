@@ -28,6 +28,7 @@ def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) 
     for name in ("b.png", "below/a.webp", ".hidden.png", "below/.thumbnails/c.png"):
         gray.save(tmp_path / name, lossless=True)
     (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "clip.mpg").write_bytes(bytes(9))  # Pillow knows the name only
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     idx = tmp_path / "images-idx3-ubyte"
     idx.write_bytes(struct.pack(">4I", 0x0803, 2, 1, 3) + bytes(range(6)))

@@ -14,6 +14,7 @@ import nin
 from nin.checkpoints import files as checkpoint_files
 from nin.config.schema import UserError
 from nin.data.transforms import resize
+from nin.deploy.export import Exporter
 from nin.deploy.loading import default_export
 from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
@@ -115,6 +116,18 @@ def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder:
     with pytest.raises(UserError, match=r"model._target_=this.s: .* add --allow this"):
         nin.load(tmp_path / "x.ckpt")
     assert "this" not in sys.modules
+
+
+def test_a_data_module_of_ones_own_is_not_needed_to_classify(tmp_path: Path, run_folder: Path) -> None:
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    own = {"_target_": "nowhere.Data", "image_size": 28, "batch_size": 32}
+    checkpoint["hyper_parameters"]["settings"]["data"] = own
+    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    network = nin.load(tmp_path / "x.ckpt")
+    assert network.description.stored_size == 28
+    assert network.predict(np.zeros((1, 28, 28), np.uint8)).shape == (1, 10)
+    with pytest.raises(UserError, match=r"data._target_=nowhere.Data: .* add --allow nowhere"):
+        Exporter(tmp_path / "x.ckpt", None, lambda *_: None)
 
 
 def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> None:

@@ -67,6 +67,21 @@ def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
     assert not has_score_maps(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
 
 
+def test_maps_are_those_before_a_global_average_pooling(images: Tensor) -> None:
+    pytest.importorskip("captum")
+    features = (nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = nn.Sequential(*features, nn.Linear(4, 5)).eval()
+    assert has_score_maps(network)
+    assert not ends_with_pooling(network)
+    logits, maps = forward_with_maps(network, images)
+    assert torch.equal(logits, network(images))
+    assert maps.shape == (3, 5, 26, 26)
+    torch.testing.assert_close(maps.mean((2, 3)) + network[-1].bias, logits)
+    torch.testing.assert_close(grad_cam(network, images), maps * 1.0, rtol=1e-4, atol=1e-5)
+    deep = nn.Sequential(*features, nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 5)).eval()
+    assert grad_cam(deep, images).shape == (3, 5, 26, 26)
+
+
 def test_grad_cam_is_exact_where_one_linear_layer_follows_average_pooling() -> None:
     pytest.importorskip("captum")
     # Of one map per class there is one gradient per map, and Grad-CAM is the class activation map itself.

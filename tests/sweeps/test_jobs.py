@@ -89,6 +89,7 @@ def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
         ("trainer.gradient_clip_val", "null", "1.0", "trainer: {gradient_clip_val: %s}"),
         ("model.widths", "[48,128]", "[64,160]", "model: {widths: %s}"),
         ("model.norm", "none", "batch", "model: {norm: %s}"),
+        ("optimizer", "sgd", "adamw", "optimizer: {name: %s, lr: 0.1}"),
     ],
 )
 def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(

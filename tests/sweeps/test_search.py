@@ -585,6 +585,9 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
 def test_pruning_says_how_many_epochs_it_saved() -> None:
     pruned = create_trial(state=TrialState.PRUNED, intermediate_values={1: 0.1, 2: 0.1})
     assert count_saved_epochs([pruned, create_trial(value=0.5, intermediate_values={1: 0.5}), pruned], 10) == 16
+    # With trainer.check_val_every_n_epoch=2.
+    every_second = create_trial(state=TrialState.PRUNED, intermediate_values={2: 0.1, 4: 0.1})
+    assert count_saved_epochs([every_second], 10) == 6
 
 
 def test_the_table_breaks_no_word() -> None:

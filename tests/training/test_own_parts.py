@@ -1,6 +1,8 @@
 """Runs with networks, optimizers and data modules of the user's own that differ from the project's in kind."""
 
+import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
+from nin.system.processes import StoppedError
 from nin.training.experiment import Experiment
 from nin.training.loss import build_loss
 from nin.training.run import execute_run
@@ -228,6 +231,67 @@ def test_a_schedule_over_an_unknown_number_of_steps_is_refused(
         assert not request.folder.path.exists()
     limited = plain | {"trainer": plain["trainer"] | {"limit_train_batches": 2}, "schedule": linear}
     assert run_experiment(validate_plain(limited), RunFolder(tmp_path / "limited"))["steps"] == 4
+
+
+class Interrupted(Streams):
+    """Receives SIGTERM in the third batch of an epoch, once."""
+
+    notes = "not those of data=folder"
+    interrupted = False
+
+    def train_dataloader(self) -> DataLoader:
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for i, batch in enumerate(super(Interrupted, self).train_dataloader()):
+                if i == 2 and self.trainer.current_epoch == self.epoch and not Interrupted.interrupted:
+                    Interrupted.interrupted = True
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch
+
+        class Loader(IterableDataset):
+            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+                return batches()
+
+        return DataLoader(Loader(), batch_size=None)
+
+    def __init__(self, epoch: int):
+        super().__init__()
+        self.epoch = epoch
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+@pytest.mark.parametrize(
+    ("epoch", "message"),
+    [
+        (0, "no checkpoint is saved yet, the same command starts from the beginning"),
+        (1, "run the same command again to resume from last.ckpt, which has step 6 of 8"),
+    ],
+)
+def test_a_stop_says_what_is_saved(
+    settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str], epoch: int, message: str
+) -> None:
+    Interrupted.interrupted = False
+    keys = [f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test")]
+    plain = settings(*keys, "trainer.max_epochs=2", "schedule=constant", "callbacks=none", "logger=none").model_dump()
+    own = {"_target_": f"{__name__}.Interrupted", "image_size": 28, "batch_size": 4, "epoch": epoch}
+    request = RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
+    with pytest.raises(StoppedError):
+        execute_run(request)
+    assert f"stopped by SIGTERM; {message}\n" in capsys.readouterr().err
+    result = execute_run(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path)))
+    assert (result["status"], result["steps"]) == ("finished", 12)
+
+
+def test_what_lightning_refuses_when_it_knows_the_number_of_batches_is_the_users_mistake(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = ("trainer.limit_train_batches=null", "trainer.val_check_interval=10", "logger=none", "callbacks=none")
+    plain = settings(*keys).model_dump()
+    plain["model"] |= {"kernel_sizes": [3, 3, 3], "first_stride": 1}
+    images = folder_data(write_folder(tmp_path / "images", {"train": 8})).model_dump()
+    request = RunRequest(validate_plain(plain | {"data": images}), RunFolder(tmp_path / "run"))
+    with pytest.raises(UserError, match=r"^trainer: `val_check_interval` \(10\) must be less than"):
+        execute_run(request)
+    assert not request.folder.path.exists()
 
 
 class Halves(Streams):

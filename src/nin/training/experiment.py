@@ -190,7 +190,9 @@ class Experiment:
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
-                raise UserError(f"trainer: {error}") from error  # a val_check_interval of more batches than there are
+                raise UserError(
+                    f"trainer: {str(error).strip()}"
+                ) from error  # a val_check_interval of more batches than there are
             if self.checkpoint is None or self.checkpoints.is_restored:
                 raise
             log.info("the checkpoint's state could not be restored", exc_info=error)
