@@ -133,7 +133,7 @@ def train_for_a_moment(chosen: Settings, path: Path) -> None:
     torch.manual_seed(0)
     known = describe(chosen.data)
     module = Classifier(chosen, known.class_names, known.channels)
-    images, labels = load(chosen.data, "train")
+    images, labels = map(torch.from_numpy, load(chosen.data, "train"))
     optimizer = torch.optim.Adam(module.network.parameters(), 0.01)
     for i in range(80):  # enough to tell most classes apart
         batch = resize(images[32 * i : 32 * i + 32], 28)
@@ -175,6 +175,6 @@ def export(run_folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def test_images(data_root: Path) -> np.ndarray:
     """The garments' test images, ``(2000, 28, 28)`` uint8."""
-    from nin.deploy.images import parse_idx
+    from nin.data.idx import parse_idx
 
     return parse_idx((data_root / "Garments" / "raw" / "t10k-images-idx3-ubyte").read_bytes())

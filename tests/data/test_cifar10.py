@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from nin.config.schema import Data, UserError
 from nin.data import cifar10, sources
@@ -45,7 +44,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Data:
 def test_images_and_labels_are_read_in_the_order_of_the_batches(data: Data) -> None:
     sources.prepare(data)
     images, labels = sources.load(data, "train")
-    assert (images.shape, images.dtype) == ((20, 32, 32, 3), torch.uint8)
+    assert (images.shape, images.dtype) == ((20, 32, 32, 3), np.uint8)
     assert labels.tolist() == [label for i in range(5) for label in (i, 1, 2, 9)]
     # The file has all red values of an image, then all green, then all blue ones.
     assert images[5, 2, 7].tolist() == [int(ARRAYS[1][1, c * 1024 + 2 * 32 + 7]) for c in range(3)]

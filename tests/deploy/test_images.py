@@ -68,19 +68,6 @@ def test_a_folder_that_can_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
     assert (name, str(error)) == (str(tmp_path), "Permission denied")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (struct.pack(">4I", 0x0803, 2, 1, 3) + bytes(5), r"declares 6 values of \(2, 1, 3\), the file holds 5"),
-        (struct.pack(">2I", 0x0803, 2), "not an IDX file"),
-        (b"\x00\x00\x0d\x03" + bytes(40), "not an IDX file"),
-    ],
-)
-def test_a_damaged_idx_file_is_named(content: bytes, message: str) -> None:
-    with pytest.raises(ImageError, match=message):
-        images.parse_idx(content)
-
-
 def test_a_light_border_is_noticed() -> None:
     shirt = np.zeros((28, 28), np.uint8)
     shirt[4:24, 6:22] = 220

@@ -1,5 +1,6 @@
 """The typed config of each data set. Imports no torch."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -7,16 +8,40 @@ from pydantic import AfterValidator, Field
 
 from nin.config.types import NonNegative, OwnClass, Pixels, Positive, Section, Share
 
-# The sizes of the training set, before data.val_size images are held out, and of the test set. Those of data=folder are
-# known when the folder has been read.
-TRAINING_IMAGES = {
-    "fashion_mnist": 60_000, "mnist": 60_000, "kmnist": 60_000, "garments": 10_000, "cifar10": 50_000,
-}  # fmt: skip
-TEST_IMAGES = {
-    "fashion_mnist": 10_000, "mnist": 10_000, "kmnist": 10_000, "garments": 2_000, "cifar10": 10_000,
-}  # fmt: skip
-# Those of Fashion-MNIST's format: gray, 28x28, light things on a dark ground.
-IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
+
+@dataclass(frozen=True)
+class DataSet:
+    """What is known of a data set before its files are read. That of data=folder is known when the folder is read.
+
+    Attributes:
+        folder: where its files are, in ``data.root``; of the MNIST family torchvision has the same.
+        class_names: one per class; the label of an image is the index of its class.
+        training_images, test_images: their numbers, before ``data.val_size`` of the first are held out.
+        channels: of an image.
+        stored_size: height and width of an image, in pixels.
+    """
+
+    folder: str
+    class_names: tuple[str, ...]
+    training_images: int = 60_000
+    test_images: int = 10_000
+    channels: int = 1
+    stored_size: int = 28
+
+
+_CLOTHES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+_OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+DATA_SETS = {
+    "fashion_mnist": DataSet("FashionMNIST", _CLOTHES),
+    "mnist": DataSet("MNIST", tuple("0123456789")),
+    "kmnist": DataSet("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "garments": DataSet("Garments", _CLOTHES, training_images=10_000, test_images=2_000),
+    "cifar10": DataSet("CIFAR10", _OBJECTS, training_images=50_000, channels=3, stored_size=32),
+}
+# Those of Fashion-MNIST's format: gray, 28x28, light objects on a dark background.
+IDX_FORMAT = tuple(name for name, known in DATA_SETS.items() if known.channels == 1)
 
 
 # Absolute: a checkpoint can be evaluated from another working directory than that of its run.

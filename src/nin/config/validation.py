@@ -17,7 +17,7 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 from pydantic import ValidationError
 
 from nin.config.changes import depends_on_steps, is_within
-from nin.config.data_sets import TEST_IMAGES, TRAINING_IMAGES, Data
+from nin.config.data_sets import DATA_SETS, Data
 from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
 from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process
 
@@ -123,13 +123,13 @@ def find_errors(settings: Settings, invalid: Collection[str]) -> list[str]:
 
 
 def require_training_images(settings: Settings) -> Iterator[str]:
-    if (data := _with_known_size(settings)) and data.val_size >= (images := TRAINING_IMAGES[data.name]):
+    if (data := _with_known_size(settings)) and data.val_size >= (images := DATA_SETS[data.name].training_images):
         yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"
 
 
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
     data = _with_known_size(settings)
-    if data and 0 < (images := TRAINING_IMAGES[data.name] - data.val_size) < data.batch_size:
+    if data and 0 < (images := DATA_SETS[data.name].training_images - data.val_size) < data.batch_size:
         yield (
             f"data.batch_size={data.batch_size}: there are {images} training images"
             f"{f' after {data.val_size} are held out' if data.val_size else ''}; choose at most that"
@@ -195,7 +195,7 @@ def count_batches(settings: Settings) -> dict[str, int]:
     data = _with_known_size(settings)
     if data is None or not is_single_process(settings.trainer):
         return {}
-    training, test = TRAINING_IMAGES[data.name] - data.val_size, TEST_IMAGES[data.name]
+    training, test = DATA_SETS[data.name].training_images - data.val_size, DATA_SETS[data.name].test_images
     images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
 

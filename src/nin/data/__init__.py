@@ -8,7 +8,7 @@ A module imports only from the modules below it:
     own                   a LightningDataModule of the user's own
     garments, transforms  synthetic clothing silhouettes; augmentation and resizing of a batch
     overlays              images and score maps over them, for matplotlib
-    cifar10               CIFAR-10's archive, read as data
+    cifar10, idx          CIFAR-10's archive, read as data; the IDX format of the MNIST family
     splits                a folder's images for training, validation and test
     cache                 the decoded images of a folder: written once, and memory-mapped
     parallel              decoding in parallel processes

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from nin.config.data_sets import TEST_IMAGES, TRAINING_IMAGES
+from nin.config.data_sets import DATA_SETS
 
 _SCALE = 4  # generated at 112x112 and reduced to 28x28, for antialiased edges
 
@@ -15,7 +15,8 @@ Point = tuple[float, float]
 
 def write_files(folder: Path) -> None:
     """Writes the four IDX files under Fashion-MNIST's file names. The images are the same on every machine."""
-    for part, count, seed in (("train", TRAINING_IMAGES["garments"], 1), ("t10k", TEST_IMAGES["garments"], 2)):
+    known = DATA_SETS["garments"]
+    for part, count, seed in (("train", known.training_images, 1), ("t10k", known.test_images, 2)):
         random = np.random.default_rng(seed)
         labels = random.permutation(np.arange(count) % 10).astype(np.uint8)
         images = np.stack([garment(int(label), random) for label in labels])

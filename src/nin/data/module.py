@@ -153,7 +153,7 @@ class ImageDataModule(LightningDataModule):
         """All images are kept on the training device, 47 MB of Fashion-MNIST: no transfer during a step."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         assert not isinstance(self.data, FolderData)  # `_setup_folder`
-        images, labels = load(self.data, part)
+        images, labels = map(torch.from_numpy, load(self.data, part))
         return images.to(device), labels.to(device)
 
     def _setup_folder(self, data: FolderData, stage: str | None) -> None:

@@ -1,6 +1,7 @@
 """The data sets: their classes, where their files are downloaded from, and whether the files are intact.
 
-Imports no torch, except to download and to read images, so that a missing or altered file is reported within a second.
+Imports neither torch nor NumPy before files are downloaded or read, so that a missing or altered file is reported
+within a second.
 """
 
 import contextlib
@@ -9,21 +10,18 @@ import hashlib
 import http.client
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from nin.config.data_sets import DATA_SETS
 from nin.config.schema import Data, FolderData, OwnData, UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-CLASS_NAMES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
+    import numpy as np
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
@@ -90,15 +88,8 @@ def describe(data: Data | FolderData | OwnData) -> DatasetInfo:
 
         found = open_folder(data)
         return DatasetInfo(found.class_names, found.channels, found.stored_size)
-    class_names = {
-        "fashion_mnist": CLASS_NAMES,
-        "garments": CLASS_NAMES,
-        "mnist": tuple("0123456789"),
-        "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-        "cifar10": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    }
-    channels, stored_size = (3, 32) if data.name == "cifar10" else (1, 28)
-    return DatasetInfo(class_names[data.name], channels, stored_size)
+    known = DATA_SETS[data.name]
+    return DatasetInfo(known.class_names, known.channels, known.stored_size)
 
 
 def prepare(data: Data | FolderData | OwnData) -> None:
@@ -135,22 +126,15 @@ def prepare(data: Data | FolderData | OwnData) -> None:
 
 
 def raw_folder(data: Data) -> Path:
-    """The folder of the files, as in ``<root>/FashionMNIST/raw``; of the MNIST family torchvision has the same."""
-    folders = {
-        "fashion_mnist": "FashionMNIST",
-        "mnist": "MNIST",
-        "kmnist": "KMNIST",
-        "garments": "Garments",
-        "cifar10": "CIFAR10",
-    }
-    return Path(data.root) / folders[data.name] / "raw"
+    """The folder of the files, as in ``<root>/FashionMNIST/raw``."""
+    return Path(data.root) / DATA_SETS[data.name].folder / "raw"
 
 
-def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
+def load(data: Data, part: str) -> "tuple[np.ndarray, np.ndarray]":
     """Reads images ``(count, 28, 28)`` uint8, of CIFAR-10 ``(count, 32, 32, 3)``, and labels ``(count,)`` int64.
 
-    torchvision's dataset classes are not used: they prefer a ``processed/training.pt`` beside the files, which no
-    checksum covers.
+    torchvision's dataset classes are not used: they need torch, and prefer a ``processed/training.pt`` beside the
+    files, which no checksum covers.
 
     Args:
         part: "train" or "t10k", the test images.
@@ -159,34 +143,20 @@ def load(data: Data, part: str) -> "tuple[Tensor, Tensor]":
         UserError: if a file is no IDX file or cut off, if there are not as many labels as images, or if a label names
             no class.
     """
-    import torch
-    from torchvision.datasets.mnist import read_image_file, read_label_file
-
-    def read(reader: Callable[[str], "Tensor"], file: Path) -> "Tensor":
-        try:
-            return reader(str(file))
-        except OSError as error:
-            raise UserError(f"{file}: can't be read ({error.strerror}); prepare_data() restores it") from error
-        # Of a header that is none, and of more or fewer values than the header declares.
-        except (AssertionError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(
-                f"{file}: not an IDX file, cut off or too long ({str(error) or type(error).__name__}); remove it and "
-                "run the command again, which restores it"
-            ) from error
-
     folder = raw_folder(data)
     if data.name == "cifar10":
         from nin.data import cifar10
 
-        arrays = cifar10.read(folder / cifar10.ARCHIVE, part)
-        return torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
-    images = read(read_image_file, folder / f"{part}-images-idx3-ubyte")
-    labels = read(read_label_file, folder / f"{part}-labels-idx1-ubyte")
+        return cifar10.read(folder / cifar10.ARCHIVE, part)
+    from nin.data.idx import read_idx
+
+    images = read_idx(folder / f"{part}-images-idx3-ubyte", dimensions=3)
+    labels = read_idx(folder / f"{part}-labels-idx1-ubyte", dimensions=1).astype("int64")
     remedy = "remove the folder and run the command again"
     if len(images) != len(labels):
         raise UserError(f"{folder}: {part} has {len(images)} images and {len(labels)} labels; {remedy}")
-    classes = len(describe(data).class_names)
-    if len(labels) and int(labels.max()) >= classes:
+    classes = len(DATA_SETS[data.name].class_names)
+    if len(labels) and labels.max() >= classes:
         raise UserError(f"{folder}: {part} has the label {labels.max()}, and there are {classes} classes; {remedy}")
     return images, labels
 

@@ -1,6 +1,5 @@
 """The user's own images, decoded as the images of the network's data set are. Imports no torch."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from nin.data import idx
 from nin.data.decoding import ImageError, formats, open_image, to_array
-
-_IDX_IMAGES, _IDX_LABELS = b"\x00\x00\x08\x03", b"\x00\x00\x08\x01"  # unsigned bytes in three dimensions, in one
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,10 @@ def _read_file(path: Path, form: ImageForm) -> Iterator[tuple[str, np.ndarray | 
 
 def _read(name: str, content: bytes, form: ImageForm) -> Iterator[tuple[str, np.ndarray | ImageError]]:
     try:
-        if content[:4] == _IDX_LABELS:
+        if content[:4] == idx.LABELS:
             raise ImageError("an IDX file of labels, not of images")
-        if content[:4] == _IDX_IMAGES:
-            images = parse_idx(content)
+        if content[:4] == idx.IMAGES:
+            images = idx.parse_idx(content)
             if not images.size:
                 raise ImageError("an IDX file without pixels")
             for i, image in enumerate(images):
@@ -99,21 +97,6 @@ def _read(name: str, content: bytes, form: ImageForm) -> Iterator[tuple[str, np.
             yield name, form.decode(content)
     except ImageError as error:
         yield name, error
-
-
-def parse_idx(content: bytes) -> np.ndarray:
-    """The values of an IDX file: ``(count, height, width)`` images or ``(count,)`` labels, uint8.
-
-    Raises:
-        ImageError: if the content is neither, cut off or too long.
-    """
-    if content[:4] not in (_IDX_IMAGES, _IDX_LABELS) or len(content) < 4 + 4 * content[3]:
-        raise ImageError("not an IDX file of images or labels")
-    shape = tuple(int(n) for n in np.frombuffer(content, dtype=">u4", offset=4, count=content[3]))
-    start = 4 + 4 * len(shape)
-    if (values := math.prod(shape)) != len(content) - start:
-        raise ImageError(f"the header declares {values} values of {shape}, the file holds {len(content) - start}")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
 
 
 def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:

@@ -6,11 +6,8 @@ from typing import Any
 import numpy as np
 
 from nin.config.schema import TOP5_CLASSES, Data, FolderData, Settings, UserError
-from nin.data import cifar10
-from nin.data.decoding import ImageError
-from nin.data.sources import raw_folder
+from nin.data.sources import load
 from nin.data.splits import open_folder, split_folder
-from nin.deploy.images import parse_idx
 from nin.deploy.trained import TrainedNetwork
 
 BATCH_IMAGES = 128
@@ -57,18 +54,7 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages,
             f"data: {data.target} makes its images itself, so no export can be checked or tested on them; nin predict "
             "and nin eval take the run or its checkpoint"
         )
-    if data.name == "cifar10":
-        return cifar10.read(raw_folder(data) / cifar10.ARCHIVE, "train" if part == "train" else "t10k")
-    found = []
-    for kind in ("images-idx3", "labels-idx1"):
-        path = raw_folder(data) / f"{'train' if part == 'train' else 't10k'}-{kind}-ubyte"
-        try:
-            found.append(parse_idx(path.read_bytes()))
-        except (ImageError, OSError) as error:
-            raise UserError(f"{path}: can't be read ({error})") from error
-    if len(found[0]) != len(found[1]):
-        raise UserError(f"{raw_folder(data)}: {len(found[0])} images and {len(found[1])} labels of {part}")
-    return found[0], found[1]
+    return load(data, "train" if part == "train" else "t10k")
 
 
 def evaluate(

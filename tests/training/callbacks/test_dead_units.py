@@ -95,7 +95,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_warned_of_once(
     steps = [0, 2, 3, 5, 6, 8, 9, 11, 12]
     assert all([event.step for event in values] == steps for values in logged.values())
 
-    images, labels = load(chosen.data, "train")
+    images, labels = map(torch.from_numpy, load(chosen.data, "train"))
     training_images = images[split(len(labels), chosen.data.val_size, chosen.seed)[1][:2]]
     network = NiN(image_size=67, widths=(8, 16, 16))
     weights = checkpoint_files.read(folder.last)["state_dict"]
