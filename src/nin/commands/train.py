@@ -16,7 +16,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import MAY_CHANGE, changes_training, is_within, split_override
+from nin.config.changes import SAME_EXPERIMENT, is_within, split_override, that_change_training
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import CONF, UserError
@@ -98,11 +98,9 @@ def _name_with_changes(config: DictConfig) -> str | None:
         return None
     words = {split_override(word)[0]: word for word in overrides}
     # The group `trainer` chooses where a run trains.
-    same = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
     callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
-    entries = callbacks.values() if isinstance(callbacks, dict) else []  # not validated yet
-    if any(isinstance(entry, dict) and changes_training(entry) for entry in entries):
-        same.remove("callbacks")
+    others = isinstance(callbacks, dict) and that_change_training(callbacks)  # not validated yet
+    same = [key for key in SAME_EXPERIMENT if not (key == "callbacks" and others)]
     changes = sorted(
         word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)
     )

@@ -32,6 +32,13 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
+# Those of them that make no other experiment under the same name. A run that is longer is another experiment before it
+# has started.
+SAME_EXPERIMENT = tuple(key for key in MAY_CHANGE if key != "trainer.max_epochs")
+# Those that are part of a result: a sweep's table has another row for another value.
+PART_OF_RESULT = ("trainer.max_epochs", "callbacks", "data.root")
+
+
 # Lightning's callbacks that do not change training, as those of this project. Any other is part of the experiment: an
 # average of the weights, early stopping, and those of the user, which may do anything.
 _OBSERVERS = (
@@ -44,6 +51,11 @@ def changes_training(callback: Mapping[str, Any]) -> bool:
     """Whether a run with this entry of ``callbacks`` may train otherwise than one without it."""
     module, _, name = str(callback.get("_target_")).rpartition(".")
     return not is_within(module, ["nin"]) and not (is_within(module, ["lightning"]) and name in _OBSERVERS)
+
+
+def that_change_training(callbacks: Mapping[str, Any]) -> dict[str, Any]:
+    """Those entries of ``callbacks`` that are part of the experiment; they may come from a file and be anything."""
+    return {k: entry for k, entry in callbacks.items() if isinstance(entry, Mapping) and changes_training(entry)}
 
 
 def depends_on_steps(schedule: Schedule | OwnSchedule) -> bool:
@@ -77,13 +89,11 @@ def differences(before: Settings, now: Settings) -> list[str]:
 
     def fixed_values(settings: Settings) -> dict[str, Any]:
         plain = settings.model_dump(mode="json")
-        callbacks = {name: entry for name, entry in plain["callbacks"].items() if changes_training(entry)}
         # null stands for what the data module needs.
         keys = flat(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
         fixed_length = depends_on_steps(settings.schedule)
-        may_change = [key for key in MAY_CHANGE if not fixed_length or key != "trainer.max_epochs"]
-        fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
-        return fixed | flat({"callbacks": callbacks})
+        fixed = {k: v for k, v in keys.items() if not is_within(k, SAME_EXPERIMENT if fixed_length else MAY_CHANGE)}
+        return fixed | flat({"callbacks": that_change_training(plain["callbacks"])})
 
     there, here = fixed_values(before), fixed_values(now)
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}

@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from nin.config.changes import MAY_CHANGE, is_within, split_override
+from nin.config.changes import MAY_CHANGE, PART_OF_RESULT, is_within, split_override
 from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import printable
 from nin.config.schema import UserError
@@ -26,7 +26,6 @@ METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
 _MAX_NAME_LENGTH = 100  # characters of a folder's name; file systems allow 255 bytes
 _MAX_JOBS = 10_000
-_PART_OF_RESULT = ("trainer.max_epochs", "callbacks", "data.root")  # of MAY_CHANGE: other values, another row
 
 
 def job_folder(overrides: str) -> str:
@@ -267,8 +266,8 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
 
 
 def _drop_common(jobs: list[Job], swept: list[str]) -> None:
-    """Drops keys of _PART_OF_RESULT that no sweep varies, and that have one value in all jobs that have them."""
-    for key in {key for job in jobs for key in job.overrides if is_within(key, _PART_OF_RESULT)} - {*swept}:
+    """Drops keys of PART_OF_RESULT that no sweep varies, and that have one value in all jobs that have them."""
+    for key in {key for job in jobs for key in job.overrides if is_within(key, PART_OF_RESULT)} - {*swept}:
         if len({job.overrides[key] for job in jobs if key in job.overrides}) == 1:
             for job in jobs:
                 job.overrides.pop(key, None)

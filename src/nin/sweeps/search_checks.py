@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
-from nin.config.changes import MAY_CHANGE, changes_training, flat, is_within, split_override
+from nin.config.changes import SAME_EXPERIMENT, flat, is_within, split_override, that_change_training
 from nin.config.composition import compose_settings
 from nin.config.data_sets import Data
 from nin.config.errors import format_errors
@@ -109,8 +109,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     max_epochs = {point.trainer.max_epochs for point in points}
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
-    callbacks = {name: entry for name, entry in points[0].callbacks.items() if changes_training(entry)}
-    values = flat({"callbacks": callbacks}).items()
+    values = flat({"callbacks": that_change_training(points[0].callbacks)}).items()
     own = [f"{key}={value}" for key, value in values if not any(is_within(key, [searched]) for searched in space)]
     return Plan(
         name=str(config.name),
@@ -127,8 +126,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
 
 def experiment_words(words: Iterable[str]) -> list[str]:
     """The overrides that make a trial the experiment that it is, sorted; the others may change under one name."""
-    may_change = [key for key in MAY_CHANGE if key != "trainer.max_epochs"]
-    return sorted(word for word in words if not is_within(split_override(word)[0], [*may_change, "hydra"]))
+    return sorted(word for word in words if not is_within(split_override(word)[0], [*SAME_EXPERIMENT, "hydra"]))
 
 
 def count_trials(plan: Plan, settings: SearchSettings) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from nin.config.changes import changes_training
+from nin.config.changes import that_change_training
 from nin.config.errors import printable
 from nin.runs.folder import RunFolder
 
@@ -38,7 +38,7 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
         values["data.root"] = _value_at(config, "data.root")
     callbacks = _value_at(config, "callbacks")
     if isinstance(callbacks, dict):
-        entries = {k: v for k, v in callbacks.items() if isinstance(v, dict) and changes_training(v)}
+        entries = that_change_training(callbacks)
         values["callbacks"] = " ".join(map(str, entries))
         for name, arguments in entries.items():
             values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}

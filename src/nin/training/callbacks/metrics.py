@@ -29,7 +29,11 @@ class MetricsLogger(Callback):
 
     Everything is logged at the number of optimizer steps so far, so that all curves have the same x axis. The value of
     ``lr`` and ``train/grad_norm`` at step k are those of the k-th optimizer step; the norm is that before clipping.
-    ``metrics.csv`` has one row per epoch.
+    ``metrics.csv`` has one row per epoch. A schedule that follows val/loss is stepped at the end of the epoch, before
+    the epoch's checkpoint is saved.
+
+    Not by ``self.log``: Lightning logs at its own count of batches, which is one too high after some resumes, and a
+    checkpoint that is saved within an epoch lacks its sums.
 
     Args:
         metrics_csv: path of the CSV file.
