@@ -38,17 +38,12 @@ def test_overrides_choose_the_network(capsys: pytest.CaptureFixture[str]) -> Non
     assert "kernel_sizes has 4 entries" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--cfg", "job"], ["--multirun"]])
-def test_options_that_would_have_no_effect_are_refused(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run("inspect", options) == 2
-    assert capsys.readouterr().err == f"nin inspect: {options[0]}: an option of nin train only; leave it out\n"
-
-
-def test_options_that_do_not_exist_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run("inspect", ["--experiment", "cpu"]) == 2
-    message = "nin inspect: --experiment: no such option; settings are given without dashes, as in experiment=…; "
-    options = "there are: --help, -h, --config-path, -cp, --config-name, -cn, --config-dir, -cd\n"
-    assert capsys.readouterr().err == message + options
+@pytest.mark.parametrize("option", ["--cfg", "--multirun", "--experiment"])
+def test_options_that_do_not_exist_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.run("inspect", [option])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"nin inspect: error: unrecognized arguments: {option}\n")
 
 
 def test_the_users_own_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,11 +74,6 @@ def test_no_receptive_field_is_made_up_for_a_network_of_ones_own(
     output = capsys.readouterr().out
     assert cells(output)["Net"] == ["10", "500", "237,160"]
     assert "not known of a network of your own" in output
-
-
-def test_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run("inspect", ["--help"]) == 0
-    assert capsys.readouterr().out.startswith("Usage: nin inspect")
 
 
 def test_a_target_that_is_no_class_is_one_message(

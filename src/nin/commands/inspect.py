@@ -1,12 +1,14 @@
 """``nin inspect [overrides]``: the chosen network's layers, and what NiN saves against LeNet, AlexNet and VGG."""
 
+import argparse
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
+from nin.commands.options import add_config_options
 from nin.config.composition import compose_config, compose_settings
-from nin.config.hydra_options import open_hydra, parse_arguments
+from nin.config.hydra_options import open_hydra
 from nin.config.networks import OwnModel
 from nin.config.schema import Settings
 from nin.config.validation import validate
@@ -19,25 +21,21 @@ if TYPE_CHECKING:
 # Narrow enough for a terminal of 80 columns.
 _STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
-HELP = """Usage: nin inspect [group=option …] [key=value …]
-
-Print a network without training it: each layer's output shape, parameters, multiply-adds and receptive field, and
-what NiN saves against the networks with fully connected layers. Keys, groups, --config-dir, --config-name and
---config-path are those of nin train.
-
-  nin inspect                         the notebooks' network at 224x224
-  nin inspect model=nin_small         the network for 28x28
-  nin inspect model.conv1x1_layers=0  without 1x1 convolutions"""
-
 
 def main(arguments: list[str]) -> None:
-    if {"-h", "--help"} & set(arguments):
-        print(HELP)
-        return
-    args = parse_arguments(arguments, ("config_dir", "config_name", "config_path"))
+    parser = argparse.ArgumentParser(
+        prog="nin inspect",
+        allow_abbrev=False,
+        description="Print a network without training it: each layer's output shape, parameters, multiply-adds and "
+        "receptive field, and what NiN saves against the networks with fully connected layers.",
+        epilog="examples: nin inspect; nin inspect model=nin_small; nin inspect model.conv1x1_layers=0",
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value and group=option as for nin train: model, data, …")
+    add_config_options(parser)
+    args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
     silence_known_warnings()
     with open_hydra(args.config_dir, args.config_path):
-        settings = compose_settings(args.overrides, args.config_name or "train")
+        settings = compose_settings(args.overrides, args.config_name)
     console = Console(highlight=False)
     console.print(_layers_table(settings))
     unknown = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""

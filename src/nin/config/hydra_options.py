@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hydra.version
@@ -19,14 +19,11 @@ from nin.config.schema import CONF, UserError
 SEARCH_PATH = "hydra.searchpath"
 
 
-def parse_arguments(arguments: list[str], names: Collection[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Parses Hydra's options. Settings are given as ``key=value``, without dashes.
 
-    Args:
-        names: of the options that the command has, such as ``config_dir``; None: all of Hydra's.
-
     Raises:
-        UserError: on an unknown option, or one that this command does not have.
+        UserError: on an unknown option.
     """
     parser = get_args_parser()
     parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
@@ -34,17 +31,13 @@ def parse_arguments(arguments: list[str], names: Collection[str] | None = None) 
     if wrong := [word for word in unknown if word.startswith("-")]:
         option = wrong[0].partition("=")[0]
         actions = [action for action in parser._actions if action.dest != "experimental_rerun"]  # noqa: SLF001  # no public list
-        chosen = [action for action in actions if names is None or action.dest in ("help", *names)]
-        options = [option for action in chosen for option in action.option_strings]
+        options = [option for action in actions for option in action.option_strings]
         raise UserError(
             f"{option}: no such option; settings are given without dashes, as in {option.lstrip('-') or 'seed'}=…; "
             f"{did_you_mean(option, options)}"
         )
     if args.experimental_rerun:
         raise UserError("--experimental-rerun: not supported; use nin resume RUN")
-    given = [name for name, value in vars(args).items() if value and name != "overrides"]
-    if names is not None and (others := [name for name in given if name not in names]):
-        raise UserError(f"--{others[0].replace('_', '-')}: an option of nin train only; leave it out")
     args.overrides += unknown  # argparse leaves those out that follow an option
     return args
 
