@@ -12,7 +12,7 @@ from nin.config.changes import SAME_EXPERIMENT, flat, is_within, split_override,
 from nin.config.composition import compose_settings
 from nin.config.data_sets import Data
 from nin.config.errors import format_errors
-from nin.config.schema import OwnData, Settings, UserError
+from nin.config.schema import FolderData, OwnData, Settings, UserError
 from nin.config.types import Positive, Section
 from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
@@ -172,7 +172,9 @@ def _require_held_out_images(settings: Settings) -> None:
     data: Any = settings.data
     if isinstance(data, OwnData):
         return  # its validation images are not known before it is built
-    if data.score_each_epoch != "val" or not data.val_size or settings.trainer.limit_val_batches == 0:
+    # A folder may have them in val/; it is read later.
+    held_out = isinstance(data, FolderData) or data.val_size
+    if data.score_each_epoch != "val" or not held_out or settings.trainer.limit_val_batches == 0:
         raise UserError(
             "a search compares val/acc on held-out images: it needs data.score_each_epoch=val, data.val_size above 0 "
             "and trainer.limit_val_batches above 0"

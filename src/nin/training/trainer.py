@@ -1,6 +1,7 @@
 """Builds Lightning's Trainer, with the loggers and callbacks that the config names by ``_target_``."""
 
 import inspect
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -78,7 +79,8 @@ def _logger_and_callback_configs(
     for name, config in settings.logger.items():
         target = str(config.get("_target_", ""))
         takes_folder = "save_dir" in _parameters(target) and "save_dir" not in config
-        extra: dict[str, Any] = {"save_dir": str(folder)} if takes_folder else {}
+        # Without a folder nothing is logged, but some loggers make their folder when they are built.
+        extra: dict[str, Any] = {"save_dir": str(folder or tempfile.gettempdir())} if takes_folder else {}
         if resume_step and target.endswith("TensorBoardLogger"):
             extra["purge_step"] = resume_step  # TensorBoard discards what it has read of the steps that are repeated
         if target.endswith("SingleFileTensorBoardLogger"):

@@ -120,15 +120,17 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_warned_of_once(
 def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, caplog: pytest.LogCaptureFixture) -> None:
     metrics = MetricsLogger(Path())
     metrics.latest = {"train/loss": 2.4, "train/acc": 0.1}
-    trainer: Any = SimpleNamespace(callbacks=[metrics], global_step=300, current_epoch=0)
+    data = SimpleNamespace(train=(None, range(200)))
+    trainer: Any = SimpleNamespace(callbacks=[metrics], global_step=300, current_epoch=0, datamodule=data)
     model = compose_settings([f"model={network}"]).model
-    module: Any = SimpleNamespace(num_classes=10, class_names=(), settings=SimpleNamespace(model=model))
+    module: Any = SimpleNamespace(num_classes=10, class_names="abcdefghij", settings=SimpleNamespace(model=model))
     monitor = DeadUnitMonitor()
     for _ in range(2):  # the second check in a row warns
-        monitor._warn(trainer, module, [])
+        monitor._warn(trainer, module, [2])
     (warning,) = caplog.messages
     assert warning.startswith("training is at chance at step 300")
     assert ("model.final_relu=false" in warning) == named
+    assert "1 of 10 classes is dead on these 200 training images, in eval mode (c)" in warning
 
 
 @pytest.mark.long

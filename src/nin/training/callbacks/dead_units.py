@@ -103,31 +103,20 @@ class DeadUnitMonitor(Callback):
         still_dead = [i for i in classes if i in self.suspects["dead"]]
         # Only NiN has the other keys.
         remedy = _REMEDY if hasattr(pl_module.settings.model, "final_relu") else _REMEDY_OF_OTHERS
+        images = min(self.images, len(trainer.datamodule.train[1]))  # type: ignore[attr-defined]  # as in `_sample`
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
         if chance and self.suspects["chance"] and not self.warned["chance"]:
             self.warned["chance"] = True
             log.warning(
                 "training is at chance at %s: the loss is %.4f, and guessing has ln %d = %.4f.%s %s",
                 where, latest["train/loss"], pl_module.num_classes, math.log(pl_module.num_classes),
-                self._describe(classes, pl_module.class_names), remedy,
+                _describe(classes, pl_module.class_names, images), remedy,
             )  # fmt: skip
             self.warned["dead"] = self.warned["dead"] or bool(classes)
         elif still_dead and not self.warned["dead"]:
             self.warned["dead"] = True
-            log.warning("at %s:%s %s", where, self._describe(still_dead, pl_module.class_names), remedy)
+            log.warning("at %s:%s %s", where, _describe(still_dead, pl_module.class_names, images), remedy)
         self.suspects = {"dead": classes, "chance": chance}
-
-    def _describe(self, classes: list[int], class_names: tuple[str, ...]) -> str:
-        if not classes:
-            return ""
-        names = ", ".join(class_names[i] for i in classes[:_NAMES])
-        more = f" and {len(classes) - _NAMES} more" if len(classes) > _NAMES else ""
-        verb = "is" if len(classes) == 1 else "are"
-        return (
-            f" {len(classes)} of {len(class_names)} classes {verb} dead on these {self.images} training images, in "
-            f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images "
-            "give it no gradient. A dead class can become active again when the layers below change."
-        )
 
     def state_dict(self) -> dict[str, Any]:
         return {"checked_step": self.checked_step, "suspects": self.suspects, "warned": self.warned}
@@ -142,6 +131,19 @@ _REMEDY = (
     "class can be dead), model.norm=batch, schedule.warmup=0.1, a smaller optimizer.lr, another seed."
 )
 _REMEDY_OF_OTHERS = "Try one of schedule.warmup=0.1, a smaller optimizer.lr, optimizer=adamw, another seed."
+
+
+def _describe(classes: list[int], class_names: tuple[str, ...], images: int) -> str:
+    if not classes:
+        return ""
+    names = ", ".join(class_names[i] for i in classes[:_NAMES])
+    more = f" and {len(classes) - _NAMES} more" if len(classes) > _NAMES else ""
+    verb = "is" if len(classes) == 1 else "are"
+    return (
+        f" {len(classes)} of {len(class_names)} classes {verb} dead on these {images} training images, in "
+        f"eval mode ({names}{more}): the score map, which ends in a ReLU, is zero everywhere, so that these images "
+        "give it no gradient. A dead class can become active again when the layers below change."
+    )
 
 
 def is_at_chance(latest: dict[str, float], num_classes: int) -> bool:
