@@ -228,10 +228,11 @@ def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:
     without = validate(compose_config(["model=nin_small", "callbacks=none"]))
     assert apply_overrides(without, ["~callbacks.dead_units"], ("callbacks",)).callbacks == {}
     with pytest.raises(UserError) as refused:
-        apply_overrides(earlier, ["optimizer.lr=1", "trainer=cpu", "seed=3"], ("trainer", "data.root"))
+        apply_overrides(earlier, ["optimizer.lr=1", "trainer=cpu", "seed=3"], ("data.root", "trainer.max_epochs"))
     assert refused.value.errors == (
         "optimizer.lr=1: can't be changed here",
-        "seed=3: can't be changed here; these can: trainer, data.root",
+        "trainer=cpu: can't be changed here",
+        "seed=3: can't be changed here; these can: data.root, trainer.max_epochs",
     )
     with pytest.raises(UserError, match="no such key"):
         apply_overrides(earlier, ["trainer.max_epoch=1"], ("trainer",))

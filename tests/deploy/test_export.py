@@ -98,6 +98,11 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     kinds = {node.op_type for node in onnx.load(path).graph.node}
     assert "QuantizeLinear" in kinds
     assert "BatchNormalization" not in kinds
+    accuracies = iter((0.9, 0.897))  # 0.0030000000000000027 apart
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "INT8_LOSS", 0.003)
+        patch.setattr(exporter, "_accuracy", lambda _: next(accuracies))
+        assert exporter.export_int8(export, path)["accuracy"] == {"float": 0.9, "int8": 0.897}
     monkeypatch.setattr(module, "INT8_LOSS", -1)
     with pytest.raises(module.ExportError, match=r"it loses .* points, more than -100.0; not kept"):
         exporter.export_int8(export, tmp_path / "other.onnx")

@@ -105,6 +105,15 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
     assert keys_and_counts(tmp_path) == [({key: default}, 2), ({key: other}, 1)]
 
 
+def test_networks_of_the_same_class_are_not_the_same_option(tmp_path: Path) -> None:
+    put_long_job(tmp_path / "seed=0", ["experiment=nin_small", "seed=0"], 0.9, "seed: 0\nmodel: {name: nin}\n")
+    for model in ("nin", "lenet"):
+        words = ["experiment=nin_small", f"model={model}", "seed=0"]
+        put_long_job(tmp_path / f"model={model}", words, 0.8, f"seed: 0\nmodel: {{name: {model}}}\n")
+    write_request(tmp_path, "experiment=nin_small", "model=nin,lenet", "seed=0")
+    assert sorted(count for _, count in keys_and_counts(tmp_path)) == [1, 1, 1]
+
+
 def test_a_job_that_has_not_started_is_in_the_row_of_its_command_after_another_key_was_varied(tmp_path: Path) -> None:
     for lr, acc in (("0.01", 0.9), ("0.005", 0.8)):
         config = f"seed: 0\noptimizer: {{lr: {lr}}}\n"

@@ -372,3 +372,12 @@ def test_label_smoothing_is_part_of_the_training_loss_only(settings: Callable[..
         return -(0.9 * scores[labels, labels] + 0.1 * scores.mean(1)).mean()  # Szegedy et al. 2016, section 7
 
     require_trained_on(module, torch.rand(10, 1, 28, 28), labels, expected)
+
+
+def test_a_second_test_counts_its_own_images_only() -> None:
+    module = Classifier(validate(compose_config(["model=nin_small"])), CLASSES)
+    batches = DataLoader(TensorDataset(torch.rand(6, 1, 28, 28), torch.arange(6)), batch_size=3)
+    trainer = Trainer(**QUIET)
+    for _ in range(2):
+        trainer.test(module, batches, verbose=False)
+        assert int(module.confusion.compute().sum()) == 6

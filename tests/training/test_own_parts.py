@@ -233,6 +233,34 @@ def test_a_schedule_over_an_unknown_number_of_steps_is_refused(
     assert run_experiment(validate_plain(limited), RunFolder(tmp_path / "limited"))["steps"] == 4
 
 
+class Once(Streams):
+    """Gives batches in the first epoch only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = iter(Streams().train_dataloader())
+
+    def train_dataloader(self) -> DataLoader:
+        once = self.batches
+
+        class Loader(IterableDataset):
+            def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+                return once
+
+        return DataLoader(Loader(), batch_size=None)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+def test_a_loader_that_is_empty_in_a_later_epoch_is_named(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    keys = [f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test")]
+    plain = settings(*keys, "trainer.max_epochs=2", "schedule=constant", "callbacks=none", "logger=none").model_dump()
+    own = {"_target_": f"{__name__}.Once", "image_size": 28, "batch_size": 4}
+    with pytest.raises(
+        UserError, match=r"^data: its train_dataloader\(\) gave no batch in epoch 2; it must start anew"
+    ):
+        execute_run(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path)))
+
+
 class Interrupted(Streams):
     """Receives SIGTERM in the third batch of an epoch, once."""
 

@@ -91,12 +91,12 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
         raise collect_errors(error, words) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
-    refused = []
+    refused: dict[str, None] = {}
     for override in parsed:
         device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
         for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
             if not is_within(key, may_change):
-                refused.append(f"{override.input_line}: can't be changed here")
+                refused[f"{override.input_line}: can't be changed here"] = None
             elif override.is_delete():
                 parent, _, last = key.rpartition(".")
                 section = OmegaConf.select(config, parent) if parent else config
@@ -105,8 +105,8 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
             else:
                 OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
     if refused:
-        refused[-1] += f"; these can: {', '.join(may_change)}"
-        raise UserError(*refused)
+        *before, last = refused
+        raise UserError(*before, f"{last}; these can: {', '.join(may_change)}")
     return validate(config)
 
 
@@ -244,7 +244,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
     if isinstance(error, ValueError) and "Config group override" in first:
         return f"{given}: {key} is a config group, and its value an option; {_list_options(key)}"
-    if override.partition("=")[2].startswith("{") and (CONF / key).is_dir():
+    if "{_target_:" in override and (CONF / key).is_dir():
         return f"{given}: the value of {key} is an option; write this to my/{key}/<name>.yaml, and add --config-dir my"
     if first.startswith(("Could not override", "Key '")) or "does not exist" in first:
         return f"{given}: no such key" + _suggest_key(key, config)

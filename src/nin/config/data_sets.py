@@ -41,7 +41,7 @@ DATA_SETS = {
     "cifar10": DataSet("CIFAR10", _OBJECTS, training_images=50_000, channels=3, stored_size=32),
 }
 # Those of Fashion-MNIST's format: gray, 28x28, light objects on a dark background.
-IDX_FORMAT = tuple(name for name, known in DATA_SETS.items() if known.channels == 1)
+IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
 
 
 # Absolute: a checkpoint can be evaluated from another working directory than that of its run.

@@ -66,6 +66,8 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
         raise UserError(f"{key}: {config.target}: {error}") from error
     try:
         return found(*positional, **given)
+    except UserError:  # of this package, which the class calls
+        raise
     except Exception as error:  # of the user's own class, about its values or a file or package that it needs
         values = ", ".join(f"{name}={value!r}" for name, value in config.arguments.items())
         reason = f"{type(error).__name__}: {error}"

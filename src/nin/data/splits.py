@@ -32,7 +32,11 @@ def open_folder(data: FolderData, again: bool = False) -> Cache:
 
 def with_channels(data: FolderData, channels: int) -> FolderData:
     """``data`` with images of ``channels``, those of a trained network; another folder may have only gray ones."""
-    return data if open_folder(data).channels == channels else data.model_copy(update={"channels": channels})
+    if open_folder(data).channels == channels:
+        return data
+    data = data.model_copy(update={"channels": channels})
+    open_folder(data, again=True)
+    return data
 
 
 def require_enough_images(cache: Cache, data: FolderData) -> None:

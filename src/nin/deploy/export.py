@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nin.config.composition import apply_overrides
 from nin.config.schema import FolderData, Settings, UserError
-from nin.config.trust import require_allowed_classes, without_training_parts
+from nin.config.trust import without_training_parts
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
 from nin.data.splits import warn_of_other_images, with_channels
@@ -69,12 +69,13 @@ class Exporter:
         self.settings, self.progress = self.module.settings, progress
         # With this machine's own place of the data.
         self.here = apply_overrides(without_training_parts(self.settings), list(overrides), MAY_CHANGE)
-        require_allowed_classes(self.here, list(allow), ("data",))
-        if isinstance(self.here.data, FolderData):
+        if isinstance(data := self.here.data, FolderData):
             # Nothing is trained: a folder may have fewer training images than a batch.
-            data = with_channels(self.here.data.model_copy(update={"batch_size": 1}), self.description.channels)
-            self.here = self.here.model_copy(update={"data": data})
-        prepare(self.here.data)
+            data = data.model_copy(update={"batch_size": 1})
+        prepare(data)
+        if isinstance(data, FolderData):
+            data = with_channels(data, self.description.channels)
+        self.here = self.here.model_copy(update={"data": data})
         warn_of_other_images(self.here.data, self.description.more["images_sha256"])
         self.images, self.labels = load_part(self.here, "test")
         require_same_classes(describe(self.here.data).class_names, self.description.class_names)

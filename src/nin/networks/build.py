@@ -127,6 +127,8 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     try:
         with torch.no_grad():
             logits = network(torch.zeros(size, device=first.device))
+    except UserError:  # of this package, which the class calls
+        raise
     except Exception as error:  # of the user's own class
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(

@@ -28,6 +28,7 @@ from nin.sweeps.claims import database_name
 from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
 from nin.sweeps.space import silence_optuna
 from nin.sweeps.study import DATABASES, JOURNAL, fail_without_score, open_database, open_journal, trial_name
+from nin.system.devices import require_accelerator
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -68,6 +69,11 @@ def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
             f"{format_path(run.best)}: not found, so the best trial is not tested; where it was trained, nin eval can "
             "test it, or train it anew with the command below"
         )
+        return
+    try:
+        require_accelerator(settings.trainer)  # of the machine that only submits the trials
+    except UserError as error:
+        print(f"{error}, so the best trial is not tested; the same command on a machine with the accelerator tests it")
         return
     from nin.checkpoints.files import read
     from nin.training.evaluation import evaluate  # before `log_to`, which removes the handlers that lightning adds

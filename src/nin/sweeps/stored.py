@@ -34,6 +34,9 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
     """
     config = read_yaml(path)
     values = {key: _value_at(config, key) for key in (*keys, "trainer.max_epochs")}
+    for group in ("data", "optimizer", "schedule"):  # whose sections have the names of their options
+        if isinstance(section := values.get(group), dict):
+            values[group] = section.get("name")
     if _value_at(config, "data.name") == "folder":
         values["data.root"] = _value_at(config, "data.root")
     callbacks = _value_at(config, "callbacks")
@@ -47,12 +50,7 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
 
 
 def _as_override(value: Any) -> str | None:
-    """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a missing key.
-
-    A section has the name that its option has, as in ``optimizer=adamw``.
-    """
-    if isinstance(value, dict):
-        return next((own for key in ("name", "_target_") if isinstance(own := value.get(key), str)), None)
+    """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a section or a missing key."""
     if isinstance(value, list):
         if any(isinstance(item, list) for item in value):  # which may hold itself, in a file from elsewhere
             return None

@@ -138,7 +138,7 @@ class Experiment:
             resumes: how often the run has been resumed, for its log.
 
         Raises:
-            StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
+            StoppedError: if a signal stopped it.
         """
         with contextlib.ExitStack() as cleanup:
             for logger in self.trainer.loggers:
@@ -189,10 +189,9 @@ class Experiment:
             raise UserError(f"trainer: {error}") from error  # no step was taken
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            # A val_check_interval of more batches than there are, for example.
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
-                raise UserError(
-                    f"trainer: {str(error).strip()}"
-                ) from error  # a val_check_interval of more batches than there are
+                raise UserError(f"trainer: {str(error).strip()}") from error
             if self.checkpoint is None or self.checkpoints.is_restored:
                 raise
             log.info("the checkpoint's state could not be restored", exc_info=error)

@@ -52,7 +52,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         UserError: if the folder belongs to another experiment, another process works on it, or the machine lacks what
             the settings need.
         RunFailedError: if the work failed.
-        StoppedError: if a signal stopped it; ``last.ckpt`` is saved.
+        StoppedError: if a signal stopped it.
     """
     folder, settings = request.folder, request.settings
     _require_folder_of_a_run(folder)

@@ -12,6 +12,7 @@ from tensorboard.plugins.hparams import metadata
 from torch import Tensor, nn
 
 from helpers import run_experiment
+from nin.config.composition import compose_settings
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.training.callbacks import tensorboard
@@ -35,6 +36,7 @@ def test_hyperparameters_are_those_of_the_sweep_or_those_that_differ_from_the_de
     assert single["seed"] == 3
     assert "model.name" not in single  # as by default
     assert "data.root" not in single
+    assert hyperparameters(compose_settings([]), []) == {"seed": 0}  # no data.image_size: it is the network's
     assert "optimizer.betas" in single  # of adamw, and the default is sgd
     assert "trainer.precision" not in single  # as by default
     sweep = chosen.model_copy(update={"sweep": chosen.sweep.model_copy(update={"keys": ["optimizer.lr"]})})

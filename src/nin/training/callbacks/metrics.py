@@ -13,6 +13,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nin.config.schema import UserError
 from nin.runs.folder import write_atomically
 from nin.training.classifier import Classifier
 from nin.training.loss import require_finite
@@ -133,6 +134,11 @@ class MetricsLogger(Callback):
         if self.window_images:
             self._close_window(trainer, pl_module)  # trainer.max_time ended the epoch after `on_train_batch_end`
         epoch = self.epoch
+        if not epoch["images"]:
+            raise UserError(
+                f"data: its train_dataloader() gave no batch in epoch {trainer.current_epoch + 1}; it must start anew "
+                "in each epoch"
+            )
         self.images += epoch["images"]
         self.step_seconds += epoch["seconds"]
         row = {

@@ -25,7 +25,7 @@ from torchvision.utils import make_grid
 
 from nin.config.changes import flat, split_override
 from nin.config.composition import compose_settings
-from nin.config.schema import Settings
+from nin.config.schema import Settings, UserError
 from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.runs.console import markdown_table
 from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw_curves, draw_wrong
@@ -247,7 +247,9 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
         # Parsed as Hydra does: 1e-05 is a number.
         values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
     else:
-        defaults = flat(compose_settings([]).model_dump(mode="json", include=_EXPERIMENT))
+        defaults = {}
+        with contextlib.suppress(UserError):  # a --config-path may have no train.yaml, or one that is not complete
+            defaults = flat(compose_settings([]).model_dump(mode="json", include=_EXPERIMENT))
         chosen = flat(settings.model_dump(mode="json", include=_EXPERIMENT))
         values = {k: v for k, v in chosen.items() if k not in _PLACES and v != defaults.get(k)}
         values["seed"] = settings.seed
