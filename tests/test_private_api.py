@@ -36,6 +36,8 @@ PRIVATE = {
     "_get_file_writer": "torch's SummaryWriter",
     "_inductor": "torch",
     "_internal": "hydra",
+    "_last_train_dl_reload_epoch": "Lightning's fit loop",
+    "_last_val_dl_reload_epoch": "Lightning's evaluation loop",
     "_jit_clear_class_registry": "torch._C",
     "_should_accumulate": "Lightning's epoch loop",
     "_should_check_val_fx": "Lightning's epoch loop",
@@ -91,6 +93,7 @@ class Recorder(lightning.Callback):
         self.accumulates: list[bool] = []
         self.validates: list[bool] = []
         self.may_stop: list[bool] = []
+        self.reloads: list[tuple[float, float]] = []
         self.states: list[dict[str, Any]] = []
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -98,6 +101,7 @@ class Recorder(lightning.Callback):
         self.accumulates.append(loop._should_accumulate())
         self.validates.append(loop._should_check_val_fx(trainer.fit_loop._data_fetcher))
         self.may_stop.append(trainer.fit_loop._can_stop_early)
+        self.reloads.append((trainer.fit_loop._last_train_dl_reload_epoch, loop.val_loop._last_val_dl_reload_epoch))
         self.states.append(trainer.fit_loop.state_dict())
 
 
@@ -116,6 +120,7 @@ def recorder() -> Recorder:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
     )
     trainer.fit(Network(), batches, batches)
     return recorder
@@ -131,6 +136,10 @@ def test_epoch_loop_should_check_val_fx_and_fit_loop_data_fetcher(recorder: Reco
 
 def test_fit_loop_can_stop_early(recorder: Recorder) -> None:
     assert recorder.may_stop == [False] * 6  # min_epochs=2
+
+
+def test_fit_loop_and_evaluation_loop_last_reload_epoch(recorder: Recorder) -> None:
+    assert recorder.reloads == [(0, 0)] * 3 + [(1, 0)] * 3  # the validation of the second epoch is still to come
 
 
 def test_the_layout_of_the_loop_state(recorder: Recorder) -> None:

@@ -174,6 +174,17 @@ def test_the_cache_is_elsewhere_where_the_place_beside_the_root_can_not_be_writt
         open_cache(folder_data(root, cache=str(tmp_path / "root.cache")))
 
 
+def test_a_user_without_a_home_folder_has_the_cache_beside_the_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert open_cache(folder_data(write_folder(tmp_path / "root", {"train": 2}))).path.parent == tmp_path / "root.cache"
+
+
 def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "root", {"train": 2})
     first = open_cache(folder_data(root))

@@ -38,6 +38,16 @@ def test_a_symbolic_link_is_not_written_through(folder: RunFolder, tmp_path: Pat
     assert target.is_file() or not list(target.iterdir())
 
 
+def test_a_logger_or_callback_may_make_links_within_the_folder(folder: RunFolder) -> None:
+    (folder.path / "model_checkpoints").mkdir(parents=True)
+    (folder.path / "model_checkpoints" / "last.ckpt").symlink_to("epoch=1.ckpt")
+    with folder.claim():
+        pass
+    (folder.path / "model_checkpoints" / "out.ckpt").symlink_to(folder.path.parent)
+    with pytest.raises(UserError, match=r"out.ckpt: a symbolic link, which would be written through"), folder.claim():
+        pass
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 @pytest.mark.parametrize(
     "name",

@@ -72,6 +72,16 @@ def test_a_job_that_slurm_warned_is_requeued(scontrol: Path, capsys: pytest.Capt
     assert capsys.readouterr().err.startswith("SLURM job 7 could not be requeued (")
 
 
+def test_a_container_may_lack_slurms_programs(
+    scontrol: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    processes.StoppedError(signal.SIGUSR1).requeue()
+    message = "SLURM job 7 could not be requeued (scontrol: No such file or directory)\n"
+    assert capsys.readouterr().err == message
+    assert not processes.is_requeued()
+
+
 def test_a_job_that_was_stopped_otherwise_is_not_requeued(scontrol: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for signum in (signal.SIGINT, signal.SIGTERM):
         processes.StoppedError(signum).requeue()

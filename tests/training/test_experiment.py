@@ -518,3 +518,20 @@ def test_a_csv_logger_does_not_overwrite_its_file_on_resuming(
         experiment.build_trainer(chosen, tmp_path, [], resume_step).loggers for resume_step in (None, 9)
     )
     assert (first.log_dir, resumed.log_dir) == (str(tmp_path / "csv"), str(tmp_path / "csv-9"))
+
+
+def test_a_csv_logger_has_every_value_when_a_checkpoint_is_saved(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = []
+
+    class Reader(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+            path = tmp_path / "csv" / "metrics.csv"
+            written.append(len(path.read_text().splitlines()) if path.exists() else 0)
+
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Reader()], *rest))
+    run_experiment(settings("logger=csv", "callbacks=none"), RunFolder(tmp_path), [])
+    assert written[0] == 0
+    assert written[1] > 2  # the header, and rows of training and validation

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningDataModule
+from lightning import Callback, LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
@@ -21,6 +21,7 @@ from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
+from nin.training import experiment
 from nin.training.experiment import Experiment
 from nin.training.loss import build_loss
 from nin.training.run import execute_run
@@ -320,6 +321,112 @@ def test_what_lightning_refuses_when_it_knows_the_number_of_batches_is_the_users
     with pytest.raises(UserError, match=r"^trainer: `val_check_interval` \(10\) must be less than"):
         execute_run(request)
     assert not request.folder.path.exists()
+
+
+class Position:
+    """Eight batches, and the position in them."""
+
+    def __init__(self, images: TensorDataset):
+        self.images, self.position, self.loaded = images, 0, 0
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        start, self.loaded = self.loaded, 0
+        for i in range(start, 8):
+            self.position = i + 1
+            yield [tensor[4 * i : 4 * i + 4] for tensor in self.images.tensors]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = self.loaded = state["position"] % 8
+
+
+class EagerPosition(Position):
+    """As torchdata's loader: what is loaded applies to the next iterator."""
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        start, self.loaded = self.loaded, 0
+        return self.batches(start)
+
+    def batches(self, start: int) -> Iterator[list[Tensor]]:
+        for i in range(start, 8):
+            self.position = i + 1
+            yield [tensor[4 * i : 4 * i + 4] for tensor in self.images.tensors]
+
+    def __len__(self) -> int:
+        return 8
+
+
+class Loaders(LightningDataModule):
+    class_names, channels = ("even", "odd"), 1
+
+    def __init__(self, kind: str):
+        super().__init__()
+        images = torch.rand(32, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+        self.kind, self.images = kind, TensorDataset(images, torch.arange(32) % 2)
+
+    def train_dataloader(self) -> Any:
+        match self.kind:
+            case "shuffled":
+                return DataLoader(self.images, 4, shuffle=True)
+            case "sampler":  # a worker begins with the batches as soon as there is an iterator
+                return DataLoader(self.images, 4, sampler=DistributedSampler(self.images, 1, 0), num_workers=1)
+            case "eager":
+                return EagerPosition(self.images)
+        return Position(self.images)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(self.images, 4)
+
+    test_dataloader = val_dataloader
+
+
+class Interruption(Callback):
+    def __init__(self, hook: str, count: int):
+        self.count = count
+        setattr(self, hook, self.interrupt)
+
+    def interrupt(self, *_: Any) -> None:
+        self.count -= 1
+        if not self.count:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+@pytest.mark.parametrize(
+    ("kind", "words", "interruption"),
+    [
+        ("shuffled", ["trainer.reload_dataloaders_every_n_epochs=1"], ("on_train_batch_start", 12)),
+        ("sampler", [], ("on_train_batch_start", 12)),
+        ("eager", [], ("on_train_batch_start", 12)),  # with a schedule for which Lightning builds the loader early
+        ("eager", ["schedule=constant"], ("on_train_batch_start", 12)),
+        ("eager", [], ("on_validation_batch_start", 1)),
+        ("unsized", ["schedule=constant"], ("on_train_batch_start", 12)),
+    ],
+)
+def test_loaders_of_all_kinds_are_resumed_exactly(
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    words: list[str],
+    interruption: tuple[str, int],
+) -> None:
+    keys = ["trainer.limit_train_batches=null", "trainer.max_epochs=3", "logger=none", "callbacks=none"]
+    plain = settings(*keys, "model.dropout=0.5", "threads=1", *words).model_dump()
+    own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": kind}
+    requested = validate_plain(plain | {"data": own})
+    expected = run_experiment(requested, RunFolder(tmp_path / "uninterrupted"))
+    build = experiment.build_trainer
+    callback = Interruption(*interruption)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, callback], *rest))
+        with pytest.raises(StoppedError):
+            run_experiment(requested, RunFolder(tmp_path / "interrupted"))
+    resumed = run_experiment(requested, RunFolder(tmp_path / "interrupted"))
+    assert resumed["weights_sha256"] == expected["weights_sha256"]
+    assert resumed["metrics"] == expected["metrics"]
 
 
 class Halves(Streams):

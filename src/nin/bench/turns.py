@@ -76,7 +76,7 @@ class Turns(Callback):
                 for name, measure_rate in self.others.items():
                     self.report(name)
                     self.rates[name].append(measure_rate())
-                trainer.should_stop = len(self.rates["training"]) == self.rounds
+                trainer.should_stop = len(self.rates["training"]) >= self.rounds
                 if not trainer.should_stop:
                     self.report("training")
             else:

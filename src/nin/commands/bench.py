@@ -36,7 +36,7 @@ _DEFAULTS = ["data=garments", "schedule=constant"]
 # Training ends when all rounds are measured.
 _FIXED = [
     "trainer.max_epochs=1000", "trainer.max_steps=-1", "trainer.max_time=null", "trainer.fast_dev_run=false",
-    "trainer.limit_val_batches=0",
+    "trainer.min_epochs=null", "trainer.min_steps=null", "trainer.limit_val_batches=0",
 ]  # fmt: skip
 
 
@@ -102,6 +102,8 @@ def read_settings(overrides: list[str], config_name: str = "train") -> Settings:
     if fixed := sorted(given & {split_override(word)[0] for word in _FIXED}):
         raise UserError(f"{fixed[0]}: nin bench sets it, and ends after --rounds measurements; leave it out")
     defaults = [word for word in _DEFAULTS if split_override(word)[0] not in given]
+    if compose_settings(overrides, config_name).data.name != "fashion_mnist":
+        defaults = [word for word in defaults if not word.startswith("data=")]  # an experiment has chosen other images
     return compose_settings([*defaults, *_FIXED, *overrides], config_name)
 
 

@@ -119,8 +119,10 @@ def _places(data: FolderData) -> list[Path]:
     if data.cache:
         return [Path(data.cache)]
     root = Path(os.path.abspath(data.root))  # noqa: PTH100  # ".." has no name, and a link keeps its own
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root.with_name(f"{root.name}.cache"), home / "nin"]
+    places = [root.with_name(f"{root.name}.cache")]
+    with contextlib.suppress(RuntimeError):  # a user without a home folder, as in a container
+        places.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nin")
+    return places
 
 
 def _key(data: FolderData, listing: Listing) -> str:

@@ -111,15 +111,14 @@ class RunFolder:
                 wait(f"{self.path}: waiting for {owner}, which is working on this run")
 
     def _require_regular_files(self) -> None:
-        """Checks that a folder from elsewhere has no links, which would be written through, and no pipes or devices.
-
-        ``last.ckpt`` is checked when it is read.
-        """
+        """Checks that nothing is a pipe, a device or a link that would be written through; a logger may make others."""
         patterns = (".hydra/*", "**/hparams.yaml", "*/metrics.csv", ".*.tmp", "*/.*.tmp", "*/last-*.ckpt")
         written = {path for pattern in patterns for path in self.path.glob(pattern)}
         written |= {self.log, self.metrics, self.result, self.best, self.fresh, *self.event_files()}
         for path in self.path.rglob("*"):
-            if path.is_symlink():
+            is_own = path in written or {path, path.parent} & {self.config.parent, self.checkpoints}
+            leads_out = not Path(os.path.realpath(path)).is_relative_to(self.path.resolve())
+            if path.is_symlink() and (is_own or leads_out):
                 raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
             try:
                 mode = path.stat().st_mode  # one look: another process may remove it in the meantime

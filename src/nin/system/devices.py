@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nin.config.schema import Settings, Trainer, UserError
+from nin.config.schema import Settings, Trainer, UserError, is_single_process
 
 if TYPE_CHECKING:
     import torch
@@ -175,6 +175,8 @@ def set_threads(settings: Settings) -> None:
 
     default = default_threads()
     torch.set_num_threads(settings.threads or default)
+    if settings.threads and not is_single_process(settings.trainer):
+        os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # otherwise Lightning sets another number in each process
 
 
 # Parameters of mallopt(3), from malloc.h.

@@ -139,7 +139,10 @@ def is_requeued() -> bool:
 
 def _scontrol(*command: str) -> subprocess.CompletedProcess[str]:
     line = ["scontrol", *command, os.environ["SLURM_JOB_ID"]]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
+    try:
+        return subprocess.run(line, capture_output=True, text=True, check=False)
+    except OSError as error:  # a container may lack it
+        return subprocess.CompletedProcess(line, 1, "", f"scontrol: {error.strerror}")
 
 
 class StopRequest:

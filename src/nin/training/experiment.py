@@ -222,7 +222,8 @@ class Experiment:
             "weights_sha256": final_weights,
             "best_weights_sha256": weights_sha256(self.module.network),
             "seed": self.settings.seed,
-            "device": self.device_name,
+            # Of several processes Lightning has chosen the number of threads.
+            "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
 

@@ -133,6 +133,10 @@ def test_a_state_without_a_part_or_with_one_of_another_type_is_not_loaded(
     metrics.epoch, metrics.rows = {"images": 32, "seconds": 1.0, "loss": 70.0, "right": 3.0}, [row := ROW | scores]
     state = metrics.state_dict()
     metrics.load_state_dict(state)
+    metrics.validation_started = 7.0  # a stop in a validation: its time is none of the training
+    assert metrics.state_dict()["window_seconds"] == 7.0
+    metrics.validation_started = None
+    assert metrics.state_dict()["window_seconds"] >= state["window_seconds"]
     changes: list[dict[str, Any]] = [{name: None} for name in state]
     changes += [{"window_images": True}, {"epoch": {}}, {"scores": {"val/acc": "x"}}, {"latest": {"lr": True}}]
     changes += [{"epoch": metrics.epoch | {name: torch.zeros(2)}} for name in metrics.epoch]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from nin.checkpoints.complete_state import layout, require_complete_state
@@ -17,6 +17,7 @@ from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
 from nin.config.schema import Checkpoint as CheckpointSettings
+from nin.data.module import Batches
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
@@ -50,6 +51,8 @@ class ResumableCheckpoint(Checkpoint):
         self.saved_step = 0
         self.saved_at = math.inf  # on the monotonic clock, in seconds
         self.is_restored = False  # whether all state is that of the checkpoint, or of a new run
+        self._needs_iterator = False
+        self._random_before_validation: dict[str, Any] | None = None
         self._loaded: dict[str, Any] | None = None
         self._checkpoint: dict[str, Any] | None = None
         self._save_point: SavePoint | None = None  # of the save that is under way
@@ -70,7 +73,7 @@ class ResumableCheckpoint(Checkpoint):
             # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in
             # its on_train_start, before this.
             trainer.accumulate_grad_batches = self._loaded["accumulate_grad_batches"]
-            # Lightning loads this state earlier, and then builds the dataloader again for estimated_stepping_batches.
+            _set_reload_epochs(trainer, self._loaded["reload_epochs"])
             if ((position := self._loaded["batches"]) is not None) != _has_position(trainer):
                 raise ValueError("the position in the data is missing, or the dataloader can't restore it")
             if position is not None:
@@ -78,21 +81,34 @@ class ResumableCheckpoint(Checkpoint):
             own = self._loaded["processes"][trainer.global_rank]
             if layout(own["metrics"]) != layout(_train_metrics(pl_module)):
                 raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
+            # Lightning has made the epoch's iterator already, from a loader without this position and with other random
+            # numbers, and makes no other one: a worker process begins with its batches at once.
+            if trainer.fit_loop.restarted_mid_epoch:
+                _set_sampler_epoch(_batches(trainer), trainer.current_epoch)
+                _make_iterator(trainer)  # its draws were made before the checkpoint
+            else:
+                self._needs_iterator = True
             set_random_state(own["random_state"], pl_module.device, _batches(trainer))
-            if position is None:
-                # The epoch's iterator draws from torch's generator, and was made before that was restored.
-                iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
-                if getattr(_batches(trainer), "persistent_workers", False):
-                    log.warning(
-                        "persistent_workers=True: random numbers that the workers of the training loader draw are not "
-                        "those of a run without the interruption; with persistent_workers=False they would be"
-                    )
+            if position is None and getattr(_batches(trainer), "persistent_workers", False):
+                log.warning(
+                    "persistent_workers=True: random numbers that the workers of the training loader draw are not "
+                    "those of a run without the interruption; with persistent_workers=False they would be"
+                )
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
             self._loaded = None
         self.is_restored = True
         self.saved_at = time.monotonic()
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        # As without the interruption: after the samplers know the epoch, and after the draws of other callbacks.
+        if self._needs_iterator:
+            self._needs_iterator = False
+            _make_iterator(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
+        # Before `on_validation_start` the iterator of torch's validation loader draws a number.
+        if not isinstance(_batches(trainer), Batches) and _has_position(trainer) and _validation_follows(trainer):
+            self._random_before_validation = random_state(pl_module.device, _batches(trainer))
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
         # saves.
         if _is_accumulating(trainer) or trainer.is_last_batch or is_stopping(trainer):
@@ -186,11 +202,16 @@ class ResumableCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         if self._save_point:  # a ModelCheckpoint of the user's saves too, elsewhere in the loop
             rewrite_loop_state(checkpoint["loops"]["fit_loop"], self._save_point)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
+            elif isinstance(logger, CSVLogger):
+                logger.save()  # it writes every hundredth row by itself
+        random = random_state(pl_module.device, _batches(trainer))
+        if self._save_point is SavePoint.BEFORE_VALIDATION and self._random_before_validation:
+            random = self._random_before_validation
         # Lightning saves the state of rank 0 only; each process has its own.
-        own = {"random_state": random_state(pl_module.device, _batches(trainer)), "metrics": _train_metrics(pl_module)}
+        own = {"random_state": random, "metrics": _train_metrics(pl_module)}
         processes = [own] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, own)
@@ -199,6 +220,7 @@ class ResumableCheckpoint(Checkpoint):
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "reload_epochs": _reload_epochs(trainer),
             "processes": processes,
             "run_id": self.folder.read_state().get("run_id"),
             "batches": _batches(trainer).state_dict() if _has_position(trainer) else None,
@@ -238,8 +260,34 @@ def _batches(trainer: Trainer) -> Any:
 
 
 def _has_position(trainer: Trainer) -> bool:
-    """Whether the dataloader can be resumed in the middle of an epoch; the user's own may not."""
-    return hasattr(trainer.train_dataloader, "state_dict")
+    """Whether the dataloader can be resumed in the middle of an epoch; the user's own may not.
+
+    From one without a length Lightning takes a batch in advance, and its position is one too far.
+    """
+    fetcher: Any = trainer.fit_loop._data_fetcher  # noqa: SLF001  # no public way
+    return hasattr(trainer.train_dataloader, "state_dict") and fetcher.length is not None
+
+
+def _make_iterator(trainer: Trainer) -> None:
+    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
+
+
+def _set_sampler_epoch(loader: Any, epoch: int) -> None:
+    """Sets the epoch of samplers such as torch's `DistributedSampler`, as Lightning does later."""
+    for owner in (loader, getattr(loader, "batch_sampler", None)):
+        if set_epoch := getattr(getattr(owner, "sampler", None), "set_epoch", None):
+            set_epoch(epoch)
+
+
+def _reload_epochs(trainer: Trainer) -> list[int | float]:
+    """The epochs in which Lightning last requested the loaders (trainer.reload_dataloaders_every_n_epochs)."""
+    loop = trainer.fit_loop
+    return [loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch]  # noqa: SLF001
+
+
+def _set_reload_epochs(trainer: Trainer, epochs: list[int | float]) -> None:
+    loop = trainer.fit_loop
+    loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch = epochs  # noqa: SLF001
 
 
 def _can_save_in_validation(trainer: Trainer) -> bool:

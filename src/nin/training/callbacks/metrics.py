@@ -52,6 +52,7 @@ class MetricsLogger(Callback):
         # The window is the time since the last logging.
         self.window_images, self.window_seconds = 0, 0.0
         self.images = self.train_seconds = self.step_seconds = 0.0
+        self.validation_started: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.started = time.perf_counter() - self.train_seconds
@@ -123,7 +124,9 @@ class MetricsLogger(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         if not trainer.sanity_checking:
             # The time of a validation in the middle of an epoch does not count as training time.
+            assert self.validation_started
             self._open_window(self.window_images, self.validation_started - self.window_started)
+            self.validation_started = None
             # Not those that a callback of the user's logs, which may be of any name and missing in some epochs.
             names = [name for name in _SCORES if name in trainer.callback_metrics]
             self.scores = rounded({name: trainer.callback_metrics[name] for name in names})
@@ -179,7 +182,8 @@ class MetricsLogger(Callback):
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
         return {name: getattr(self, name) for name in _STATE} | {
-            "window_seconds": now - self.window_started,
+            # Without the validation that is under way.
+            "window_seconds": (self.validation_started or now) - self.window_started,
             "train_seconds": now - self.started,
         }
 
