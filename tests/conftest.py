@@ -125,7 +125,7 @@ def train_for_a_moment(chosen: Settings, path: Path) -> None:
     import torch
     from torch.nn import functional
 
-    from nin.checkpoints.files import AtomicCheckpointIO
+    from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
     from nin.data.sources import describe, load
     from nin.data.transforms import resize
     from nin.training.classifier import Classifier

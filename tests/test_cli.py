@@ -238,3 +238,18 @@ def test_train_then_run_the_command_again_then_eval(
     assert tested.err == ""
     assert re.search(r"^test/acc  (.*)$", tested.out, re.M)[1] == f"{result['metrics']['test/acc']:.4f}"
     assert re.search(r"^test/loss (.*)$", tested.out, re.M)[1] == f"{result['metrics']['test/loss']:.4f}"
+
+
+def test_processes_that_are_started_import_nothing_from_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setattr(sys, "argv", ["nin", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (tmp_path / "rich.py").write_text("print('imported')")
+    done = subprocess.run([sys.executable, "-m", "nin", "help"], cwd=tmp_path, capture_output=True, text=True)
+    assert "imported" not in done.stdout + done.stderr
+    (tmp_path / "pickle.py").write_text("print('imported')")
+    done = subprocess.run([sys.executable, "-c", "import pickle"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "")

@@ -26,6 +26,8 @@ COMMANDS = {
 
 def main() -> None:
     """Entry point of ``nin`` and ``python -m nin``."""
+    # Processes that are started from here import nothing from the working directory, which may come from elsewhere.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as in: nin … >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open to the end

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.files import AtomicCheckpointIO, publish, resume_candidates
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
+from nin.checkpoints.files import publish, resume_candidates
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
@@ -193,3 +194,41 @@ def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) ->
     older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
     assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}
     assert [path.name for path in resume_candidates(folder)] == ["last.ckpt", *older, "best.ckpt"]
+
+
+def test_nothing_outside_of_the_runs_folder_is_written_or_removed(tmp_path: Path) -> None:
+    """The path may be of a config, or of a callback's state in a checkpoint from elsewhere."""
+    folder, victim = tmp_path / "run", tmp_path / "victim"
+    for path in (folder / "model_checkpoints" / "a.ckpt", victim / "best.ckpt"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (folder / "link.ckpt").symlink_to(victim / "best.ckpt")
+    (folder / "linked").symlink_to(victim)
+    restricted = AtomicCheckpointIO([folder])
+    outside = [
+        f"local://{victim}", victim, victim / "best.ckpt", folder / ".." / "victim" / "best.ckpt", folder / "link.ckpt",
+        folder / "linked" / "best.ckpt", folder / "model_checkpoints", "http://127.0.0.1:1/best.ckpt",
+    ]  # fmt: skip
+    for path in outside:
+        restricted.remove_checkpoint(path)
+    assert (victim / "best.ckpt").exists()
+    assert (folder / "model_checkpoints" / "a.ckpt").exists()
+    restricted.remove_checkpoint(folder / "model_checkpoints" / "a.ckpt")
+    assert not (folder / "model_checkpoints" / "a.ckpt").exists()
+    for path in (folder / ".." / "victim" / "best.ckpt", folder / "linked" / "new.ckpt"):
+        with pytest.raises(UserError, match="outside of the run's folder; set the dirpath of the callback"):
+            restricted.save_checkpoint(CONTENT, path)
+    restricted.save_checkpoint(CONTENT, folder / "model_checkpoints" / "b" / "c.ckpt")
+    assert sorted(path.name for path in victim.iterdir()) == ["best.ckpt"]
+
+
+def test_settings_that_stand_for_very_many_values_are_refused(tmp_path: Path) -> None:
+    values: list[Any] = [0] * 10
+    for _ in range(20):
+        values = [values] * 10
+    content = {"hyper_parameters": {"settings": {"callbacks": {"a": {"b": values}}}}}
+    with pytest.raises(UserError, match="its settings have more than 100,000 values"):
+        checkpoint_files.settings_of(content, tmp_path / "x.ckpt")
+    values.append(values)
+    with pytest.raises(UserError, match="its settings have more than 100,000 values"):
+        checkpoint_files.settings_of(content, tmp_path / "x.ckpt")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nin.checkpoints.files import AtomicCheckpointIO
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.commands import eval as eval_command
 from nin.config.schema import Settings, UserError
 from nin.deploy import onnx_model

@@ -78,7 +78,8 @@ def test_the_service_takes_no_other_file_than_an_export(tmp_path: Path, name: st
 def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_the_files(
     run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nin.checkpoints.files import AtomicCheckpointIO, read
+    from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
+    from nin.checkpoints.files import read
     from nin.commands import serve
 
     commands = []

@@ -31,7 +31,7 @@ def refusal(settings: Settings, *allowed: str) -> str:
     "target",
     [
         *("numpy.load", "torch.load", "joblib.load", "shutil.copyfile", "pathlib.Path.unlink", "this.s"),
-        "nin.runs.folder.write_atomically",  # a function of the project
+        "nin.runs.files.write_atomically",  # a function of the project
         "nin.runs.folder.RunFolder",  # a class, of another kind
         "lightning.pytorch.trainer.trainer.os.system",
         "lightning.Trainer",

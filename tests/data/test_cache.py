@@ -194,3 +194,12 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) 
     Image.new("L", (12, 12)).save(tmp_path / "copy" / "train" / "red" / "1.png")
     assert open_cache(folder_data(tmp_path / "copy")).fingerprint != first.fingerprint
     assert json.loads((first.path / "about.json").read_text())["root"] == str(root)
+
+
+def test_a_link_in_the_place_of_the_cache_is_not_written_through(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2})
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "root.cache").mkdir()
+    (tmp_path / "root.cache" / ".gitignore").symlink_to(tmp_path / "precious")
+    open_cache(folder_data(root))
+    assert (tmp_path / "precious").read_text() == "precious"

@@ -1,4 +1,5 @@
 import io
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nin.data.decoding import ImageError, ImageTooLargeError, has_color, open_image, to_array, to_pixels
+from nin.data.decoding import ImageError, ImageTooLargeError, formats, has_color, open_image, to_array, to_pixels
 
 RED = (250, 10, 20)
 SCAN = b"\xff\xda"
@@ -196,3 +197,22 @@ def test_no_program_is_started_for_a_file(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(ImageError, match="not an image in a format that Pillow can read"):
             decode(content, 1)
     assert not (tmp_path / "started").exists()
+
+
+def tiff_with_tiles(side: int, tile: int) -> bytes:
+    """The header of a TIFF file of one gray image in deflated tiles, and no pixels."""
+    entries = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 200, 325: 20}
+    rows = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    header = struct.pack("<2sHIH", b"II", 42, 8, len(entries))
+    return (header + rows + bytes(4)).ljust(200, b"\0") + bytes(range(20))
+
+
+def test_a_small_tiff_file_of_large_tiles_is_refused() -> None:
+    with pytest.raises(ImageError, match=r"^a TIFF file of 100x100 pixels with tiles of 46336x46336$"):
+        open_image(tiff_with_tiles(100, 46336))
+    assert open_image(tiff_with_tiles(100, 1024)).size == (100, 100)
+
+
+def test_formats_that_are_slow_or_never_decoded_are_no_images() -> None:
+    assert not {"QOI", "FITS", "MPEG", "EPS"} & {*formats()}
+    assert {"PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"} <= {*formats()}

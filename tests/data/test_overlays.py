@@ -1,8 +1,12 @@
 """Pictures of score maps: an overlay that is red, blue or nothing."""
 
-import numpy as np
+from pathlib import Path
 
-from nin.data.overlays import blend, strongest
+import matplotlib
+import numpy as np
+import pytest
+
+from nin.data.overlays import blend, ignore_local_matplotlibrc, strongest
 
 
 def test_an_overlay_is_red_where_the_map_is_positive_blue_where_negative_and_nothing_where_0() -> None:
@@ -24,3 +28,14 @@ def test_the_shape_of_the_image_is_kept_and_photos_are_reduced() -> None:
 def test_the_scale_is_the_strongest_value_of_all_maps() -> None:
     assert strongest(np.array([[1.0, -3.0], [2.0, 0.0]])) == 3
     assert strongest(np.zeros((2, 3, 3))) == 1
+
+
+def test_a_matplotlibrc_in_the_working_directory_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be in a folder from elsewhere, and could start LaTeX."""
+    monkeypatch.chdir(tmp_path)
+    with matplotlib.rc_context({"text.usetex": True}):
+        ignore_local_matplotlibrc()
+        assert matplotlib.rcParams["text.usetex"]  # of the user's own file, elsewhere
+        (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+        ignore_local_matplotlibrc()
+        assert not matplotlib.rcParams["text.usetex"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import nin
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter
@@ -43,7 +45,7 @@ def test_places_that_a_checkpoint_names_are_not_followed(
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     data = checkpoint["hyper_parameters"]["settings"]["data"]
     data |= {"root": str(tmp_path / "foreign"), "mirrors": ["https://example.org"]}
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     here = Exporter(tmp_path / "x.ckpt", None, lambda *_: None).here
     assert (here.data.root, "https://example.org" in here.data.mirrors) == (str(data_root), False)
     assert not (tmp_path / "foreign").exists()
@@ -203,7 +205,7 @@ def test_labels_of_other_classes_are_not_compared_with_predictions(
     content = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     content["hyper_parameters"]["settings"]["data"] = folder
     content["ImageDataModule"] = {"fingerprint": "0" * 64, "counts": {}}
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, checkpoint)
+    AtomicCheckpointIO().save_checkpoint(content, checkpoint)
     message = r"^data: its classes are light\\nblue, red; the network was trained for T-shirt/top, Trouser, "
     here = [f"data.root={root}"]
     for has_test in (True, False):
@@ -273,3 +275,9 @@ cli.main()
     accuracy = nin.load(export).description.more["check"]["accuracy"]
     assert f"test/acc  {accuracy:.4f}\n" in run.stdout
     assert (tmp_path / "maps").exists()
+
+
+def test_a_pipe_in_the_place_of_an_export_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.onnx")
+    with pytest.raises(UserError, match=r"model.onnx: can't be read \(not a file\)"):
+        load_onnx(tmp_path / "model.onnx")

@@ -12,6 +12,7 @@ from PIL import Image
 
 import nin
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.config.schema import UserError
 from nin.data.transforms import resize
 from nin.deploy.export import Exporter
@@ -104,7 +105,7 @@ def test_an_export_has_the_name_of_its_checkpoint(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_classify_nothing(tmp_path: Path, run_folder: Path) -> None:
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     next(iter(checkpoint["state_dict"].values())).fill_(torch.nan)
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="has values that are NaN or infinite"):
         nin.load(tmp_path / "x.ckpt")
 
@@ -112,7 +113,7 @@ def test_weights_that_are_not_finite_classify_nothing(tmp_path: Path, run_folder
 def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder: Path) -> None:
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     checkpoint["hyper_parameters"]["settings"]["model"] = {"_target_": "this.s", "input_size": 28}
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=r"model._target_=this.s: .* add --allow this"):
         nin.load(tmp_path / "x.ckpt")
     assert "this" not in sys.modules
@@ -122,7 +123,7 @@ def test_a_data_module_of_ones_own_is_not_needed_to_classify(tmp_path: Path, run
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     own = {"_target_": "nowhere.Data", "image_size": 28, "batch_size": 32}
     checkpoint["hyper_parameters"]["settings"]["data"] = own
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     network = nin.load(tmp_path / "x.ckpt")
     assert network.description.stored_size == 28
     assert network.predict(np.zeros((1, 28, 28), np.uint8)).shape == (1, 10)
@@ -147,6 +148,6 @@ def test_a_checkpoint_of_other_images_is_refused(
 ) -> None:
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     checkpoint["hyper_parameters"] |= changed
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=message):
         read_checkpoint(tmp_path / "x.ckpt")

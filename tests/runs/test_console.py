@@ -10,7 +10,7 @@ import pytest
 from hydra.utils import get_class
 
 from nin.runs import console
-from nin.runs.console import tolerate_output_errors
+from nin.runs.console import log_to, tolerate_output_errors
 
 
 def closed_pipe() -> int:
@@ -100,3 +100,9 @@ def test_tensorboard_is_named_as_the_shell_finds_it(environment: Path, monkeypat
     assert console.tensorboard_command(folder) == by_path
     (environment / "tensorboard").unlink()
     assert console.tensorboard_command(folder).startswith(f"{environment}/python -m tensorboard.main --logdir ")
+
+
+def test_control_characters_in_a_warning_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with log_to(None):
+        logging.getLogger("nin").warning("%s is missing\nand more", "x\x1b]0;title\x07")
+    assert capsys.readouterr().err == "WARNING: x\\x1b]0;title\\x07 is missing\nand more\n"

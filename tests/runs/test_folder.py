@@ -8,7 +8,8 @@ import pytest
 from filelock import FileLock
 
 from nin.config.schema import UserError
-from nin.runs.folder import RunClaimedError, RunFolder, open_atomically, write_atomically
+from nin.runs.files import open_atomically, write_atomically
+from nin.runs.folder import RunClaimedError, RunFolder
 
 
 @pytest.fixture
@@ -246,3 +247,11 @@ def test_a_link_that_appears_while_a_file_is_written_is_not_followed(
             write_atomically(tmp_path / "result.json", "new")
     assert target.read_text() == "precious"
     assert not (tmp_path / "result.json").exists()
+
+
+def test_a_config_whose_values_refer_to_each_other_is_refused(folder: RunFolder) -> None:
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 40))]
+    folder.config.parent.mkdir(parents=True)
+    folder.config.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"can't be read \(a value refers to another one"):
+        folder.read_request()

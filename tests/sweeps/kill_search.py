@@ -23,7 +23,8 @@ from optuna.storages.journal import JournalFileBackend
 from nin.commands import train
 from nin.config.composition import compose_settings
 from nin.config.hydra_options import open_hydra
-from nin.runs.folder import RunFolder, write_atomically
+from nin.runs.files import write_atomically
+from nin.runs.folder import RunFolder
 from nin.sweeps import search, search_checks
 from nin.sweeps.study import JOURNAL, open_journal
 from nin.training.pruning import TrialPruner

@@ -16,6 +16,7 @@ from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import jobs as sweep
 from nin.sweeps import summary
+from nin.sweeps.rows import group_by_seed
 from nin.sweeps.stored import is_running
 
 
@@ -49,7 +50,7 @@ def test_jobs_that_have_not_started_are_listed(tmp_path: Path) -> None:
     for norm, lr in (("none", "0.1"), ("batch", "0.05")):
         varied = [f"model.norm={norm}", f"optimizer.lr={lr}", "seed=0"]
         put_job(tmp_path / ",".join(varied), ["experiment=cpu", *varied], 0.5)
-    rows = summary.tabulate(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
+    rows = summary.tabulate(group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")
     assert sorted([row[0], row[1], row[-1]] for row in rows[1:]) == [
         ["batch", "0.05", "2 (1 not started)"],
         ["batch", "0.1", "2 (2 not started)"],
@@ -76,7 +77,7 @@ def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
         seed = 1 if "seed=1" in overrides else 0
         (job / ".hydra" / "config.yaml").write_text(f"seed: {seed}\nmodel: {{dropout: 0.5}}\noptimizer: {{lr: 0.1}}\n")
     write_request(tmp_path, "optimizer.lr=0.1", "seed=0,1")
-    rows = sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
+    rows = group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert [(row.keys, [job.status for job in row.jobs]) for row in rows] == [
         ({"model.dropout": "0.5"}, ["finished", "finished"]),
         ({"model.dropout": "0.3"}, ["finished"]),
@@ -129,12 +130,12 @@ def test_overrides_that_do_not_change_the_experiment_make_no_other_row(tmp_path:
             varied = [f"optimizer.lr={lr}", f"seed={seed}"]
             put_job(tmp_path / ",".join(varied), [*varied, *more], 0.5)
     write_request(tmp_path, "optimizer.lr=0.1,0.05", "seed=0,1", "threads=1")
-    rows = sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
+    rows = group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert [(row.keys, len(row.jobs)) for row in rows] == [({"optimizer.lr": lr}, 2) for lr in ("0.05", "0.1")]
     # Unless that is what the sweep varies, even if it is an earlier one.
     for threads in (1, 2):
         put_job(tmp_path / f"optimizer.lr=0.1,threads={threads}", ["optimizer.lr=0.1", f"threads={threads}"], 0.5)
-    assert len(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")) == 4
+    assert len(group_by_seed(sweep.read_jobs(tmp_path), "val/acc")) == 4
 
 
 def put_long_job(folder: Path, overrides: list[str], acc: float, config: str) -> None:
@@ -143,7 +144,7 @@ def put_long_job(folder: Path, overrides: list[str], acc: float, config: str) ->
 
 
 def keys_and_counts(folder: Path) -> list[tuple[dict[str, str], int]]:
-    return [(row.keys, len(row.jobs)) for row in sweep.group_by_seed(sweep.read_jobs(folder), "val/acc")]
+    return [(row.keys, len(row.jobs)) for row in group_by_seed(sweep.read_jobs(folder), "val/acc")]
 
 
 def test_runs_of_different_lengths_are_not_seeds_of_one_setting(tmp_path: Path) -> None:
@@ -154,7 +155,7 @@ def test_runs_of_different_lengths_are_not_seeds_of_one_setting(tmp_path: Path) 
         put_long_job(tmp_path / f"seed={seed}", [*words, f"seed={seed}"], epochs / 10, config)
     write_request(tmp_path, "trainer.max_epochs=2", "seed=2,3,4")
     assert keys_and_counts(tmp_path) == [({"trainer.max_epochs": "2"}, 3), ({"trainer.max_epochs": "1"}, 2)]
-    header = summary.tabulate(sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")[0]
+    header = summary.tabulate(group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")[0]
     assert header[0] == "trainer.max_epochs"
     # Extended to two epochs, as by nin resume, they are seeds of one setting again: the last value counts.
     for seed in (0, 1):
@@ -281,7 +282,7 @@ def test_the_order_and_the_worst_seed_follow_the_metric(tmp_path: Path) -> None:
             result["metrics"]["val/loss"] = loss
             (job / "result.json").write_text(json.dumps(result))
     for metric, worst in (("val/loss", [0.5, 0.9]), ("val/acc", [0.5, 0.1])):
-        rows = sweep.group_by_seed(sweep.read_jobs(tmp_path), metric)
+        rows = group_by_seed(sweep.read_jobs(tmp_path), metric)
         assert [row.keys["optimizer.lr"] for row in rows] == ["0.05", "0.1"]
         assert [row.summarize(metric)["worst"] for row in rows] == pytest.approx(worst)
     # The standard deviation is that of a sample: 0.4 and 0.5 are each 0.05 from their mean, and one is subtracted.
@@ -294,8 +295,7 @@ def test_the_sampling_error_is_that_of_the_number_of_test_images(tmp_path: Path)
         result = json.loads((job / "result.json").read_text()) | {"test_images": images}
         (job / "result.json").write_text(json.dumps(result))
     errors = {
-        row.keys["optimizer.lr"]: row.sampling_error()
-        for row in sweep.group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
+        row.keys["optimizer.lr"]: row.sampling_error() for row in group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     }
     assert errors == {"0.1": pytest.approx((0.915 * 0.085 / 10_000) ** 0.5), "0.2": None}
 
@@ -396,3 +396,15 @@ def test_every_experiment_is_valid_and_states_its_result(path: Path) -> None:
     assert "test/acc" in header or "nmeasured" in header
     if settings.model.name == "nin":
         assert settings.model.head == "gap"  # no fully connected layer
+
+
+def test_a_result_of_impossible_numbers_does_not_end_the_report(tmp_path: Path) -> None:
+    job = put_job(tmp_path / "seed=0", ["seed=0"], 0.9)
+    for numbers in ('"test_images": 0', '"test_images": -5', f'"train_seconds": 1{"0" * 400}'):
+        metrics = '{"val/acc": 0.9, "test/acc": 0.9}'
+        (job / "result.json").write_text(f'{{"status": "finished", "metrics": {metrics}, {numbers}}}')
+        (row,) = group_by_seed(sweep.read_jobs(tmp_path), "test/acc")
+        assert (row.sampling_error(), row.median_seconds()) == (None, None)
+    for word in (f"seed={'9' * 5000}", "seed=range(0,1e308,1e-10)"):
+        write_request(tmp_path, word)
+        assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished"]

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -599,3 +600,9 @@ def test_the_table_breaks_no_word() -> None:
         words = console.file.getvalue().split()  # type: ignore[attr-defined]
         merged = {"values", "weight_decay=0.01", "conv1x1_layers=2"}
         assert {"weight_decay", "conv1x1_layers"} <= set(words) or merged <= set(words), width
+
+
+def test_a_pipe_in_the_place_of_the_journal_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / JOURNAL)
+    with pytest.raises(UserError, match=r"can't be read \(not a file\)"):
+        open_journal(tmp_path / JOURNAL)

@@ -12,7 +12,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nin.sweeps import chart, summary
-from nin.sweeps.jobs import group_by_seed, read_jobs
+from nin.sweeps.jobs import read_jobs
+from nin.sweeps.rows import group_by_seed
 
 
 def put_job(folder: Path, overrides: list[str], acc: float | None = None, **more: Any) -> Path:

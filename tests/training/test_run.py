@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from nin.checkpoints.files import AtomicCheckpointIO
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data import splits
 from nin.data.splits import open_folder

@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset, WeightedRa
 
 from helpers import SMALL, nin, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.checkpoints.files import resume_candidates
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
@@ -306,7 +307,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
         del content[missing]
     for path in resume_candidates(folder):
         path.unlink(missing_ok=True)
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
+    AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"weight is missing|no valid checkpoint|optimizer_states"):
         run_experiment(requested, folder, [])
 
@@ -317,7 +318,7 @@ def test_another_number_of_processes_is_another_experiment(
     requested, folder, _ = half_done
     content = checkpoint_files.read(folder.last)
     content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, folder.last)
+    AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"trainer.devices: the run has 2 processes.* now there would be 1"):
         run_experiment(requested, folder, [])
 
@@ -428,7 +429,7 @@ def change(path: Path, **changes: Any) -> None:
         for key in parents:
             part = part[int(key) if key.isdigit() else key]
         part[int(last) if last.isdigit() else last] = value
-    checkpoint_files.AtomicCheckpointIO().save_checkpoint(content, path)
+    AtomicCheckpointIO().save_checkpoint(content, path)
 
 
 def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:

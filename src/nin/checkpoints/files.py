@@ -1,10 +1,9 @@
-"""Checkpoint files: atomic, with a checksum, data only; which of them are valid, and whether they fit the run."""
+"""Checkpoint files: data only, with a checksum; which of them are valid, and whether they fit the run."""
 
 import hashlib
 import io
 import logging
 import pickle
-import re
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -12,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 
 from nin.checkpoints.checksum import DIGITS
 from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.trust import OF_TRAINED, require_allowed_classes
 from nin.config.validation import validate_plain
-from nin.runs.folder import RunFolder, open_atomically, sync_folder
+from nin.runs.files import open_atomically, sync_folder
+from nin.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -29,54 +28,6 @@ METRICS = "MetricsLogger"
 DATA = "ImageDataModule"
 
 _ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes before the comment
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves checkpoints atomically, with a checksum inside; loads data only, never code."""
-
-    _is_readable = False
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Saves ``checkpoint`` to ``path``.
-
-        Raises:
-            OSError: if the disk is full or can't be written; the previous file is kept.
-            UserError: if a callback's state could not be loaded again as data.
-        """
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        if not self._is_readable:  # once: a state that can't be loaded must be found in the first save, not on resuming
-            _require_data(buffer)
-            self._is_readable = True
-        content = buffer.getbuffer()
-        content[-2:] = DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
-        digest = hashlib.sha256(content).hexdigest().encode()
-        try:
-            with open_atomically(Path(path)) as file:
-                file.write(content)
-                file.write(digest)
-        except OSError as error:
-            megabytes = len(content) / 1e6
-            error.strerror = (
-                f"{error.strerror}: the checkpoint of {megabytes:.0f} MB could not be saved, the previous one is kept; "
-                "free some space and run the same command again, which resumes from there"
-            )
-            raise
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
-        """Loads a checkpoint as `read` does."""
-        return read(Path(path))
-
-
-def _require_data(buffer: io.BytesIO) -> None:
-    try:
-        torch.load(io.BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        kind = re.search(r"GLOBAL (\S+)", str(error))
-        raise UserError(
-            f"callbacks: the state of one holds a {kind[1] if kind else 'class'}, which can't be loaded without "
-            "running code; its state_dict() must return tensors, numbers, strings, lists and dictionaries of them"
-        ) from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -249,12 +200,31 @@ def settings_of(
         UserError: if this version of the project does not know them, or they name a class that is not allowed.
     """
     try:
+        _require_few_values(checkpoint["hyper_parameters"]["settings"])
         stored = validate_plain(checkpoint["hyper_parameters"]["settings"])
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{path}: saved by another version of nin?\n{error}") from error
     if allowed is not None:
         require_allowed_classes(stored, allowed, groups)
     return stored
+
+
+def _require_few_values(settings: Any) -> None:
+    """Checks that settings are of a usual size: a few lists that hold each other stand for any number of values.
+
+    Raises:
+        TypeError: if they have more than 100,000 values.
+    """
+    waiting, count = [settings], 0
+    while waiting:
+        count += 1
+        if count > 100_000:
+            raise TypeError("its settings have more than 100,000 values")
+        match waiting.pop():
+            case dict() as section:
+                waiting.extend(section.values())
+            case list() | tuple() as values:
+                waiting.extend(values)
 
 
 def images_sha256(checkpoint: Mapping[str, Any]) -> Any:

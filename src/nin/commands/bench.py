@@ -21,7 +21,7 @@ from nin.config.hydra_options import open_hydra
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
-from nin.runs.folder import write_atomically
+from nin.runs.files import write_atomically
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError

@@ -114,7 +114,7 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
 
 
 def with_local_defaults(stored: Settings) -> Settings:
-    """``stored`` without the addresses to download from, the place of a cache, and the profiler.
+    """``stored`` without the addresses to download from, the place of a cache, the profiler and the model registry.
 
     Each applies only if it is given again.
 
@@ -128,7 +128,7 @@ def with_local_defaults(stored: Settings) -> Settings:
         data = data.model_copy(update={"cache": None})
     elif isinstance(data, Data):
         data = data.model_copy(update={"mirrors": _default_data(data.name).mirrors})
-    trainer = stored.trainer.model_copy(update={"profiler": None})
+    trainer = stored.trainer.model_copy(update={"profiler": None, "model_registry": None})
     return stored.model_copy(update={"data": data, "trainer": trainer})
 
 

@@ -90,7 +90,9 @@ def open_cache(data: FolderData) -> Cache:
         is_new = not place.exists()
         try:
             place.mkdir(parents=True, exist_ok=True)
-            (place / ".gitignore").write_text("*\n")
+            # Not through a link that was there before: the folder may come from elsewhere.
+            with contextlib.suppress(FileExistsError), (place / ".gitignore").open("x") as file:
+                file.write("*\n")
             lock = FileLock(place / f".{key}.lock")
             lock.acquire()
         except OSError as error:
@@ -138,6 +140,8 @@ def _key(data: FolderData, listing: Listing) -> str:
 def _read(path: Path) -> Cache | None:
     """The cache in ``path`` if it is complete and intact."""
     try:
+        if not (path / "about.json").is_file():  # or a pipe, which would be waited for
+            return None
         about = json.loads((path / "about.json").read_text())
         state = (path / "images.bin").stat()
         cache = Cache(path, tuple(about["class_names"]), *(about[name] for name in _STORED))
@@ -147,7 +151,7 @@ def _read(path: Path) -> Cache | None:
             and _sha256_of(path / "images.bin", state.st_size, state.st_mtime_ns) != about["sha256"]
         ):
             return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return cache
 

@@ -16,6 +16,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
+# Of a TIFF file, if its image is smaller: libtiff allocates and clears a whole tile, however few bytes the file has.
+MAX_TILE_PIXELS = 1024 * 1024
 # Each scan of a JPEG file passes over all pixels, however few bytes it has. Progressive files have 6 to 18; libtiff and
 # others have the first limit too. 625 megapixels are 25 scans of the largest image that `nin serve` takes by default;
 # as many are allowed for any size.
@@ -51,18 +53,27 @@ def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIX
     except Exception as error:
         raise ImageError("has no bytes") if _is_empty(content) else _name_error(error) from error
     width, height = image.size
+    tile_width, tile_height = (_tag(image, tag) for tag in (322, 323))
     refused: ImageError | None = None
     if width * height > max_pixels:
         megapixels = f"{width}x{height} pixels are {width * height / 1e6:.8g} megapixels"
         refused = ImageTooLargeError(f"{megapixels}; the limit is {max_pixels / 1e6:.8g}")
     elif not width * height:
         refused = ImageError("has no pixels")
+    elif tile_width * tile_height > max(width * height, MAX_TILE_PIXELS):
+        refused = ImageError(f"a TIFF file of {width}x{height} pixels with tiles of {tile_width}x{tile_height}")
     elif too_many_scans:
         refused = ImageError(f"a JPEG file of {width}x{height} pixels and more than {most_scans(image)} scans")
     if refused:
         image.close()
         raise refused
     return image
+
+
+def _tag(image: Image.Image, tag: int) -> int:
+    """An integer in a TIFF file's header; 0 if there is none. JPEG files may have such tags too."""
+    value = getattr(image, "tag_v2", {}).get(tag, 0) if image.format == "TIFF" else 0
+    return value if isinstance(value, int) else 0
 
 
 def _is_empty(content: bytes | BinaryIO | Path | str) -> bool:
@@ -104,11 +115,12 @@ def formats() -> list[str]:
 
     For PostScript Pillow starts Ghostscript, and a file must not be a program. ICO, ICNS, BLP and IPTC files hold a
     file of another format, whose size Pillow reads only when it decodes it (of ICO files already when they are opened),
-    and which in IPTC files may be PostScript. Of MPEG, HDF5, GRIB and BUFR files Pillow knows the names only.
+    and which in IPTC files may be PostScript. Of MPEG, HDF5, GRIB and BUFR files Pillow knows the names only. QOI
+    and FITS files take seconds for each megapixel.
     """
     Image.preinit()  # the common ones are tried first
     Image.init()
-    excluded = ("EPS", "ICO", "ICNS", "BLP", "IPTC", "MPEG", "HDF5", "GRIB", "BUFR")
+    excluded = ("EPS", "ICO", "ICNS", "BLP", "IPTC", "MPEG", "HDF5", "GRIB", "BUFR", "QOI", "FITS")
     return [name for name in Image.ID if name not in excluded]
 
 

@@ -1,5 +1,6 @@
 """Images and score maps over them, for matplotlib. Imports no torch."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,3 +54,15 @@ def escape(text: str) -> str:
 def strongest(score_maps: np.ndarray) -> float:
     """The largest magnitude in several maps ``(maps, height, width)``, for one color scale; 1 where all are 0."""
     return float(np.abs(score_maps).max(initial=0)) or 1.0
+
+
+def ignore_local_matplotlibrc() -> None:
+    """Undoes what a ``matplotlibrc`` in the working directory has set: that may be a folder from elsewhere.
+
+    Such a file could start LaTeX.
+    """
+    import matplotlib
+
+    if Path(matplotlib.matplotlib_fname()).absolute().parent == Path.cwd():
+        matplotlib.rcdefaults()
+        matplotlib.use("agg")

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nin.data.overlays import COLORS, blend, draw_image, escape, strongest
-from nin.runs.folder import open_atomically
+from nin.data.overlays import COLORS, blend, draw_image, escape, ignore_local_matplotlibrc, strongest
+from nin.runs.files import open_atomically
 
 
 def write_maps(
@@ -31,6 +31,7 @@ def write_maps(
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+    ignore_local_matplotlibrc()
     best = np.argsort(-probabilities, kind="stable")[:top]
     columns = 1 + len(best)
     width, height = 2.3 * columns + 0.9, 2.9  # inches

@@ -14,6 +14,7 @@ import numpy as np
 
 from nin.config.schema import Settings, UserError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
+from nin.runs.files import read_bytes
 
 # Where an export keeps its description, beside the entries that other programs read.
 METADATA_KEY = "nin"
@@ -56,7 +57,7 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     except ImportError:
         raise UserError(f"{path}: needs onnxruntime: python3 -m pip install onnxruntime") from None
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     options = onnxruntime.SessionOptions()
@@ -95,7 +96,7 @@ def read_description(metadata: dict[str, str], path: Path) -> Description:
             and isinstance(description.settings["data"], dict)
             and isinstance(description.more, dict)
         )
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         good = False
     if not good:
         raise UserError(f"{path}: not written by this version of nin export: its metadata has no description of a run")

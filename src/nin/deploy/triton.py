@@ -7,7 +7,7 @@ from pathlib import Path
 from nin.config.errors import printable
 from nin.deploy.export import BATCH_IMAGES, Exporter, ExportError
 from nin.deploy.trained import Description
-from nin.runs.folder import write_atomically
+from nin.runs.files import write_atomically
 
 # How long Triton waits for more images before it computes a batch that is not full.
 QUEUE_MICROSECONDS = 500

@@ -4,5 +4,6 @@ A module imports only from the modules below it:
 
     results          the result as a table
     request          what is to be run, and where
-    folder, console  names of the files, lock, atomic writes; terminal and nin.log
+    folder, console  names of the files, and lock; terminal and nin.log
+    files            reading of files that may come from elsewhere; atomic writes
 """

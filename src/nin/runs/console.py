@@ -14,6 +14,8 @@ from typing import Any
 
 import rich.console
 
+from nin.config.errors import printable_lines
+
 # Warnings that Lightning, torch and Hydra raise in every run of this project, and that a user can do nothing about.
 _KNOWN_WARNINGS = (
     # The files in conf/hydra/launcher have the names of the launchers' schemas, which fill in the other keys.
@@ -41,6 +43,10 @@ class _ConsoleHandler(logging.StreamHandler):
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
         super().emit(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message without control characters, which a name in a file from elsewhere may have."""
+        return printable_lines(super().format(record))
 
 
 class _LogFile(logging.FileHandler):

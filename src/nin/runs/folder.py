@@ -1,9 +1,7 @@
-"""A run is a folder: the names of its files, what may be in it, which process has claimed it, and atomic writes."""
+"""A run is a folder: the names of its files, what may be in it, and which process has claimed it."""
 
 import contextlib
 import csv
-import errno
-import glob
 import io
 import itertools
 import json
@@ -11,11 +9,9 @@ import os
 import shutil
 import socket
 import stat
-import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.schema import UserError
+from nin.runs.files import read_text, read_yaml_text, write_atomically
 
 _TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names that `open_atomically` gives
-_LEFT_OVER_SECONDS = 3600  # nobody writes a file for that long without a byte in between
 # Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
 
@@ -247,52 +243,6 @@ def _read_yaml(path: Path) -> DictConfig | ListConfig | None:
     if not path.exists():
         return None
     try:
-        return OmegaConf.load(io.StringIO(read_text(path)))
+        return OmegaConf.load(io.StringIO(read_yaml_text(path)))
     except _UNREADABLE as error:
         raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
-
-
-def read_text(path: Path) -> str:
-    """The text of a file; raises OSError for a named pipe, for which ``Path.read_text`` would wait for ever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return path.read_text(encoding="utf-8")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes ``text`` to ``path`` atomically."""
-    with open_atomically(path) as file:
-        file.write(text.encode())
-
-
-@contextlib.contextmanager
-def open_atomically(path: Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file in the same folder; on exit it is flushed to disk and renamed to ``path``.
-
-    Several processes may do so at the same time: the last one to end is the one whose content stays. A symbolic link at
-    ``path`` is replaced, not followed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):  # another process may remove it in the meantime
-            if time.time() - leftover.lstat().st_mtime > _LEFT_OVER_SECONDS:  # of a process that was killed
-                leftover.unlink()
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries to disk: until then a rename may be lost in a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,5 +14,6 @@ A module imports only from the modules below it:
     claims, space  which process works on which trial; Hydra's syntax for spaces as Optuna's distributions
     chart          the picture of a sweep or a search
     jobs           the jobs of a sweep and their folders
+    rows           the rows of its table: jobs that differ only in their seed
     stored         what the files in these folders say
 """

@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nin.runs.folder import RunFolder, open_atomically
-from nin.sweeps.jobs import Row
+from nin.runs.files import open_atomically
+from nin.runs.folder import RunFolder
+from nin.sweeps.rows import Row
 
 if TYPE_CHECKING:
     import optuna
@@ -38,8 +39,9 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    from nin.data.overlays import escape
+    from nin.data.overlays import escape, ignore_local_matplotlibrc
 
+    ignore_local_matplotlibrc()
     finished = [row for row in rows if row.values(metric)]
     rows = finished[:_MAX_ROWS]
     labels = [escape(textwrap.fill(row.label, _LABEL_WIDTH)) for row in rows]
@@ -166,6 +168,9 @@ def draw_study(study: "optuna.Study", path: Path) -> None:
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization import matplotlib as pictures
 
+    from nin.data.overlays import ignore_local_matplotlibrc
+
+    ignore_local_matplotlibrc()
     evaluator = FanovaImportanceEvaluator(seed=0)
     plots = (
         lambda: pictures.plot_optimization_history(study, target_name="val/acc"),

@@ -4,10 +4,7 @@ import contextlib
 import hashlib
 import math
 import re
-import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +17,12 @@ from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
+from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
+# What a file of other content raises.
+_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
 _MAX_NAME_LENGTH = 100  # characters of a folder's name; file systems allow 255 bytes
 _MAX_JOBS = 10_000
@@ -88,7 +88,7 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
         if (count := math.prod(map(count_sweep_values, overrides))) > _MAX_JOBS:
             raise UserError(f"{swept}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
-    except (HydraException, ValueError) as error:  # interval(0,1), range(0,3,0)
+    except (HydraException, ValueError, OverflowError) as error:  # interval(0,1), range(0,3,0)
         if any(override.is_interval_sweep() for override in overrides):
             raise UserError(f"{swept}: an interval is for a search; add hydra/sweeper=optuna") from error
         raise UserError(f"{swept}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
@@ -96,58 +96,6 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
 
 def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:
     return parse_overrides([*(f"{key}={value}" for key, value in without_overridden(params, task).items()), *task])
-
-
-@dataclass
-class Job:
-    """One job of a sweep or one single run, as read from its folder."""
-
-    folder: Path
-    overrides: dict[str, str]
-    status: str  # finished, failed, pruned, running, unfinished or not started
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
-    hardware: str = ""  # the device, and the version of torch
-
-
-@dataclass
-class Row:
-    """Jobs that differ only in their seed."""
-
-    keys: dict[str, str]
-    jobs: list[Job]
-
-    def values(self, metric: str) -> list[float]:
-        """The finite values of ``metric`` in finished jobs; unfinished jobs only have those of an earlier epoch."""
-        finished = [job.metrics.get(metric) for job in self.jobs if job.status == "finished"]
-        return [value for value in finished if value is not None and math.isfinite(value)]
-
-    def summarize(self, metric: str) -> dict[str, float | None]:
-        """ "mean", sample standard deviation "std" and "worst" over the seeds; None where there are too few values."""
-        values = self.values(metric)
-        worst = max if metric.endswith("loss") else min
-        return {
-            "mean": statistics.fmean(values) if values else None,
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-            "worst": worst(values) if values else None,
-        }
-
-    def median_seconds(self) -> float | None:
-        """Seconds of training of the run in the middle: one that was disturbed or resumed does not change it."""
-        values = self.values("train_seconds")
-        return statistics.median(values) if values else None
-
-    def sampling_error(self) -> float | None:
-        """Standard error of test/acc due to the number n of test images, sqrt(p (1 - p) / n); None if unknown."""
-        p, images = self.summarize("test/acc")["mean"], self.values("test_images")
-        return math.sqrt(p * (1 - p) / min(images)) if p is not None and images and 0 <= p <= 1 else None
-
-    @property
-    def label(self) -> str:
-        """The name of a single run, or the varied keys without their sections: "norm=batch lr=0.1"."""
-        if "run" in self.keys:
-            return self.keys["run"]
-        return " ".join(f"{key.split('.')[-1]}={value}" for key, value in self.keys.items() if value) or "all"
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -222,7 +170,16 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
         swept = [override.key_or_group for override in _parse(params, task) if override.is_sweep_override()]
         jobs = expand_jobs(params, task)
-    except (LookupError, TypeError, AttributeError, HydraException, UserError):
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+        HydraException,
+        UserError,
+    ):
         return [], []
     names = folder_names(jobs, swept)
     return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
@@ -258,7 +215,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             values = {**metrics, **{key: result.get(key) for key in ("train_seconds", "test_images")}}
             if "seed" in result:
                 overrides.setdefault("seed", printable(str(result["seed"])))
-            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float)}
+            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and abs(v) < 1e300}
             return Job(path, overrides, result["status"], numbers, hardware=describe_hardware(result))
     epochs = folder.read_epochs()
     scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
@@ -271,20 +228,3 @@ def _drop_common(jobs: list[Job], swept: list[str]) -> None:
         if len({job.overrides[key] for job in jobs if key in job.overrides}) == 1:
             for job in jobs:
                 job.overrides.pop(key, None)
-
-
-def group_by_seed(jobs: list[Job], metric: str) -> list[Row]:
-    """Rows of the jobs that differ only in seed, the best by ``metric`` first, those without it last."""
-    varying = varying_keys(jobs)
-    groups: dict[tuple[str, ...], list[Job]] = defaultdict(list)
-    for job in jobs:
-        groups[tuple(job.overrides.get(key, "") for key in varying)].append(job)
-    rows = [Row(dict(zip(varying, values, strict=True)), group) for values, group in groups.items()]
-    sign = 1 if metric.endswith("loss") else -1
-    return sorted(rows, key=lambda row: (not row.values(metric), sign * (row.summarize(metric)["mean"] or 0)))
-
-
-def varying_keys(jobs: list[Job]) -> list[str]:
-    """The keys, without ``seed``, that do not have one value in all jobs; of single runs always "run", their name."""
-    keys = dict.fromkeys(key for job in jobs for key in job.overrides if key != "seed")
-    return [key for key in keys if key == "run" or len({job.overrides.get(key) for job in jobs}) > 1]

@@ -17,9 +17,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
+from nin.config.errors import printable
 from nin.config.hydra_options import SEARCH_PATH
 from nin.config.schema import CONF, Settings, UserError
-from nin.runs.folder import RunFolder, write_atomically
+from nin.runs.files import write_atomically
+from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import check_search, count_trials, experiment_words, read_settings
@@ -202,7 +204,7 @@ class Search:
             match result["status"]:
                 case "failed":
                     error = str(result.get("error", ""))
-                    print(f"trial {number} failed: {error}", flush=True)
+                    print(f"trial {number} failed: {printable(error)}", flush=True)
                     self.store.finish(number, TrialState.FAIL, None, scores, {}, error)
                 case "pruned":
                     print(f"trial {number} was pruned after {max(scores)} epochs", flush=True)

@@ -22,7 +22,8 @@ from nin.config.errors import printable, printable_lines
 from nin.config.schema import Settings, UserError
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, markdown_table, tensorboard_command
-from nin.runs.folder import RunFolder, read_text, write_atomically
+from nin.runs.files import read_text, write_atomically
+from nin.runs.folder import RunFolder
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
 from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
@@ -60,8 +61,8 @@ def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
         settings: of that trial, as the search's command has them: a config in ``folder`` may come from elsewhere.
     """
     path = folder / "best.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        if json.loads(path.read_text(encoding="utf-8"))["trial"] == best.number:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        if json.loads(read_text(path))["trial"] == best.number:
             return
     run = RunFolder(folder / trial_name(best.number))
     if not run.best.exists():
@@ -238,8 +239,8 @@ def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> 
         count = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
         text = f"trained anew with {count}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
         return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        tested = json.loads((folder / "best.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        tested = json.loads(read_text(folder / "best.json"))
         if tested["trial"] == best.number:
             acc = tested["metrics"]["test/acc"]
             return [f"tested once: test/acc {acc:.4f}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]

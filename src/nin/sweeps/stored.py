@@ -12,17 +12,16 @@ import yaml
 
 from nin.config.changes import that_change_training
 from nin.config.errors import printable
+from nin.runs.files import YAML_LOADER, read_yaml_text
 from nin.runs.folder import RunFolder
 
 _MISSING = object()  # unlike null, which is a value
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, None if it can't be read."""
     with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-        if path.is_file():  # not a named pipe, which would be waited for
-            return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(read_yaml_text(path), Loader=YAML_LOADER)
     return None
 
 

@@ -23,6 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nin.config.schema import UserError
+from nin.runs.files import read_bytes
 from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
 from nin.sweeps.space import Space, describe, enumerate_values
 from nin.training.pruning import build_pruner, without_scores
@@ -259,7 +260,7 @@ def open_journal(path: Path) -> JournalStorage:
         UserError: if the file is damaged or something else.
     """
     try:
-        *lines, tail = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        *lines, tail = read_bytes(path).split(b"\n") if path.exists() else [b""]
         if lines and not isinstance(json.loads(lines[-1]), dict):  # Optuna reads it only when another line follows
             raise ValueError(f"its last line is {lines[-1][:20]!r}")
         start = b'{"op_code":'

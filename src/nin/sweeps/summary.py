@@ -11,9 +11,10 @@ from rich.table import Table
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, markdown_table, tensorboard_command
-from nin.runs.folder import open_atomically, write_atomically
+from nin.runs.files import open_atomically, write_atomically
 from nin.sweeps.chart import draw
-from nin.sweeps.jobs import METRICS, Job, Row, group_by_seed, read_jobs
+from nin.sweeps.jobs import METRICS, read_jobs
+from nin.sweeps.rows import Job, Row, group_by_seed
 
 _MIN_TEXT_WIDTH = 24  # characters of a column of settings
 

@@ -14,7 +14,7 @@ from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nin.config.schema import UserError
-from nin.runs.folder import write_atomically
+from nin.runs.files import read_text, write_atomically
 
 _RUNG = "completed_rung_"  # Optuna's successive halving stores the value at a rung under this key of a trial
 
@@ -84,7 +84,7 @@ class TrialPruner:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         path = comparison_path(run_folder)
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = json.loads(read_text(path))
             study = optuna.create_study(
                 study_name=content["name"],
                 direction="maximize",
@@ -100,7 +100,7 @@ class TrialPruner:
                         system_attrs=trial["rungs"],
                     )
                 )
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
         self._study, self._trial = study, study.ask()
         self._reported: set[int] = set()

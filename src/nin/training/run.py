@@ -17,7 +17,8 @@ from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
-from nin.runs.folder import RunFolder, open_atomically
+from nin.runs.files import open_atomically
+from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import PRINTED, print_result
 from nin.system.devices import add_remedy, require_accelerator

@@ -16,7 +16,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.checkpoints.files import AtomicCheckpointIO
+from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
+from nin.config.changes import is_within
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.system import devices
@@ -58,11 +59,19 @@ def build_trainer(
             **arguments,
             logger=loggers,
             callbacks=callbacks,
-            plugins=[AtomicCheckpointIO()],
+            plugins=[AtomicCheckpointIO(_writable_folders(folder, callbacks))],
             default_root_dir=folder,
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
+
+
+def _writable_folders(folder: Path | None, callbacks: Sequence[lightning.Callback]) -> list[Path] | None:
+    """Where checkpoints may be saved and removed; None for everywhere, if there are callbacks of the user's own."""
+    if any(not is_within(type(callback).__module__, ["nin", "lightning"]) for callback in callbacks):
+        return None
+    given = [getattr(callback, "dirpath", None) for callback in callbacks]
+    return [*([folder] if folder else []), *(Path(dirpath) for dirpath in given if dirpath)]
 
 
 class NoProfiler(PassThroughProfiler):

@@ -7,7 +7,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nin.data.overlays import blend, draw_image, escape, strongest
+from nin.data.overlays import blend, draw_image, escape, ignore_local_matplotlibrc, strongest
+
+ignore_local_matplotlibrc()
 
 # The name of each chart of training curves, and that of its metrics after ``train/`` or ``val/``.
 CURVES = {"loss": "loss", "accuracy": "acc"}

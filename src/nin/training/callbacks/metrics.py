@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nin.config.schema import UserError
-from nin.runs.folder import write_atomically
+from nin.runs.files import write_atomically
 from nin.training.classifier import Classifier
 from nin.training.loss import require_finite
 

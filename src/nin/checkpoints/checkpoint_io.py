@@ -1,0 +1,92 @@
+"""How Lightning writes, removes and loads checkpoint files in this project."""
+
+import hashlib
+import io
+import logging
+import os
+import pickle
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from nin.checkpoints.checksum import DIGITS
+from nin.checkpoints.files import read
+from nin.config.schema import UserError
+from nin.runs.files import open_atomically
+
+log = logging.getLogger(__name__)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves checkpoints atomically, with a checksum inside; loads data only, never code.
+
+    Args:
+        folders: where it writes and removes files. A config or the state of a callback may come from elsewhere, and
+            name any path. None: everywhere.
+    """
+
+    _is_readable = False
+
+    def __init__(self, folders: Sequence[Path] | None = None):
+        super().__init__()
+        self.folders = folders if folders is None else [Path(os.path.realpath(folder)) for folder in folders]
+
+    def _is_within_folders(self, path: str | Path) -> bool:
+        real = Path(os.path.realpath(path))
+        return self.folders is None or any(real.is_relative_to(folder) for folder in self.folders)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Saves ``checkpoint`` to ``path``.
+
+        Raises:
+            OSError: if the disk is full or can't be written; the previous file is kept.
+            UserError: if a callback's state could not be loaded again as data, or ``path`` is outside of the folders.
+        """
+        if not self._is_within_folders(path):
+            raise UserError(f"{path}: outside of the run's folder; set the dirpath of the callback that saves there")
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        if not self._is_readable:  # once: a state that can't be loaded must be found in the first save, not on resuming
+            _require_data(buffer)
+            self._is_readable = True
+        content = buffer.getbuffer()
+        content[-2:] = DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
+        digest = hashlib.sha256(content).hexdigest().encode()
+        try:
+            with open_atomically(Path(path)) as file:
+                file.write(content)
+                file.write(digest)
+        except OSError as error:
+            megabytes = len(content) / 1e6
+            error.strerror = (
+                f"{error.strerror}: the checkpoint of {megabytes:.0f} MB could not be saved, the previous one is kept; "
+                "free some space and run the same command again, which resumes from there"
+            )
+            raise
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes a checkpoint file, if it is within the folders."""
+        file = Path(path)
+        if self._is_within_folders(file) and file.is_file() and not file.is_symlink():
+            file.unlink()
+        else:
+            log.warning("%s: is not removed, because it is no checkpoint in the run's folder", path)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Loads a checkpoint as `read` does."""
+        return read(Path(path))
+
+
+def _require_data(buffer: io.BytesIO) -> None:
+    try:
+        torch.load(io.BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        raise UserError(
+            f"callbacks: the state of one holds a {kind[1] if kind else 'class'}, which can't be loaded without "
+            "running code; its state_dict() must return tensors, numbers, strings, lists and dictionaries of them"
+        ) from error
