@@ -408,3 +408,15 @@ def test_a_result_of_impossible_numbers_does_not_end_the_report(tmp_path: Path) 
     for word in (f"seed={'9' * 5000}", "seed=range(0,1e308,1e-10)"):
         write_request(tmp_path, word)
         assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished"]
+
+
+def test_other_precisions_are_other_rows(tmp_path: Path) -> None:
+    for seed, precision in ((0, "32-true"), (1, "32-true"), (2, "bf16-mixed")):
+        config = f"seed: {seed}\ntrainer: {{precision: {precision}}}\n"
+        words = [f"seed={seed}", f"trainer.precision={precision}"]
+        job = put_job(tmp_path / f"seed={seed}", words, 0.9)
+        (job / ".hydra" / "config.yaml").write_text(config)
+    assert keys_and_counts(tmp_path) == [
+        ({"trainer.precision": "32-true"}, 2),
+        ({"trainer.precision": "bf16-mixed"}, 1),
+    ]

@@ -31,7 +31,7 @@ from nin.sweeps.search import Search
 from nin.sweeps.search_best import best_command, best_config
 from nin.sweeps.search_checks import experiment_words
 from nin.sweeps.search_report import best_trial, count_saved_epochs, describe_answer
-from nin.sweeps.space import enumerate_values, overrides_of, read_space
+from nin.sweeps.space import enumerate_values, overrides_of, read_space, sample_corners
 from nin.sweeps.study import (
     JOURNAL,
     JournalLock,
@@ -606,3 +606,14 @@ def test_a_pipe_in_the_place_of_the_journal_is_not_waited_for(tmp_path: Path) ->
     os.mkfifo(tmp_path / JOURNAL)
     with pytest.raises(UserError, match=r"can't be read \(not a file\)"):
         open_journal(tmp_path / JOURNAL)
+
+
+def test_proposals_of_a_range_are_decimals_and_every_choice_is_checked_before_the_start() -> None:
+    space = read_space({}, ["model.dropout=range(0.1,1.0,0.1)", "model=nin,lenet,alexnet,vgg,mlp"])[0]
+    trials: list[Any] = []
+    for _ in range(12):
+        trials.append(propose(dataclasses.replace(plan(), space=space, sampler="random"), trials))
+    values = {trial.params["model.dropout"] for trial in trials}
+    assert values <= {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
+    assert len(values) > 4
+    assert {point["model"] for point in sample_corners(space)} == {"nin", "lenet", "alexnet", "vgg", "mlp"}

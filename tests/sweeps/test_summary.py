@@ -342,3 +342,18 @@ def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     rows = group_by_seed(read_jobs(tmp_path / "money"), "val/acc")
     left, _ = chart.draw("money", rows, "val/acc", "epochs").axes
     assert sorted(label.get_text() for label in left.get_yticklabels()) == [r"widths='\$5_to_\$10'", r"widths='a_\$5'"]
+
+
+def test_a_job_without_curves_does_not_make_the_axes_narrow(lr_sweep: Path) -> None:
+    (next(lr_sweep.glob("*/metrics.csv"))).unlink()
+    for metric in ("val/acc", "test/acc"):
+        left, right = draw(lr_sweep, metric).axes
+        assert min(left.get_position().width, right.get_position().width) > 0.35
+
+
+def test_over_a_number_every_row_is_drawn(tmp_path: Path) -> None:
+    for i in range(30):
+        put_job(tmp_path / str(i), [f"optimizer.lr=0.{i + 10}"], 0.5 + i / 100)
+    figure = draw(tmp_path)
+    assert len(figure.axes[0].lines[0].get_xdata()) == 30
+    assert figure.get_suptitle() == "title (curves of the best 20 of 30 rows)"

@@ -36,7 +36,7 @@ MAY_CHANGE = (
 # has started.
 SAME_EXPERIMENT = tuple(key for key in MAY_CHANGE if key != "trainer.max_epochs")
 # Those that are part of a result: a sweep's table has another row for another value.
-PART_OF_RESULT = ("trainer.max_epochs", "callbacks", "data.root")
+PART_OF_RESULT = ("trainer.max_epochs", "trainer.precision", "callbacks", "data.root")
 
 
 # Lightning's callbacks that do not change training, as those of this project. Any other is part of the experiment: an

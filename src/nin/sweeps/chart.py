@@ -48,11 +48,13 @@ def draw(title: str, rows: list[Row], metric: str, x_axis: str) -> "Figure":
     lines = sum(label.count("\n") + 1 for label in labels) + len(labels)
     figure = Figure(figsize=(13, max(4.5, 1.5 + 0.16 * lines)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    more = f" (the best {_MAX_ROWS} of {len(finished)} rows)" if len(finished) > _MAX_ROWS else ""
-    figure.suptitle(escape(textwrap.fill(f"{title}{more}", 120)))
+    is_cut = len(finished) > _MAX_ROWS
     palette = colormaps["tab10" if len(rows) <= 10 else "tab20"]
     colors = [palette(i) for i in range(len(rows))]
-    over_number = _draw_over_number(left, rows, metric, colors)
+    gray = (0.6, 0.6, 0.6, 1.0)
+    over_number = _draw_over_number(left, finished, metric, [*colors, *[gray] * (len(finished) - len(rows))])
+    more = f" ({'curves of ' * over_number}the best {_MAX_ROWS} of {len(finished)} rows)" if is_cut else ""
+    figure.suptitle(escape(textwrap.fill(f"{title}{more}", 120)))
     if not rows:
         left.text(0.5, 0.5, "no run has finished yet", ha="center", transform=left.transAxes)
     elif not over_number:
@@ -70,13 +72,15 @@ def _draw_curves(
 ) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    for row, label, color in zip(rows, labels, colors, strict=True):
-        for i, job in enumerate(row.jobs):
+    for row, text, color in zip(rows, labels, colors, strict=True):
+        label: str | None = text  # of the row's first line
+        for job in row.jobs:
             epochs = RunFolder(job.folder).read_epochs() if job.status != "not started" else []
             points = [(e[X_AXES[x_axis]], e[metric]) for e in epochs if metric in e and X_AXES[x_axis] in e]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            axes.plot(x, y, color=color, marker=".", linewidth=1, label=label if i == 0 else None, **_ON_TOP)
-    if rows and not any(len(line.get_xdata()) for line in axes.lines):  # type: ignore[arg-type]
+            if points:  # the extent of an empty line would make the axes narrow
+                axes.plot(*zip(*points, strict=True), color=color, marker=".", linewidth=1, label=label, **_ON_TOP)
+                label = None
+    if rows and not axes.lines:
         axes.axis("off")
         axes.text(0.5, 0.5, f"no curves: metrics.csv has no {metric}", ha="center", transform=axes.transAxes)
         return
@@ -90,7 +94,7 @@ def _draw_curves(
 
 def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[Color]") -> bool:
     """Draws ``metric`` over the varied key if there is only one and its values are numbers; returns whether it did."""
-    numbers = [_number(value) for row in rows for value in row.keys.values()]
+    numbers = [_number(value) for row in rows for key, value in row.keys.items() if key != "run"]
     if len(rows) < 2 or len(numbers) != len(rows) or None in numbers:
         return False
     points = sorted(zip([n for n in numbers if n is not None], range(len(rows)), strict=True))

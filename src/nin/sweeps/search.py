@@ -24,7 +24,7 @@ from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
-from nin.sweeps.search_checks import check_search, count_trials, experiment_words, read_settings
+from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
 from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
@@ -73,6 +73,8 @@ class Search:
         self._write_description()
         if self.total < self.settings.n_trials:
             print(f"the grid has {self.total} points, so there are {self.total} trials")
+        elif self.plan.sampler == "grid" and (points := count_points(self.plan)) > self.total:
+            print(f"the grid has {points} points; {self.total} are tried, all with hydra.sweeper.n_trials={points}")
         self._run_trials()
         self._finish()
 

@@ -135,9 +135,12 @@ def count_trials(plan: Plan, settings: SearchSettings) -> int:
     Raises:
         UserError: if a grid has infinitely many points.
     """
-    if plan.sampler != "grid":
-        return settings.n_trials
-    return min(settings.n_trials, math.prod(len(enumerate_values(key, values)) for key, values in plan.space.items()))
+    return min(settings.n_trials, count_points(plan)) if plan.sampler == "grid" else settings.n_trials
+
+
+def count_points(plan: Plan) -> int:
+    """The number of points of a grid. Raises UserError if they are infinitely many."""
+    return math.prod(len(enumerate_values(key, values)) for key, values in plan.space.items())
 
 
 def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:

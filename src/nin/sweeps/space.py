@@ -1,7 +1,7 @@
 """The space of a search: Hydra's syntax for sweeps as Optuna's distributions."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -15,6 +15,7 @@ from nin.config.schema import UserError
 
 _TAGS = {"log", "int", "float"}
 _MAX_VALUES = 10_000  # of one key
+_MAX_CHECKED = 50  # choices of a key that are tried before the search starts; each takes a tenth of a second
 
 Space = dict[str, BaseDistribution]
 
@@ -109,6 +110,14 @@ def _range(value: RangeSweep, tags: set[str], given: str) -> BaseDistribution:
     return FloatDistribution(float(low), float(high), step=float(abs(step)))
 
 
+def exact_value(value: Any, distribution: BaseDistribution) -> Any:
+    """A proposed value; of a range with decimals computed in decimals: 0.3, and not 0.30000000000000004."""
+    if not isinstance(distribution, FloatDistribution) or not distribution.step:
+        return value
+    low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
+    return float(low + round((Decimal(str(value)) - low) / step) * step)
+
+
 def format_value(value: Any) -> str:
     """A proposed value as the right side of an override that Hydra reads back to the last digit."""
     return value if isinstance(value, str) else repr(value)
@@ -137,12 +146,11 @@ def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
 
 
 def sample_corners(space: Space) -> list[dict[str, str]]:
-    """A few points of the space as text, each key at one of its ends: to find errors before the search starts."""
+    """A few points of the space as text, to find errors before the search starts: ends of intervals, all choices."""
     ends = {key: ends_of(distribution) for key, distribution in space.items()}
-    points = [
-        {key: values[pick(i) % len(values)] for i, (key, values) in enumerate(ends.items())}
-        for pick in (lambda i: 0, lambda i: -1, lambda i: i, lambda i: i + 1)
-    ]
+    picks: list[Callable[[int], int]] = [lambda i: 0, lambda i: -1, lambda i: i, lambda i: i + 1]
+    picks += [lambda _, n=n: n for n in range(min(_MAX_CHECKED, max(map(len, ends.values()), default=0)))]  # type: ignore[misc]
+    points = [{key: values[pick(i) % len(values)] for i, (key, values) in enumerate(ends.items())} for pick in picks]
     return [point for i, point in enumerate(points) if point not in points[:i]]
 
 

@@ -28,11 +28,11 @@ def read_yaml(path: Path) -> Any:
 def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
     """The values of ``keys`` in a job's config, and of what may change when it is resumed, but is part of its result.
 
-    These are ``trainer.max_epochs``, the names and arguments of callbacks that may change training, and ``data.root``
-    of ``data=folder``.
+    These are ``trainer.max_epochs``, ``trainer.precision``, the names and arguments of callbacks that may change
+    training, and ``data.root`` of ``data=folder``.
     """
     config = read_yaml(path)
-    values = {key: _value_at(config, key) for key in (*keys, "trainer.max_epochs")}
+    values = {key: _value_at(config, key) for key in (*keys, "trainer.max_epochs", "trainer.precision")}
     for group in ("data", "optimizer", "schedule"):  # whose sections have the names of their options
         if isinstance(section := values.get(group), dict):
             values[group] = section.get("name")

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nin.config.schema import UserError
 from nin.runs.files import read_bytes
 from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
-from nin.sweeps.space import Space, describe, enumerate_values
+from nin.sweeps.space import Space, describe, enumerate_values, exact_value
 from nin.training.pruning import build_pruner, without_scores
 
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
@@ -107,7 +107,7 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     proposed = study.get_trials(deepcopy=True)[-1]
     return create_trial(
         state=TrialState.RUNNING,
-        params=proposed.params,
+        params={key: exact_value(value, proposed.distributions[key]) for key, value in proposed.params.items()},
         distributions=proposed.distributions,
         system_attrs=proposed.system_attrs | {_STUDY: storage.get_study_system_attrs(study_id)},
         user_attrs={"folder": trial_name(len(trials))},
