@@ -116,7 +116,7 @@ def formats() -> list[str]:
     For PostScript Pillow starts Ghostscript, and a file must not be a program. ICO, ICNS, BLP and IPTC files hold a
     file of another format, whose size Pillow reads only when it decodes it (of ICO files already when they are opened),
     and which in IPTC files may be PostScript. Of MPEG, HDF5, GRIB and BUFR files Pillow knows the names only. QOI
-    and FITS files take seconds for each megapixel.
+    and FITS files take up to a second for each megapixel.
     """
     Image.preinit()  # the common ones are tried first
     Image.init()
