@@ -69,11 +69,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes a checkpoint file, if it is within the folders."""
+        """Removes a checkpoint file, if it is there and within the folders."""
         file = Path(path)
         if self._is_within_folders(file) and file.is_file() and not file.is_symlink():
             file.unlink()
-        else:
+        elif os.path.lexists(file):
             log.warning("%s: is not removed, because it is no checkpoint in the run's folder", path)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:

@@ -32,8 +32,7 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-# Those of them that make no other experiment under the same name. A run that is longer is another experiment before it
-# has started.
+# Those of them whose change never makes another experiment: of another length, only a run that is resumed is the same.
 SAME_EXPERIMENT = tuple(key for key in MAY_CHANGE if key != "trainer.max_epochs")
 # Those that are part of a result: a sweep's table has another row for another value.
 PART_OF_RESULT = ("trainer.max_epochs", "trainer.precision", "callbacks", "data.root")
