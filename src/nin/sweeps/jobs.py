@@ -170,16 +170,7 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
         swept = [override.key_or_group for override in _parse(params, task) if override.is_sweep_override()]
         jobs = expand_jobs(params, task)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-        HydraException,
-        UserError,
-    ):
+    except (*_UNREADABLE, HydraException, UserError):
         return [], []
     names = folder_names(jobs, swept)
     return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
