@@ -221,6 +221,10 @@ class Sweep:
             status = 1  # the other jobs have run
         except KeyboardInterrupt:
             status = 130
+        except BrokenProcessPool:
+            status = 1
+            if not self._status_of_signals():
+                print("nin train: a worker process was killed; run the same command again to resume", file=sys.stderr)
         except Exception as error:
             # What the launchers of a cluster raise for a job that was killed or whose machine was lost.
             if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
@@ -228,10 +232,6 @@ class Sweep:
             status = 1
             reason = (str(error) or type(error).__name__).splitlines()[0]
             print(f"nin train: a job was lost ({reason}); run the same command again to resume", file=sys.stderr)
-        except BrokenProcessPool:
-            status = 1
-            if not self._status_of_signals():
-                print("nin train: a worker process was killed; run the same command again to resume", file=sys.stderr)
         return self._status_of_signals() or status
 
     def _status_of_signals(self) -> int:
