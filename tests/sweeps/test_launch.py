@@ -402,6 +402,35 @@ def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
     assert any("is working on this run" in output for output in outputs), outputs
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("launcher", "message"),
+    [("joblib", "a worker process was killed; run"), ("submitit_local", "a job was lost (")],
+)
+def test_a_killed_job_ends_the_sweep_with_one_line(
+    tmp_path: Path, data_root: Path, launcher: str, message: str
+) -> None:
+    pytest.importorskip(launcher.partition("_")[0])
+    requested = [
+        *SMALL,
+        "callbacks=none",
+        "logger=none",
+        "trainer.limit_train_batches=80",
+        "checkpoint.every_n_steps=1",
+    ]
+    sweep = tmp_path / "outputs" / "sweeps" / "lost"
+    words = ["train", "-m", *requested, "name=lost", "seed=0,1", f"hydra/launcher={launcher}"]
+    process = start(*words, cwd=tmp_path, NIN_DATA=str(data_root), OMP_NUM_THREADS="1")
+    for seed in (0, 1):
+        wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", process)
+    os.kill(json.loads((sweep / "seed=0" / ".hydra" / "state.json").read_text())["pid"], signal.SIGKILL)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1, output
+    assert f"nin train: {message}" in output
+    assert "run the same command again to resume" in output
+    assert "Traceback" not in output
+
+
 def torchrun(*arguments: str, cwd: Path, data_root: Path, **more: Any) -> subprocess.Popen[str]:
     """Starts two processes of ``nin`` as on a machine with two devices."""
     return subprocess.Popen(
