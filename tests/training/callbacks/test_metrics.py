@@ -161,3 +161,11 @@ def test_a_state_without_a_part_or_with_one_of_another_type_is_not_loaded(
 )
 def test_chance_depends_on_the_number_of_classes(loss: float, acc: float, classes: int, chance: bool) -> None:
     assert is_at_chance({"train/loss": loss, "train/acc": acc}, classes) is chance
+
+
+def test_the_time_of_lightnings_sanity_check_is_none_of_the_training(tmp_path: Path) -> None:
+    metrics, trainer = MetricsLogger(tmp_path / "metrics.csv"), SimpleNamespace(sanity_checking=True)
+    metrics.on_validation_start(trainer, None)  # type: ignore[arg-type]
+    metrics.on_validation_end(trainer, None)  # type: ignore[arg-type]
+    metrics.started = metrics.window_started = time.perf_counter()
+    assert metrics.state_dict()["window_seconds"] > 0

@@ -122,11 +122,10 @@ class MetricsLogger(Callback):
         self.validation_started = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        if not trainer.sanity_checking:
+        started, self.validation_started = self.validation_started, None
+        if started and not trainer.sanity_checking:
             # The time of a validation in the middle of an epoch does not count as training time.
-            assert self.validation_started
-            self._open_window(self.window_images, self.validation_started - self.window_started)
-            self.validation_started = None
+            self._open_window(self.window_images, started - self.window_started)
             # Not those that a callback of the user's logs, which may be of any name and missing in some epochs.
             names = [name for name in _SCORES if name in trainer.callback_metrics]
             self.scores = rounded({name: trainer.callback_metrics[name] for name in names})
