@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: with all threads each they would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from helpers import SMALL, nin
+from helpers import SMALL, STARTED, nin
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
 from nin.config.validation import validate
@@ -44,6 +44,17 @@ def pytest_sessionfinish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first: one that begins at the end would keep a single process busy."""
     items.sort(key=lambda item: item.name not in LONGEST)
+
+
+@pytest.fixture(autouse=True)
+def end_started_processes() -> Iterator[None]:
+    """Ends what a failed test has started and left running: otherwise the next test would fail with its warning."""
+    yield
+    for process in STARTED:
+        process.kill()
+        with process:  # closes the pipe and waits
+            pass
+    STARTED.clear()
 
 
 @pytest.fixture(autouse=True)

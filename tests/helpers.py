@@ -53,12 +53,18 @@ def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
     )
 
 
+# What `start` has started in the test that is running: what a failed test leaves is ended after it.
+STARTED: list[subprocess.Popen[str]] = []
+
+
 def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen[str]:
     """Starts the program and returns while it runs."""
     command = [sys.executable, "-m", "nin", *merge(arguments)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=cwd, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
+    STARTED.append(process)
+    return process
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:

@@ -609,7 +609,15 @@ def release() -> Iterator[Callable[[], None]]:
         subprocess.run(["scancel", job], check=False)
 
 
-ON_SLURM = [*SMALL, "callbacks=none", "trainer.limit_train_batches=150", "checkpoint.every_n_steps=1"]
+# Long enough that no job ends before its signal, however late this process has its turn.
+ON_SLURM = [*SMALL, "callbacks=none", "trainer.limit_train_batches=280", "checkpoint.every_n_steps=1"]
+
+
+def slurm(*words: str) -> None:
+    """Runs a command of SLURM on a job, the last word; if it fails, what became of the job is in the message."""
+    done = subprocess.run(words, capture_output=True, text=True)
+    job = subprocess.run(["scontrol", "show", "job", words[-1]], capture_output=True, text=True).stdout
+    assert done.returncode == 0, f"{words}: {done.stderr}\n{job}"
 
 
 @pytest.mark.xdist_group("slurm")
@@ -623,7 +631,7 @@ def test_slurm_jobs_that_are_stopped_go_back_and_end_with_the_same_weights(
     for seed, stop in enumerate((["scancel", "--signal=USR2"], ["scontrol", "requeue"])):
         wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", waiting)
         (log,) = (sweep / ".submitit").glob(f"*_{seed}")
-        subprocess.run([*stop, log.name], check=True)
+        slurm(*stop, log.name)
     while waiting.poll() is None:
         release()
         time.sleep(1)
@@ -656,7 +664,7 @@ def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
     while not (run / "checkpoints" / "last.ckpt").exists():
         assert time.monotonic() < until
         time.sleep(0.05)
-    subprocess.run(["scancel", "--signal=USR1", sent.stdout.strip()], check=True)
+    slurm("scancel", "--signal=USR1", sent.stdout.strip())
     while not (run / "result.json").exists():
         assert time.monotonic() < until + 120
         release()
