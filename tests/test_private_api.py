@@ -8,6 +8,7 @@ import ast
 import importlib.metadata
 import inspect
 import re
+import signal
 import sys
 import tomllib
 from pathlib import Path
@@ -41,6 +42,7 @@ PRIVATE = {
     "_jit_clear_class_registry": "torch._C",
     "_should_accumulate": "Lightning's epoch loop",
     "_should_check_val_fx": "Lightning's epoch loop",
+    "_signal_connector": "Lightning's Trainer",
 }
 PUBLIC = {"_", "_target_", "_exit", "_thread"}  # documented, in spite of the underscore
 
@@ -140,6 +142,31 @@ def test_fit_loop_can_stop_early(recorder: Recorder) -> None:
 
 def test_fit_loop_and_evaluation_loop_last_reload_epoch(recorder: Recorder) -> None:
     assert recorder.reloads == [(0, 0)] * 3 + [(1, 0)] * 3  # the validation of the second epoch is still to come
+
+
+@pytest.mark.parametrize("registers", [True, False])
+def test_trainer_signal_connector(registers: bool) -> None:
+    before, during = signal.getsignal(signal.SIGTERM), []
+
+    class Handlers(lightning.Callback):
+        def on_train_start(self, *_: Any) -> None:
+            during.append(signal.getsignal(signal.SIGTERM))
+
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        callbacks=[Handlers()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if not registers:
+        trainer._signal_connector.register_signal_handlers = lambda: None
+    batches = torch.utils.data.DataLoader(torch.ones(3, 1))
+    trainer.fit(Network(), batches, batches)
+    assert (during == [before]) is not registers
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_layout_of_the_loop_state(recorder: Recorder) -> None:

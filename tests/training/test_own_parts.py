@@ -395,14 +395,14 @@ class Interruption(Callback):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
 @pytest.mark.parametrize(
-    ("kind", "words", "interruption"),
+    ("kind", "words", "interruptions"),
     [
-        ("shuffled", ["trainer.reload_dataloaders_every_n_epochs=1"], ("on_train_batch_start", 12)),
-        ("sampler", [], ("on_train_batch_start", 12)),
-        ("eager", [], ("on_train_batch_start", 12)),  # with a schedule for which Lightning builds the loader early
-        ("eager", ["schedule=constant"], ("on_train_batch_start", 12)),
-        ("eager", [], ("on_validation_batch_start", 1)),
-        ("unsized", ["schedule=constant"], ("on_train_batch_start", 12)),
+        ("shuffled", ["trainer.reload_dataloaders_every_n_epochs=1"], [("on_train_batch_start", 12)]),
+        ("sampler", [], [("on_train_batch_start", 12)]),
+        ("eager", [], [("on_train_batch_start", 12)]),  # with a schedule for which Lightning builds the loader early
+        ("eager", ["schedule=constant"], [("on_train_batch_start", 12)]),
+        ("eager", [], [("on_validation_batch_start", 1)] * 2),  # resumed in it, and stopped in it again
+        ("unsized", ["schedule=constant"], [("on_train_batch_start", 12)]),
     ],
 )
 def test_loaders_of_all_kinds_are_resumed_exactly(
@@ -411,7 +411,7 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     monkeypatch: pytest.MonkeyPatch,
     kind: str,
     words: list[str],
-    interruption: tuple[str, int],
+    interruptions: list[tuple[str, int]],
 ) -> None:
     keys = ["trainer.limit_train_batches=null", "trainer.max_epochs=3", "logger=none", "callbacks=none"]
     plain = settings(*keys, "model.dropout=0.5", "threads=1", *words).model_dump()
@@ -419,11 +419,14 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     requested = validate_plain(plain | {"data": own})
     expected = run_experiment(requested, RunFolder(tmp_path / "uninterrupted"))
     build = experiment.build_trainer
-    callback = Interruption(*interruption)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, callback], *rest))
-        with pytest.raises(StoppedError):
-            run_experiment(requested, RunFolder(tmp_path / "interrupted"))
+    for interruption in interruptions:
+        callback = Interruption(*interruption)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                experiment, "build_trainer", lambda s, f, c, *rest, own=callback: build(s, f, [*c, own], *rest)
+            )
+            with pytest.raises(StoppedError):
+                run_experiment(requested, RunFolder(tmp_path / "interrupted"))
     resumed = run_experiment(requested, RunFolder(tmp_path / "interrupted"))
     assert resumed["weights_sha256"] == expected["weights_sha256"]
     assert resumed["metrics"] == expected["metrics"]

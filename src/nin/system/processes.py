@@ -186,7 +186,7 @@ class StopRequest:
                 signal.signal(signum, handler)
 
     def listen(self) -> None:
-        """Installs the signal handlers; called again where another library has replaced them."""
+        """Installs the signal handlers, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
         for signum in _signals():

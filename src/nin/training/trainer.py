@@ -49,13 +49,12 @@ def build_trainer(
         callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
     callbacks = [*callbacks, *own]
     # Lightning would add a `ModelCheckpoint` of its own to a Trainer without one.
-    has_checkpoints = any(isinstance(callback, Checkpoint) for callback in callbacks)
-    arguments["enable_checkpointing"] = None if has_checkpoints else False
+    arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     arguments["profiler"] = settings.trainer.profiler or NoProfiler()
     try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             **arguments,
             logger=loggers,
             callbacks=callbacks,
@@ -64,6 +63,10 @@ def build_trainer(
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ModuleNotFoundError) as error:
         raise UserError(f"trainer: {error}") from error
+    # Lightning would replace the signal handlers of `StopRequest` for the time of the fit, and its own end the process
+    # after SIGTERM with exit status 0 and without a checkpoint.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
+    return trainer
 
 
 def _writable_folders(folder: Path | None, callbacks: Sequence[lightning.Callback]) -> list[Path] | None:

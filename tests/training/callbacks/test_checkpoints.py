@@ -134,6 +134,29 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
         )
 
 
+class StopIn(Callback):
+    def __init__(self, hook: str):
+        setattr(self, hook, self.stop)
+
+    def stop(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_fit_start", "on_train_start", "on_test_start"])
+def test_a_stop_before_the_first_batch_is_one_after_it(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    keys = ["trainer.accumulate_grad_batches=2", "trainer.num_sanity_val_steps=1", "trainer.max_epochs=1"]
+    chosen = settings(*keys, "~callbacks.images", "logger=none")
+    build, folder = experiment.build_trainer, RunFolder(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [StopIn(hook), *c], *r))
+        with pytest.raises(StoppedError, match="SIGTERM"):
+            run_experiment(chosen, folder, [])
+    saved = checkpoint_files.read(folder.last)
+    assert saved["global_step"] == (3 if hook == "on_test_start" else 1)
+
+
 @pytest.mark.filterwarnings("ignore:When using `Trainer.accumulate_grad_batches")
 def test_a_run_that_accumulates_more_gradients_in_a_later_epoch_is_resumed_within_it(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

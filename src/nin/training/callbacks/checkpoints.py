@@ -17,7 +17,6 @@ from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
 from nin.config.schema import Checkpoint as CheckpointSettings
-from nin.data.module import Batches
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
@@ -67,8 +66,8 @@ class ResumableCheckpoint(Checkpoint):
             self._checkpoint = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        self.stop.listen()  # Lightning has just installed its own signal handlers
         if self._loaded:
+            loader: Any = trainer.train_dataloader
             trainer.should_stop = self._loaded["should_stop"]
             # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in
             # its on_train_start, before this.
@@ -77,19 +76,21 @@ class ResumableCheckpoint(Checkpoint):
             if ((position := self._loaded["batches"]) is not None) != _has_position(trainer):
                 raise ValueError("the position in the data is missing, or the dataloader can't restore it")
             if position is not None:
-                _batches(trainer).load_state_dict(position)
+                loader.load_state_dict(position)
             own = self._loaded["processes"][trainer.global_rank]
             if layout(own["metrics"]) != layout(_train_metrics(pl_module)):
                 raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
             # Lightning has made the epoch's iterator already, from a loader without this position and with other random
             # numbers, and makes no other one: a worker process begins with its batches at once.
             if trainer.fit_loop.restarted_mid_epoch:
-                _set_sampler_epoch(_batches(trainer), trainer.current_epoch)
+                _set_sampler_epoch(loader, trainer.current_epoch)
                 _make_iterator(trainer)  # its draws were made before the checkpoint
             else:
                 self._needs_iterator = True
-            set_random_state(own["random_state"], pl_module.device, _batches(trainer))
-            if position is None and getattr(_batches(trainer), "persistent_workers", False):
+            set_random_state(own["random_state"], pl_module.device, loader)
+            # The validation may start again, without a training batch before it.
+            self._random_before_validation = own["random_state"]
+            if position is None and getattr(loader, "persistent_workers", False):
                 log.warning(
                     "persistent_workers=True: random numbers that the workers of the training loader draw are not "
                     "those of a run without the interruption; with persistent_workers=False they would be"
@@ -107,15 +108,14 @@ class ResumableCheckpoint(Checkpoint):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         # Before `on_validation_start` the iterator of torch's validation loader draws a number.
-        if not isinstance(_batches(trainer), Batches) and _has_position(trainer) and _validation_follows(trainer):
-            self._random_before_validation = random_state(pl_module.device, _batches(trainer))
+        if _has_position(trainer) and _validation_follows(trainer):
+            self._random_before_validation = random_state(pl_module.device, trainer.train_dataloader)
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
         # saves.
         if _is_accumulating(trainer) or trainer.is_last_batch or is_stopping(trainer):
             return
         if not _has_position(trainer):
-            if self._stop_requested(trainer):
-                raise self._stopped()
+            self._raise_if_requested(trainer)
             return  # a run resumes from the end of an epoch: in the middle it would repeat the first batches
         # With max_steps, Lightning can't start the last validation again; the save before it is one step earlier.
         due = self._is_due(trainer) or trainer.global_step + 1 == trainer.max_steps
@@ -136,7 +136,7 @@ class ResumableCheckpoint(Checkpoint):
             self._save(trainer, SavePoint.BEFORE_VALIDATION)  # and stops
         # Lightning can't start the last validation again: steps that no checkpoint has yet are saved after it.
         elif self.saved_step >= trainer.global_step - 1:
-            raise self._stopped()
+            self._raise_if_requested(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         # Metrics of earlier weights, from a validation in the middle of the epoch, choose nothing.
@@ -153,12 +153,8 @@ class ResumableCheckpoint(Checkpoint):
         for average in _averages(trainer):
             average.on_train_end(trainer, pl_module)
 
-    def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        self.stop.listen()
-
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._stop_requested(trainer):
-            raise self._stopped()
+        self._raise_if_requested(trainer)
 
     def _is_due(self, trainer: Trainer) -> bool:
         steps, minutes = self.settings.every_n_steps, self.settings.every_n_minutes
@@ -178,9 +174,10 @@ class ResumableCheckpoint(Checkpoint):
             self.stop.signum = signal.SIGTERM
         return requested
 
-    def _stopped(self) -> StoppedError:
-        assert self.stop.signum is not None
-        return StoppedError(self.stop.signum)
+    def _raise_if_requested(self, trainer: Trainer) -> None:
+        if self._stop_requested(trainer):
+            assert self.stop.signum is not None  # those of the other processes are set as well
+            raise StoppedError(self.stop.signum)
 
     def _save(self, trainer: Trainer, save_point: SavePoint, best: bool = False) -> None:
         started = time.perf_counter()
@@ -196,8 +193,7 @@ class ResumableCheckpoint(Checkpoint):
         self.saved_at = time.monotonic()
         seconds = time.perf_counter() - started
         log.info("saved last.ckpt%s at step %d in %.3f s", " and best.ckpt" if best else "", self.saved_step, seconds)
-        if self._stop_requested(trainer):
-            raise self._stopped()
+        self._raise_if_requested(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         if self._save_point:  # a ModelCheckpoint of the user's saves too, elsewhere in the loop
@@ -207,7 +203,8 @@ class ResumableCheckpoint(Checkpoint):
                 logger.experiment.flush()
             elif isinstance(logger, CSVLogger):
                 logger.save()  # it writes every hundredth row by itself
-        random = random_state(pl_module.device, _batches(trainer))
+        loader: Any = trainer.train_dataloader
+        random = random_state(pl_module.device, loader)
         if self._save_point is SavePoint.BEFORE_VALIDATION and self._random_before_validation:
             random = self._random_before_validation
         # Lightning saves the state of rank 0 only; each process has its own.
@@ -223,7 +220,7 @@ class ResumableCheckpoint(Checkpoint):
             "reload_epochs": _reload_epochs(trainer),
             "processes": processes,
             "run_id": self.folder.read_state().get("run_id"),
-            "batches": _batches(trainer).state_dict() if _has_position(trainer) else None,
+            "batches": loader.state_dict() if _has_position(trainer) else None,
             "event_files": self.folder.event_file_sizes(),
         }
 
@@ -252,11 +249,6 @@ def _validation_follows(trainer: Trainer) -> bool:
     """Whether Lightning validates after the current training batch."""
     loop = trainer.fit_loop
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # see above
-
-
-def _batches(trainer: Trainer) -> Any:
-    """The training dataloader, whose position in the data is part of a checkpoint."""
-    return trainer.train_dataloader
 
 
 def _has_position(trainer: Trainer) -> bool:
