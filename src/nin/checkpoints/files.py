@@ -14,6 +14,7 @@ import torch
 
 from nin.checkpoints.checksum import DIGITS
 from nin.config.changes import differences
+from nin.config.errors import first_line
 from nin.config.schema import Settings, UserError
 from nin.config.trust import OF_TRAINED, require_allowed_classes
 from nin.config.validation import validate_plain
@@ -59,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
             "code when it is loaded"
         ) from error
     except Exception as error:  # torch raises many types on a file with a valid checksum of other content
-        raise UserError(f"{path}: not a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise UserError(f"{path}: not a checkpoint: {first_line(error)}") from error
     _require_layout(checkpoint, path)
     return checkpoint
 
@@ -158,8 +159,7 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
         UserError: names what differs or is missing.
     """
     wrong = [".".join(keys) for keys, kind in _RESUMED_STATE.items() if not isinstance(_select(checkpoint, keys), kind)]
-    scheduled = settings.schedule.name != "constant" or settings.schedule.warmup > 0
-    for key, count in (("optimizer_states", 1), ("lr_schedulers", int(scheduled))):
+    for key, count in (("optimizer_states", 1), ("lr_schedulers", int(not settings.schedule.is_constant))):
         if key not in wrong and len(checkpoint[key]) != count:
             wrong.append(f"{key} has {len(checkpoint[key])} entries instead of {count}")
     if not wrong:

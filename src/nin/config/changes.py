@@ -61,7 +61,7 @@ def depends_on_steps(schedule: Schedule | OwnSchedule) -> bool:
     """Whether the learning rate of every step depends on the number of steps of the whole run."""
     if isinstance(schedule, OwnSchedule):
         return "steps" in schedule.arguments.values()
-    return schedule.name != "constant" or schedule.warmup > 0
+    return not schedule.is_constant
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -86,12 +86,15 @@ def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
 def differences(before: Settings, now: Settings) -> list[str]:
     """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
 
+    # A difference of two schedules has a line of its own.
+    has_fixed_length = depends_on_steps(before.schedule) and depends_on_steps(now.schedule)
+    may_change = SAME_EXPERIMENT if has_fixed_length else MAY_CHANGE
+
     def fixed_values(settings: Settings) -> dict[str, Any]:
         plain = settings.model_dump(mode="json")
         # null stands for what the data module needs.
         keys = flat(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
-        fixed_length = depends_on_steps(settings.schedule)
-        fixed = {k: v for k, v in keys.items() if not is_within(k, SAME_EXPERIMENT if fixed_length else MAY_CHANGE)}
+        fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
         return fixed | flat({"callbacks": that_change_training(plain["callbacks"])})
 
     there, here = fixed_values(before), fixed_values(now)

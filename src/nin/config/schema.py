@@ -62,13 +62,18 @@ class OwnSchedule(OwnClass):
 
     interval: Literal["step", "epoch"] = "step"
 
-    warmup: ClassVar[float] = 0.0
+    is_constant: ClassVar[bool] = False
 
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "one_cycle"]
     # The share of all steps in which the learning rate rises to optimizer.lr.
     warmup: Share
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether the learning rate is optimizer.lr in every step, without a scheduler."""
+        return self.name == "constant" and not self.warmup
 
 
 # Lightning's convention: an int is a number of batches, a float is a share of all batches.

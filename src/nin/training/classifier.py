@@ -269,7 +269,7 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.settings, self.network.parameters(), self.device)
         schedule = self.settings.schedule
-        if schedule.name == "constant" and not schedule.warmup:
+        if schedule.is_constant:
             return optimizer
         if isinstance(schedule, OwnSchedule):
             counted = [name for name, value in schedule.arguments.items() if value == "steps"]

@@ -107,15 +107,7 @@ def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
         return
     if settings.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or resume=auto to resume it")
-    previous = read_settings(folder)
-    different = differences(previous, settings)
-    if [line.partition(":")[0] for line in different] == ["trainer.max_epochs"]:
-        raise UserError(
-            f"{folder.path}: trainer.max_epochs is {previous.trainer.max_epochs} and can't be changed to "
-            f"{settings.trainer.max_epochs}: with schedule={settings.schedule.name} the learning rate of every step "
-            "depends on it; train a new run, with another name=…"
-        )
-    if different:
+    if different := differences(read_settings(folder), settings):
         header = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
         raise UserError("\n  ".join([header, *different]))
 
@@ -155,7 +147,7 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
             f"{folder.result}: {', '.join(wrong)} missing or of another type; remove it and run the command again"
         )
     untested = result["status"] == "finished" and result["metrics"].get("test/acc") is None
-    if untested and settings.sweep.test and settings.trainer.limit_test_batches != 0:
+    if untested and settings.sweep.test:
         return None
     requested, previous = settings.trainer.max_epochs, read_settings(folder)
     if requested != previous.trainer.max_epochs and (requested in (-1, None) or requested > result["epochs"]):
