@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 from hydra.utils import get_class
 
@@ -66,9 +68,11 @@ def test_another_kind_of_class_is_refused() -> None:
 
 
 def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_their_own_messages(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(own_classes, "get_class", get_class)  # Hydra's
+    (tmp_path / "needs_a_gpu.py").write_text("assert False\n")
+    monkeypatch.syspath_prepend(tmp_path)
     for target, message in (
         ("pathlib.Paht", r"model._target_=pathlib.Paht: pathlib has no class Paht$"),
         ("os.getcwd", r"model._target_=os.getcwd: is no class; write one that calls it$"),
@@ -76,6 +80,7 @@ def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_the
             "no_such.Net",
             r"model._target_=no_such.Net: can't be imported .*; is the folder of its file in PYTHONPATH\?$",
         ),
+        ("needs_a_gpu.Net", r"model._target_=needs_a_gpu.Net: can't be imported \(AssertionError\); is"),
     ):
         config = OwnModel.model_validate({"_target_": target, "input_size": 28})
         with pytest.raises(UserError, match=message):

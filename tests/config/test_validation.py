@@ -1,5 +1,6 @@
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import lightning
 import pytest
@@ -285,6 +286,12 @@ def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings:
         assert differences(chosen, settings())
 
 
+def test_a_folder_of_a_user_whom_the_machine_does_not_know_is_a_relative_path(
+    settings: Callable[..., Settings],
+) -> None:
+    assert settings("data.root='~no-such-user/images'").data.root == str(Path("~no-such-user/images").absolute())
+
+
 def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_them(
     settings: Callable[..., Settings],
 ) -> None:
@@ -299,3 +306,7 @@ def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_t
         endless = long.model_copy(update={"trainer": long.trainer.model_copy(update={"max_epochs": -1})})
         (message,) = validation.require_an_end_of_training(endless)
         assert ("depends on the number of steps" in message) == expected
+    # The schedule is what differs: the number of epochs is the same, whether or not it may change.
+    constant, cosine = settings("schedule=constant"), settings("schedule=cosine", "schedule.warmup=0")
+    assert differences(constant, cosine) == ['schedule.name: "constant" there, "cosine" now']
+    assert differences(cosine, constant) == ['schedule.name: "cosine" there, "constant" now']

@@ -17,6 +17,7 @@ from rich.table import Table
 from nin.commands.options import add_config_options
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
+from nin.config.errors import first_line
 from nin.config.hydra_options import open_hydra
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.sources import prepare
@@ -148,7 +149,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     try:
         more["export"] = measure_untrained(settings, seconds)
     except Exception as error:  # noqa: BLE001  # of the exporter, about a network of the user's own
-        log.warning("the export is left out: %s", (str(error) or type(error).__name__).splitlines()[0])
+        log.warning("the export is left out: %s", first_line(error))
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
         "device": device_name(build_trainer(settings, None, []).strategy.root_device),

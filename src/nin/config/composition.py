@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.changes import flat, is_within
-from nin.config.errors import NAME_RULE, did_you_mean, shorten
+from nin.config.errors import NAME_RULE, did_you_mean, first_line, shorten
 from nin.config.schema import CONF, NAME, Settings, UserError
 from nin.config.validation import find_override_errors, validate
 
@@ -296,4 +296,4 @@ def _suggest_key(key: str, config: DictConfig) -> str:
 def _first_line(error: BaseException) -> str:
     if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
         return " ".join(str(error).split())
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+    return first_line(error)

@@ -1,5 +1,6 @@
 """The typed config of each data set. Imports no torch."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -44,8 +45,12 @@ DATA_SETS = {
 IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
 
 
-# Absolute: a checkpoint can be evaluated from another working directory than that of its run.
-Folder = Annotated[str, Field(min_length=1), AfterValidator(lambda root: str(Path(root).expanduser().absolute()))]
+def _absolute(folder: str) -> str:
+    """A checkpoint can be evaluated from another working directory than that of its run."""
+    return str(Path(os.path.expanduser(folder)).absolute())  # noqa: PTH111  # pathlib raises for an unknown ~user
+
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
 
 class Images(Section):

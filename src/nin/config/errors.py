@@ -15,6 +15,11 @@ from nin.config.types import OwnClass, Section
 NAME_RULE = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or the name of its class if it has none."""
+    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+
+
 def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:
     """One message per key, from the errors that pydantic found in ``plain``, the values of ``section``."""
     return {

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from nin.config.changes import depends_on_steps, is_within
 from nin.config.data_sets import DATA_SETS, Data
-from nin.config.errors import construct_unchecked, did_you_mean, format_errors, shorten
+from nin.config.errors import construct_unchecked, did_you_mean, first_line, format_errors, shorten
 from nin.config.schema import CONF, SGD, EarlyStopping, Settings, UserError, is_single_process
 
 # Hydra would merge several options into one.
@@ -70,7 +70,7 @@ def validate(config: DictConfig) -> Settings:
                 "model.input_size: missing; the YAML of a network gives the image size that it is made for, as in "
                 "input_size: 32"
             ) from error
-        raise UserError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{error.full_key}: {first_line(error)}") from error
     return validate_plain(plain)
 
 

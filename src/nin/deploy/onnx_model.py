@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nin.config.errors import first_line
 from nin.config.schema import Settings, UserError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.runs.files import read_bytes
@@ -72,8 +73,8 @@ def open_session(path: Path, threads: int | None = None) -> Any:
             return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         # onnxruntime's exceptions share no base class but Exception.
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line), type(error).__name__)
-            raise UserError(f"{path}: refused: damaged, or not a self-contained ONNX file ({first[:300]})") from error
+            reason = first_line(error)[:300]
+            raise UserError(f"{path}: refused: damaged, or not a self-contained ONNX file ({reason})") from error
 
 
 def read_description(metadata: dict[str, str], path: Path) -> Description:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from nin.config.changes import MAY_CHANGE, PART_OF_RESULT, is_within, split_override
 from nin.config.composition import count_sweep_values, parse_overrides
-from nin.config.errors import printable
+from nin.config.errors import first_line, printable
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
 from nin.sweeps.rows import Job, varying_keys
@@ -91,7 +91,7 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
     except (HydraException, ValueError, OverflowError) as error:  # interval(0,1), range(0,3,0)
         if any(override.is_interval_sweep() for override in overrides):
             raise UserError(f"{swept}: an interval is for a search; add hydra/sweeper=optuna") from error
-        raise UserError(f"{swept}: its values can't be enumerated ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{swept}: its values can't be enumerated ({first_line(error)})") from error
 
 
 def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:

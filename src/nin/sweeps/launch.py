@@ -20,6 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nin.config.composition import format_error, parse_overrides, quote_value
+from nin.config.errors import first_line
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
@@ -230,7 +231,7 @@ class Sweep:
             if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
                 raise
             status = 1
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             print(f"nin train: a job was lost ({reason}); run the same command again to resume", file=sys.stderr)
         return self._status_of_signals() or status
 

@@ -22,6 +22,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from nin.config.errors import first_line
 from nin.config.schema import UserError
 from nin.runs.files import read_bytes
 from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
@@ -296,5 +297,4 @@ def open_database(url: str) -> RDBStorage:
             f"'sqlalchemy>=2.1' 'psycopg[binary]' ({error})"
         ) from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, ValueError) as error:
-        reason = next((line for line in str(error).splitlines() if line), type(error).__name__)
-        raise UserError(f"hydra.sweeper.storage={shown}: can't be reached ({reason})") from error
+        raise UserError(f"hydra.sweeper.storage={shown}: can't be reached ({first_line(error)})") from error

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nin.config.errors import first_line
 from nin.config.schema import Settings, Trainer, UserError, is_single_process
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def require_working_gpu(device: "torch.device") -> None:
     try:
         torch.ones(1, device=device)  # a kernel: a build of torch has those of some generations of GPUs
     except RuntimeError as error:  # also out of memory
-        reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
+        reason = first_line(error).split(". ")[0].rstrip(".")
         remedy = (
             "end the other programs that use the GPU (nvidia-smi lists them), choose another with CUDA_VISIBLE_DEVICES"
             if isinstance(error, torch.OutOfMemoryError) or "busy" in reason

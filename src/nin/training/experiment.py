@@ -71,9 +71,7 @@ class Experiment:
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None, str | None]:
         """Path and content of the checkpoint to resume from, and the identity of its run; each None for a new run."""
-        found = None
-        if self.folder.checkpoints.exists():
-            found = checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
+        found = checkpoint_files.load_newest_valid(self.folder, rename=self.request.rank == 0)
         if found is None:
             return None, None, None
         path, checkpoint = found

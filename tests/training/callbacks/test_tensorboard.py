@@ -41,6 +41,11 @@ def test_hyperparameters_are_those_of_the_sweep_or_those_that_differ_from_the_de
     assert "trainer.precision" not in single  # as by default
     sweep = chosen.model_copy(update={"sweep": chosen.sweep.model_copy(update={"keys": ["optimizer.lr"]})})
     assert hyperparameters(sweep, ["optimizer.lr=1e-05", "seed=3"]) == {"optimizer.lr": 1e-5}
+    # As Hydra's grammar allows them, and YAML's does not.
+    words = {"model": "model=nin_small", "name": r"name='bob\'s'", "optimizer.lr": "optimizer.lr=${oc.env:LR}"}
+    sweep = chosen.model_copy(update={"sweep": chosen.sweep.model_copy(update={"keys": list(words)}), "name": "bob's"})
+    expected = {"model": "nin_small", "name": "bob's", "optimizer.lr": 1e-5}
+    assert hyperparameters(sweep, list(words.values())) == expected
 
 
 def test_a_run_logs_its_request_its_result_and_augmented_samples(

@@ -25,6 +25,7 @@ from torchvision.utils import make_grid
 
 from nin.config.changes import flat, split_override
 from nin.config.composition import compose_settings
+from nin.config.errors import first_line
 from nin.config.schema import Settings, UserError
 from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.runs.console import markdown_table
@@ -115,7 +116,7 @@ class ImageLogger(Callback):
             try:
                 _add_graph(logger, pl_module.network, example)
             except Exception as error:  # noqa: BLE001  # of any kind: a network of the user's own need not be traceable
-                reason = (str(error) or type(error).__name__).splitlines()[0]
+                reason = first_line(error)
                 log.warning("TensorBoard has no graph of the network, which can't be traced: %s", reason)
             # torch keeps every trace with its weights: the memory of a sweep's process would grow with every job.
             torch._C._jit_clear_class_registry()  # noqa: SLF001  # there is no public function
@@ -242,10 +243,13 @@ def _run_name(settings: Settings, logger: TensorBoardLogger) -> str:
 
 def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool | int | float | str]:
     """The columns of the HParams table: the keys that a sweep varies, else the keys that differ from the defaults."""
+    values: dict[str, Any]
     if settings.sweep.keys:  # the same columns in all jobs of a sweep
-        given = dict(map(split_override, overrides))
-        # Parsed as Hydra does: 1e-05 is a number.
-        values = {key: OmegaConf.from_dotlist([f"_={given[key]}"])._ for key in settings.sweep.keys if key in given}
+        given, chosen = dict(map(split_override, overrides)), flat(settings.model_dump(mode="json"))
+        # A config group, as in model=nin, has no value of its own.
+        values = {
+            key: given[key] if chosen.get(key) is None else chosen[key] for key in settings.sweep.keys if key in given
+        }
     else:
         defaults = {}
         with contextlib.suppress(UserError):  # a --config-path may have no train.yaml, or one that is not complete
