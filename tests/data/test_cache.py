@@ -10,7 +10,7 @@ from PIL import Image
 
 from nin.config.schema import UserError
 from nin.data import parallel
-from nin.data.cache import Cache, open_cache
+from nin.data.cache import Cache, _places, open_cache
 from nin.data.decoding import open_image, to_array
 from pictures import folder_data, write_folder
 
@@ -64,8 +64,31 @@ def test_an_altered_or_incomplete_cache_is_written_again(tmp_path: Path) -> None
     for damage in (lambda file: file.write_bytes(b"\x01" * right.size), lambda file: file.write_bytes(b"")):
         damage(first.path / "images.bin")
         assert np.array_equal(pixels(open_cache(data)), right)
-    (first.path / "labels.npy").unlink()
-    assert open_cache(data).labels().tolist() == [0, 0, 1, 1, 2, 2]
+    labels = first.path / "labels.npy"
+    for change in (
+        labels.unlink,
+        lambda: labels.write_bytes(b""),
+        lambda: np.save(labels, np.array([2, 0, 1, 1, 2, 2])),
+    ):
+        change()
+        assert open_cache(data).labels().tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_the_other_files_are_those_that_the_folder_has_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    assert open_cache(data).other_files == []
+    notes = tmp_path / "root" / "train" / "red" / "notes.txt"
+    notes.touch()
+    with nothing_is_decoded(monkeypatch):
+        assert open_cache(data).other_files == ["train/red/notes.txt"]
+        notes.unlink()
+        assert open_cache(data).other_files == []
+
+
+def test_the_root_of_the_file_system_has_no_cache_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert _places(folder_data(Path("/"))) == [tmp_path / "nin"]
+    assert _places(folder_data(tmp_path / "root")) == [tmp_path / "root.cache", tmp_path / "nin"]
 
 
 def test_parallel_processes_write_what_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,7 +152,7 @@ def test_a_malformed_file_is_named(tmp_path: Path, content: bytes, data: Callabl
 
 
 def test_reading_before_the_files_are_there(tmp_path: Path, data: Callable[..., Data]) -> None:
-    with pytest.raises(UserError, match=r"can't be read \(No such file or directory\); prepare_data\(\) restores it"):
+    with pytest.raises(UserError, match=r"can't be read \(No such file or directory\); run the command again, or"):
         files.load(data(tmp_path), "train")
 
 

@@ -62,7 +62,6 @@ def test_parts_that_the_folder_has_are_used_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "messages"),
     [
-        ({"batch_size": 13}, ["data.batch_size=13: there are 12 training images after 12 are held out"]),
         ({"val_size": 0}, ["data.val_size=0: leaves no validation images, and data.root has no val/"]),
         ({"test_size": 0.01, "val_size": 0.01}, ["data.val_size=0.01", "data.test_size=0.01"]),
         ({"test_size": 20, "val_size": 4}, ["data.root: there are 24 training images, and none is left after 24"]),
@@ -76,11 +75,18 @@ def test_too_few_images_are_refused(cache: Cache, keys: dict[str, object], messa
         assert error.startswith(message)
 
 
-def test_a_class_without_an_image_to_train_on_is_named(cache: Cache) -> None:
-    rows = split_folder(cache, folder_data(Path("/")), seed=0)["train"]
-    require_training_images(cache, rows)
-    with pytest.raises(UserError, match=r"all training images of blue, red are held out; .* data.val_size"):
-        require_training_images(cache, rows[cache.labels()[rows] == 1])
+def test_a_class_without_an_image_to_train_on_and_a_larger_batch_are_named(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8, "test": 1})
+    require_training_images(folder_data(root, batch_size=18), seed=0)  # 24 less 6
+    for path in [*(root / "train" / "red").iterdir()][1:] + [*(root / "train" / "blue").iterdir()][1:]:
+        path.unlink()
+    few = folder_data(root, val_size=0.8, batch_size=9)
+    with pytest.raises(UserError) as raised:
+        require_training_images(few, seed=0)
+    first, second = raised.value.errors
+    assert first.startswith("data.root: all training images of blue, red are held out; add images, or hold out fewer")
+    assert second == "data.batch_size=9: there are 2 training images after 8 are held out; choose at most that"
+    open_folder(few)  # for a test or an export they are enough
 
 
 def test_without_validation_images_the_test_images_can_be_scored(cache: Cache) -> None:

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,9 @@ class Cache:
         channels: 1 or 3.
         counts: the number of images in each part; a part that the folder lacks is missing.
         broken: names of the files that were left out, with the reason.
-        other_files: names of files without the suffix of an image.
         fingerprint: SHA-256 of pixels, labels and class names.
         stored_size: height and width of each image, in pixels.
+        other_files: names of the folder's files without the suffix of an image, which the cache does not depend on.
     """
 
     path: Path
@@ -50,9 +50,9 @@ class Cache:
     channels: int
     counts: dict[str, int]
     broken: dict[str, str]
-    other_files: list[str]
     fingerprint: str
     stored_size: int
+    other_files: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,6 +71,25 @@ class Cache:
         return np.load(self.path / "labels.npy", allow_pickle=False)
 
 
+class MappedImages:
+    """Some of the images of a memory-mapped file, read from disk when they are indexed.
+
+    Args:
+        images: all images of the file, ``(count, height, width)`` or ``(count, height, width, 3)`` uint8, as a NumPy
+            array or a tensor.
+        rows: indices ``(n,)`` into ``images``, of the same kind.
+    """
+
+    def __init__(self, images: Any, rows: Any):
+        self.images, self.rows = images, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[self.rows[index]]
+
+
 def open_cache(data: FolderData) -> Cache:
     """Lists the folder, and decodes its images unless a cache has them.
 
@@ -84,7 +103,7 @@ def open_cache(data: FolderData) -> Cache:
     places = _places(data)
     for place in places if not listing.faults else []:
         if (found := _read(place / key)) is not None:
-            return found
+            return replace(found, other_files=listing.other_files)
     failed = []
     for place in places:
         is_new = not place.exists()
@@ -101,7 +120,7 @@ def open_cache(data: FolderData) -> Cache:
         try:
             # Another process may have written it in the meantime.
             found = None if listing.faults else _read(place / key)
-            return found or _write(place / key, data, listing)
+            return replace(found or _write(place / key, data, listing), other_files=listing.other_files)
         except UserError:
             if is_new:
                 _remove_unused(place, key)
@@ -121,7 +140,7 @@ def _places(data: FolderData) -> list[Path]:
     if data.cache:
         return [Path(data.cache)]
     root = Path(os.path.abspath(data.root))  # noqa: PTH100  # ".." has no name, and a link keeps its own
-    places = [root.with_name(f"{root.name}.cache")]
+    places = [root.with_name(f"{root.name}.cache")] if root.name else []  # "/" has none
     with contextlib.suppress(RuntimeError):  # a user without a home folder, as in a container
         places.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nin")
     return places
@@ -145,18 +164,27 @@ def _read(path: Path) -> Cache | None:
         about = json.loads((path / "about.json").read_text())
         state = (path / "images.bin").stat()
         cache = Cache(path, tuple(about["class_names"]), *(about[name] for name in _STORED))
-        complete = state.st_size == int(np.prod(cache.shape)) and len(cache.labels()) == cache.shape[0]
-        if not complete or (
-            state.st_size <= _HASHED
-            and _sha256_of(path / "images.bin", state.st_size, state.st_mtime_ns) != about["sha256"]
+        labels = cache.labels().tolist()
+        if (
+            state.st_size != int(np.prod(cache.shape))
+            or len(labels) != cache.shape[0]
+            or _fingerprint(about["sha256"], labels, about["class_names"]) != cache.fingerprint
+            or (
+                state.st_size <= _HASHED
+                and _sha256_of(path / "images.bin", state.st_size, state.st_mtime_ns) != about["sha256"]
+            )
         ):
             return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return cache
 
 
-_STORED = ("channels", "counts", "broken", "other_files", "fingerprint", "stored_size")
+_STORED = ("channels", "counts", "broken", "fingerprint", "stored_size")
+
+
+def _fingerprint(images_sha256: str, labels: list[int], class_names: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps([images_sha256, labels, class_names]).encode()).hexdigest()
 
 
 def _remove_unused(place: Path, key: str) -> None:
@@ -196,9 +224,9 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
             _keep_rows(images, rows, data.stored_size**2 * channels)
         np.save(Path(new) / "labels.npy", np.array(labels, dtype=np.int64))
         sha256 = _sha256_of(images, images.stat().st_size, images.stat().st_mtime_ns)
-        text = json.dumps([sha256, labels, listing.class_names])
-        values = (channels, counts, broken, listing.other_files, hashlib.sha256(text.encode()).hexdigest())
-        about: dict[str, Any] = dict(zip(_STORED, (*values, data.stored_size), strict=True))
+        fingerprint = _fingerprint(sha256, labels, listing.class_names)
+        values = (channels, counts, broken, fingerprint, data.stored_size)
+        about: dict[str, Any] = dict(zip(_STORED, values, strict=True))
         about |= {"class_names": listing.class_names, "sha256": sha256, "root": printable(data.root)}
         (Path(new) / "about.json").write_text(json.dumps(about))
         shutil.rmtree(path, ignore_errors=True)  # one that is incomplete or altered

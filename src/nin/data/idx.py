@@ -23,7 +23,10 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
         if values.ndim != dimensions:
             raise ImageError(f"{values.ndim} dimensions instead of {dimensions}")
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); prepare_data() restores it") from error
+        raise UserError(
+            f"{path}: can't be read ({error.strerror}); run the command again, or prepare_data() in Python, which "
+            "restores a file that is missing"
+        ) from error
     except ImageError as error:
         raise UserError(
             f"{path}: not an IDX file, cut off or too long ({error}); remove it and run the command again, which "

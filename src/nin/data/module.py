@@ -12,30 +12,13 @@ from torch import Tensor
 
 from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, UserError
+from nin.data.cache import MappedImages
 from nin.data.folder import PARTS
 from nin.data.sources import describe, load, prepare
 from nin.data.splits import describe_split, open_folder, require_training_images, split_folder
 from nin.data.transforms import augment, resize
 
 log = logging.getLogger(__name__)
-
-
-class MappedImages:
-    """Some of the images of a memory-mapped file, read from disk when they are indexed.
-
-    Args:
-        images: all images of the file, ``(count, height, width)`` or ``(count, height, width, 3)`` uint8.
-        rows: the images that belong to this part.
-    """
-
-    def __init__(self, images: Tensor, rows: Tensor):
-        self.images, self.rows = images, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: Tensor | slice) -> Tensor:
-        return self.images[self.rows[index]]
 
 
 class Batches:
@@ -178,10 +161,9 @@ class ImageDataModule(LightningDataModule):
         images, labels = mapped.view(cache.shape), torch.from_numpy(cache.labels())
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         parts: dict[str, Any] = {}
-        split_rows = split_folder(cache, data, self.seed)
         if stage in (None, "fit"):
-            require_training_images(cache, split_rows["train"])
-        for part, rows in split_rows.items():
+            require_training_images(data, self.seed)
+        for part, rows in split_folder(cache, data, self.seed).items():
             indices = torch.from_numpy(rows)
             if count <= data.memory_limit_mib * 2**20:
                 parts[part] = images[indices].to(device), labels[indices].to(device)

@@ -40,7 +40,7 @@ def with_channels(data: FolderData, channels: int) -> FolderData:
 
 
 def require_enough_images(cache: Cache, data: FolderData) -> None:
-    """Checks the numbers of images that a folder has, as the rules of the config do for the published data sets.
+    """Checks that each part has images, as the rules of the config do for the published data sets.
 
     Raises:
         UserError: lists every key that does not fit.
@@ -50,20 +50,16 @@ def require_enough_images(cache: Cache, data: FolderData) -> None:
     left = counts["train"] - sum(held_out.values())
     errors = []
     for part, count in held_out.items():
-        if count == 0:
+        if count == 0 and (part, data.score_each_epoch) != ("val", "test"):
             size = getattr(data, f"{part}_size")
             errors.append(
                 f"data.{part}_size={size}: leaves no {_NAMES[part]} images, and data.root has no {part}/; hold "
                 f"out more of the {counts['train']} training images, or add {part}/"
             )
-    if data.score_each_epoch == "test":
-        errors = [error for error in errors if not error.startswith("data.val_size")]
-    if left < data.batch_size:
-        after = f" after {sum(held_out.values())} are held out" if any(held_out.values()) else ""
+    if left <= 0:
         errors.append(
-            f"data.batch_size={data.batch_size}: there are {left} training images{after}; choose at most that"
-            if left > 0
-            else f"data.root: there are {counts['train']} training images, and none is left{after}; hold out fewer"
+            f"data.root: there are {counts['train']} training images, and none is left after {sum(held_out.values())} "
+            "are held out; hold out fewer"
         )
     if errors:
         raise UserError(*errors)
@@ -128,18 +124,30 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
     return rows
 
 
-def require_training_images(cache: Cache, rows: np.ndarray) -> None:
-    """Checks that each class has images among the ``rows`` to train on.
+def require_training_images(data: Data | FolderData | OwnData, seed: int) -> None:
+    """Checks that a folder has images of each class to train on, and at least as many as a batch.
 
     Raises:
-        UserError: names the classes all of whose images are held out.
+        UserError: names the classes all of whose images are held out, or ``data.batch_size``.
     """
-    left = set(cache.labels()[rows].tolist())
-    if absent := [name for label, name in enumerate(cache.class_names) if label not in left]:
-        raise UserError(
+    if not isinstance(data, FolderData):
+        return
+    cache = open_folder(data)
+    labels = cache.labels()[split_folder(cache, data, seed)["train"]]
+    held_out = sum(count_held_out(cache, data).values())
+    errors = []
+    if absent := [name for label, name in enumerate(cache.class_names) if label not in labels]:
+        errors.append(
             f"data.root: all training images of {', '.join(map(printable, absent))} are held out; add images, or hold "
             "out fewer with data.val_size or data.test_size"
         )
+    if len(labels) < data.batch_size:
+        after = f" after {held_out} are held out" if held_out else ""
+        errors.append(
+            f"data.batch_size={data.batch_size}: there are {len(labels)} training images{after}; choose at most that"
+        )
+    if errors:
+        raise UserError(*errors)
 
 
 def _in_proportion(labels: np.ndarray, seed: int) -> np.ndarray:

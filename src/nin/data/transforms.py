@@ -37,7 +37,7 @@ def augment(images: Tensor, augmentation: str) -> Tensor:
 
 
 def max_shift(size: int) -> int:
-    """2 pixels below 32, then an eighth of the side, as is usual for CIFAR-10: 4 pixels at 32, 28 at 224."""
+    """2 pixels below 32, then 4 for each full 32 of the side, as is usual for CIFAR-10: 4 at 32, 28 at 224."""
     return 4 * (size // 32) or 2
 
 

@@ -23,7 +23,7 @@ from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
 from nin.deploy.scoring import load_part
-from nin.deploy.trained import Description, TrainedNetwork
+from nin.deploy.trained import BATCH_IMAGES, Description, TrainedNetwork
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
 
@@ -31,7 +31,6 @@ from nin.training.classifier import Classifier
 TOLERANCE = 1e-5
 # How much accuracy an int8 file may lose.
 INT8_LOSS = 0.003
-BATCH_IMAGES = 128
 MAY_CHANGE = ("data.root", "data.cache", "data.mirrors")
 
 ReportImages = Callable[[str, int, int], None]
@@ -66,19 +65,16 @@ class Exporter:
         require_packages()
         self.module, self.description = read_checkpoint(path, run, allow)
         self.pipeline = pipeline_of(self.module, self.description)
-        self.settings, self.progress = self.module.settings, progress
+        self.progress = progress
         # With this machine's own place of the data.
-        self.here = apply_overrides(without_training_parts(self.settings), list(overrides), MAY_CHANGE)
-        if isinstance(data := self.here.data, FolderData):
-            # Nothing is trained: a folder may have fewer training images than a batch.
-            data = data.model_copy(update={"batch_size": 1})
-        prepare(data)
-        if isinstance(data, FolderData):
+        self.local_settings = apply_overrides(without_training_parts(self.module.settings), list(overrides), MAY_CHANGE)
+        prepare(self.local_settings.data)
+        if isinstance(data := self.local_settings.data, FolderData):
             data = with_channels(data, self.description.channels)
-        self.here = self.here.model_copy(update={"data": data})
-        warn_of_other_images(self.here.data, self.description.more["images_sha256"])
-        self.images, self.labels = load_part(self.here, "test")
-        require_same_classes(describe(self.here.data).class_names, self.description.class_names)
+            self.local_settings = self.local_settings.model_copy(update={"data": data})
+        warn_of_other_images(self.local_settings.data, self.description.more["images_sha256"])
+        self.images, self.labels = load_part(self.local_settings, "test")
+        require_same_classes(describe(self.local_settings.data).class_names, self.description.class_names)
 
     def export_onnx(self, path: Path) -> Description:
         """Writes ``path``, once the file's probabilities are the checkpoint's on every test image.
@@ -108,7 +104,7 @@ class Exporter:
 
         from nin.deploy.quantize import quantize
 
-        images, _ = load_part(self.here, "train")
+        images, _ = load_part(self.local_settings, "train")
         with written_when_checked(path) as temporary:
             quantize(source, temporary, images)
             accuracy = {

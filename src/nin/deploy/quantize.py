@@ -8,7 +8,7 @@ import numpy as np
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from nin.deploy.scoring import MappedImages
+from nin.data.cache import MappedImages
 
 CALIBRATION_IMAGES, BATCH_IMAGES = 512, 64
 

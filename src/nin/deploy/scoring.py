@@ -6,29 +6,10 @@ from typing import Any
 import numpy as np
 
 from nin.config.schema import TOP5_CLASSES, Data, FolderData, Settings, UserError
+from nin.data.cache import MappedImages
 from nin.data.sources import load
 from nin.data.splits import open_folder, split_folder
-from nin.deploy.trained import TrainedNetwork
-
-BATCH_IMAGES = 128
-
-
-class MappedImages:
-    """Images of a file that may be larger than memory: only those that are indexed are read.
-
-    Args:
-        pixels: all images of the file, memory-mapped, uint8.
-        rows: indices into ``pixels``.
-    """
-
-    def __init__(self, pixels: np.ndarray, rows: np.ndarray):
-        self.pixels, self.rows = pixels, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
-        return self.pixels[self.rows[index]]
+from nin.deploy.trained import BATCH_IMAGES, TrainedNetwork
 
 
 def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages, np.ndarray]:

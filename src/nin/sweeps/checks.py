@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, Trainer, UserError, is_single_process
 from nin.data.sources import prepare
+from nin.data.splits import require_training_images
 from nin.runs.console import log_to
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
@@ -113,6 +114,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
         (_try_network, lambda job: (job.model, job.data.image_size)),
         (_try_loss, lambda job: (job.loss, job.label_smoothing)),
         (lambda job: prepare(job.data), lambda job: job.data),
+        (lambda job: require_training_images(job.data, job.seed), lambda job: (job.data, job.seed)),
     ]
     if on_this_machine:
         checks.append((_try_trainer, lambda job: (job.trainer, job.logger, job.callbacks)))

@@ -16,6 +16,7 @@ from nin.config.changes import differences
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
+from nin.data.splits import require_training_images
 from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
@@ -73,6 +74,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     require_known_loss(settings)
     require_accelerator(settings.trainer)
     prepare(settings.data)
+    require_training_images(settings.data, settings.seed)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
         with log_to(None):
             return Experiment(request).run()
