@@ -13,7 +13,7 @@ def test_color_images_of_any_number_of_classes_are_measured(
 ) -> None:
     monkeypatch.setattr(overhead, "_STEPS", 3)
     monkeypatch.setattr(overhead, "_WARM_UP", 1)
-    root = write_folder(tmp_path / "root", {"train": 20})
+    root = write_folder(tmp_path / "root", {"train": 9})  # fewer than a batch of the measurement
     words = ["data=folder", f"data.root={root}", "model=nin_small", "model.widths=[4,8]", "data.batch_size=4"]
     words.append(f"model.init={init}")
     milliseconds = overhead.measure_overhead(

@@ -134,6 +134,24 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         # On the empty pad there is nothing to classify.
         page.evaluate("document.getElementById('clear').click(), nin.again()")
         assert page.evaluate("document.querySelectorAll('#classes tr, figure').length") == 0
+        # Of two pictures at once the later one stays, also if the earlier one is decoded last; and Clear is obeyed.
+        at_once = """((second) => (async () => {
+          const decode = window.createImageBitmap, white = new OffscreenCanvas(28, 28);
+          const ink = white.getContext("2d"); ink.fillStyle = "#fff"; ink.fillRect(0, 0, 28, 28);
+          const light = await white.convertToBlob();
+          let release; const held = new Promise(done => release = done);
+          window.createImageBitmap = async file => {
+            const found = await decode(file); if (file === light) await held; return found;
+          };
+          const first = nin.take(light);
+          await second(); release(); await first;
+          window.createImageBitmap = decode;
+          return document.getElementById("pad").getContext("2d").getImageData(140, 140, 1, 1).data[0];
+        })())"""
+        page.evaluate(toggle)  # not inverted
+        assert page.evaluate(f"{at_once}(() => nin.take({as_file}))") == 20
+        assert page.evaluate(f"{at_once}(() => document.getElementById('clear').click())") == 0
+        assert page.evaluate("document.querySelectorAll('#classes tr, figure').length") == 0
         # Nothing was loaded from elsewhere, and no script failed.
         urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
         assert len(urls) >= 4

@@ -6,7 +6,7 @@ import io
 import json
 import tempfile
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import numpy as np
@@ -39,9 +39,11 @@ def brightness(images: np.ndarray, maps: bool) -> Scores:
 
 
 @contextlib.asynccontextmanager
-async def busy_service(limits: Limits) -> AsyncIterator[tuple[Service, threading.Event]]:
+async def busy_service(
+    limits: Limits, predict: Callable[[np.ndarray, bool], Scores] = brightness
+) -> AsyncIterator[tuple[Service, threading.Event]]:
     """A service whose decoder is busy until the event is set."""
-    service = Service(TrainedNetwork(Description(["a"], 1, 28, 28, False, "gap", {}), brightness), limits, None)
+    service = Service(TrainedNetwork(Description(["a"], 1, 28, 28, False, "gap", {}), predict), limits, None)
     service.batcher.start()
     done = threading.Event()
     service.decoder.submit(done.wait, 60)
@@ -96,6 +98,23 @@ def test_the_time_for_an_answer_includes_decoding() -> None:
             assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
 
     asyncio.run(play())
+
+
+def test_a_failure_of_the_network_is_answered_counted_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(images: np.ndarray, maps: bool) -> Scores:
+        raise RuntimeError("bad allocation")
+
+    async def play() -> None:
+        async with busy_service(LIMITS, fail) as (service, done):
+            done.set()
+            message = "the prediction failed; the server's standard error says why"
+            assert await post(service, encoded(SMALL)) == (500, message)
+            assert b'nin_requests_total{status="500"} 1.0' in (await service.metrics(Request({"type": "http"}))).body
+
+    asyncio.run(play())
+    (record,) = caplog.records
+    assert "RuntimeError: bad allocation" in caplog.text
+    assert record.levelname == "ERROR"
 
 
 def test_light_and_dark_are_swapped_before_an_image_is_padded() -> None:

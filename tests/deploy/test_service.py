@@ -3,9 +3,11 @@
 import concurrent.futures
 import contextlib
 import io
+import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -221,6 +223,21 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(export: Path, test_ima
         assert client.recv(10_000).startswith(b"HTTP/1.1 200")
         assert server.process.wait(30) == 143
         assert server.process.stderr.read() == ""
+
+
+def test_a_signal_before_the_server_has_its_own_handlers_ends_it(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nin.deploy import server as module
+    from nin.deploy.loading import load
+    from nin.deploy.service import Limits, Service
+
+    monkeypatch.setattr(module.gc, "freeze", lambda: os.kill(os.getpid(), signal.SIGTERM))
+    service = Service(load(export), Limits(2_000_000, 4_000_000, 256, 3), None)
+    late = threading.Timer(20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    late.start()
+    with module.listen("127.0.0.1", 0) as listener:
+        assert module.run(service, listener) == 143
+    assert late.is_alive()
+    late.cancel()
 
 
 def test_a_port_in_use_is_one_line(server: Server, export: Path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nin.config.composition import compose_config
 from nin.config.networks import NETWORKS
@@ -61,6 +61,15 @@ def test_shapes_parameters_and_counts_of_the_notebooks_network() -> None:
     assert sum(row.parameters for row in rows) == 1_992_166
     assert rows[0].multiply_adds == 54 * 54 * 96 * (11 * 11 + 96 + 96)
     assert [row.receptive_field for row in rows] == [11, 19, 51, 67, 99, 131, 131, 195, 219, 219]
+
+
+def test_a_sequence_with_a_forward_of_its_own_is_one_layer() -> None:
+    class Repeated(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images.repeat(1, 3, 1, 1)).mean((2, 3))
+
+    (row,) = layers(nn.Sequential(Repeated(nn.Conv2d(3, 4, 3))), in_channels=1, image_size=8)
+    assert (row.name, row.output_shape, row.multiply_adds) == ("Repeated", (4,), 6 * 6 * 4 * 3 * 9)
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,28 @@ def test_grad_cam_of_lenet_has_a_map_for_each_class(images: Tensor) -> None:
     assert maps.abs().amax((0, 2, 3)).min() > 0
 
 
+def test_features_without_height_and_width_are_no_maps(images: Tensor) -> None:
+    pytest.importorskip("captum")
+    tokens = nn.Sequential(nn.Conv2d(1, 4, 14, stride=14), nn.Flatten(2), nn.Linear(4, 6))
+
+    class Backbone(nn.Module):
+        def __init__(self, flat: bool):
+            super().__init__()
+            self.tokens, self.flat = tokens, flat
+
+        def forward(self, images: Tensor) -> Tensor:
+            found = self.tokens(images)
+            return found.flatten(1) if self.flat else found
+
+    for flat in (False, True):
+        network = nn.Sequential(Backbone(flat), nn.Flatten(), nn.Linear(24, 5)).eval()
+        logits, maps = forward_with_maps(network, images)
+        assert maps is None
+        assert torch.equal(logits, network(images))
+        with pytest.raises(UserError, match="which have a height and a width"):
+            grad_cam(network, images)
+
+
 def test_a_network_without_maps_is_named() -> None:
     pytest.importorskip("captum")
     with pytest.raises(UserError, match=r"one nn\.Flatten"):

@@ -107,6 +107,8 @@ def _time_project(network: nn.Sequential, settings: Settings) -> float:
     on_cpu = settings.trainer.model_copy(update={"accelerator": "cpu", "devices": 1, "precision": None})
     settings = settings.model_copy(update={"trainer": on_cpu, "compile": False})
     with prepare_training(settings) as (module, data, build):
+        data.prepare_data()
+        data.setup("fit")  # before the batch size below: a folder may have fewer images
         data.data = settings.data.model_copy(  # type: ignore[assignment]  # refused for data of the user's own
             update={"image_size": _IMAGE_SIZE, "batch_size": _BATCH_SIZE}
         )

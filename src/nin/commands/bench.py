@@ -19,7 +19,7 @@ from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.errors import first_line
 from nin.config.hydra_options import open_hydra
-from nin.config.schema import Settings, UserError, is_single_process
+from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.files import write_atomically
@@ -66,6 +66,8 @@ def main(arguments: list[str]) -> int:
         settings = read_settings(args.overrides, args.config_name)
     if not is_single_process(settings.trainer):
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")
+    if isinstance(settings.data, OwnData):
+        raise UserError("data: nin bench measures this project's own data modules; choose data=garments")
     require_accelerator(settings.trainer)
     prepare(settings.data)
     errors = Console(stderr=True, highlight=False)

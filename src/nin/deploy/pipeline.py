@@ -25,14 +25,14 @@ class Pipeline(nn.Module):
     """uint8 images of any size in; probabilities, logits and score maps out, as `Classifier.score` computes them.
 
     Input: ``(batch, height, width)`` for 1 channel, ``(batch, height, width, 3)`` for 3. Output: probabilities and
-    logits ``(batch, classes)`` and, where `has_score_maps` is true of the network, maps ``(batch, classes, h, w)``.
+    logits ``(batch, classes)`` and, where the network has them, score maps ``(batch, classes, h, w)``.
     """
 
     def __init__(self, network: nn.Module, channels: int, stored_size: int, image_size: int, test_time_flip: bool):
         super().__init__()
         self.network = network
         self.channels, self.stored_size, self.image_size = channels, stored_size, image_size
-        self.test_time_flip, self.has_maps = test_time_flip, has_score_maps(network)
+        self.test_time_flip, self.has_maps = test_time_flip, _has_maps(network, channels, image_size)
 
     def prepare(self, images: Tensor) -> Tensor:
         """The network's input ``(batch, channels, image_size, image_size)``, float32 from 0 to 1.
@@ -66,6 +66,16 @@ class Pipeline(nn.Module):
         pixels = self.prepare(images)
         maps = grad_cam(self.network, pixels)
         return (maps + grad_cam(self.network, pixels.flip(-1)).flip(-1)) / 2 if self.test_time_flip else maps
+
+
+def _has_maps(network: nn.Module, channels: int, image_size: int) -> bool:
+    """Whether `forward_with_maps` finds score maps; the network is in evaluation mode."""
+    if not has_score_maps(network):
+        return False
+    weights = next(network.parameters())
+    images = torch.zeros(1, channels, image_size, image_size, device=weights.device, dtype=weights.dtype)
+    with torch.no_grad():
+        return forward_with_maps(network, images)[1] is not None
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
@@ -117,7 +127,7 @@ def read_checkpoint(
         fit=data.fit if isinstance(data, FolderData) else None,
         image_size=settings.data.image_size,
         test_time_flip=settings.data.test_time_flip,
-        maps=_kind_of_maps(module.network),
+        maps=_kind_of_maps(module.network, in_channels, settings.data.image_size),
         settings=_portable(settings),
         more={
             "run": settings.name,
@@ -138,8 +148,8 @@ def _portable(settings: Settings) -> dict[str, Any]:
     return plain | {"data": plain["data"] | places}
 
 
-def _kind_of_maps(network: nn.Module) -> str:
-    if not has_score_maps(network):
+def _kind_of_maps(network: nn.Module, channels: int, image_size: int) -> str:
+    if not _has_maps(network, channels, image_size):
         return "grad_cam"
     return "gap" if ends_with_pooling(network) else "fc"
 

@@ -96,9 +96,6 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run(service: Service, listener: socket.socket) -> int:
     """Serves until SIGTERM or Ctrl-C, then answers the requests that have begun; returns the exit status."""
-    received: list[int] = []
-    # uvicorn raises the signal again when it has shut down.
-    before = {s: signal.signal(s, lambda signum, _: received.append(signum)) for s in (signal.SIGTERM, signal.SIGINT)}
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     config = uvicorn.Config(
         service.app(),
@@ -115,6 +112,13 @@ def run(service: Service, listener: socket.socket) -> int:
     )
     server = _Server(config)
     server.on_stop = lambda: setattr(service, "stopping", True)
+    received: list[int] = []
+
+    def stop(signum: int, _: Any) -> None:
+        received.append(signum)
+        server.should_exit = True  # before uvicorn has its own handlers; it raises the signal again at its end
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a client's malformed form is no event here
     silence_pillow()
     gc.collect()

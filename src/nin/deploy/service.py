@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import re
 import time
 from collections.abc import AsyncIterator
@@ -125,6 +126,9 @@ class Service:
             response = _json({"error": str(refused)}, refused.status, refused.headers)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
+        except Exception:  # of the network
+            logging.getLogger(__name__).exception("a prediction failed")
+            response = _json({"error": "the prediction failed; the server's standard error says why"}, 500)
         self.requests.labels(str(response.status_code)).inc()
         self.seconds.observe(time.perf_counter() - begun)
         return response

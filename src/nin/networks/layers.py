@@ -38,7 +38,11 @@ def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[La
     with torch.no_grad():
         for layer in network:
             with FlopCounterMode(display=False) as counter:
-                for part in list(layer) if isinstance(layer, nn.Sequential) else [layer]:
+                parts = [layer]
+                # A subclass with a forward of its own may do more than call its layers.
+                if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
+                    parts = list(layer)
+                for part in parts:
                     x = part(x)
                     extents = _extents_after(part, extents)
             multiply_adds = counter.get_total_flops() // 2

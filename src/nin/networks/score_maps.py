@@ -7,7 +7,10 @@ from nin.config.schema import UserError
 
 
 def has_score_maps(network: nn.Module) -> bool:
-    """Whether the logits are a linear function of the last maps, so that `forward_with_maps` is exact."""
+    """Whether the layers end as those whose logits are a linear function of the last maps.
+
+    `forward_with_maps` is exact then, unless what it finds there are no maps.
+    """
     return ends_with_pooling(network) or _ends_with(network, nn.Flatten, nn.Linear)
 
 
@@ -43,7 +46,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     return [*before, last]
 
 
-def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Logits and score maps of a network for which `has_score_maps` is true.
 
     With global average pooling the last block has one map per class, and the logit is its mean (Lin et al. 2013,
@@ -55,18 +58,20 @@ def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
         images: ``(batch, channels, size, size)``, float.
 
     Returns:
-        Logits ``(batch, classes)`` and score maps ``(batch, classes, height, width)``.
+        Logits ``(batch, classes)`` and score maps ``(batch, classes, height, width)``; None if the features before the
+        fully connected layer have no height and width, as those of a transformer.
     """
     maps = images
     *layers, before, last = _layers(network)  # a global average pooling and Flatten, or Flatten and Linear
     pooling = layers.pop() if isinstance(last, nn.Linear) and _pools_to_one(layers[-1]) else None
     for layer in layers:
         maps = layer(maps)
+    logits = last(before(maps if pooling is None else pooling(maps)))
+    if maps.ndim != 4:
+        return logits, None
     if pooling is not None:
-        logits = last(before(pooling(maps)))
-        return logits, torch.einsum("bkhw,ck->bchw", maps, last.weight)
-    logits = last(before(maps))
-    if isinstance(last, nn.Linear):
+        maps = torch.einsum("bkhw,ck->bchw", maps, last.weight)
+    elif isinstance(last, nn.Linear):
         height, width = maps.shape[-2:]
         weights = last.weight.view(last.out_features, -1, height, width)
         maps = torch.einsum("bkhw,ckhw->bchw", maps, weights) * (height * width)
@@ -86,7 +91,7 @@ def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
         Maps ``(batch, classes, height, width)``.
 
     Raises:
-        UserError: if captum is not installed, or the network is not a sequence with one `nn.Flatten`.
+        UserError: if captum is not installed, or the network is not a sequence with one `nn.Flatten` after maps.
     """
     try:
         from captum.attr import LayerGradCam
@@ -94,15 +99,19 @@ def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
         raise UserError("score maps of this network need captum: python3 -m pip install captum") from None
     layers = _layers(network)
     flattens = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Flatten)]
+    refused = UserError(
+        "this network has no score maps: they need an nn.Sequential with one nn.Flatten after its last maps, which "
+        "have a height and a width"
+    )
     if len(flattens) != 1 or flattens[0] == 0:
-        raise UserError(
-            "this network has no score maps: they need an nn.Sequential with one nn.Flatten after its last maps"
-        )
-    with torch.no_grad():
-        classes = network(images[:1]).shape[1]
+        raise refused
     last = flattens[0] - 1
     if last and _pools_to_one(layers[last]):
         last -= 1
+    with torch.no_grad():
+        classes = network(images[:1]).shape[1]
+        if nn.Sequential(*layers[: last + 1])(images[:1]).ndim != 4:
+            raise refused
     cam = LayerGradCam(network, layers[last])
     images = images.detach().requires_grad_()  # a network without gradients of its weights still has these
     maps = torch.cat([cam.attribute(images, target=i).detach() for i in range(classes)], dim=1)

@@ -181,7 +181,8 @@ def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
     """Score maps ``(batch, classes, height, width)`` on the CPU, or None for a network that has none."""
     if not len(images) or not has_score_maps(pl_module.network):
         return None
-    return forward_with_maps(pl_module.network, images)[1].float().cpu()
+    maps = forward_with_maps(pl_module.network, images)[1]
+    return None if maps is None else maps.float().cpu()
 
 
 def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
