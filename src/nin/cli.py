@@ -40,7 +40,8 @@ def main() -> None:
             status = ended.code
         sys.stdout.flush()
     except OSError as error:
-        if error.filename is not None:  # of a file, not of standard output
+        # Not of standard output, but of a file, or of a library that can't be loaded.
+        if error.filename is not None or error.errno is None:
             raise
         status = 141 if isinstance(error, BrokenPipeError) else 1  # nin report … | head
         if status == 1:

@@ -172,3 +172,15 @@ def test_a_full_disk_is_reported_with_the_folder(
     assert cli.run("train", [*SMALL, *arguments]) == 2
     message = f"{place}: can't be written (No space left on device); start elsewhere, or set hydra.{key}\n"
     assert capsys.readouterr().err.endswith(message)
+
+
+def test_a_library_that_can_not_be_loaded_is_no_folder_that_can_not_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("libcudart.so.13: cannot open shared object file")  # as ctypes raises it
+
+    monkeypatch.setattr(train, "execute_run", fail)
+    with pytest.raises(OSError, match="libcudart"):
+        cli.run("train", [*SMALL, "name=x"])
+    monkeypatch.setattr(cli, "dispatch", fail)
+    with pytest.raises(OSError, match="libcudart"):
+        cli.main()

@@ -41,6 +41,7 @@ def test_a_folder_is_named_by_its_overrides_where_they_can_name_one() -> None:
     long = [sweep.job_folder("x=" + "1" * 300 + end) for end in "ab"]
     assert long[0] != long[1]
     assert {len(name) for name in long} == {100}
+    assert len(sweep.job_folder("x=" + "图" * 100).encode()) <= 100  # file systems allow 255 bytes
 
 
 def test_jobs_that_have_not_started_are_listed(tmp_path: Path) -> None:

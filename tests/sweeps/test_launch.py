@@ -304,7 +304,8 @@ def test_a_sweep_waits_for_its_own_jobs_only_and_not_for_others_in_its_folder(
             folder = RunFolder(tmp_path / "outputs" / "sweeps" / "x" / name)
             folder.checkpoints.mkdir(parents=True)
             folder.config.parent.mkdir()
-            folder.write_request({"seed": 0}, [name])
+            if name != "seed=1":  # it is claimed, and builds its network still
+                folder.write_request({"seed": 0}, [name])
             folder.update_state(pid=os.getpid(), host=socket.gethostname())
         launched.clear()
         assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == 0

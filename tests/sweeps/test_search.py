@@ -29,7 +29,7 @@ from nin.sweeps import checks, search_checks, search_report
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
 from nin.sweeps.search_best import best_command, best_config
-from nin.sweeps.search_checks import experiment_words
+from nin.sweeps.search_checks import count_points, experiment_words
 from nin.sweeps.search_report import best_trial, count_saved_epochs, describe_answer
 from nin.sweeps.space import enumerate_values, overrides_of, read_space, sample_corners
 from nin.sweeps.study import (
@@ -77,6 +77,15 @@ def test_a_grid_has_the_decimals_of_a_range() -> None:
     values = enumerate_values("model.dropout", distribution)
     assert values == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     assert all(map(distribution._contains, values))  # as Optuna checks it
+
+
+def test_a_grid_of_too_many_points_is_refused_before_they_are_listed() -> None:
+    space = read_space({}, ["data.batch_size=tag(int, interval(1, 1000000000))"])[0]
+    with pytest.raises(UserError, match=r"^data.batch_size: has 1,000,000,000 values; a grid takes at most 10,000"):
+        count_points(dataclasses.replace(plan(), space=space))
+    three = [f"optimizer.{key}=tag(int, interval(1, 500))" for key in ("lr", "momentum", "weight_decay")]
+    with pytest.raises(UserError, match=r"^hydra.sweeper.sampler=grid: has 125,000,000 points; give fewer values"):
+        count_points(dataclasses.replace(plan(), space=read_space({}, three)[0]))
 
 
 def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
@@ -327,8 +336,11 @@ def test_the_experiment_of_a_trial_does_not_depend_on_how_it_is_run() -> None:
         "optimizer.lr=0.1",
         "trainer.max_epochs=3",
         "+logger.csv=null",
+        "sweep.test=false",
+        "sweep=tune_nin_small",
     ]
-    assert experiment_words(words) == ["+model.depth=2", "optimizer.lr=0.1", "trainer.max_epochs=3"]
+    expected = ["+model.depth=2", "optimizer.lr=0.1", "sweep=tune_nin_small", "trainer.max_epochs=3"]
+    assert experiment_words(words) == expected
 
 
 def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_be_wrong(tmp_path: Path) -> None:
@@ -361,10 +373,10 @@ def test_a_report_does_not_connect_to_what_a_folder_names(
     given = "postgresql://me:other@near/x"
     assert cli.run("report", [str(tmp_path), "--storage", given]) == 0
     assert opened == [given]
-    # A search of this process was started with the URL: its report at the end needs no option.
+    # Nor to one that this process has opened for the command line.
     (tmp_path / "search.json").write_text(json.dumps(description | {"storage": given}))
-    assert cli.run("report", [str(tmp_path)]) == 0
-    assert opened == [given] * 2
+    assert cli.run("report", [str(tmp_path)]) == 2
+    assert opened == [given]
 
 
 @pytest.mark.parametrize("url", ["sqlite:///x.db", "postgresql://host:port/x", "x"])
@@ -426,10 +438,25 @@ def test_control_characters_of_a_study_from_elsewhere_are_escaped(
     assert capsys.readouterr().err.endswith("has no study t\\x1b]0;title\\x07\n")
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    settings: Callable[..., Settings],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "optuna" else True)
-    with pytest.raises(UserError, match=r"not installed: optuna; run: python3 -m pip install optuna cmaes scipy"):
+    message = "not installed: optuna; run: python3 -m pip install optuna cmaes scipy"
+    with pytest.raises(UserError, match=message):
         check(*SMALL, LR)
+    # A report, and a trial that is resumed alone, are refused before anything is written.
+    (tmp_path / "search.json").write_text("{}")
+    assert cli.run("report", [str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    run = RunFolder(tmp_path / "trial-0000")
+    run.write_request(settings("sweep.prune=true").model_dump(mode="json"), [])
+    assert cli.run("resume", [str(run.path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not run.result.exists()
 
 
 def test_a_combination_that_is_refused_does_not_end_the_check(data_root: Path) -> None:
@@ -503,7 +530,7 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
     best = best_trial(trials)
     assert best is trials[1]
     assert best_trial([create_trial(state=TrialState.FAIL)]) is None
-    description = {"name": "s", "fixed": ["experiment=cpu", "name=s", "data.batch_size=64"]}
+    description = {"name": "s", "fixed": ["experiment=cpu", "name=s", "data.batch_size=64", "sweep=null"]}
     (tmp_path / "best.yaml").write_text(best_config(description, best))
     found = requested("--config-dir", str(tmp_path), "--config-name", "best")
     words = [f"{key}={value}" for key, value in best.params.items()]

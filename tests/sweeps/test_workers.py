@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from nin.config.schema import UserError
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps import workers
-from nin.system.processes import StopRequest
+from nin.system.processes import StoppedError, StopRequest
 from nin.training.run import RunFailedError
 
 PROGRAM = r"""
@@ -77,11 +78,17 @@ def test_a_job_that_another_process_runs_does_not_end_the_sweep(
     ended: Exception = RunClaimedError("process 1 is working on this run")
     with pytest.raises(RunClaimedError):
         worker.run(request)
-    assert (worker.failure, signals) == (None, [])
+    assert (worker.has_failed, signals) == (False, [])
+    worker.require_running()
     ended = RunFailedError()
     with pytest.raises(RunFailedError):
         worker.run(request)
-    assert (worker.failure, signals) == (ended, [workers.JOB_FAILED_SIGNAL])
+    assert (worker.has_failed, signals) == (True, [workers.JOB_FAILED_SIGNAL])
+    with pytest.raises(RunFailedError):
+        worker.require_running()
+    worker.stop.signum = signal.SIGTERM
+    with pytest.raises(StoppedError):
+        worker.require_running()
 
 
 def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) -> None:

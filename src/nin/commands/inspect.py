@@ -7,11 +7,10 @@ from rich import box
 from rich.table import Table
 
 from nin.commands.options import add_config_options
-from nin.config.composition import compose_config, compose_settings
+from nin.config.composition import compose_settings
 from nin.config.hydra_options import open_hydra
 from nin.config.networks import OwnModel
 from nin.config.schema import Settings
-from nin.config.validation import validate
 from nin.data.sources import describe
 from nin.runs.console import Console, silence_known_warnings
 
@@ -79,7 +78,7 @@ def _comparison_table() -> Table:
     for column in ("network", "input", "weights", "total parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for name in ("lenet", "alexnet", "vgg", "nin"):
-        settings = validate(compose_config([f"model={name}"]))
+        settings = compose_settings([f"model={name}"])
         network, size = _build(settings), settings.data.image_size
         counts = (
             first_fully_connected_weights(network),

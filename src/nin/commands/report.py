@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nin.runs.console import silence_known_warnings
-from nin.sweeps import chart, jobs, summary
+from nin.sweeps import chart, checks, jobs, summary
 
 
 def main(arguments: list[str]) -> None:
@@ -27,4 +27,6 @@ def main(arguments: list[str]) -> None:
     )  # fmt: skip
     args = parser.parse_args(arguments)
     silence_known_warnings()  # of matplotlib, whose fonts lack the characters of some names
+    if (args.folder / "search.json").exists():
+        checks.require_search_packages()
     summary.report(args.folder, args.metric, args.x, args.storage)

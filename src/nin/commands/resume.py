@@ -13,6 +13,7 @@ from nin.data.sources import raw_folder
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
+from nin.sweeps.checks import require_search_packages
 from nin.system.processes import StoppedError, global_rank, require_matching_start
 from nin.training.run import RunFailedError, execute_run
 
@@ -74,5 +75,7 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
     if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
         stored = with_local_root(stored)
     settings = apply_overrides(stored, overrides, _MAY_CHANGE)
+    if settings.sweep.prune:  # a trial of a search
+        require_search_packages()
     # The stored overrides are only recorded, not composed: they may name anything.
     return settings.model_copy(update={"resume": "auto"}), [*folder.read_overrides(), *overrides]

@@ -41,6 +41,8 @@ def main(arguments: list[str]) -> int:
         try:
             return start_sweep(app, config) if is_sweep else run_once(app, config)
         except OSError as error:  # Hydra makes the folder
+            if error.errno is None:  # of a library that can't be loaded
+                raise
             key, folder = ("sweep", config.hydra.sweep.dir) if is_sweep else ("run", config.hydra.run.dir)
             raise UserError(
                 f"{error.filename or folder}: can't be written ({error.strerror}); start elsewhere, or set "
@@ -187,4 +189,4 @@ def start_sweep(app: Hydra, config: DictConfig) -> int:
         return sweep.run(app.config_loader)
     finally:
         if any(sweep.folder.glob("*/.hydra/overrides.yaml")):
-            report(sweep.folder)
+            report(sweep.folder, storage=sweep.search.settings.storage if sweep.search else None)

@@ -52,7 +52,7 @@ def require_search_packages() -> None:
     """
     if missing := [name for module, name in _SEARCH_PACKAGES.items() if not importlib.util.find_spec(module)]:
         raise UserError(
-            f"hydra/sweeper=optuna: not installed: {', '.join(missing)}; run: python3 -m pip install "
+            f"a search needs packages that are not installed: {', '.join(missing)}; run: python3 -m pip install "
             f"{' '.join(_SEARCH_PACKAGES.values())}"
         )
 
@@ -109,10 +109,17 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
             checked.append(settings)
         except UserError as error:
             errors |= dict.fromkeys(error.errors)
+    if errors:
+        raise UserError(*once_per_unknown_key(errors))
+    if not jobs:
+        raise UserError("a key of the sweep has no values, so there are no jobs")
+    with without_garbage_collection():
+        from nin.networks.build import require_buildable
+        from nin.training.loss import require_known_loss
     # What takes torch, a download or a second is done once for the jobs that have it in common.
     checks: list[tuple[Callable[[Settings], None], Callable[[Settings], Any]]] = [
-        (_try_network, lambda job: (job.model, job.data.image_size)),
-        (_try_loss, lambda job: (job.loss, job.label_smoothing)),
+        (require_buildable, lambda job: (job.model, job.data.image_size)),
+        (require_known_loss, lambda job: (job.loss, job.label_smoothing)),
         (lambda job: prepare(job.data), lambda job: job.data),
         (lambda job: require_training_images(job.data, job.seed), lambda job: (job.data, job.seed)),
     ]
@@ -129,9 +136,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
             except UserError as error:
                 errors |= dict.fromkeys(error.errors)
     if errors:
-        raise UserError(*once_per_unknown_key(errors))
-    if not jobs:
-        raise UserError("a key of the sweep has no values, so there are no jobs")
+        raise UserError(*errors)
     return checked
 
 
@@ -157,20 +162,6 @@ def _require_one_process(trainer: Trainer) -> None:
             "sweep. Use trainer=gpu hydra/launcher=joblib for one job per GPU, several at once; or start single runs: "
             "for seed in 0 1 2; do nin train trainer=ddp seed=$seed name=seed-$seed; done"
         )
-
-
-def _try_network(settings: Settings) -> None:
-    with without_garbage_collection():
-        from nin.networks.build import require_buildable
-
-    require_buildable(settings)
-
-
-def _try_loss(settings: Settings) -> None:
-    with without_garbage_collection():
-        from nin.training.loss import require_known_loss
-
-    require_known_loss(settings)
 
 
 def _try_trainer(settings: Settings) -> None:

@@ -1,4 +1,4 @@
-"""A sweep's jobs: their overrides and folders, what they have in common, and their results, summarized over seeds."""
+"""A sweep's jobs: their overrides, folders and results, and what they have in common."""
 
 import contextlib
 import hashlib
@@ -24,7 +24,7 @@ METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 # What a file of other content raises.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
-_MAX_NAME_LENGTH = 100  # characters of a folder's name; file systems allow 255 bytes
+_MAX_NAME_BYTES = 100  # of a folder's name; file systems allow 255
 _MAX_JOBS = 10_000
 
 
@@ -37,9 +37,11 @@ def job_folder(overrides: str) -> str:
     if not overrides:
         return "job"  # of a sweep that varies nothing
     plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
-    if plain == overrides and len(plain) <= _MAX_NAME_LENGTH:
+    encoded = plain.encode()
+    if plain == overrides and len(encoded) <= _MAX_NAME_BYTES:
         return plain
-    return f"{plain[: _MAX_NAME_LENGTH - 9]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    start = encoded[: _MAX_NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:

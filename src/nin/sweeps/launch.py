@@ -24,6 +24,7 @@ from nin.config.errors import first_line
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path
+from nin.runs.folder import RunFolder
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import (
@@ -32,9 +33,9 @@ from nin.sweeps.jobs import (
     expand_jobs,
     folder_names,
     job_folder,
-    read_jobs,
     without_overridden,
 )
+from nin.sweeps.stored import is_running
 from nin.sweeps.workers import (
     JOB_FAILED_SIGNAL,
     PARENT_VARIABLE,
@@ -93,7 +94,8 @@ class Sweep:
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         self.task: list[str] = task
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
-        config.hydra.sweeper.params = params
+        if "params" in config.hydra.sweeper:  # another sweeper may not have the key
+            config.hydra.sweeper.params = params
         is_search = config.hydra.sweeper._target_ == _SEARCH
         self._require_same_kind(is_search)
         swept, fixed = self._parse(params)
@@ -200,8 +202,8 @@ class Sweep:
 
     def _count_jobs_of_others(self) -> int:
         # Another command of this name may run other jobs in the same folder, for which this one does not wait.
-        running = [job.folder.name for job in read_jobs(self.folder) if job.status == "running"]
-        return sum(name in self.names for name in running) if self.names else len(running)
+        folders = map(self.folder.joinpath, self.names) if self.names else self.folder.iterdir()
+        return sum(is_running(RunFolder(path)) for path in folders)
 
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
         context, plugins = HydraContext(config_loader=loader, callbacks=callbacks), Plugins.instance()

@@ -25,7 +25,7 @@ from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
-from nin.sweeps.search_report import best_trial, count_saved_epochs, test_best
+from nin.sweeps.search_report import best_trial, test_best
 from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
 from nin.sweeps.workers import value_of
@@ -211,7 +211,7 @@ class Search:
                 case "pruned":
                     print(f"trial {number} was pruned after {max(scores)} epochs", flush=True)
                     self.store.finish(number, TrialState.PRUNED, scores[max(scores)], scores, rungs)
-                case _ if (score := result["metrics"].get("val/acc")) is None:
+                case _ if (score := result.get("metrics", {}).get("val/acc")) is None:
                     print(f"trial {number} failed: {WITHOUT_SCORE}", flush=True)
                     self.store.finish(number, TrialState.FAIL, None, scores, {}, WITHOUT_SCORE)
                 case _:
@@ -232,8 +232,6 @@ class Search:
         best = best_trial(trials)
         if best is None:
             self._give_up("no trial completed")
-        if self.plan.max_epochs:
-            self.store.note("epochs_saved", count_saved_epochs(trials, self.plan.max_epochs))
         if self.settings.final_seeds is None:
             if self.point.sweep.test:
                 with self.store.claims.lock():

@@ -48,7 +48,7 @@ def best_config(description: dict[str, Any], best: FrozenTrial) -> str:
         if key.split(".")[0] in ("name", "hydra") or key.startswith(("sweep.", "hydra/")):
             continue
         if "." not in key and (CONF / key).is_dir():
-            groups.append(f"  - override {key}: {override.value()}\n")
+            groups.append(f"  - override {key}: {override.get_value_element_as_str()}\n")
         else:
             OmegaConf.update(values, key, override.value(), force_add=True)
     OmegaConf.update(values, "name", f"{name}-best")

@@ -126,21 +126,32 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
 
 def experiment_words(words: Iterable[str]) -> list[str]:
     """The overrides that make a trial the experiment that it is, sorted; the others may change under one name."""
-    return sorted(word for word in words if not is_within(split_override(word)[0], [*SAME_EXPERIMENT, "hydra"]))
+    # `sweep=…` is the file that the space and other settings come from; sweep.test and the like are not.
+    keys = {word: split_override(word)[0] for word in words}
+    return sorted(w for w, key in keys.items() if key == "sweep" or not is_within(key, [*SAME_EXPERIMENT, "hydra"]))
 
 
 def count_trials(plan: Plan, settings: SearchSettings) -> int:
     """The number of trials; of a grid, at most as many as it has points.
 
     Raises:
-        UserError: if a grid has infinitely many points.
+        UserError: if a grid has infinitely many points, or more than Optuna can list.
     """
     return min(settings.n_trials, count_points(plan)) if plan.sampler == "grid" else settings.n_trials
 
 
 def count_points(plan: Plan) -> int:
-    """The number of points of a grid. Raises UserError if they are infinitely many."""
-    return math.prod(len(enumerate_values(key, values)) for key, values in plan.space.items())
+    """The number of points of a grid. Raises UserError if they are infinitely many, or more than `_MAX_POINTS`."""
+    count = math.prod(len(enumerate_values(key, values)) for key, values in plan.space.items())
+    if count > _MAX_POINTS:
+        raise UserError(
+            f"hydra.sweeper.sampler=grid: has {count:,} points; give fewer values, for at most {_MAX_POINTS:,}, or "
+            "another sampler"
+        )
+    return count
+
+
+_MAX_POINTS = 100_000  # Optuna lists all of them before each trial
 
 
 def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:

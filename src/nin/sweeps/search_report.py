@@ -28,7 +28,7 @@ from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
 from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
 from nin.sweeps.space import silence_optuna
-from nin.sweeps.study import DATABASES, JOURNAL, fail_without_score, open_database, open_journal, trial_name
+from nin.sweeps.study import JOURNAL, fail_without_score, open_database, open_journal, trial_name
 from nin.system.devices import require_accelerator
 
 _MAX_ROWS = 10
@@ -91,7 +91,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
 
     Args:
         url: of its database, if it has one, as the command line gives it. The folder may come from elsewhere: what it
-            names is not connected to, unless this process has searched there.
+            names is not connected to.
 
     Raises:
         UserError: if the storage can't be read, or its ``url`` is missing.
@@ -99,12 +99,12 @@ def report_search(folder: Path, url: str | None = None) -> None:
     silence_optuna()
     description = _read_description(folder)
     named = description.get("storage")
-    if not url and named and named not in DATABASES:
+    if not url and named:
         raise UserError(
             f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
             f"connects to: add --storage postgresql://user@{database_name(named)}"
         )
-    url, journal = url or named, folder / JOURNAL
+    journal = folder / JOURNAL
     if not url and not journal.exists():
         raise UserError(f"{journal}: missing; the search's own command, run again, makes it from the trials' folders")
     storage = open_database(url) if url else open_journal(journal)
@@ -229,7 +229,7 @@ def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> 
         path, result = folder / f"final-{best.number:04d}-seed={seed}", {}
         with contextlib.suppress(UserError):  # not a result: it is written anew when the search is started again
             result = RunFolder(path).read_result() or {}
-        if result.get("status") == "finished" and isinstance(acc := result["metrics"].get("test/acc"), float):
+        if result.get("status") == "finished" and isinstance(acc := result.get("metrics", {}).get("test/acc"), float):
             finals.append(acc)
         elif result.get("status") == "failed":
             lines = str(result.get("error", "")).splitlines() or ["unknown error"]

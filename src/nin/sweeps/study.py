@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -32,7 +31,6 @@ from nin.training.pruning import build_pruner, without_scores
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
 _PLAN = "nin:plan"  # the study's key for what the search is
 JOURNAL = "study.journal"
-DATABASES: set[str] = set()  # those that this process has opened
 WITHOUT_SCORE = "no epoch ended with a validation, so it has no val/acc"
 
 
@@ -216,11 +214,6 @@ class Store:
             self.storage.set_trial_user_attr(trial_id, "error", error)
         self.storage.set_trial_state_values(trial_id, state, None if value is None else [value])
 
-    def note(self, key: str, value: Any) -> None:
-        """Sets an attribute of the study, which ``optuna-dashboard`` shows."""
-        if self.storage.get_study_user_attrs(self.study_id).get(key) != value:
-            self.storage.set_study_user_attr(self.study_id, key, value)
-
 
 def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
     """Checks that a study of this name, if there is one, is the same search, and that a journal in ``folder`` has it.
@@ -289,7 +282,6 @@ def open_database(url: str) -> RDBStorage:
         from sqlalchemy.exc import SQLAlchemyError
 
         require_postgresql(url)
-        DATABASES.add(url)
         return RDBStorage(url, engine_kwargs={"connect_args": {"connect_timeout": 10}})
     except ImportError as error:
         raise UserError(

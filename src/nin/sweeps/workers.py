@@ -67,6 +67,8 @@ def run_sweep_job(config: DictConfig) -> float | None:
     folder = Path(hydra.runtime.output_dir)
     in_worker = is_joblib(hydra.launcher._target_) and is_joblib_worker()
     in_turn = not in_worker and not is_cluster(hydra.launcher._target_)
+    if in_worker:
+        this_worker().require_running()
     try:
         settings = validate(config)
     except UserError as error:
@@ -194,19 +196,28 @@ class Worker:
     def __init__(self, parent: int) -> None:
         self.stop = StopRequest(parent)
         self.stop.listen()
-        self.failure: UserError | RunFailedError | None = None
+        self.has_failed = False  # a job, with ``sweep.fail_fast``
         self.gpu: FileLock | None = None
         self.is_busy = False
         threading.Thread(target=self._watch_parent, daemon=True).start()
 
-    def run(self, request: RunRequest) -> dict:
-        """Runs a job, unless an earlier one ended the sweep. An unexpected exception would make joblib kill the others.
+    def require_running(self) -> None:
+        """Checks that the sweep has not ended: joblib starts the jobs that are left all the same.
 
         Raises:
-            UserError, RunFailedError, StoppedError: what ended the job, or an earlier one with ``sweep.fail_fast``.
+            StoppedError, RunFailedError: if a signal or, with ``sweep.fail_fast``, an earlier job has ended it.
         """
-        if self.failure:
-            raise self.failure
+        if self.stop.signum is not None:
+            raise StoppedError(self.stop.signum)
+        if self.has_failed:
+            raise RunFailedError
+
+    def run(self, request: RunRequest) -> dict:
+        """Runs a job. An unexpected exception would make joblib kill the others.
+
+        Raises:
+            UserError, RunFailedError, StoppedError: what ended the job.
+        """
         self.is_busy = True
         try:
             self.gpu = self.gpu or acquire_gpu(request.folder.path.parent, self.stop)
@@ -216,9 +227,9 @@ class Worker:
             return execute_run(request)
         except RunClaimedError:
             raise
-        except (UserError, RunFailedError) as failure:
+        except (UserError, RunFailedError):
             if request.settings.sweep.fail_fast:
-                self.failure = failure
+                self.has_failed = True
                 if not self.stop.is_orphan():
                     os.kill(os.getppid(), JOB_FAILED_SIGNAL)
             raise
