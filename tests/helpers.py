@@ -67,6 +67,15 @@ def start(*arguments: object, cwd: Path, **environment: str) -> subprocess.Popen
     return process
 
 
+# For processes whose settings have `gated`.
+GATED = {"PYTHONPATH": str(Path(__file__).parent)}
+
+
+def gated(path: Path) -> list[str]:
+    """Overrides with which training waits before the step whose number is in the file ``path``."""
+    return ["+callbacks.gate._target_=gate.Gate", f"+callbacks.gate.path={path}"]
+
+
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
     begun = time.monotonic()
     while not path.exists():

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset, WeightedRandomSampler
 
-from helpers import SMALL, nin, run_experiment, start, wait_for
+from helpers import ENVIRONMENT, GATED, SMALL, gated, nin, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.checkpoints.files import resume_candidates
@@ -582,13 +583,15 @@ LONGER = (*SMALL, "trainer.limit_train_batches=30", "checkpoint.every_n_steps=1"
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
 def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
-    there = {"cwd": tmp_path, "NIN_DATA": str(data_root)}
-    runs = tmp_path / "outputs" / "runs"
-    requested = validate(compose_config([*LONGER, f"data.root={data_root}"]))
+    there, gate = {"cwd": tmp_path, "NIN_DATA": str(data_root), **GATED}, tmp_path / "gate"
+    runs, words = tmp_path / "outputs" / "runs", [*LONGER, *gated(gate)]
+    gate.write_text("1000")
+    requested = validate(compose_config([*words, f"data.root={data_root}"]))
     expected = run_experiment(requested, RunFolder(runs / "uninterrupted"), [])
 
     # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
-    first = start("train", *LONGER, "name=killed", **there)
+    gate.write_text("5")
+    first = start("train", *words, "name=killed", **there)
     wait_for(runs / "killed" / "checkpoints" / "last.ckpt", first)
     first.send_signal(signal.SIGSTOP)  # it stays at work
     with pytest.raises(UserError, match=f"process {first.pid} on"):
@@ -597,39 +600,58 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
     first.communicate()
 
     # Another experiment under the same name is refused, with the keys.
-    other = compose_config([*LONGER, "name=killed", "optimizer.lr=0.001", "seed=3"])
+    other = compose_config([*words, "name=killed", "optimizer.lr=0.001", "seed=3"])
     with pytest.raises(UserError, match=r"seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now"):
         execute_run(RunRequest(validate(other), RunFolder(runs / "killed")))
 
-    # Asked to stop, it does at once, with a checkpoint of that step.
-    third = start("train", *LONGER, "name=killed", **there)
+    # Requested to stop, it does at once, with a checkpoint of that step.
+    gate.write_text("10")
     (runs / "killed" / "checkpoints" / "last-1.ckpt").unlink(missing_ok=True)
+    third = start("train", *words, "name=killed", **there)
     wait_for(runs / "killed" / "checkpoints" / "last-1.ckpt", third)
     third.send_signal(signal.SIGINT)
+    gate.write_text("1000")
     output = third.communicate(timeout=60)[0]
     assert third.returncode == 130, output
     assert "resuming from epoch" in output
     assert "run the same command again to resume" in output
 
-    # Asked twice, it does not wait for anything.
-    fourth = start("resume", "outputs/runs/killed", **there)
-    log = runs / "killed" / "nin.log"
-    while log.read_text().count("resume #") < 2:
-        time.sleep(0.005)
-    fourth.send_signal(signal.SIGINT)
-    fourth.send_signal(signal.SIGINT)
-    assert fourth.wait(timeout=60) == 130
-    fourth.communicate()
-
-    last = nin("resume", "outputs/runs/killed", **there)
+    last = nin("resume", "outputs/runs/killed", f"callbacks.gate.path={gate}", "--allow", "gate", **there)
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
     assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
     assert record(runs / "killed") == record(runs / "uninterrupted")
-    assert result["resumes"] == 3
-    assert log.read_text().count("resume #") == 3
+    assert result["resumes"] == 2
+    assert (runs / "killed" / "nin.log").read_text().count("resume #") == 2
     # What the dead process had begun to write is gone.
     assert not [path for path in (runs / "killed").rglob(".*") if path.name != ".hydra"]
+
+
+# A batch that never ends.
+ENDLESS = """
+import time
+from nin.system.processes import StopRequest
+with StopRequest():
+    print(flush=True)
+    while True:
+        time.sleep(9)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_a_second_ctrl_c_ends_a_run_at_once() -> None:
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], env=ENVIRONMENT, **pipes) as process:
+        try:
+            assert process.stdout.readline() == "\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.readline() == "\n"
+            assert process.stderr.readline() == "stopping after this batch (Ctrl-C again stops at once)\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stderr.read() == "stopped at once\n"
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
 
 
 @pytest.mark.long
