@@ -88,6 +88,9 @@ def test_one_altered_bit_is_noticed(
     state = (raw / NAMES[0]).stat()
     if verified_before:
         files.prepare(data(tmp_path))
+    changed, probe = (raw / NAMES[0]).stat().st_ctime_ns, tmp_path / "probe"
+    while not probe.exists() or probe.stat().st_ctime_ns <= changed:  # the kernel's clock for files has steps
+        probe.write_bytes(b"")
     content = bytearray(published[NAMES[0]])
     content[1000] ^= 1
     (raw / NAMES[0]).write_bytes(content)

@@ -1,7 +1,7 @@
 """Images of concurrent requests are scored together, and only so many wait."""
 
 import asyncio
-import time
+import threading
 
 import numpy as np
 
@@ -12,9 +12,11 @@ from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 def test_an_overloaded_batcher_refuses_and_recovers() -> None:
     sizes: list[int] = []
+    begun, go = threading.Event(), threading.Event()
 
     def compute(images: np.ndarray, maps: bool) -> Scores:
-        time.sleep(0.05)
+        begun.set()
+        go.wait(60)
         if images.max() == 255:
             raise ValueError("a bad batch")
         if images.max() == 254:
@@ -28,7 +30,12 @@ def test_an_overloaded_batcher_refuses_and_recovers() -> None:
         batcher = Batcher(TrainedNetwork(known, compute), 8, 1000, sizes.append)
         batcher.start()
         images = [np.full((2, 2), i, np.uint8) for i in range(10)]
-        found = await asyncio.gather(*(batcher.score(i, False) for i in images), return_exceptions=True)
+        scores = [asyncio.create_task(batcher.score(images[0], False))]
+        await asyncio.to_thread(begun.wait, 60)
+        scores += [asyncio.create_task(batcher.score(i, False)) for i in images[1:]]
+        refused = await asyncio.gather(*scores[8:], return_exceptions=True)  # while the first is computed
+        go.set()
+        found = [*await asyncio.gather(*scores[:8]), *refused]
         bad = [np.full((2, 2), value, np.uint8) for value in (255, 254)]
         failed = [(await asyncio.gather(batcher.score(i, False), return_exceptions=True))[0] for i in bad]
         one = await batcher.score(images[3], False)
@@ -42,5 +49,4 @@ def test_an_overloaded_batcher_refuses_and_recovers() -> None:
     assert isinstance(found[10], ValueError)
     assert isinstance(found[11], ImageTooLargeError)  # answered with 413
     assert float(found[12].probabilities[0]) == 3  # type: ignore[attr-defined]
-    assert sum(sizes) == 11
-    assert max(sizes) >= 7  # what waited while the first was computed
+    assert sizes == [1, 7, 1, 1, 1]  # the seven that waited while the first was computed are scored together

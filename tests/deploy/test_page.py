@@ -158,5 +158,7 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         assert all(url.startswith((server.url, "data:", "blob:")) for url in urls), urls
         assert not [e for e in page.events if e["method"] == "Runtime.exceptionThrown"]
         page.open(f"{server.url}docs")
-        assert page.evaluate("new Promise(r => setTimeout(() => r(document.querySelectorAll('h2').length), 1000))") == 5
+        headings = "document.querySelectorAll('h2').length"
+        wait = f"function wait() {{ {headings} < 5 ? setTimeout(wait, 50) : done({headings}); }}"
+        assert page.evaluate(f"new Promise(done => {{ {wait} wait(); }})") == 5
         assert f"{server.url}predict?top=3" in page.evaluate("document.querySelector('pre').textContent")

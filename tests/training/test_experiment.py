@@ -303,11 +303,18 @@ def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callab
 
 
 def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    plain, flipped = (
-        run_experiment(settings(f"data.augment={a}", "optimizer.lr=1e-12"), RunFolder(tmp_path / a), [])
-        for a in ("none", "flip_shift")
-    )
-    assert flipped["weights_sha256"] != plain["weights_sha256"]
+    keys = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "model.norm=none", "model.dropout=0", "logger=none"]
+    rows, results = {}, {}
+    for name in ("none", "flip_shift"):
+        folder = RunFolder(tmp_path / name)
+        results[name] = run_experiment(settings(f"data.augment={name}", *keys), folder, [])
+        rows[name] = folder.read_epochs()[-1]
+    scored = [name for name in ("val/loss", "val/acc") if rows["none"][name] is not None]
+    assert len(scored) == 2
+    assert [rows["flip_shift"][n] for n in scored] == pytest.approx([rows["none"][n] for n in scored], rel=1e-6)
+    tested = [results[name]["metrics"]["test/loss"] for name in ("flip_shift", "none")]
+    assert tested[0] == pytest.approx(tested[1], rel=1e-6)
+    assert rows["flip_shift"]["train/loss"] != pytest.approx(rows["none"]["train/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
