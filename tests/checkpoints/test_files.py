@@ -1,6 +1,8 @@
 import hashlib
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import ENVIRONMENT
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.checkpoints.files import publish, resume_candidates
@@ -194,6 +197,50 @@ def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) ->
     older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
     assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}
     assert [path.name for path in resume_candidates(folder)] == ["last.ckpt", *older, "best.ckpt"]
+
+
+# Each event is in a process of its own, which kills itself.
+KILLED_WHILE_PUBLISHING = """
+import itertools, os, signal, sys
+from pathlib import Path
+from nin.checkpoints.files import publish, resume_candidates
+from nin.runs.folder import RunFolder
+
+def publish_until(event, folder, keep):
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    events = itertools.count(1)
+    for name in ("replace", "fsync"):
+        def counted(*given, real=getattr(os, name)):
+            if next(events) == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(*given)
+        setattr(os, name, counted)
+    publish(folder, best=True, keep=keep)
+    os._exit(0)
+
+for keep in (0, 2):
+    for event in itertools.count(1):
+        folder = RunFolder(Path(sys.argv[1], f"{keep}-{event}"))
+        folder.checkpoints.mkdir(parents=True)
+        for file, content in ((folder.last, "4"), (folder.best, "2"), (folder.fresh, "5")):
+            file.write_text(content)
+        status = publish_until(event, folder, keep)
+        newest = next(path for path in resume_candidates(folder) if path.exists())
+        print(status, newest.read_text(), folder.best.read_text())
+        if status == 0:
+            break
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork and no SIGKILL")
+def test_killed_while_it_publishes_a_best_checkpoint_the_best_is_never_older_than_the_last_says(tmp_path: Path) -> None:
+    program = [sys.executable, "-c", KILLED_WHILE_PUBLISHING, str(tmp_path)]
+    done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    states = done.stdout.splitlines()
+    # Resumed from 4, the run repeats the epoch and saves both again.
+    assert set(states) == {"-9 4 2", "-9 4 5", "-9 5 5", "0 5 5"}
+    assert states.count("0 5 5") == 2
 
 
 def test_nothing_outside_of_the_runs_folder_is_written_or_removed(tmp_path: Path) -> None:

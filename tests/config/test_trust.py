@@ -159,6 +159,9 @@ def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
     assert followed.trainer.profiler is None
     assert followed.data.root == str(data_root)
     assert (followed.logger, followed.callbacks) == ({}, {})
+    photos = settings("data=folder", "data.root=/photos", "data.cache=/foreign")
+    for local in (with_local_defaults, without_training_parts):
+        assert (local(photos).data.root, local(photos).data.cache) == ("/photos", None)
     resumed = with_local_defaults(foreign)
     assert (resumed.data.mirrors, resumed.trainer.profiler) == (settings().data.mirrors, None)
     assert (resumed.data.root, resumed.logger) == ("/foreign", foreign.logger)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.config.schema import UserError
 from nin.data.transforms import resize
 from nin.deploy.export import Exporter
-from nin.deploy.loading import default_export
+from nin.deploy.loading import default_export, find_checkpoint
 from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
+from nin.runs.folder import RunFolder
 
 
 def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_computes(
@@ -151,3 +153,14 @@ def test_a_checkpoint_of_other_images_is_refused(
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match=message):
         read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_a_run_is_judged_by_its_best_checkpoint_or_by_its_last(run_folder: Path, tmp_path: Path) -> None:
+    copy = RunFolder(tmp_path / "run")
+    shutil.copytree(run_folder / "checkpoints", copy.checkpoints)
+    shutil.copy(copy.best, copy.last)
+    assert find_checkpoint(copy.path) == copy.best
+    copy.best.unlink()
+    assert find_checkpoint(copy.path) == copy.last
+    with pytest.raises(UserError, match=f"^{tmp_path}: holds several runs; give one of them, as in {copy.path}$"):
+        find_checkpoint(tmp_path)

@@ -699,7 +699,7 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path) -> None:
         f"data={data}",
         "data.augment=flip_shift",
         "trainer.limit_train_batches=250",
-        "trainer.max_epochs=6",  # long enough that a fast machine does not end it before it is killed often
+        "trainer.max_epochs=6",
         "checkpoint.every_n_steps=3",
     ]
     runs, draw = tmp_path / "outputs" / "runs", random.Random(data)
@@ -715,7 +715,7 @@ def test_twenty_deaths(tmp_path: Path, data_root: Path) -> None:
                 time.sleep(0.01)
         else:
             wait_for(runs / "killed" / "checkpoints" / "last.ckpt", process)
-        time.sleep(draw.uniform(0, 1.5))
+        time.sleep(draw.uniform(0, expected["train_seconds"] / 15))
         process.kill()
         process.communicate()
         deaths += process.returncode == -signal.SIGKILL

@@ -1,11 +1,13 @@
 import logging
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback
@@ -132,6 +134,27 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
             uninterrupted["weights_sha256"],
             uninterrupted["metrics"],
         )
+
+
+class Noise(Callback):
+    """Draws from the generators of Python and of NumPy, as augmentation of the user's own may."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
+        batch[0].add_(random.random() + np.random.rand())
+
+
+def test_numbers_that_python_and_numpy_draw_are_those_of_a_run_without_the_stop(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, build, hashes = settings("~callbacks.images", "logger=none"), experiment.build_trainer, []
+    for name, own in (("uninterrupted", [Noise()]), ("stopped", [Noise(), StopAt(8)])):
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, own=own: build(s, f, [*c, *own], *r))
+            if name == "stopped":
+                with pytest.raises(StoppedError):
+                    run_experiment(chosen, RunFolder(tmp_path / name), [])
+            hashes.append(run_experiment(chosen, RunFolder(tmp_path / name), [])["weights_sha256"])
+    assert hashes[0] == hashes[1]
 
 
 class StopIn(Callback):
