@@ -142,6 +142,8 @@ def test_paths_and_addresses_outside_the_run_are_refused(
 ) -> None:
     message = refusal(stored(settings, _target_=CLASS, **{argument: value}))
     assert message.startswith(f"callbacks.x.{argument}={value}: leads out of the run's folder")
+    given = [f"callbacks.x.{argument}={value}"]
+    require_trusted_targets(stored(settings, _target_=CLASS, **{argument: value}), [], given)  # the remedy
 
 
 def test_an_argument_given_by_its_position_may_be_a_path(settings: Callable[..., Settings]) -> None:

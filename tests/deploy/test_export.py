@@ -46,7 +46,7 @@ def test_places_that_a_checkpoint_names_are_not_followed(
     data = checkpoint["hyper_parameters"]["settings"]["data"]
     data |= {"root": str(tmp_path / "foreign"), "mirrors": ["https://example.org"]}
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
-    here = Exporter(tmp_path / "x.ckpt", None, lambda *_: None).here
+    here = Exporter(tmp_path / "x.ckpt", None, lambda *_: None).local_settings
     assert (here.data.root, "https://example.org" in here.data.mirrors) == (str(data_root), False)
     assert not (tmp_path / "foreign").exists()
 

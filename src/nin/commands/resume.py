@@ -70,7 +70,7 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
             raise UserError(f"{folder.path}: holds several runs; to resume a sweep, run its command again")
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = with_local_defaults(validate_plain(config))
-    require_trusted_targets(stored, allowed)
+    require_trusted_targets(stored, allowed, overrides)
     # Missing files are downloaded or generated, and not into a folder that only the stored config names.
     if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
         stored = with_local_root(stored)

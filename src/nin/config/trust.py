@@ -1,11 +1,11 @@
 """Stored configs are data: what a run folder or a checkpoint from elsewhere must not make the program do."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nin.config.changes import is_within
+from nin.config.changes import is_within, split_override
 from nin.config.composition import compose_settings
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
@@ -17,24 +17,26 @@ OF_TRAINED = ("model", "data")
 _OF_TORCH = {"loss": r"torch\.nn\.\w+Loss", "optimizer": r"torch\.optim\..+", "schedule": r"torch\.optim\..+"}
 
 
-def require_trusted_targets(stored: Settings, allowed: list[str]) -> None:
+def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Iterable[str] = ()) -> None:
     """Checks the loggers and callbacks of a stored config before anything is imported for them.
 
     Args:
         allowed: names of further modules whose classes the config may name.
+        overrides: of the user, which replace places that the config names.
 
     Raises:
         UserError: names each ``_target_`` that is neither a callback of this project or Lightning nor a logger for
             TensorBoard or CSV files, and each path or address that leads out of the run's folder.
     """
     errors = list(_refused_classes(stored, allowed, _OWN_CLASSES))
+    given = [split_override(word)[0] for word in overrides]
     for group in ("logger", "callbacks"):
         for name, config in getattr(stored, group).items():
             for key, value in _leaves(config, f"{group}.{name}"):
                 if key.endswith("._target_"):
                     if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
                         errors.append(_refusal(key, str(value)))
-                elif isinstance(value, str) and value and _leads_out(key, value):
+                elif isinstance(value, str) and value and key not in given and _leads_out(key, value):
                     errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
     if errors:
         raise UserError(*errors)

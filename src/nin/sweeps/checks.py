@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, Trainer, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.data.splits import require_training_images
 from nin.runs.console import log_to
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
@@ -114,6 +113,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
     if not jobs:
         raise UserError("a key of the sweep has no values, so there are no jobs")
     with without_garbage_collection():
+        from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
         from nin.training.loss import require_known_loss
     # What takes torch, a download or a second is done once for the jobs that have it in common.

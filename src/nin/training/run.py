@@ -16,7 +16,6 @@ from nin.config.changes import differences
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
-from nin.data.splits import require_training_images
 from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
@@ -66,6 +65,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         return result
     had_result = folder.result.exists()
     with without_garbage_collection():
+        from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
         from nin.training.experiment import Experiment
         from nin.training.loss import require_known_loss
