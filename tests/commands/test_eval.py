@@ -1,6 +1,7 @@
 """What ``nin eval`` takes from a checkpoint or an export from elsewhere, and what it does not follow."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from nin import cli
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.commands import eval as eval_command
 from nin.config.schema import Settings, UserError
 from nin.deploy import onnx_model
 from nin.training import evaluation
+from nin.training.classifier import Classifier
 
 PLACES = ("data.mirrors=[https://example.org]", "data.root=/foreign", "trainer.profiler=pytorch")
 
@@ -96,3 +99,16 @@ def test_a_test_ends_though_nobody_reads_its_result(
         monkeypatch.setattr(sys, "stdout", gone)
         eval_command.main([str(tmp_path / "x.ckpt")])
         sys.stdout.flush()
+
+
+def test_ctrl_c_ends_it_with_130(run_folder: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    monkeypatch.setattr(Classifier, "test_step", interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert cli.run("eval", [str(run_folder), "trainer=cpu"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on

@@ -48,4 +48,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         module.double()  # float32 would round the weights
     load_weights(module, checkpoint)
     require_test_batches(settings, data, tester)
-    return test(tester, module, data)
+    try:
+        return test(tester, module, data)
+    except SystemExit as error:  # into which Lightning turns a Ctrl-C
+        raise KeyboardInterrupt from error
