@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-from helpers import GATED, SMALL, gated, merge, nin, run_experiment, start, wait_for
+from helpers import ENVIRONMENT, GATED, SMALL, gated, merge, nin, run_experiment, start, wait_for
 from nin import cli
 from nin.checkpoints import files as checkpoint_files
 from nin.commands import train
@@ -362,7 +363,7 @@ def test_joblib_runs_jobs_at_once_stops_and_resumes_to_the_same_weights(tmp_path
     output = first.communicate(timeout=90)[0]
     assert first.returncode == 143, output
     stopped = {seed: (sweep / f"seed={seed}" / "nin.log") for seed in (0, 1)}
-    assert all("stopped by SIGINT" in log.read_text() for log in stopped.values()), output
+    assert all("stopped by SIGTERM" in log.read_text() for log in stopped.values()), output
     assert "2 unfinished" in output.replace("\n", "")
 
     second = nin(*command, "seed=0,1,2", **there)
@@ -373,6 +374,43 @@ def test_joblib_runs_jobs_at_once_stops_and_resumes_to_the_same_weights(tmp_path
         weights = alone([*requested, f"seed={seed}", f"data.root={data_root}"], tmp_path / f"alone-{seed}")
         assert found[f"seed={seed}"]["weights_sha256"] == weights
     assert "seed=2  epoch 1/2" in second.stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_of_a_terminal_reaches_each_process_of_a_joblib_sweep(
+    tmp_path: Path, data_root: Path, again: bool
+) -> None:
+    gate = tmp_path / "gate"
+    gate.write_text("3")
+    requested = [*SMALL, "callbacks=none", "logger=none", "checkpoint.every_n_steps=2", *gated(gate), "seed=0,1,2"]
+    sweep = tmp_path / "outputs" / "sweeps" / "terminal"
+    command = ["train", "-m", *merge(requested), "name=terminal", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    environment = ENVIRONMENT | GATED | {"NIN_DATA": str(data_root), "OMP_NUM_THREADS": "1"}
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nin", *command], cwd=tmp_path, env=environment, start_new_session=True, **pipe
+    )
+    with process:
+        try:
+            for seed in (0, 1):
+                wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", process)
+            os.killpg(process.pid, signal.SIGINT)
+            if again:
+                stopping = (line for line in process.stdout if line.startswith("stopping after"))
+                assert len(list(itertools.islice(stopping, 2))) == 2
+                os.killpg(process.pid, signal.SIGINT)
+            else:
+                gate.write_text("1000")
+            output = process.communicate(timeout=90)[0]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    for seed in (0, 1):
+        assert ("stopped by SIGINT" in (sweep / f"seed={seed}" / "nin.log").read_text()) is not again
+    assert not (sweep / "seed=2").exists() or not (sweep / "seed=2" / "nin.log").exists()
 
 
 @pytest.mark.long
@@ -514,7 +552,7 @@ def test_joblib_ends_at_the_first_failure_if_requested_with_the_others_checkpoin
     ended = nin("train", "-m", *command, cwd=tmp_path, NIN_DATA=str(data_root))
     assert ended.returncode == 1, ended.stderr
     assert json.loads((sweep / "optimizer.lr=1e+30" / "result.json").read_text())["status"] == "failed"
-    assert "stopped by SIGINT" in (sweep / "optimizer.lr=0.0001" / "nin.log").read_text()
+    assert "stopped by SIGTERM" in (sweep / "optimizer.lr=0.0001" / "nin.log").read_text()
     assert not (sweep / "optimizer.lr=0.0002" / "nin.log").exists()
 
 

@@ -271,7 +271,7 @@ class SignalForwarder:
         self._forward(signum)
 
     def _forward(self, signum: int) -> None:
-        again = self.stopped_by == signal.SIGINT == signum
+        again = signum == signal.SIGINT and self.stopped_by is not None
         if signum == JOB_FAILED_SIGNAL:
             self.job_failed = True
         else:
@@ -282,4 +282,5 @@ class SignalForwarder:
             _thread.interrupt_main()
         for process in processes:
             if process.pid:
-                os.kill(process.pid, signal.SIGINT)
+                # A terminal sends Ctrl-C to the workers too, for which a second SIGINT means to end at once.
+                os.kill(process.pid, signal.SIGINT if again else signal.SIGTERM)

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -157,7 +156,6 @@ class StopRequest:
 
     def __init__(self, parent: int | None = None) -> None:
         self._signum: int | None = None
-        self._received_at = 0.0
         self._parent = parent
         self._previous: dict[int, Any] = {}
 
@@ -195,14 +193,12 @@ class StopRequest:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())  # sweeps.workers starts processes with them blocked
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        # A sweep forwards to its workers a signal that the terminal may have sent to all of them.
-        echo = self._parent and time.monotonic() - self._received_at < 1
-        if signum == signal.SIGINT and self.signum is not None and not echo:
+        if signum == signal.SIGINT and self.signum is not None:
             _write(b"\x1b[?25h\nstopped at once\n" if os.isatty(2) else b"stopped at once\n")  # shows the cursor
             os._exit(130)
         if self.signum is not None:
             return
-        self.signum, self._received_at = signum, time.monotonic()
+        self.signum = signum
         _write(b"\nstopping after this batch (Ctrl-C again stops at once)\n")
 
 
