@@ -107,6 +107,16 @@ def test_mistakes_are_refused_before_anything_is_measured(
     assert capsys.readouterr().err.startswith(f"nin bench: {message}")
 
 
+def test_a_data_module_of_ones_own_is_refused_before_it_is_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine.yaml").write_text("_target_: nowhere.Images\nimage_size: 28\nbatch_size: 4\n")
+    assert cli.run("bench", ["--config-dir", str(tmp_path), "data=mine", "model=nin_small", "trainer=cpu"]) == 2
+    message = "nin bench: data: nin bench measures this project's own data modules; choose data=garments\n"
+    assert capsys.readouterr().err == message
+
+
 def test_images_that_are_too_small_are_refused(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("bench", ["data.image_size=40", "trainer=cpu", f"data.root={data_root}"]) == 2
     _, *refused = capsys.readouterr().err.splitlines()  # after the line about loading torch
