@@ -1,6 +1,9 @@
 import csv
+import errno
+import io
 import json
 import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -260,6 +263,25 @@ def test_a_sweep_that_can_only_be_read_is_reported_too(tmp_path: Path, capsys: p
     output = capsys.readouterr()
     assert "0.5000" in output.out
     assert output.err.startswith("no summary: ")
+
+
+def test_a_reader_that_is_gone_is_no_summary_that_can_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone(io.StringIO):
+        """As of `nin report … | head`, which has ended after the table."""
+
+        def write(self, text: str) -> int:
+            if text.startswith("summary:"):
+                raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            return super().write(text)
+
+    put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):  # which ends the program without a message
+        summary.report(tmp_path)
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "summary.png").exists()
 
 
 def test_without_held_out_images_the_test_accuracy_is_reported(

@@ -133,9 +133,11 @@ def report_search(folder: Path, url: str | None = None) -> None:
     for note in notes:
         console.print(note, soft_wrap=True)
     try:
-        _write(folder, description, title, rows, notes, study)
+        written = _write(folder, description, title, rows, notes, study)
     except OSError as error:
-        print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
+        print(f"no summary: {error.filename or folder} can't be written ({error.strerror})", file=sys.stderr)
+    else:
+        print(f"summary:    {format_path(folder)}/{written}")
     print(f"dashboards: {tensorboard_command(folder)}")
     if not url:
         print(f"            {shlex.join(['optuna-dashboard', f'{format_path(folder)}/{JOURNAL}'])}")
@@ -264,7 +266,8 @@ def _write(
     rows: list[list[str]],
     notes: list[str],
     study: optuna.Study,
-) -> None:
+) -> str:
+    """Writes the summary; returns the names of its files."""
     best = best_trial(study.get_trials(deepcopy=False))
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -286,4 +289,4 @@ def _write(
         written += ", best.yaml"
     else:
         (folder / "best.yaml").unlink(missing_ok=True)  # of an earlier state of the search
-    print(f"summary:    {format_path(folder)}/{written}")
+    return written

@@ -59,9 +59,10 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
         write_atomically(folder / "summary.md", _as_markdown(title, jobs, rows, metric))
         with open_atomically(folder / "summary.png") as file:
             draw(f"{name}: {metric}{seeds}", rows, metric, x_axis).savefig(file, format="png", dpi=120)
-        print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
     except OSError as error:  # another user's sweep, a full disk
-        print(f"no summary: {error.filename} can't be written ({error.strerror})", file=sys.stderr)
+        print(f"no summary: {error.filename or folder} can't be written ({error.strerror})", file=sys.stderr)
+    else:
+        print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
     print(f"dashboards: {tensorboard_command(folder)}")
 
 
