@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import numpy as np
+import pytest
 
 from nin.data.decoding import ImageTooLargeError
 from nin.deploy.batching import Batcher, OverloadedError
@@ -50,3 +51,62 @@ def test_an_overloaded_batcher_refuses_and_recovers() -> None:
     assert isinstance(found[11], ImageTooLargeError)  # answered with 413
     assert float(found[12].probabilities[0]) == 3  # type: ignore[attr-defined]
     assert sizes == [1, 7, 1, 1, 1]  # the seven that waited while the first was computed are scored together
+
+
+def test_a_request_that_has_timed_out_leaves_the_others_of_its_batch_answered() -> None:
+    begun, go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        begun.release()
+        assert go.acquire(timeout=60)
+        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
+        return Scores(values, values)
+
+    async def play() -> Scores:
+        batcher = Batcher(TrainedNetwork(Description(["a"], 1, 2, 2, False, "gap", {}), compute), 8, 1000)
+        batcher.start()
+        images = [np.full((2, 2), i, np.uint8) for i in range(3)]
+        first = asyncio.create_task(batcher.score(images[0], False))
+        assert await asyncio.to_thread(begun.acquire, timeout=60)
+        late, other = (asyncio.create_task(batcher.score(image, False)) for image in images[1:])
+        await asyncio.sleep(0)  # they wait now, and are the next batch
+        go.release()
+        assert await asyncio.to_thread(begun.acquire, timeout=60)
+        late.cancel()  # while its batch is computed
+        go.release()
+        await asyncio.gather(first, late, return_exceptions=True)
+        scores = await asyncio.wait_for(other, 60)
+        await asyncio.to_thread(batcher.close)
+        return scores
+
+    assert float(asyncio.run(play()).probabilities[0]) == 2
+
+
+def test_images_of_other_sizes_keep_their_turn_and_large_ones_are_refused() -> None:
+    shapes: list[tuple[int, ...]] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        shapes.append(images.shape)
+        begun.set()
+        assert go.wait(60)
+        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
+        return Scores(values, values)
+
+    async def play() -> list[float]:
+        batcher = Batcher(TrainedNetwork(Description(["a"], 1, 2, 2, False, "gap", {}), compute), 8, 30)
+        batcher.start()
+        images = [np.full((side, side), i, np.uint8) for i, side in enumerate((2, 3, 2, 3))]
+        tasks = [asyncio.create_task(batcher.score(images[0], False))]
+        assert await asyncio.to_thread(begun.wait, 60)
+        tasks += [asyncio.create_task(batcher.score(image, False)) for image in images[1:]]
+        await asyncio.sleep(0)  # they wait now: 26 pixels in all
+        with pytest.raises(OverloadedError):
+            await batcher.score(np.zeros((1, 5), np.uint8), False)
+        go.set()
+        scores = await asyncio.gather(*tasks)
+        await asyncio.to_thread(batcher.close)
+        return [float(one.probabilities[0]) for one in scores]
+
+    assert asyncio.run(play()) == [0, 1, 2, 3]
+    assert shapes == [(1, 2, 2), (2, 3, 3), (1, 2, 2)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import nin
 from nin.checkpoints import files as checkpoint_files
@@ -82,6 +83,32 @@ def test_a_file_that_differs_from_the_checkpoint_is_not_kept(
     assert main([str(run_folder), "--out", str(tmp_path / "m.onnx")]) == 1
     assert re.search(r"differ by up to 2\S*e-05 \(allowed: 1e-05\); not kept$", capfd.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("expected", "exported"),
+    [
+        ([0.9, 0.1], [np.nan, np.nan]),  # the argmax of both is class 0
+        ([0.500002, 0.499998], [0.499998, 0.500002]),  # within 1e-5, but another class
+    ],
+)
+def test_exported_probabilities_that_are_not_numbers_or_of_another_class_are_refused(
+    expected: list[float], exported: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nin.deploy import export
+
+    exporter = export.Exporter.__new__(export.Exporter)
+    exporter.images, exporter.labels = np.zeros((3, 2, 2), np.uint8), np.zeros(3, np.int64)
+    exporter.progress = lambda *_: None
+    monkeypatch.setattr(exporter, "module", None, raising=False)
+    monkeypatch.setattr(export, "probabilities_of", lambda *_: torch.tensor([expected] * 3))
+
+    class Exported:
+        def predict(self, images: np.ndarray) -> np.ndarray:
+            return np.array([exported] * len(images), np.float32)
+
+    with pytest.raises(export.ExportError, match="of 3 test images . are classified differently"):
+        exporter.check(Exported())  # type: ignore[arg-type]
 
 
 def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
