@@ -35,7 +35,7 @@ def merge(overrides: Iterable[object]) -> list[str]:
     return [word for i, word in enumerate(words) if "=" not in word or keys[i] not in keys[i + 1 :]]
 
 
-# Without cached bytecode every process would compile torch and Lightning anew.
+# Without cached bytecode every process would compile torch and Lightning again.
 ENVIRONMENT = {
     k: v for k, v in os.environ.items() if k not in ("NIN_DATA", "PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
 }

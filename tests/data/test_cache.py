@@ -72,6 +72,11 @@ def test_an_altered_or_incomplete_cache_is_written_again(tmp_path: Path) -> None
     ):
         change()
         assert open_cache(data).labels().tolist() == [0, 0, 1, 1, 2, 2]
+    about = first.path / "about.json"
+    stored = json.loads(about.read_text())
+    for part in stored:
+        about.write_text(json.dumps(stored | {part: [1]}))
+        assert (open_cache(data).labels().tolist(), open_cache(data).counts) == ([0, 0, 1, 1, 2, 2], {"train": 6})
 
 
 def test_the_other_files_are_those_that_the_folder_has_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     process.join()
     assert status == 0, printed
     assert FakeExperiment.trained == ["seed=1", "seed=0"]
-    assert "two: 1 job is run by another process; waiting for it\n" in printed
+    assert "two: 1 job was skipped for another process; waiting for it\n" in printed
     assert {job: result["status"] for job, result in results(other.path.parent).items()} == {
         "seed=0": "finished", "seed=1": "finished",
     }  # fmt: skip
@@ -299,19 +299,35 @@ def test_a_sweep_waits_for_its_own_jobs_only_and_not_for_others_in_its_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     launched: list[int] = []
-    monkeypatch.setattr(launch.Sweep, "_launch", lambda *_: launched.append(1) or 0)
-    for running, expected in ((["optimizer.lr=0.1"], []), (["seed=0", "seed=1"], [1])):
-        for name in running:
-            folder = RunFolder(tmp_path / "outputs" / "sweeps" / "x" / name)
-            folder.checkpoints.mkdir(parents=True)
-            folder.config.parent.mkdir()
-            if name != "seed=1":  # it is claimed, and builds its network still
-                folder.write_request({"seed": 0}, [name])
-            folder.update_state(pid=os.getpid(), host=socket.gethostname())
-        launched.clear()
-        assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == 0
-        assert launched == [1, *expected]
-        assert ("x: 2 jobs are run by another process; waiting for them\n" in capsys.readouterr().out) == bool(expected)
+    sweep = tmp_path / "outputs" / "sweeps" / "x"
+    other = RunFolder(sweep / "optimizer.lr=0.1")
+    other.checkpoints.mkdir(parents=True)
+    other.config.parent.mkdir()
+    other.write_request({"seed": 0}, ["optimizer.lr=0.1"])
+    other.update_state(pid=os.getpid(), host=socket.gethostname())
+    jobs = {f"seed={seed}": RunFolder(sweep / f"seed={seed}") for seed in (0, 1, 2)}
+    for job in jobs.values():
+        job.path.mkdir()
+
+    def finish_those_of_this_process(*_: object) -> int:
+        launched.append(1)
+        for name, job in jobs.items():
+            if name not in skipped:
+                job.write_result({"status": "finished", "metrics": {}})
+        return 0
+
+    monkeypatch.setattr(launch.Sweep, "_launch", finish_those_of_this_process)
+    words = ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1,2"]
+    # Skipped while another process had claimed it, which has been stopped since, or has failed.
+    skipped = ["seed=0", "seed=1"]
+    jobs["seed=1"].write_result({"status": "failed", "error": "of another process"})
+    assert cli.run("train", words) == 0
+    assert launched == [1, 1]
+    assert "x: 2 jobs were skipped for another process; waiting for them\n" in capsys.readouterr().out
+    skipped = []
+    assert cli.run("train", words) == 0
+    assert launched == [1, 1, 1]
+    assert "another process" not in capsys.readouterr().out
 
 
 def test_a_rank_left_in_the_environment_does_not_change_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:

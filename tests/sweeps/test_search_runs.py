@@ -48,7 +48,7 @@ def test_the_best_is_trained_anew_with_the_final_seeds_and_a_failed_one_is_repor
     assert all(lr in final["overrides"] for final in finals)
     accs = [final["metrics"]["test/acc"] for final in finals]
     mean, worst, found = sum(accs) / 2, min(accs), trials[best]["metrics"]["val/acc"]
-    assert f"trained anew with 2 seeds: test/acc {mean:.4f} ± " in printed
+    assert f"trained again with 2 seeds: test/acc {mean:.4f} ± " in printed
     assert f"worst {worst:.4f}; the search's figure: {found:.4f}" in printed
     assert "The search's own figure is optimistic: it is the highest of many" in printed
     assert "job 5 of 5: final-" in printed

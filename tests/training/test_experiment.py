@@ -252,6 +252,12 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     ]
     with pytest.raises(UserError, match=r"callbacks.swa: a run with .* can't be resumed, .*; use callbacks=ema"):
         experiment.build_trainer(settings(*average), None)
+    failed = [
+        f"+callbacks.exc.{word}"
+        for word in ("_target_=lightning.pytorch.callbacks.OnExceptionCheckpoint", f"dirpath={tmp_path}")
+    ]
+    with pytest.raises(UserError, match=r"callbacks.exc: with OnExceptionCheckpoint, Lightning starts a new run from"):
+        experiment.build_trainer(settings(*failed), None)
 
 
 def test_a_gpu_that_is_not_requested_is_no_warning(

@@ -1,8 +1,10 @@
 """Runs with networks, optimizers and data modules of the user's own that differ from the project's in kind."""
 
+import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
@@ -257,7 +260,7 @@ def test_a_loader_that_is_empty_in_a_later_epoch_is_named(settings: Callable[...
     plain = settings(*keys, "trainer.max_epochs=2", "schedule=constant", "callbacks=none", "logger=none").model_dump()
     own = {"_target_": f"{__name__}.Once", "image_size": 28, "batch_size": 4}
     with pytest.raises(
-        UserError, match=r"^data: its train_dataloader\(\) gave no batch in epoch 2; it must start anew"
+        UserError, match=r"^data: its train_dataloader\(\) gave no batch in epoch 2; it must start again"
     ):
         execute_run(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path)))
 
@@ -374,6 +377,10 @@ class Loaders(LightningDataModule):
                 return DataLoader(self.images, 4, sampler=DistributedSampler(self.images, 1, 0), num_workers=1)
             case "eager":
                 return EagerPosition(self.images)
+            case "torchdata":
+                return StatefulDataLoader(self.images, 4, shuffle=True)
+            case "torchdata with a worker":
+                return StatefulDataLoader(self.images, 4, shuffle=True, num_workers=1)
         return Position(self.images)
 
     def val_dataloader(self) -> DataLoader:
@@ -394,6 +401,7 @@ class Interruption(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's loader reads it
 @pytest.mark.parametrize(
     ("kind", "words", "interruptions"),
     [
@@ -403,6 +411,10 @@ class Interruption(Callback):
         ("eager", ["schedule=constant"], [("on_train_batch_start", 12)]),
         ("eager", [], [("on_validation_batch_start", 1)] * 2),  # resumed in it, and stopped in it again
         ("unsized", ["schedule=constant"], [("on_train_batch_start", 12)]),
+        ("torchdata", [], [("on_train_batch_start", 12)]),
+        ("torchdata", [], [("on_train_epoch_end", 1), ("on_train_epoch_end", 1)]),
+        ("torchdata", ["trainer.limit_train_batches=4"], [("on_train_epoch_end", 1)]),
+        ("torchdata with a worker", [], [("on_train_epoch_end", 1), ("on_train_batch_start", 3)]),
     ],
 )
 def test_loaders_of_all_kinds_are_resumed_exactly(
@@ -430,6 +442,28 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     resumed = run_experiment(requested, RunFolder(tmp_path / "interrupted"))
     assert resumed["weights_sha256"] == expected["weights_sha256"]
     assert resumed["metrics"] == expected["metrics"]
+
+
+class EndedWorkers(Callback):
+    """Sends SIGTERM to the processes of the loader and to this one, as ``timeout`` does to all of a group."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for process in multiprocessing.active_children():
+            # A worker ignores that of its parent, and torch's handler must find it not waited for.
+            subprocess.run(["kill", str(process.pid)], check=True)
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = settings("trainer.limit_train_batches=null", "logger=none", "callbacks=none").model_dump()
+    own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "sampler"}
+    build = experiment.build_trainer
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, EndedWorkers()], *rest))
+    with pytest.raises(StoppedError):
+        run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
 
 
 class Halves(Streams):

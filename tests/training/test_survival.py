@@ -654,6 +654,36 @@ def test_a_second_ctrl_c_ends_a_run_at_once() -> None:
             process.kill()
 
 
+def test_a_stop_at_max_steps_before_min_epochs_leaves_an_epoch_that_ends(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = ("trainer.max_steps=2", "trainer.min_epochs=2", "logger=none", "callbacks=none")
+    uninterrupted, _ = trained(settings(*keys), tmp_path / "uninterrupted", monkeypatch)
+    folder = RunFolder(tmp_path / "stopped")
+    stopped(settings(*keys), folder, monkeypatch, batch=2)
+    result = run_experiment(settings(*keys), folder, [])
+    assert (result["weights_sha256"], result["metrics"]) == (
+        uninterrupted["weights_sha256"],
+        uninterrupted["metrics"],
+    )
+    assert len((folder.path / "metrics.csv").read_text().splitlines()) == 2
+
+
+def test_the_state_of_a_model_checkpoint_in_last_ckpt_is_that_after_the_epoch(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = "+callbacks.own._target_=lightning.pytorch.callbacks.ModelCheckpoint"
+    keys = (target, "+callbacks.own.monitor=val/acc", "+callbacks.own.save_top_k=-1", "logger=none")
+    folder, build = RunFolder(tmp_path), experiment.build_trainer
+    interruption = Interruption(9, kill=True)  # the first batch of the second epoch
+    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, interruption], *r))
+    with pytest.raises(KilledError):
+        run_experiment(settings(*keys), folder, [])
+    saved = torch.load(folder.last, weights_only=True)["callbacks"]
+    (own,) = (state for name, state in saved.items() if name.startswith("ModelCheckpoint"))
+    assert len(own["best_k_models"]) == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kill", [False, True], ids=["stopped", "killed"])
 @pytest.mark.parametrize(
@@ -662,6 +692,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once() -> None:
         "schedule=one_cycle data.augment=flip_shift data.normalize=true model.init=kaiming_dirac_pca",
         "trainer.accumulate_grad_batches=3 trainer.limit_train_batches=7 trainer.val_check_interval=5",
         "trainer.max_steps=9 checkpoint.every_n_steps=2",
+        "trainer.max_steps=9 trainer.min_epochs=4 trainer.max_epochs=5",
     ],
 )
 def test_interrupted_at_every_batch_it_is_the_same_run(

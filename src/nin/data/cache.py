@@ -175,7 +175,7 @@ def _read(path: Path) -> Cache | None:
             )
         ):
             return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, EOFError, AttributeError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return cache
 

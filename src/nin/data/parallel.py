@@ -89,7 +89,7 @@ def _run(chunks: list[Chunk], processes: int) -> Generator[tuple[Chunk, dict[str
         for chunk in chunks:
             yield chunk, *decode_chunk(chunk)
         return
-    # Started anew, and not forked: this process has threads.
+    # Spawned, and not forked: this process has threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes - 1, context, initializer=_start_worker)
     try:

@@ -91,7 +91,7 @@ def warn_of_other_images(data: Data | FolderData | OwnData, trained_on: object) 
     if trained_on not in (None, cache.fingerprint) and "test" not in cache.counts:
         log.warning(
             "data.root=%s: has no test/, and other images than those that the run had: the test images are split off "
-            "its training images anew, and the network may have been trained on some of them",
+            "its training images again, and the network may have been trained on some of them",
             printable(data.root),
         )
 

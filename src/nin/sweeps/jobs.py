@@ -198,7 +198,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
         return None
     overrides = _select_experiment(_by_key(words), swept, path.name)
     result: Any = None
-    with contextlib.suppress(UserError):  # not a result: it is written anew when the run is started again
+    with contextlib.suppress(UserError):  # not a result: it is written again when the run is started again
         result = folder.read_result()
     match result:
         case {"status": "failed"}:

@@ -110,7 +110,7 @@ class Sweep:
         if has_search and not is_search:
             raise UserError(f"{self.folder}: has a search of this name; give another name=…")
         jobs = (path.parents[1].name for path in self.folder.glob("*/.hydra/overrides.yaml"))
-        # A search whose search.json was lost writes it anew.
+        # A search whose search.json was lost writes it again.
         if is_search and not has_search and not all(name.startswith(("trial-", "final-")) for name in jobs):
             raise UserError(f"{self.folder}: has a sweep of this name; give another name=…")
 
@@ -191,9 +191,9 @@ class Sweep:
         try:
             status = self._launch(loader, callbacks)
             # A search has waited for other processes itself.
-            if not self.search and status == 0 and (others := self._count_jobs_of_others()):
-                jobs, them = ("1 job is", "it") if others == 1 else (f"{others} jobs are", "them")
-                print(f"{format_path(self.folder)}: {jobs} run by another process; waiting for {them}")
+            if not self.search and status == 0 and (left := self._count_jobs_of_others()):
+                jobs, them = ("1 job was", "it") if left == 1 else (f"{left} jobs were", "them")
+                print(f"{format_path(self.folder)}: {jobs} skipped for another process; waiting for {them}")
                 add_common_overrides(self.config, "sweep.wait=true")
                 status = self._launch(loader, callbacks)
         finally:
@@ -201,9 +201,14 @@ class Sweep:
         return status
 
     def _count_jobs_of_others(self) -> int:
-        # Another command of this name may run other jobs in the same folder, for which this one does not wait.
-        folders = map(self.folder.joinpath, self.names) if self.names else self.folder.iterdir()
-        return sum(is_running(RunFolder(path)) for path in folders)
+        """Jobs that were skipped, also those whose process has ended since, without a result or with a failure.
+
+        Another command of this name may run other jobs in the same folder, for which this one does not wait.
+        """
+        if self.names:
+            states = [RunFolder(self.folder / name).result_status() for name in self.names]
+            return sum(state not in ("finished", "pruned") for state in states)
+        return sum(is_running(RunFolder(path)) for path in self.folder.iterdir())
 
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:
         context, plugins = HydraContext(config_loader=loader, callbacks=callbacks), Plugins.instance()

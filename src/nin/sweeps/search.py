@@ -227,7 +227,7 @@ class Search:
         raise RunFailedError(reason)
 
     def _finish(self) -> None:
-        """Tests the best trial, or trains its configuration anew with the final seeds."""
+        """Tests the best trial, or trains its configuration again with the final seeds."""
         trials = self.store.trials()[: self.total]
         best = best_trial(trials)
         if best is None:

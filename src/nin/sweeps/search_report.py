@@ -68,7 +68,7 @@ def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
     if not run.best.exists():
         print(
             f"{format_path(run.best)}: not found, so the best trial is not tested; where it was trained, nin eval can "
-            "test it, or train it anew with the command below"
+            "test it, or train it again with the command below"
         )
         return
     try:
@@ -229,7 +229,7 @@ def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> 
     finals, failed = [], []
     for seed in seeds or []:
         path, result = folder / f"final-{best.number:04d}-seed={seed}", {}
-        with contextlib.suppress(UserError):  # not a result: it is written anew when the search is started again
+        with contextlib.suppress(UserError):  # not a result: it is written again when the search is started again
             result = RunFolder(path).read_result() or {}
         if result.get("status") == "finished" and isinstance(acc := result.get("metrics", {}).get("test/acc"), float):
             finals.append(acc)
@@ -239,7 +239,7 @@ def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> 
     if finals:
         std = f" ± {statistics.stdev(finals):.4f}" if len(finals) > 1 else ""
         count = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
-        text = f"trained anew with {count}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
+        text = f"trained again with {count}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
         return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         tested = json.loads(read_text(folder / "best.json"))

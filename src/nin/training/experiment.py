@@ -23,6 +23,7 @@ from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.runs.request import RunRequest
 from nin.system import devices
+from nin.system.processes import StoppedError
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -187,6 +188,10 @@ class Experiment:
             raise UserError(f"trainer: {error}") from error  # no step was taken
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+            # A signal to all processes of a group, as of ``timeout``, also ends the worker processes of a loader.
+            stopped_by = self.request.stop.signum
+            if stopped_by is not None and str(error).startswith("DataLoader worker (pid"):
+                raise StoppedError(stopped_by) from error
             # A val_check_interval of more batches than there are, for example.
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
                 raise UserError(f"trainer: {str(error).strip()}") from error

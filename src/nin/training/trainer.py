@@ -10,7 +10,13 @@ from typing import Any
 import lightning
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    ProgressBar,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -34,7 +40,7 @@ def build_trainer(
 
     Args:
         folder: the run's folder, where loggers write; None for no files.
-        callbacks: added before those of ``settings.callbacks``.
+        callbacks: added before those of ``settings.callbacks``, and checkpoint callbacks after them.
         resume_step: the first optimizer step that is logged again after resuming.
 
     Raises:
@@ -47,7 +53,9 @@ def build_trainer(
     arguments["enable_progress_bar"] = has_own_bar and settings.trainer.enable_progress_bar is not False
     if has_own_bar:
         callbacks = [c for c in callbacks if not isinstance(c, TrainingProgressBar | EpochPrinter)]
-    callbacks = [*callbacks, *own]
+    # Lightning calls checkpoint callbacks last and in this order: the run's own saves what the others have done.
+    checkpoints = [c for c in callbacks if isinstance(c, Checkpoint)]
+    callbacks = [*(c for c in callbacks if c not in checkpoints), *own, *checkpoints]
     # Lightning would add a `ModelCheckpoint` of its own to a Trainer without one.
     arguments["enable_checkpointing"] = any(isinstance(callback, Checkpoint) for callback in callbacks)
     arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
@@ -134,6 +142,11 @@ def _instantiate(
                 f"{key}: a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and "
                 "the average is computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
                 "lightning.pytorch.callbacks.WeightAveraging"
+            )
+        if isinstance(instance, OnExceptionCheckpoint):
+            raise UserError(
+                f"{key}: with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run "
+                "failed before; leave it out: last.ckpt is saved when a signal stops a run"
             )
         if folder is not None and isinstance(instance, Checkpoint):
             _keep_apart(key, instance, RunFolder(folder))

@@ -86,6 +86,9 @@ class ResumableCheckpoint(Checkpoint):
                 _set_sampler_epoch(loader, trainer.current_epoch)
                 _make_iterator(trainer)  # its draws were made before the checkpoint
             else:
+                if position is not None:
+                    # In torchdata's loader it is that after the epoch's last batch, and applies to the next iterator.
+                    _make_iterator(trainer)
                 self._needs_iterator = True
             set_random_state(own["random_state"], pl_module.device, loader)
             # The validation may start again, without a training batch before it.

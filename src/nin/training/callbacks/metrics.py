@@ -138,7 +138,7 @@ class MetricsLogger(Callback):
         epoch = self.epoch
         if not epoch["images"]:
             raise UserError(
-                f"data: its train_dataloader() gave no batch in epoch {trainer.current_epoch + 1}; it must start anew "
+                f"data: its train_dataloader() gave no batch in epoch {trainer.current_epoch + 1}; it must start again "
                 "in each epoch"
             )
         self.images += epoch["images"]
@@ -226,6 +226,8 @@ def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
 
 def is_stopping(trainer: Trainer) -> bool:
     """Whether Lightning ends training now: early stopping and max_time wait for min_epochs and min_steps."""
+    if trainer.global_step == trainer.max_steps:
+        return True
     return trainer.should_stop and trainer.fit_loop._can_stop_early  # noqa: SLF001  # no public way
 
 
