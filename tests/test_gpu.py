@@ -1,6 +1,6 @@
 """What only a GPU can show: `python3 -m uv run pytest -m gpu -n 0`, on a machine with one or more CUDA GPUs.
 
-Several minutes, most of them compilation. None of these tests has run as yet: no GPU was available. What can be tested
+Several minutes, most of them compilation. None of these tests has run yet: no GPU was available. What can be tested
 without one is in `training/test_fake_cuda.py` and `training/test_compiled.py`.
 """
 
@@ -91,8 +91,9 @@ def test_cuda_graphs_give_the_losses_of_the_network_that_is_not_compiled(
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 def test_nothing_waits_for_the_gpu_between_two_loggings(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    """torch warns, and the test fails, wherever the CPU waits for the GPU in a training step."""
+    """torch raises wherever the CPU waits for the GPU in a training step."""
     from lightning import Callback
 
     class Watch(Callback):
@@ -107,7 +108,10 @@ def test_nothing_waits_for_the_gpu_between_two_loggings(settings: Callable[..., 
         patch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Watch()], *rest))
         words = ("compile=false", "data.augment=flip_shift", "callbacks=none", "logger=none")
         chosen = settings("trainer.accelerator=gpu", *words)
-        run_experiment(chosen, RunFolder(tmp_path))
+        try:
+            run_experiment(chosen, RunFolder(tmp_path))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_rates_of_the_bench(data_root: Path, tmp_path: Path) -> None:
@@ -130,7 +134,8 @@ def test_a_sweep_has_one_job_per_gpu(data_root: Path, tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     results = [json.loads(path.read_text()) for path in folder.glob("*/result.json")]
     assert [result["status"] for result in results] == ["finished"] * (gpus + 1)
-    assert len(list(folder.glob(".gpu-*.lock"))) == gpus
+    # With one GPU, jobs run in the sweep's own process, and none has to choose.
+    assert len(list(folder.glob(".gpu-*.lock"))) == (gpus if gpus > 1 else 0)
 
 
 def test_two_processes_share_one_gpu(data_root: Path, tmp_path: Path) -> None:

@@ -39,6 +39,21 @@ def test_the_rate_of_training_is_images_by_seconds(monkeypatch: pytest.MonkeyPat
     ]  # fmt: skip
 
 
+def test_the_steps_that_record_cuda_graphs_do_not_set_the_length_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(turns, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(turns, "synchronize", lambda _: None)
+    measured = turns.Turns({}, seconds=40, rounds=2, progress=lambda *_: None)
+    trainer, module = SimpleNamespace(should_stop=False), SimpleNamespace(device=torch.device("cuda"))
+    for step in range(1000):
+        now += 10 if step > 2 else 600
+        measured.on_train_batch_end(trainer, module, None, (None, torch.zeros(32)), 0)
+        if trainer.should_stop:
+            break
+    assert measured.steps == 4
+    assert measured.rates == {"training": [3.2, 3.2]}
+
+
 @pytest.mark.parametrize(("device", "waits"), [("cpu", False), ("cuda", True), ("mps", True)])
 def test_a_clock_is_read_when_the_gpu_has_finished(device: str, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     waited = list[torch.device]()

@@ -149,6 +149,29 @@ def test_dropout_draws_the_mask_of_the_full_batch() -> None:
     assert dropout.eval()(maps) is maps
 
 
+def test_all_masks_of_dropout_are_in_the_same_memory() -> None:
+    """A CUDA graph has their address in it."""
+    dropout, kept, addresses = speed.Dropout(0.3, (4, 3, 3)), [], []
+    for images in (10, 10, 6, 10):  # the last batch of an epoch is smaller
+        dropout.begin(images, torch.device("cpu"))
+        assert dropout.mask is not None
+        assert dropout.mask.unique().tolist() == pytest.approx([0, 1 / 0.7])
+        addresses.append(dropout.mask.data_ptr())
+        kept.append(dropout.mask.clone())
+    assert len(set(addresses)) == 1
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_weights_keep_torchs_memory_format_on_apples_gpus(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for accelerator, kept in (("auto", True), ("mps", True), ("cpu", False)):
+        network = Classifier(settings(f"trainer.accelerator={accelerator}"), "abcdefghij").network
+        weights = [tensor for tensor in network.parameters() if tensor.dim() == 4 and tensor.shape[1] > 1]
+        assert {tensor.is_contiguous() for tensor in weights if tensor.shape[2] > 1} == {kept}
+
+
 @pytest.mark.parametrize("name", ["nin", "alexnet"])
 def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: str, data_root: Path) -> None:
     module = Classifier(

@@ -80,17 +80,28 @@ def test_a_gpu_that_the_driver_counts_and_torch_cannot_use_is_refused(
 
 
 def test_a_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has …")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB. GPU 0 has …"),
+        torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be …"),  # none for CUDA itself
+    ):
 
-    monkeypatch.setattr(torch, "ones", full)
-    with pytest.raises(UserError, match=r"cuda:0: CUDA out of memory; end the other programs .*nvidia-smi"):
-        require_working_gpu(torch.device("cuda", 0))
+        def full(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(torch, "ones", full)
+        with pytest.raises(UserError, match=r"cuda:0: CUDA .*out of memory; end the other programs .*nvidia-smi"):
+            require_working_gpu(torch.device("cuda", 0))
+    with pytest.raises(UserError, match=r"^trainer.devices: requests cuda:1, and torch can use 1 CUDA GPU"):
+        require_working_gpu(torch.device("cuda", 1))
 
 
 def test_the_error_of_a_full_gpu_has_its_remedy() -> None:
-    full, other = torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("something else")
-    for error in (full, other):
+    full = [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory")]
+    other, compilation = RuntimeError("something else"), torch._inductor.exc.CppCompileError(["gcc"], "no")
+    for error in (*full, other, compilation):
         add_remedy(error, compose_settings(["data.batch_size=512"]))
-    assert "too little free memory for data.batch_size=512: end other programs" in full.__notes__[0]
+    for error in full:
+        assert "too little free memory for data.batch_size=512: end other programs" in error.__notes__[0]
+    assert compilation.__notes__ == ["The network could not be compiled: set compile=false to train without it"]
     assert not hasattr(other, "__notes__")

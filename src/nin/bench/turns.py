@@ -63,27 +63,30 @@ class Turns(Callback):
     done: int = 0
     images: int = 0
     started: float = 0.0
+    is_warm: bool = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.done, self.images = self.done + 1, self.images + len(batch[1])
-        if self.done == (self.steps or 2):
-            synchronize(pl_module.device)
-            elapsed = time.perf_counter() - self.started
-            if self.steps:
-                self.rates["training"].append(self.images / elapsed)
-                for name, measure_rate in self.others.items():
-                    self.report(name)
-                    self.rates[name].append(measure_rate())
-                trainer.should_stop = len(self.rates["training"]) >= self.rounds
-                if not trainer.should_stop:
-                    self.report("training")
-            else:
-                self.steps = max(1, round(self.seconds / elapsed))  # the first step was not timed
-            self.done = 0
-        if not self.done or not self.steps:
-            self.images, self.started = 0, time.perf_counter()
+        # On a GPU, the first steps of a compiled network record its CUDA graphs.
+        few = 1 if pl_module.device.type == "cpu" else 10
+        if self.done < (self.steps or few):
+            return
+        synchronize(pl_module.device)
+        elapsed = time.perf_counter() - self.started
+        if self.steps:
+            self.rates["training"].append(self.images / elapsed)
+            for name, measure_rate in self.others.items():
+                self.report(name)
+                self.rates[name].append(measure_rate())
+            trainer.should_stop = len(self.rates["training"]) >= self.rounds
+            if not trainer.should_stop:
+                self.report("training")
+        elif self.is_warm:
+            self.steps = max(1, round(self.seconds * few / elapsed))
+        self.is_warm = True
+        self.done, self.images, self.started = 0, 0, time.perf_counter()
 
     def report(self, name: str) -> None:
         """Reports that the measurement ``name`` of this round begins."""

@@ -29,7 +29,9 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
         to be called before each batch.
     """
     options = settings.speed
-    if options.channels_last:
+    # torch computes wrong gradients of such maps on Apple's GPUs, or ends the process (issues 175189 and 175190).
+    on_mps = torch.backends.mps.is_available() and settings.trainer.accelerator in ("auto", "gpu", "mps")
+    if options.channels_last and not on_mps:
         # Not `network.to`, which fails on tensors of rank 5: a network of the user's own may have some.
         for tensor in itertools.chain(network.parameters(), network.buffers()):
             if tensor.dim() == 4:
@@ -104,10 +106,16 @@ class Dropout(nn.Dropout):
         self.shape = tuple(shape)
         self.mask: Tensor | None = None
         self.done = 0
+        self._memory = torch.empty(0)
 
     def begin(self, batch_size: int, device: torch.device) -> None:
-        """Draws the mask of the next ``batch_size`` images. Without it every call draws its own, as ``nn.Dropout``."""
-        self.mask = functional.dropout(torch.ones(batch_size, *self.shape, device=device), self.p)
+        """Draws the mask of the next ``batch_size`` images. Without it every call draws its own, as ``nn.Dropout``.
+
+        All masks are in the same memory: CUDA graphs, which contain its address, would be recorded again for another.
+        """
+        if len(self._memory) < batch_size or self._memory.device != device:
+            self._memory = torch.empty(batch_size, *self.shape, device=device)
+        self.mask = functional.dropout(self._memory[:batch_size].fill_(1), self.p, inplace=True)
         self.done = 0
 
     def forward(self, micro_batch: Tensor) -> Tensor:

@@ -51,19 +51,21 @@ def require_working_gpu(device: "torch.device") -> None:
     """Checks that torch can use ``device``, if it is a CUDA GPU: the driver also counts GPUs that torch can't use.
 
     Raises:
-        UserError: if the driver is too old, or the GPU is in use or has no free memory.
+        UserError: if there is no such GPU, the driver is too old, or the GPU is in use or has no free memory.
     """
     import torch
 
     if device.type != "cuda":
         return
+    if (count := torch.cuda.device_count()) <= (device.index or 0):
+        raise UserError(f"trainer.devices: requests {device}, and torch can use {count} CUDA GPU(s), numbered from 0")
     try:
         torch.ones(1, device=device)  # a kernel: a build of torch has those of some generations of GPUs
     except RuntimeError as error:  # also out of memory
         reason = first_line(error).split(". ")[0].rstrip(".")
         remedy = (
             "end the other programs that use the GPU (nvidia-smi lists them), choose another with CUDA_VISIBLE_DEVICES"
-            if isinstance(error, torch.OutOfMemoryError) or "busy" in reason
+            if "out of memory" in reason or "busy" in reason
             else f"update the driver, which must support CUDA {torch.version.cuda}, or install a build of torch for "
             "this driver and GPU"
         )
@@ -74,7 +76,7 @@ def require_working_gpu(device: "torch.device") -> None:
 
 
 def add_remedy(error: Exception, settings: Settings) -> None:
-    """Adds what to try to the error of a GPU with too little memory, or of a memory format, below its traceback."""
+    """Adds what to try to the error of a full GPU, a failed compilation or a memory format, below its traceback."""
     import torch
 
     # Of a network's own ``x.view(len(x), -1)``, LBFGS, Lightning's ModelPruning.
@@ -84,7 +86,10 @@ def add_remedy(error: Exception, settings: Settings) -> None:
             ".view() refuses: set speed.channels_last=false, or use .reshape() or .flatten() in code of your own"
         )
 
-    if isinstance(error, torch.OutOfMemoryError):
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        error.add_note("The network could not be compiled: set compile=false to train without it")
+    # A process that finds no memory for CUDA itself has another class of error.
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
         error.add_note(
             f"The GPU has too little free memory for data.batch_size={settings.data.batch_size}: end other programs "
             "that use it (nvidia-smi lists them); or start another run with a smaller data.batch_size, "

@@ -37,7 +37,7 @@ def build_optimizer(
     kind, arguments = OPTIMIZERS[chosen.name], chosen.model_dump(exclude={"name"})
     # Lightning can't clip the gradients of a fused optimizer in mixed precision.
     clipped = settings.trainer.gradient_clip_val is not None
-    fused = settings.speed.fused_optimizer and device.type in ("cpu", "cuda") and not clipped
+    fused = settings.speed.fused_optimizer and device.type in ("cpu", "cuda", "mps") and not clipped
     if "fused" in inspect.signature(kind).parameters:  # of a few of torch's optimizers only
         arguments["fused"] = fused
     return kind(parameters, **arguments)
