@@ -68,12 +68,12 @@ def train(folder, image_size=224, batch_size=128, val_size=5000, epochs=10, lr=0
 
 
 if __name__ == "__main__":
-    words = [word.split("=") for word in sys.argv[2:]]
-    settings = {key: float(value) if key == "lr" else int(value) for key, value in words}
-    network = train(sys.argv[1], **settings).eval()
+    folder, *words = sys.argv[1:] or sys.exit(__doc__)
+    settings = {key: float(value) if key == "lr" else int(value) for key, value in (word.split("=") for word in words)}
+    network = train(folder, **settings).eval()
     weights = b"".join(weight.numpy().tobytes() for weight in network.state_dict().values())
     print("weights", hashlib.sha256(weights).hexdigest())
-    images, labels = read(sys.argv[1], "t10k")
+    images, labels = read(folder, "t10k")
     size = int(settings.get("image_size", 224))
     with torch.no_grad():
         predicted = [network(prepare(some, size)).argmax(1) for some in images.split(128)]

@@ -33,7 +33,7 @@ def folder(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block[1])
         written.append(path)
-    assert len(set(written)) == 10
+    assert len(set(written)) == 11
     write_folder(tmp_path / "photos", {"train": 12, "test": 4}, size=40)
     monkeypatch.setenv("NIN_DATA", str(data_root))
     monkeypatch.chdir(tmp_path)
