@@ -22,7 +22,7 @@ from nin.training.run import versions
 
 
 class Pipeline(nn.Module):
-    """uint8 images of any size in; probabilities, logits and score maps out, as `Classifier.score` computes them.
+    """uint8 images of any size in; probabilities, logits and score maps out, as `Scores` describes them.
 
     Input: ``(batch, height, width)`` for 1 channel, ``(batch, height, width, 3)`` for 3. Output: probabilities and
     logits ``(batch, classes)`` and, where the network has them, score maps ``(batch, classes, h, w)``.

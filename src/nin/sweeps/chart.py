@@ -166,11 +166,11 @@ def _number(text: str) -> float | None:
 
 def draw_study(study: "optuna.Study", path: Path) -> None:
     """Optuna's own pictures, one after another in one file: history, importances, parallel coordinates."""
-    from matplotlib import image, pyplot, rc_context
-    from matplotlib.figure import Figure
+    from matplotlib import pyplot, rc_context
     from matplotlib.ticker import MaxNLocator
     from optuna.importance import FanovaImportanceEvaluator
     from optuna.visualization import matplotlib as pictures
+    from PIL import Image
 
     from nin.data.overlays import ignore_local_matplotlibrc
 
@@ -194,15 +194,12 @@ def draw_study(study: "optuna.Study", path: Path) -> None:
                 figure.set_size_inches(9, 5)
                 buffer = io.BytesIO()
                 figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-                parts.append(image.imread(io.BytesIO(buffer.getvalue())))
+                parts.append(Image.open(buffer))
         pyplot.close("all")
-    heights = [part.shape[0] / part.shape[1] for part in parts] or [0.5]
-    whole = Figure(figsize=(9, 9 * sum(heights)), layout="constrained")
-    for axes, part in zip(
-        whole.subplots(len(heights), 1, squeeze=False, height_ratios=heights).flat, parts, strict=False
-    ):
-        axes.imshow(part)
-    for axes in whole.axes:
-        axes.axis("off")
+    size = max((part.width for part in parts), default=1), sum(part.height for part in parts) or 1
+    whole, top = Image.new("RGB", size, "white"), 0
+    for part in parts:
+        whole.paste(part, (0, top))
+        top += part.height
     with open_atomically(path) as file:
-        whole.savefig(file, format="png", dpi=120)
+        whole.save(file, format="png")

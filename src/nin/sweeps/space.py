@@ -137,21 +137,14 @@ def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
     """
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    if isinstance(distribution, IntDistribution) and not distribution.log:
-        values = range(distribution.low, distribution.high + 1, distribution.step)
-        _require_few(key, len(values))
-        return list(values)
-    if isinstance(distribution, FloatDistribution) and distribution.step is not None:
-        count = round((distribution.high - distribution.low) / distribution.step) + 1
-        _require_few(key, count)
-        low, step = Decimal(str(distribution.low)), Decimal(str(distribution.step))
-        return [float(low + i * step) for i in range(count)]
-    raise UserError(f"{key}: hydra.sweeper.sampler=grid needs choices or a range, not an interval")
-
-
-def _require_few(key: str, count: int) -> None:
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    if distribution.log or distribution.step is None:
+        raise UserError(f"{key}: hydra.sweeper.sampler=grid needs choices or a range, not an interval")
+    low, high, step = (Decimal(str(value)) for value in (distribution.low, distribution.high, distribution.step))
+    count = round((high - low) / step) + 1
     if count > _MAX_VALUES:
         raise UserError(f"{key}: has {count:,} values; a grid takes at most {_MAX_VALUES:,} of each key")
+    return [type(distribution.low)(low + i * step) for i in range(count)]
 
 
 def sample_corners(space: Space) -> list[dict[str, str]]:

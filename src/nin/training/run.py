@@ -57,9 +57,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     """
     folder, settings = request.folder, request.settings
     _require_folder_of_a_run(folder)
-    if folder.checkpoints.exists() or folder.result.exists():
-        require_same_experiment(folder, settings)
-    if folder.result.exists() and (result := read_finished_result(folder, settings)):
+    require_same_experiment(folder, settings)
+    if result := read_finished_result(folder, settings):
         print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
         print_result(folder, result)
         return result
@@ -80,7 +79,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
             return Experiment(request).run()
     with folder.claim(_waiting(request) if request.wait else None):
         # Another process may have ended it in the meantime.
-        result = read_finished_result(folder, settings) if folder.result.exists() else None
+        result = read_finished_result(folder, settings)
         if not result and not had_result and folder.result_status() == "failed":
             print(f"{request.label}{format_path(folder.path)} has failed in another process, see nin.log", flush=True)
             raise RunFailedError
