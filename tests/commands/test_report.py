@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nin import cli
+from nin.sweeps import chart, summary
 
 
 @pytest.fixture
@@ -26,9 +27,13 @@ def sweep(tmp_path: Path) -> Path:
     [([], "0.2"), (["--metric", "val/loss"], "0.1"), (["--metric=test/acc", "--x=seconds"], "0.2")],
 )
 def test_the_table_is_printed_and_the_summary_written(
-    sweep: Path, arguments: list[str], best: str, capsys: pytest.CaptureFixture[str]
+    sweep: Path, arguments: list[str], best: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    drawn = []
+    monkeypatch.setattr(summary, "draw", lambda *given: (drawn.append(given), chart.draw(*given))[1])
     assert cli.run("report", [str(sweep), *arguments]) == 0
+    metric = next((word.rpartition("=")[2] for word in arguments if "/" in word), "val/acc")
+    assert [given[2:] for given in drawn] == [(metric, "seconds" if "--x=seconds" in arguments else "epochs")]
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = [line[0] for line in lines if line and line[0] in ("0.1", "0.2")]
     assert rows == [best, "0.1" if best == "0.2" else "0.2"]

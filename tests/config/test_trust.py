@@ -155,10 +155,11 @@ def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
     settings: Callable[..., Settings], data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NIN_DATA", str(data_root))
-    foreign = settings("data.mirrors=[https://example.org]", "trainer.profiler=pytorch", "data.root=/foreign")
+    words = ("trainer.profiler=pytorch", "+trainer.model_registry=foreign", "data.root=/foreign")
+    foreign = settings("data.mirrors=[https://example.org]", *words)
     followed = without_training_parts(foreign)
     assert followed.data.mirrors == settings().data.mirrors
-    assert followed.trainer.profiler is None
+    assert (followed.trainer.profiler, followed.trainer.model_registry) == (None, None)
     assert followed.data.root == str(data_root)
     assert (followed.logger, followed.callbacks) == ({}, {})
     photos = settings("data=folder", "data.root=/photos", "data.cache=/foreign")

@@ -208,10 +208,49 @@ def test_a_rule_declares_the_keys_that_it_reads(
 ) -> None:
     # Otherwise it would run on invalid values, and end in a traceback.
     read: set[str] = set()
-    settings = validate(compose_config(["callbacks=early_stopping", "trainer.limit_train_batches=5"]))
-    assert list(rule(Reading(settings, read))) == []
+    for words in (
+        ["callbacks=early_stopping", "trainer.limit_train_batches=5"],
+        ["trainer.val_check_interval=4"],
+        ["trainer.val_check_interval=4", "trainer.limit_train_batches=0.5", "trainer=ddp"],
+        ["trainer.max_epochs=-1", "trainer.max_time=00:01:00:00", "data.val_size=0", "data.score_each_epoch=test"],
+        ["trainer.sync_batchnorm=true", "trainer.accelerator=gpu", "trainer.devices=2"],
+        ["optimizer=sgd", "optimizer.nesterov=true", "optimizer.momentum=0.9"],
+    ):
+        assert list(rule(Reading(validate(compose_config(words)), read))) == []
     assert [key for key in read if not is_within(key, keys)] == []
-    assert read
+    # Declared together with others, of which some rules read one only.
+    together = ("num_nodes", "strategy", "limit_val_batches", "limit_test_batches", "overfit_batches")
+    read |= {f"trainer.{key}" for key in together}
+    assert [key for key in keys if not any(is_within(one, [key]) for one in read)] == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trainer.barebones=true"], "trainer.barebones=true: the run would have no checkpoint, log or result"),
+        (["trainer.max_steps=3", "trainer.min_steps=4"], "trainer.min_steps=4: must be at most trainer.max_steps"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs=null: training would never end"),
+        (
+            ["trainer.limit_train_batches=5", "trainer.val_check_interval=6"],
+            "trainer.val_check_interval=6: an epoch has 5 batches",
+        ),
+        (
+            ["trainer.limit_train_batches=0.5", "trainer.val_check_interval=216"],
+            "trainer.val_check_interval=216: an epoch has 215 batches",
+        ),
+        (
+            ["data.val_size=0", "data.score_each_epoch=test", "trainer.limit_val_batches=0.01"],
+            "trainer.limit_val_batches=0.01: leaves none of 79 batches; choose 0.0127",
+        ),
+    ],
+)
+def test_numbers_of_steps_and_batches_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
+    assert [error.startswith(message) for error in refused(*overrides)] == [True]
+
+
+def test_an_interval_between_validations_may_count_the_batches_of_all_epochs() -> None:
+    words = ["trainer.limit_train_batches=5", "trainer.val_check_interval=6", "trainer.check_val_every_n_epoch=null"]
+    assert validate(compose_config(words)).trainer.val_check_interval == 6
 
 
 def test_a_fault_in_a_rule_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from filelock import Timeout
 from hydra.types import RunMode
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
@@ -26,6 +27,7 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, search_checks, search_report
+from nin.sweeps.claims import DatabaseClaims
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
 from nin.sweeps.search_best import best_command, best_config
@@ -301,6 +303,57 @@ def test_validations_that_meet_the_end_of_an_epoch_are_accepted(settings: Callab
         ["trainer.val_check_interval=4", "trainer.max_steps=7"],  # a run ends with a validation
     ):
         search_checks._require_validation_at_an_end(settings(*words))
+
+
+def test_two_processes_that_share_a_search_never_have_the_same_trial(tmp_path: Path) -> None:
+    def searcher() -> Search:
+        search = Search.__new__(Search)
+        search.plan, search.total, search.store = plan(), 2, Store(plan(), tmp_path, None)
+        return search
+
+    one, other = searcher(), searcher()
+    assert one._take(one.store.trials()) == ([0], 0)
+    assert other._take(other.store.trials()) == ([1], 1)
+    assert other._take(other.store.trials()) == ([], 0)
+    with one.store.claims.lock(), pytest.raises(Timeout):
+        other.store.claims.lock().acquire(timeout=0)  # type: ignore[union-attr]
+    one.store.claims.release(0)  # as when its process ends
+    assert other._take(other.store.trials()) == ([0], 0)
+
+
+def test_claims_in_a_database_are_those_of_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL's functions, in SQLite: locks of a connection, by two numbers."""
+    sqlalchemy = pytest.importorskip("sqlalchemy")
+    held: dict[tuple[int, int], object] = {}
+    create_engine = sqlalchemy.create_engine
+
+    def engine(url: str, **_: Any) -> Any:
+        made = create_engine("sqlite://", poolclass=sqlalchemy.pool.StaticPool)
+
+        @sqlalchemy.event.listens_for(made, "connect")
+        def connect(connection: Any, _: object) -> None:
+            def try_lock(study: int, number: int) -> int:
+                return int(held.setdefault((study, number), connection) is connection)
+
+            def unlock(study: int, number: int) -> int:
+                return int(held.pop((study, number), None) is connection)
+
+            connection.create_function("pg_try_advisory_lock", 2, try_lock)
+            connection.create_function("pg_advisory_lock", 2, try_lock)
+            connection.create_function("pg_advisory_unlock", 2, unlock)
+
+        return made
+
+    monkeypatch.setattr(sqlalchemy, "create_engine", engine)
+    one, other, another_search = (DatabaseClaims("postgresql://x@y/z", name) for name in ("s", "s", "t"))
+    assert one.claim(0)
+    assert not other.claim(0)
+    assert another_search.claim(0)
+    one.release(0)
+    assert other.claim(0)
+    with one.lock():
+        assert (one._study, -1) in held
+    assert (one._study, -1) not in held
 
 
 def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_report_continue(

@@ -98,3 +98,29 @@ def test_slurm_reports_whether_a_job_will_run_again(scontrol: Path, answer: str,
     (scontrol.parent / "answer").write_text(f"JobId=7 {answer} Reason=None")
     assert processes.is_requeued() is requeued
     assert scontrol.read_text() == "show job 7\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "signum"),
+    [
+        ({"SLURM_JOB_ID": "7"}, signal.SIGUSR1),
+        ({"SUBMITIT_EXECUTOR": "slurm"}, signal.SIGUSR2),
+        ({"SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_PREEMPT_SIGNAL": "HUP"}, signal.SIGHUP),
+        ({}, signal.SIGTERM),
+    ],
+)
+def test_the_signal_of_a_batch_system_requests_a_stop(
+    variables: dict[str, str], signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_JOB_ID", "SUBMITIT_EXECUTOR", "SUBMITIT_PREEMPT_SIGNAL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    before = signal.signal(signum, signal.SIG_IGN)  # in case nothing listens
+    try:
+        with processes.StopRequest() as stop:
+            signal.raise_signal(signum)
+            assert stop.signum == signum
+        assert signal.getsignal(signum) is signal.SIG_IGN
+    finally:
+        signal.signal(signum, before)

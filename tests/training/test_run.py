@@ -61,6 +61,12 @@ def request_of(
     return lambda *overrides: RunRequest(settings(*constant, *overrides), RunFolder(tmp_path / "run"))
 
 
+def test_what_there_is_is_refused_where_nothing_may_be_resumed(request_of: Callable[..., RunRequest]) -> None:
+    run.execute_run(request_of("resume=never"))
+    with pytest.raises(UserError, match=r"run: exists, and resume=never; give another name=…, or resume=auto"):
+        run.execute_run(request_of("resume=never"))
+
+
 @pytest.mark.parametrize("killed_in", ["write_request", "update_state"])
 def test_an_extended_run_that_is_killed_at_its_start_is_not_finished(
     request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, killed_in: str

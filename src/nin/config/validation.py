@@ -286,7 +286,7 @@ def require_momentum(settings: Settings) -> Iterator[str]:
 RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
     (("data.name", "data.val_size"), require_training_images),
     (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
-    (("data.name", "data.val_size", "data.score_each_epoch"), require_images_for_selection),
+    (("data.val_size", "data.score_each_epoch"), require_images_for_selection),
     (_SHARES, require_valid_limits),
     (_BATCH_KEYS, require_batches_within_limits),
     ((*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch")), require_scoring_within_epochs),
