@@ -95,6 +95,12 @@ def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_th
     os.utime(best, (1e9, 1e9))
     serve.find_export(copy)
     assert commands == [["nin", "export", str(copy)]]
+    shutil.rmtree(copy / "export")
+    serve.find_export(copy)
+    assert commands == [["nin", "export", str(copy)]] * 2
+    done.returncode = 1
+    with pytest.raises(UserError, match="copy: could not be exported"):
+        serve.find_export(copy)
 
 
 def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,10 +84,37 @@ def test_many_pixels_or_bytes_are_decoded_beside_the_event_loop() -> None:
 def test_images_that_wait_to_be_decoded_count_as_waiting() -> None:
     async def play() -> None:
         async with busy_service(replace(LIMITS, waiting_images=2)) as (service, done):
-            asyncio.get_running_loop().call_later(1, done.set)
-            answers = await asyncio.gather(*(post(service, encoded(MANY_PIXELS)) for _ in range(5)))
-            assert sorted(answers) == [(200, "")] * 2 + [(503, "the server is overloaded")] * 3
+            tasks = [asyncio.create_task(post(service, encoded(MANY_PIXELS))) for _ in range(5)]
+            refused, waiting = set[asyncio.Task[Any]](), set(tasks)
+            while len(refused) < 3:
+                ended, waiting = await asyncio.wait(waiting, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+                assert ended
+                refused |= ended
+            assert [task.result() for task in refused] == [(503, "the server is overloaded")] * 3
+            done.set()
+            assert await asyncio.gather(*waiting) == [(200, "")] * 2
             assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
+
+    asyncio.run(play())
+
+
+def test_a_server_that_is_full_or_stops_is_not_ready() -> None:
+    async def play() -> None:
+        async with busy_service(replace(LIMITS, waiting_images=1)) as (service, done):
+
+            async def ready() -> tuple[int, str]:
+                response = await service.ready(Request({"type": "http"}))
+                return response.status_code, json.loads(response.body)["status"]
+
+            assert await ready() == (200, "ready")
+            waiting = asyncio.create_task(post(service, encoded(MANY_PIXELS)))
+            while not service.batcher.images:
+                await asyncio.sleep(0)
+            assert await ready() == (503, "overloaded")
+            done.set()
+            assert await waiting == (200, "")
+            service.stopping = True
+            assert await ready() == (503, "stopping")
 
     asyncio.run(play())
 

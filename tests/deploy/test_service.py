@@ -225,7 +225,10 @@ def test_sigterm_answers_what_has_begun_and_ends_with_143(export: Path, test_ima
         malformed = server.request("POST", "/predict", b"--y--", {"Content-Type": "multipart/form-data; boundary=x"})
         assert malformed[0] == 400  # by now the other request has begun
         server.process.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
+        with contextlib.suppress(ConnectionRefusedError):
+            while True:  # until it listens no longer
+                socket.create_connection(("127.0.0.1", server.port), 30).close()
+                time.sleep(0.01)
         client.sendall(body[-1:])
         assert client.recv(10_000).startswith(b"HTTP/1.1 200")
         assert server.process.wait(30) == 143
@@ -249,9 +252,15 @@ def test_a_signal_before_the_server_has_its_own_handlers_ends_it(export: Path, m
         late.cancel()
 
 
-def test_a_port_in_use_is_one_line(server: Server, export: Path) -> None:
+def test_a_wrong_argument_and_a_port_in_use_are_one_line(server: Server, export: Path) -> None:
     from nin.commands.serve import main
     from nin.config.schema import UserError
 
+    for option, value in (("--timeout", "0"), ("--max-waiting", "0")):
+        with pytest.raises(UserError, match=rf"^{option} {value}\S*: "):
+            main([str(export), option, value])
+    for words, place in ((["--host", "256.1.1.1"], "256.1.1.1:8000"), (["--port", "99999"], "127.0.0.1:99999")):
+        with pytest.raises(UserError, match=rf"^{place}: can't listen there \("):
+            main([str(export), *words])
     with pytest.raises(UserError, match=rf"^127.0.0.1:{server.port}: can't listen there \(Address already in use\); "):
         main([str(export), "--port", str(server.port)])

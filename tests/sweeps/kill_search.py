@@ -110,13 +110,14 @@ def kill_at(event: int) -> None:
 def run(checked: search.Search, event: int) -> int:
     """A search in a process of its own, in the working directory; returns its exit status, negative if killed."""
     sys.stdout.flush()
+    seed = random.getrandbits(32)  # before the fork: each process has other random numbers
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     status = 70
     try:
         with Path(os.devnull).open("w") as null:
             os.dup2(null.fileno(), 1)
-        random.seed()
+        random.seed(seed)
         kill_at(event)
         checked.run(Jobs())
         status = 0
@@ -179,7 +180,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("kills", type=int, help="of each scenario")
     parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="only the first so many")
+    parser.add_argument("--seed", type=int, default=random.getrandbits(32), help="of the kills")
     args = parser.parse_args()
+    random.seed(args.seed)
+    print("seed", args.seed, file=sys.stderr)
     search.Search._finish = lambda self: None  # it tests the best trial's checkpoint
     search_checks.check_jobs = lambda jobs, *_: [compose_settings(jobs[0])]  # no data are prepared
     counts = {"/".join(map(str, scenario)): compare(*scenario, args.kills) for scenario in SCENARIOS[: args.scenarios]}

@@ -21,6 +21,7 @@ def count_kills(script: str, *arguments: str) -> list[dict[str, int]]:
     assert done.returncode == 0, done.stderr
     if script == "kill_runs.py":
         return [counts for line in done.stdout.splitlines() for counts in json.loads(line).values()]
+    print(done.stderr)  # the seed, with which a failure can be repeated
     return list(json.loads(done.stdout).values())
 
 
