@@ -191,7 +191,7 @@ class Sweep:
         try:
             status = self._launch(loader, callbacks)
             # A search has waited for other processes itself.
-            if not self.search and status == 0 and (left := self._count_jobs_of_others()):
+            if not self.search and status == 0 and (left := self._count_skipped_jobs()):
                 jobs, them = ("1 job was", "it") if left == 1 else (f"{left} jobs were", "them")
                 print(f"{format_path(self.folder)}: {jobs} skipped for another process; waiting for {them}")
                 add_common_overrides(self.config, "sweep.wait=true")
@@ -200,7 +200,7 @@ class Sweep:
             callbacks.on_multirun_end(config=self.config, config_name=self.config.hydra.job.config_name)
         return status
 
-    def _count_jobs_of_others(self) -> int:
+    def _count_skipped_jobs(self) -> int:
         """Jobs that were skipped, also those whose process has ended since, without a result or with a failure.
 
         Another command of this name may run other jobs in the same folder, for which this one does not wait.
