@@ -384,7 +384,7 @@ class Loaders(LightningDataModule):
         return Position(self.images)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.images, 4)
+        return DataLoader(self.images, 4, num_workers=int(self.kind == "sampler"))
 
     test_dataloader = val_dataloader
 
@@ -421,6 +421,7 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     settings: Callable[..., Settings],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
     kind: str,
     words: list[str],
     interruptions: list[tuple[str, int]],
@@ -442,12 +443,16 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     resumed = run_experiment(requested, RunFolder(tmp_path / "interrupted"))
     assert resumed["weights_sha256"] == expected["weights_sha256"]
     assert resumed["metrics"] == expected["metrics"]
+    assert ("with num_workers=0 they would be" in caplog.text) == (kind == "torchdata with a worker")
 
 
 class EndedWorkers(Callback):
     """Sends SIGTERM to the processes of the loader and to this one, as ``timeout`` does to all of a group."""
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def __init__(self, hook: str):
+        setattr(self, hook, self.end)
+
+    def end(self, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         for process in multiprocessing.active_children():
             # A worker ignores that of its parent, and torch's handler must find it not waited for.
@@ -455,13 +460,16 @@ class EndedWorkers(Callback):
             os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_test_batch_start"])
 def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
 ) -> None:
     plain = settings("trainer.limit_train_batches=null", "logger=none", "callbacks=none").model_dump()
     own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "sampler"}
     build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, EndedWorkers()], *rest))
+    monkeypatch.setattr(
+        experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, EndedWorkers(hook)], *rest)
+    )
     with pytest.raises(StoppedError):
         run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
 

@@ -206,8 +206,9 @@ class Sweep:
         Another command of this name may run other jobs in the same folder, for which this one does not wait.
         """
         if self.names:
-            states = [RunFolder(self.folder / name).result_status() for name in self.names]
-            return sum(state not in ("finished", "pruned") for state in states)
+            folders = [RunFolder(self.folder / name) for name in self.names]
+            # An extended run has its earlier result until it trains.
+            return sum(is_running(job) or job.result_status() not in ("finished", "pruned") for job in folders)
         return sum(is_running(RunFolder(path)) for path in self.folder.iterdir())
 
     def _launch(self, loader: ConfigLoader, callbacks: Callbacks) -> int:

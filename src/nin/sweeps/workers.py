@@ -100,11 +100,13 @@ def run_sweep_job(config: DictConfig) -> float | None:
         ended: Exception = ReportedError(*error.errors)
     except RunFailedError:
         status, ended = 1, RunFailedError()
-        if in_turn and request.stop.signum is not None:  # the next job would not receive the signal
-            raise SweepInterrupt(StoppedError(request.stop.signum).exit_status) from None
     except StoppedError as stopped:
         stopped.requeue()
         status, ended = stopped.exit_status, StoppedError(stopped.signum)
+    if in_turn and status < 128 and request.stop.signum is not None:  # the next job would not receive the signal
+        stop = StoppedError(request.stop.signum)
+        stop.requeue()
+        raise SweepInterrupt(stop.exit_status)
     if in_turn and (status > 128 or settings.sweep.fail_fast):
         raise SweepInterrupt(status)
     if status > 128 and is_requeued():

@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.runs.request import RunRequest
 from nin.system import devices
-from nin.system.processes import StoppedError
+from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -154,7 +155,8 @@ class Experiment:
                 untested = dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class"))
                 result = self._describe(untested, final_weights) | {"status": "pruned" if pruned else "finished"}
             else:
-                tested, confusion = test(self.trainer, self.module, self.data)
+                with _ended_workers_are_a_stop(self.request.stop):
+                    tested, confusion = test(self.trainer, self.module, self.data)
                 result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
             result |= self.data.notes if isinstance(self.data, ImageDataModule) else {}
             if self.trainer.is_global_zero:
@@ -181,17 +183,14 @@ class Experiment:
 
     def _fit(self) -> None:
         try:
-            self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
+            with _ended_workers_are_a_stop(self.request.stop):
+                self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
         except MisconfigurationException as error:
             if self.checkpoints.is_restored:
                 raise
             raise UserError(f"trainer: {error}") from error  # no step was taken
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            # A signal to all processes of a group, as of ``timeout``, also ends the worker processes of a loader.
-            stopped_by = self.request.stop.signum
-            if stopped_by is not None and str(error).startswith("DataLoader worker (pid"):
-                raise StoppedError(stopped_by) from error
             # A val_check_interval of more batches than there are, for example.
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
                 raise UserError(f"trainer: {str(error).strip()}") from error
@@ -229,6 +228,17 @@ class Experiment:
             "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
+
+
+@contextlib.contextmanager
+def _ended_workers_are_a_stop(stop: StopRequest) -> Iterator[None]:
+    """A signal to all processes of a group, as of ``timeout``, also ends the worker processes of a loader."""
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.signum is None or not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise StoppedError(stop.signum) from error
 
 
 def _is_lightnings(error: Exception) -> bool:

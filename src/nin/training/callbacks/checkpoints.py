@@ -82,22 +82,25 @@ class ResumableCheckpoint(Checkpoint):
                 raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
             # Lightning has made the epoch's iterator already, from a loader without this position and with other random
             # numbers, and makes no other one: a worker process begins with its batches at once.
-            if trainer.fit_loop.restarted_mid_epoch:
+            if is_mid_epoch := trainer.fit_loop.restarted_mid_epoch:
                 _set_sampler_epoch(loader, trainer.current_epoch)
                 _make_iterator(trainer)  # its draws were made before the checkpoint
             else:
-                if position is not None:
-                    # In torchdata's loader it is that after the epoch's last batch, and applies to the next iterator.
+                # torchdata's loader keeps the position, which is after the epoch's last batch, for the next iterator.
+                if getattr(loader, "next_iter_state", None) is not None:
                     _make_iterator(trainer)
                 self._needs_iterator = True
             set_random_state(own["random_state"], pl_module.device, loader)
             # The validation may start again, without a training batch before it.
             self._random_before_validation = own["random_state"]
+            remedy = None
             if position is None and getattr(loader, "persistent_workers", False):
-                log.warning(
-                    "persistent_workers=True: random numbers that the workers of the training loader draw are not "
-                    "those of a run without the interruption; with persistent_workers=False they would be"
-                )
+                remedy = "persistent_workers=False"
+            elif position is not None and is_mid_epoch and getattr(loader, "num_workers", False):
+                remedy = "num_workers=0"
+            if remedy:
+                message = "random numbers that the workers of the training loader draw are not those of a run without"
+                log.warning("%s the interruption; with %s they would be", message, remedy)
             pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
             self._loaded = None
         self.is_restored = True
