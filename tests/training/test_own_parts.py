@@ -474,6 +474,16 @@ def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
         run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
 
 
+def test_a_data_module_of_ones_own_trains_with_all_callbacks_for_longer_than_their_patience(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    words = ("trainer.limit_train_batches=null", "callbacks.dead_units.patience_steps=1", "optimizer.lr=1e-9")
+    own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "shuffled"}
+    plain = settings("model=nin_small", *words).model_dump() | {"data": own}
+    result = run_experiment(validate_plain(plain), RunFolder(tmp_path))
+    assert result["steps"] == 16
+
+
 class Halves(Streams):
     """Six test batches."""
 

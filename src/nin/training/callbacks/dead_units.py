@@ -104,7 +104,8 @@ class DeadUnitMonitor(Callback):
         still_dead = [i for i in classes if i in self.suspects["dead"]]
         # Only NiN has the other keys.
         remedy = _REMEDY if hasattr(pl_module.settings.model, "final_relu") else _REMEDY_OF_OTHERS
-        images = min(self.images, len(trainer.datamodule.train[1]))  # type: ignore[attr-defined]  # as in `_sample`
+        # As in `_sample`; a data module of the user's own, whose classes are not counted, has no ``train``.
+        images = min(self.images, len(trainer.datamodule.train[1])) if classes else 0  # type: ignore[attr-defined]
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
         if chance and self.suspects["chance"] and not self.warned["chance"]:
             self.warned["chance"] = True
