@@ -475,13 +475,15 @@ def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
 
 
 def test_a_data_module_of_ones_own_trains_with_all_callbacks_for_longer_than_their_patience(
-    settings: Callable[..., Settings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ("trainer.limit_train_batches=null", "callbacks.dead_units.patience_steps=1", "optimizer.lr=1e-9")
     own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "shuffled"}
     plain = settings("model=nin_small", *words).model_dump() | {"data": own}
     result = run_experiment(validate_plain(plain), RunFolder(tmp_path))
     assert result["steps"] == 16
+    assert "training is at chance at step 6" in caplog.text  # of checks in every second step, the second in a row
+    assert "are dead on these" not in caplog.text  # its classes are not counted
 
 
 class Halves(Streams):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
@@ -200,6 +201,20 @@ class StopRequest:
             return
         self.signum = signum
         _write(b"\nstopping after this batch (Ctrl-C again stops at once)\n")
+
+
+@contextlib.contextmanager
+def ended_workers_are_a_stop(stop: StopRequest) -> Iterator[None]:
+    """Turns the error of a DataLoader whose processes were ended by the signal of ``stop`` into a `StoppedError`.
+
+    ``timeout`` and ``scancel``, for example, send it to all processes of a group.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if stop.signum is None or not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise StoppedError(stop.signum) from error
 
 
 def _signals() -> list[signal.Signals]:

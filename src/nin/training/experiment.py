@@ -5,7 +5,6 @@ import logging
 import math
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.runs.request import RunRequest
 from nin.system import devices
-from nin.system.processes import StoppedError, StopRequest
+from nin.system.processes import ended_workers_are_a_stop
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -155,7 +154,7 @@ class Experiment:
                 untested = dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class"))
                 result = self._describe(untested, final_weights) | {"status": "pruned" if pruned else "finished"}
             else:
-                with _ended_workers_are_a_stop(self.request.stop):
+                with ended_workers_are_a_stop(self.request.stop):
                     tested, confusion = test(self.trainer, self.module, self.data)
                 result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
             result |= self.data.notes if isinstance(self.data, ImageDataModule) else {}
@@ -183,7 +182,7 @@ class Experiment:
 
     def _fit(self) -> None:
         try:
-            with _ended_workers_are_a_stop(self.request.stop):
+            with ended_workers_are_a_stop(self.request.stop):
                 self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
         except MisconfigurationException as error:
             if self.checkpoints.is_restored:
@@ -228,17 +227,6 @@ class Experiment:
             "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
-
-
-@contextlib.contextmanager
-def _ended_workers_are_a_stop(stop: StopRequest) -> Iterator[None]:
-    """A signal to all processes of a group, as of ``timeout``, also ends the worker processes of a loader."""
-    try:
-        yield
-    except RuntimeError as error:
-        if stop.signum is None or not str(error).startswith("DataLoader worker (pid"):
-            raise
-        raise StoppedError(stop.signum) from error
 
 
 def _is_lightnings(error: Exception) -> bool:

@@ -119,6 +119,19 @@ def _parameters(target: str) -> set[str]:
         return set()  # `_instantiate` reports it
 
 
+_REFUSED = {
+    StochasticWeightAveraging: (
+        "a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and the average is "
+        "computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
+        "lightning.pytorch.callbacks.WeightAveraging"
+    ),
+    OnExceptionCheckpoint: (
+        "with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run failed before; "
+        "leave it out: last.ckpt is saved when a signal stops a run"
+    ),
+}
+
+
 def _instantiate(
     configs: dict[str, dict[str, Any]], folder: Path | None
 ) -> tuple[list[Logger], list[lightning.Callback]]:
@@ -137,17 +150,9 @@ def _instantiate(
             ) from error
         if not isinstance(instance, kind):
             raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
-        if isinstance(instance, StochasticWeightAveraging):
-            raise UserError(
-                f"{key}: a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and "
-                "the average is computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
-                "lightning.pytorch.callbacks.WeightAveraging"
-            )
-        if isinstance(instance, OnExceptionCheckpoint):
-            raise UserError(
-                f"{key}: with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run "
-                "failed before; leave it out: last.ckpt is saved when a signal stops a run"
-            )
+        for refused, reason in _REFUSED.items():
+            if isinstance(instance, refused):
+                raise UserError(f"{key}: {reason}")
         if folder is not None and isinstance(instance, Checkpoint):
             _keep_apart(key, instance, RunFolder(folder))
         instances[kind].append(instance)
