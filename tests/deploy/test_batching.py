@@ -82,7 +82,7 @@ def test_a_request_that_has_timed_out_leaves_the_others_of_its_batch_answered() 
     assert float(asyncio.run(play()).probabilities[0]) == 2
 
 
-def test_images_of_other_sizes_keep_their_turn_and_large_ones_are_refused() -> None:
+def test_the_images_of_a_batch_have_one_size_and_too_many_pixels_are_refused() -> None:
     shapes: list[tuple[int, ...]] = []
     begun, go = threading.Event(), threading.Event()
 

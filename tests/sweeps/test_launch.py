@@ -197,7 +197,7 @@ class FakeExperiment:
     trained: ClassVar[list[str]] = []
 
     def __init__(self, request: RunRequest):
-        self.settings, self.name = request.settings, request.folder.path.name
+        self.request, self.settings, self.name = request, request.settings, request.folder.path.name
         self.checkpoint = self.run_id = None
 
     def describe_start(self) -> str:
@@ -249,6 +249,24 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     assert {job: result["status"] for job, result in results(other.path.parent).items()} == {
         "seed=0": "finished", "seed=1": "finished",
     }  # fmt: skip
+
+
+def test_a_job_that_fails_after_a_signal_is_the_last_one(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: FakeExperiment, resumes: int = 0) -> dict[str, Any]:
+        self.trained.append(self.name)
+        with self.request.stop:
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("failed")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
+    monkeypatch.setattr(FakeExperiment, "trained", [])
+    monkeypatch.setattr(FakeExperiment, "run", fail)
+    assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=two", "seed=0,1"]) == 143
+    assert FakeExperiment.trained == ["seed=0"]
+    assert "ValueError: failed" in capfd.readouterr().err
 
 
 @pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/joblib")  # as `silence_known_warnings` does
