@@ -30,6 +30,14 @@ def test_the_matrix_of_ten_classes_fits_80_columns(capsys: pytest.CaptureFixture
     assert max(map(len, lines)) <= 80
 
 
+def test_a_class_that_is_never_predicted_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    confusion = np.array([[30, 0, 0, 0], [20, 0, 0, 0], [19, 0, 0, 0], [1, 0, 0, 29]])
+    names = ["shirt", "[red]\ncoat", "of too few images", "hat"]
+    assert printed(names, confusion, capsys)[-1] == "never predicted: [red]\\ncoat"
+    confusion[3, 1] = 1  # wrongly, but predicted
+    assert "never predicted" not in "\n".join(printed(names, confusion, capsys))
+
+
 def test_of_many_classes_the_worst_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     confusion = np.eye(300, dtype=int) * 2
     confusion[7, 7], confusion[7, 250], confusion[7, 9] = 0, 5, 1

@@ -102,9 +102,9 @@ def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, A
 
 
 def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_smaller(
-    settings: Callable[..., Settings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Weights that stay where they are, so that all images have been score by the same.
+    # Weights that stay where they are, so that all images have been scored by the same.
     still = ["optimizer.lr=1e-12", "model.norm=none", "model.dropout=0"]
     limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
     requested = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
@@ -122,6 +122,10 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
             logits = module(resize(images, 28))
         assert reported[f"{part}/loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=3e-6)
         assert reported[f"{part}/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), rel=3e-6)
+    names = Classifier.load_from_checkpoint(folder.best, weights_only=True).class_names
+    never = [name for i, name in enumerate(names) if i not in logits.argmax(1)]
+    assert never  # untrained weights predict few of the classes
+    assert f"never predicted for any of 2000 test images: {', '.join(never)};" in caplog.text
 
 
 def test_metrics_csv_has_one_row_an_epoch(run: tuple[RunFolder, dict[str, Any]]) -> None:

@@ -1,5 +1,6 @@
 """Prints results to the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -15,6 +16,7 @@ PRINTED = ("test/acc", "test/top5_acc", "test/loss", "val/acc", "val/loss")
 
 _MATRIX_CLASSES = 12  # as many columns as 120 characters have room for
 _LISTED_CLASSES = 30
+_ENOUGH_IMAGES = 20  # of fewer images of a class, all may be classified wrongly by chance
 
 
 def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
@@ -55,6 +57,18 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     title, shown.title = shown.title, None  # rich would wrap it at the width of a small table
     console.print(title, shown, sep="\n")
+    if missing := never_predicted(names, confusion):
+        console.print(f"never predicted: {', '.join(missing)}", soft_wrap=True)
+
+
+def never_predicted(names: Sequence[str], confusion: Any) -> list[str]:
+    """The classes of which there are test images, and that the network predicts for no image at all.
+
+    Args:
+        confusion: as in `print_test`.
+    """
+    counts = zip(names, confusion.sum(1).tolist(), confusion.sum(0).tolist(), strict=True)
+    return [name for name, images, predicted in counts if images >= _ENOUGH_IMAGES and not predicted]
 
 
 def _confusion_matrix(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:

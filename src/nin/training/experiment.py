@@ -21,7 +21,9 @@ from nin.checkpoints.weights import load_weights, require_matching_weights, weig
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
+from nin.runs.console import format_path
 from nin.runs.request import RunRequest
+from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import ended_workers_are_a_stop
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
@@ -157,6 +159,11 @@ class Experiment:
                 with ended_workers_are_a_stop(self.request.stop):
                     tested, confusion = test(self.trainer, self.module, self.data)
                 result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
+                if missing := never_predicted(self.module.class_names, confusion):
+                    log.warning(
+                        "never predicted for any of %d test images: %s; nin eval %s prints what is predicted instead",
+                        confusion.sum(), ", ".join(missing), format_path(self.folder.path),
+                    )  # fmt: skip
             result |= self.data.notes if isinstance(self.data, ImageDataModule) else {}
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)

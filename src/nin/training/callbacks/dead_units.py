@@ -29,8 +29,9 @@ class DeadUnitMonitor(Callback):
     class, as many at equal distances), in eval mode (without dropout and augmentation). A class is dead if its score
     map is. On such a sample no gradient reaches the layers below through that channel. Other images, augmentation,
     dropout or changes of the layers below can make it active again: classes that were dead at one check have been
-    active at a later one. Not counted is a class whose map is zero for its own images and not for others: it is never
-    predicted either. Classes are counted in networks whose last layers are one score map per class.
+    active at a later one. Not counted is a class whose map is zero for its own images and not for others, which is
+    never predicted either: a run warns of it after its test. Classes are counted in networks whose last layers are one
+    score map per class.
 
     Warns once that classes are dead, and once that training is at the loss of guessing, if two checks in a row find it.
 
