@@ -51,7 +51,7 @@ def train(folder, image_size=224, batch_size=128, val_size=5000, epochs=10, lr=0
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     kept = order[val_size:].sort().values  # `nin train` holds the others out to choose the best checkpoint
 
-    torch.manual_seed(seed)  # for the starting weights and the masks of dropout
+    torch.manual_seed(seed)  # for the initial weights and the masks of dropout
     network = build_network()
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     for epoch in range(epochs):

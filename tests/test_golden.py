@@ -14,7 +14,7 @@ A recipe is trained as in `conf/experiment/`, with differences that keep the tes
   after 20 steps of `best`. With float64 they were equal to all digits of the file for one and two threads, with and
   without the `speed` settings, and with AVX2 in place of AVX-512. bfloat16 keeps 8 bits, and only some CPUs have it.
 
-The tolerance is 1e-4 there. Without AVX2, torch draws the starting weights with another rounding in the last digit of
+The tolerance is 1e-4 there. Without AVX2, torch draws the initial weights with another rounding in the last digit of
 float32, which 20 steps amplify to up to 2 percent: the tolerance is 5 percent on such CPUs. On other machines than
 x86-64 the masks of dropout are other ones, and the test is skipped.
 """

@@ -35,4 +35,4 @@ def test_the_notebook_trains_and_loads_the_best_checkpoint(data_root: Path, tmp_
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
     # `nin.load` on the run that was trained: the shapes that the page documents.
     assert "images (6, 28, 28) uint8\nprobabilities (6, 10) float32\nscore maps (6, 10, 3, 3) float32\n" in printed
-    assert (tmp_path / "outputs" / "runs" / "notebook" / "checkpoints" / "best.ckpt").exists()
+    assert (tmp_path / "outputs" / "runs" / "chapter" / "checkpoints" / "best.ckpt").exists()

@@ -120,7 +120,7 @@ def test_a_data_module_of_ones_own_is_refused_before_it_is_imported(
 def test_images_that_are_too_small_are_refused(data_root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("bench", ["data.image_size=40", "trainer=cpu", f"data.root={data_root}"]) == 2
     _, *refused = capsys.readouterr().err.splitlines()  # after the line about loading torch
-    assert refused[0].startswith("nin bench: data.image_size=40: nin needs at least 67 pixels a side")
+    assert refused[0].startswith("nin bench: data.image_size=40: nin needs at least 67 pixels per side")
 
 
 def test_data_and_schedule_can_be_chosen() -> None:

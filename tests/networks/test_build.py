@@ -36,13 +36,13 @@ def refused(*overrides: str, config_dir: Path | None = None) -> str:
     ],
 )
 def test_the_smallest_image_size_is_found_by_trying(model: str, smallest: int) -> None:
-    chosen = f"needs at least {smallest} pixels a side; choose data.image_size={smallest} or more"
+    chosen = f"needs at least {smallest} pixels per side; choose data.image_size={smallest} or more"
     for too_small in (1, smallest - 1):
         assert chosen in refused(*model.split(), f"data.image_size={too_small}")
     settings = compose_settings([*model.split(), f"data.image_size={smallest}"])
     state = torch.get_rng_state()
     require_buildable(settings)
-    assert torch.equal(torch.get_rng_state(), state)  # starting weights are those of a network that was not tried
+    assert torch.equal(torch.get_rng_state(), state)  # the initial weights are those of a network that was not tried
     with torch.device("meta"):
         assert build_network(settings, 3, 7)(torch.zeros(2, 3, smallest, smallest)).shape == (2, 7)
 
@@ -51,7 +51,7 @@ def test_the_smallest_image_size_is_found_by_trying(model: str, smallest: int) -
     ("override", "message"),
     [
         ("data.image_size=40", "or more, or model=nin_small, which is made for 28"),
-        ("model.first_stride=1024", "model: nin needs images of more than 1024 pixels a side, which is the maximum"),
+        ("model.first_stride=1024", "model: nin needs images of more than 1024 pixels per side, which is the maximum"),
         ("model.widths=[[96,96],256,384]", "model: widths has [96, 96] for a block of 3 layers"),
         ("model.widths=[96,256]", "model: kernel_sizes has 4 entries and widths 2"),
         (
@@ -121,4 +121,4 @@ def test_a_network_is_added_with_two_files(tmp_path: Path) -> None:
         "  model.width=0: must be greater than or equal to 1",
         "  model.end=\"min\": must be 'mean' or 'max'",
     ]
-    assert "tiny needs at least 5 pixels a side" in too_small
+    assert "tiny needs at least 5 pixels per side" in too_small

@@ -169,7 +169,7 @@ def test_conv1x1_relu_is_the_relu_after_each_1x1_convolution() -> None:
             (kernel, kernel != 1) for kernel in (11, 1, 1, 5, 1, 1, 3, 1, 1, 3, 1, 1)
         ]
         assert all(relu for _, relu in followed(NiN()))
-        # Without 1x1 convolutions the class maps are those of the last block's convolution.
+        # Without 1x1 convolutions the score maps are those of the last block's convolution.
         assert followed(NiN(conv1x1_relu=False, conv1x1_layers=0))[-1] == (3, True)
         assert followed(NiN(final_relu=False))[-2:] == [(1, True), (1, False)]
 

@@ -41,8 +41,8 @@ PART_OF_RESULT = ("trainer.max_epochs", "trainer.precision", "callbacks", "data.
 # Lightning's callbacks that do not change training, as those of this project. Any other is part of the experiment: an
 # average of the weights, early stopping, and those of the user, which may do anything.
 _OBSERVERS = (
-    "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "OnExceptionCheckpoint",
-    "RichModelSummary", "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
+    "DeviceStatsMonitor", "LearningRateMonitor", "ModelCheckpoint", "ModelSummary", "RichModelSummary",
+    "RichProgressBar", "ThroughputMonitor", "TQDMProgressBar",
 )  # fmt: skip
 
 

@@ -40,14 +40,16 @@ def require_buildable(settings: Settings) -> None:
     if _accepts(model, size):
         return
     if not _accepts(model, _LARGEST):
-        raise UserError(f"model: {model.name} needs images of more than {_LARGEST} pixels a side, which is the maximum")
+        raise UserError(
+            f"model: {model.name} needs images of more than {_LARGEST} pixels per side, which is the maximum"
+        )
     too_small, smallest = size, _LARGEST
     while smallest - too_small > 1:
         middle = (too_small + smallest) // 2
         too_small, smallest = (too_small, middle) if _accepts(model, middle) else (middle, smallest)
     small = ", or model=nin_small, which is made for 28" if size >= 28 else ""
     raise UserError(
-        f"data.image_size={size}: {model.name} needs at least {smallest} pixels a side; choose data.image_size="
+        f"data.image_size={size}: {model.name} needs at least {smallest} pixels per side; choose data.image_size="
         f"{smallest} or more{small}"
     )
 

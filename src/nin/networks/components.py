@@ -1,4 +1,4 @@
-"""Starting weights of the first convolution from training images (``model.init=kaiming_dirac_pca``)."""
+"""Initialization of the first convolution from training images (``model.init=kaiming_dirac_pca``)."""
 
 import torch
 from torch import Tensor, nn

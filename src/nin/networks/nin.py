@@ -58,19 +58,19 @@ class NiN(Network):
     Args:
         image_size: height and width of the input; used by ``head="fc"`` and ``head="mlp"`` only.
         widths: output channels of every block but the last; an entry may be a list with the width of each convolution.
-        last_width: width of the last block's convolutions before the class maps; None is ``num_classes``.
+        last_width: width of the last block's convolutions before the score maps; None is ``num_classes``.
         kernel_sizes: of each block's first convolution, including the last block's; all but the first are odd.
         first_stride: of the first convolution; the others have stride 1.
         first_padding: of the first convolution, 0 or 1 in the notebooks; the others preserve height and width.
         conv1x1_layers: number of 1x1 convolutions that follow each block's first convolution.
         conv1x1_relu: whether a ReLU follows each 1x1 convolution.
-        head: "gap", the mean of each class map (section 3.2); "fc", a fully connected layer on the class maps; or
+        head: "gap", the mean of each score map (section 3.2); "fc", a fully connected layer on the score maps; or
             "mlp", three fully connected layers as in AlexNet on the features before the last block, which it replaces.
         head_width: of the two hidden layers of ``head="mlp"``.
         dropout: probability of zeroing a value before the last block; with ``head="mlp"`` after each hidden layer.
         dropout_between: whether dropout is applied before every block but the first, as in the paper (section 4).
         norm: "batch" adds batch norm after every convolution; "none".
-        final_relu: whether the class maps pass a ReLU, as in the notebooks.
+        final_relu: whether the score maps pass a ReLU, as in the notebooks.
 
     Raises:
         ValueError: if the arguments don't fit each other.
@@ -143,7 +143,7 @@ def _require_fitting_blocks(
 
 
 def _head(head: str, num_classes: int, size: int) -> list[nn.Module]:
-    """From class maps ``(batch, num_classes, size, size)`` to logits."""
+    """From score maps ``(batch, num_classes, size, size)`` to logits."""
     if head == "gap":
         return [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()]  # (batch, 10, 1, 1), (batch, 10)
     return [nn.Flatten(), nn.Linear(num_classes * size * size, num_classes)]

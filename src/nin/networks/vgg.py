@@ -28,7 +28,7 @@ class VGG(Network):
             for _ in range(convolutions):
                 layers += [nn.Conv2d(in_channels, width, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
                 in_channels = width
-            layers.append(nn.MaxPool2d(2, stride=2))  # 112, 56, 28, 14, 7 pixels a side at 224x224
+            layers.append(nn.MaxPool2d(2, stride=2))  # 112, 56, 28, 14, 7 pixels per side at 224x224
         size = image_size // 32
         super().__init__(
             *layers,
