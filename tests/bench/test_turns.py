@@ -91,6 +91,16 @@ def test_the_notebooks_loop_starts_a_worker_for_each_core_that_this_process_may_
     assert loop.loader.num_workers == 3
 
 
+def test_the_limit_in_float32_is_that_of_tf32_on_gpus_as_in_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.backends.cudnn.allow_tf32  # torch's default
+    matmul = torch.backends.cuda.matmul
+    before, during = matmul.fp32_precision, []
+    monkeypatch.setattr(turns, "synchronize", lambda _: during.append(matmul.fp32_precision))
+    assert turns.measure_matrix_product(torch.device("cpu"), torch.float32, 0.01) > 0
+    assert set(during) == {"tf32"}
+    assert matmul.fp32_precision == before
+
+
 @pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])
 def test_operations_are_two_per_multiply_add(overrides: list[str]) -> None:
     settings = compose_settings(overrides)

@@ -3,9 +3,10 @@
 Each round measures all of them, so that their ratios hold while other programs use the machine.
 """
 
+import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,13 +154,26 @@ def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, s
         while time.perf_counter() < started + seconds:
             module.validation_step(batch, 0)
             images += len(batch[1])
-            synchronize(module.device)
+    synchronize(module.device)  # once: `nin eval` does not wait for a GPU after each batch either
+    seconds = time.perf_counter() - started
     module.score_loss.reset()
     module.score_acc.reset()
     module.train(training)
-    return images / (time.perf_counter() - started)
+    return images / seconds
 
 
+@contextlib.contextmanager
+def _precision_of_convolutions() -> Iterator[None]:
+    """On NVIDIA's GPUs, computes float32 matrix products in TF32, as torch computes float32 convolutions by default."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@_precision_of_convolutions()
 def measure_matrix_product(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     """The highest rate of a large matrix product, in FLOP per second: the machine's limit."""
     best = 0.0
