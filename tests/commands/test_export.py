@@ -25,6 +25,15 @@ def test_mistakes(run_folder: Path, arguments: list[str], message: str) -> None:
         main([str(run_folder), *arguments])
 
 
+def test_without_a_compiler_nothing_is_written(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"--format pt2: AOTInductor needs a C\+\+ compiler; install g\+\+ or clang"):
+        main([str(run_folder), "--format", "pt2", "--out", str(tmp_path / "new" / "model.pt2")])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_export_is_not_exported_again(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is an export already; nin predict, nin eval and nin serve take it"):
         main([str(tmp_path / "model.onnx")])

@@ -151,18 +151,20 @@ def test_the_model_repository_of_a_color_network_takes_color_images(color_run: P
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad"])
+@pytest.mark.parametrize("shape", [(60, 41, 3), (34, 56, 3), (56, 34, 3)])
 def test_the_pages_lines_for_photos_bring_them_to_the_stored_size_as_nin_predict_does(
-    fit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fit: str, shape: tuple[int, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 41, 3), dtype=np.uint8))
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     exif = Image.Exif()
     exif[274] = 6  # lies on its side
     photo.save("photo.png", exif=exif)
     metadata = SimpleNamespace(custom_metadata_map={"nin": '{"stored_size": 28}'})
     names = {"json": json, "np": np, "session": SimpleNamespace(get_modelmeta=lambda: metadata)}
-    lines = block("python", "ImageOps")
-    exec(lines if fit == "crop" else lines.replace("ImageOps.fit", "ImageOps.pad"), names)
+    exec(block("python", "ImageOps.fit"), names)
+    if fit == "pad":
+        exec(block("python", "ImageOps.contain"), names)
     assert np.array_equal(names["images"], [ImageForm(3, 28, fit).decode(Path("photo.png"))])
 
 

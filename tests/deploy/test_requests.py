@@ -113,7 +113,7 @@ def test_a_server_that_is_full_or_stops_is_not_ready() -> None:
             assert await ready() == (503, "overloaded")
             done.set()
             assert await waiting == (200, "")
-            service.stopping = True
+            service.is_stopping = lambda: True
             assert await ready() == (503, "stopping")
 
     asyncio.run(play())
@@ -177,5 +177,5 @@ def test_a_parameter_among_the_fields_of_a_form_is_refused() -> None:
     field = b'--x\r\nContent-Disposition: form-data; name="invert"\r\n\r\ntrue\r\n'
     file = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nx\r\n--x--\r\n'
     request = Request({"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]})
-    with pytest.raises(RefusedError, match=r"^invert: is a field of the form; give it in the address: /predict"):
+    with pytest.raises(RefusedError, match=r"^400: invert: is a field of the form; give it in the address: /predict"):
         asyncio.run(read_file(request, field + file))

@@ -5,7 +5,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
 
 import lightning
 import torch
@@ -24,18 +23,9 @@ from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.classifier import Classifier
 from nin.training.trainer import build_trainer
 
-
-class Report(Protocol):
-    """Called before each measurement."""
-
-    def __call__(self, line: str, what: str = "", done: int = 0, total: int | None = None) -> None:
-        """Says what begins.
-
-        Args:
-            line: the part of the benchmark that it belongs to.
-            what: its name.
-            done, total: the number of measurements of this part so far, and of all; None: not known.
-        """
+# Called before each measurement: the part of the benchmark, the measurement's name, the number of measurements of this
+# part so far, and of all (None: not known).
+Report = Callable[[str, str, int, int | None], None]
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> int:
     errors = Console(stderr=True, highlight=False)
     try:
         with show_progress(errors) as progress:
-            progress("loading torch and Lightning …")
+            progress("loading torch and Lightning …", "", 0, None)
             with without_garbage_collection():
                 import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
 
@@ -83,14 +83,14 @@ def main(arguments: list[str]) -> int:
         errors.print(f"{stopped}; nothing is written")
         return stopped.exit_status
     out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
-    failure = None
     try:
         write_atomically(out, json.dumps(results, indent=2) + "\n")
     except OSError as error:
-        failure = f"{format_path(out)}: can't be written ({error.strerror}); give another path with --out"
-    print_results(results)
-    if failure:
-        raise UserError(failure)
+        raise UserError(
+            f"{format_path(out)}: can't be written ({error.strerror}); give another path with --out"
+        ) from error
+    finally:
+        print_results(results)
     print(f"written: {format_path(out)}")
     return 0
 

@@ -100,4 +100,4 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("testing", total=len(labels))
-        return settings, *evaluate(network, images, labels, lambda done: progress.advance(bar, done))
+        return settings, *evaluate(network, images, labels, lambda done, _: progress.update(bar, completed=done))

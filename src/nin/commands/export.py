@@ -85,7 +85,6 @@ def main(arguments: list[str]) -> int:
             args.allow,
         )
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             return {"onnx": _onnx, "pt2": _pt2, "triton": _triton}[args.format](exporter, out, args.int8)
         except ExportError as error:
             errors.print(f"nin export: {error}", markup=False, soft_wrap=True)

@@ -157,18 +157,14 @@ def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "S
     try:
         write_maps(path, image, names, scores.probabilities[place], scores.logits[place], scores.maps[place], top)
     except OSError as error:
-        raise UserError(f"--maps {path.parent}: can't be written ({error.strerror})") from error
+        reason = "a file has this name" if path.parent.is_file() else error.strerror
+        raise UserError(f"--maps {path.parent}: can't be written ({reason})") from error
 
 
 class _MapNames:
     """One PNG file per image, named after it, in one folder."""
 
     def __init__(self, folder: Path):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = "a file has this name" if folder.is_file() else error.strerror
-            raise UserError(f"--maps {folder}: can't be written ({reason})") from error
         self.folder, self.used = folder, set[str]()
 
     def next(self, name: str) -> Path:

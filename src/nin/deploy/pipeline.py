@@ -32,7 +32,8 @@ class Pipeline(nn.Module):
         super().__init__()
         self.network = network
         self.channels, self.stored_size, self.image_size = channels, stored_size, image_size
-        self.test_time_flip, self.has_maps = test_time_flip, _has_maps(network, channels, image_size)
+        self.test_time_flip = test_time_flip
+        self.has_maps = kind_of_maps(network, channels, image_size) != "grad_cam"
 
     def prepare(self, images: Tensor) -> Tensor:
         """The network's input ``(batch, channels, image_size, image_size)``, float32 from 0 to 1.
@@ -68,14 +69,13 @@ class Pipeline(nn.Module):
         return (maps + grad_cam(self.network, pixels.flip(-1)).flip(-1)) / 2 if self.test_time_flip else maps
 
 
-def _has_maps(network: nn.Module, channels: int, image_size: int) -> bool:
-    """Whether `forward_with_maps` finds score maps; the network is in evaluation mode."""
+def kind_of_maps(network: nn.Module, channels: int, image_size: int) -> str:
+    """ "gap" or "fc" where `forward_with_maps` finds score maps, else "grad_cam"; the network is in evaluation mode."""
     if not has_score_maps(network):
-        return False
-    weights = next(network.parameters())
-    images = torch.zeros(1, channels, image_size, image_size, device=weights.device, dtype=weights.dtype)
+        return "grad_cam"
     with torch.no_grad():
-        return forward_with_maps(network, images)[1] is not None
+        maps = forward_with_maps(network, torch.zeros(1, channels, image_size, image_size))[1]
+    return "grad_cam" if maps is None else "gap" if ends_with_pooling(network) else "fc"
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
@@ -127,7 +127,7 @@ def read_checkpoint(
         fit=data.fit if isinstance(data, FolderData) else None,
         image_size=settings.data.image_size,
         test_time_flip=settings.data.test_time_flip,
-        maps=_kind_of_maps(module.network, in_channels, settings.data.image_size),
+        maps=kind_of_maps(module.network, in_channels, settings.data.image_size),
         settings=_portable(settings),
         more={
             "run": settings.name,
@@ -146,12 +146,6 @@ def _portable(settings: Settings) -> dict[str, Any]:
     plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}}
     places = {"root": "data"} | ({"cache": None} if "cache" in plain["data"] else {})
     return plain | {"data": plain["data"] | places}
-
-
-def _kind_of_maps(network: nn.Module, channels: int, image_size: int) -> str:
-    if not _has_maps(network, channels, image_size):
-        return "grad_cam"
-    return "gap" if ends_with_pooling(network) else "fc"
 
 
 def pipeline_of(module: Classifier, description: Description) -> Pipeline:

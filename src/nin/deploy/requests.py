@@ -3,16 +3,13 @@
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, fields
 
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 
-class RefusedError(Exception):
+class RefusedError(HTTPException):
     """A request that is not answered with a prediction, with the status of its answer."""
-
-    def __init__(self, status: int, message: str, headers: dict[str, str] | None = None):
-        super().__init__(message)
-        self.status, self.headers = status, headers
 
 
 def overloaded() -> RefusedError:

@@ -39,20 +39,20 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages,
 
 
 def evaluate(
-    network: TrainedNetwork, images: np.ndarray | MappedImages, labels: np.ndarray, progress: Callable[[int], None]
+    network: TrainedNetwork, images: np.ndarray | MappedImages, labels: np.ndarray, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The test metrics, with many classes also top-5 accuracy, and the confusion matrix: rows are true classes.
 
     Args:
         images: ``(count, height, width)`` or ``(count, height, width, 3)``, uint8.
         labels: ``(count,)``.
-        progress: called with the number of images of each batch.
+        progress: called with the number of images done, and of all.
     """
     names = network.description.class_names
     parts = []
     for start in range(0, len(images), BATCH_IMAGES):
         parts.append(network.predict(images[start : start + BATCH_IMAGES]))
-        progress(len(parts[-1]))
+        progress(start + len(parts[-1]), len(images))
     probabilities = np.concatenate(parts)
     predicted = probabilities.argmax(1)
     confusion = np.zeros((len(names), len(names)), np.int64)

@@ -5,7 +5,6 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -63,16 +62,6 @@ class TimedProtocol(HttpToolsProtocol):
             self.deadline = None
 
 
-class _Server(uvicorn.Server):
-    """Reports that it stops, so that a load balancer sends nothing more."""
-
-    on_stop: Callable[[], None]
-
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        self.on_stop()
-        super().handle_exit(sig, frame)
-
-
 def listen(host: str, port: int) -> socket.socket:
     """A socket that listens there.
 
@@ -110,8 +99,8 @@ def run(service: Service, listener: socket.socket) -> int:
         server_header=False,
         proxy_headers=False,
     )
-    server = _Server(config)
-    server.on_stop = lambda: setattr(service, "stopping", True)
+    server = uvicorn.Server(config)
+    service.is_stopping = lambda: server.should_exit  # so that a load balancer sends nothing more
     received: list[int] = []
 
     def stop(signum: int, _: Any) -> None:

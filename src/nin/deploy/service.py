@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,7 +71,7 @@ class Service:
 
     def __init__(self, network: TrainedNetwork, limits: Limits, key: str | None):
         self.network, self.limits, self.key = network, limits, key
-        self.stopping = False
+        self.is_stopping: Callable[[], bool] = lambda: False
         self.body_bytes = 0  # of all bodies that arrive or wait to be decoded
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -123,7 +123,7 @@ class Service:
         try:
             response = await self._predict(request)
         except RefusedError as refused:
-            response = _json({"error": str(refused)}, refused.status, refused.headers)
+            response = await _http_error(request, refused)
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Exception:  # of the network
@@ -236,15 +236,12 @@ class Service:
     async def ready(self, _: Request) -> Response:
         """GET /ready: 200 if a prediction would be taken on now."""
         full = self.batcher.images >= self.limits.waiting_images
-        state = "stopping" if self.stopping else "overloaded" if full else "ready"
+        state = "stopping" if self.is_stopping() else "overloaded" if full else "ready"
         return _json({"status": state}, 200 if state == "ready" else 503)
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics: Prometheus' text format."""
-        try:
-            self._require_key(request)
-        except RefusedError as refused:
-            return _json({"error": str(refused)}, refused.status, refused.headers)
+        self._require_key(request)
         return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
 
     async def info(self, _: Request) -> Response:

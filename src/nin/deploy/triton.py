@@ -21,7 +21,6 @@ def export_triton(exporter: Exporter, repository: Path) -> Path:
     """
     name = re.sub(r"\W+", "_", exporter.description.more["run"])
     folder = repository / name
-    (folder / "1").mkdir(parents=True, exist_ok=True)
     try:
         description = exporter.export_onnx(folder / "1" / "model.onnx")
     except ExportError:
