@@ -495,13 +495,15 @@ def test_a_run_without_the_test_is_tested_when_it_is_started_again_with_it(
     assert (untested["weights_sha256"], untested["steps"]) == (uninterrupted["weights_sha256"], uninterrupted["steps"])
 
 
-def test_weights_that_are_not_finite_after_the_last_step_fail_the_run(
-    settings: Callable[..., Settings], tmp_path: Path
+@pytest.mark.parametrize("when", ["trainer.max_steps=1", "checkpoint.every_n_steps=1"])
+def test_weights_that_are_not_finite_are_not_saved(
+    settings: Callable[..., Settings], tmp_path: Path, when: str
 ) -> None:
+    """Neither at the end, nor after a step whose own loss was finite: a run could not be resumed with them."""
     keys = ["callbacks=none", "logger=none", "optimizer=sgd", "optimizer.lr=1e39", "schedule=constant"]
     folder = RunFolder(tmp_path)
     with pytest.raises(NonFiniteLossError, match=r"weight has values that are NaN or infinite at step 1 .*diverged"):
-        run_experiment(settings(*keys, "trainer.max_steps=1"), folder)
+        run_experiment(settings(*keys, when), folder)
     assert not folder.last.exists()
 
 

@@ -1,6 +1,7 @@
 """A run from request to result, with training replaced by a function that does nothing."""
 
 import contextlib
+import json
 import re
 import signal
 import subprocess
@@ -232,6 +233,27 @@ def test_a_run_that_waits_for_another_process_can_be_stopped(
         run.execute_run(waiting)
     assert "which is working on this run" in capsys.readouterr().out
     assert not waiting.folder.result.exists()
+
+
+def test_a_failed_run_that_is_refused_afterwards_still_says_why_it_failed(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that failed before its first checkpoint has nothing else to show."""
+
+    def fail_at_the_start(experiment: FakeExperiment, resumes: int = 0) -> None:
+        raise RuntimeError("out of memory")
+
+    def refuse(experiment: FakeExperiment, resumes: int = 0) -> None:
+        raise UserError("trainer: refused")
+
+    for run_or_refuse, expected in ((fail_at_the_start, run.RunFailedError), (refuse, UserError)):
+        monkeypatch.setattr(FakeExperiment, "run", run_or_refuse)
+        request = request_of(*(["trainer.log_every_n_steps=7"] if run_or_refuse is refuse else []))
+        with pytest.raises(expected):
+            run.execute_run(request)
+        result = json.loads(request.folder.result.read_text())
+        assert (result["status"], result["error"]) == ("failed", "RuntimeError: out of memory")
+        assert "log_every_n_steps: 7" not in request.folder.config.read_text()
 
 
 @pytest.mark.parametrize("failed_before", [False, True])

@@ -258,6 +258,35 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
             run_experiment(requested, folder, [])
 
 
+@pytest.mark.parametrize(
+    ("owner", "function", "error"),
+    [
+        (Path, "read_bytes", OSError(5, "Input/output error")),
+        (torch, "load", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")),
+        (torch, "load", MemoryError()),
+    ],
+)
+def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
+    half_done: tuple[Settings, RunFolder, dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: Any,
+    function: str,
+    error: Exception,
+) -> None:
+    requested, folder, uninterrupted = half_done
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    names = sorted(path.name for path in folder.checkpoints.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, function, fail)
+        with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+            run_experiment(requested, folder, [])
+    assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
+    assert run_experiment(requested, folder, [])["weights_sha256"] == uninterrupted["weights_sha256"]
+
+
 def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
     _, folder, _ = half_done
     paths = sorted(folder.checkpoints.glob("*.ckpt"))

@@ -31,14 +31,19 @@ DATA = "ImageDataModule"
 _ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes before the comment
 
 
+class DamagedError(UserError):
+    """The content of the file is not that of a checkpoint; reading it again would not help."""
+
+
 def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint: tensors on the CPU and plain values.
 
     Raises:
-        UserError: if the file is missing, damaged, not a checkpoint of this project, or holds anything but data.
+        DamagedError: if the file is damaged, not a checkpoint of this project, or holds anything but data.
+        UserError: if it is missing, or can't be read.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path}: not a file")
+        raise DamagedError(f"{path}: not a file")
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -55,28 +60,30 @@ def read(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # torch warns about other pickle protocols before it refuses them
             checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(
+        raise DamagedError(
             f"{path}: refused: it is not a checkpoint, or holds more than tensors and plain values, which could run "
             "code when it is loaded"
         ) from error
     except Exception as error:  # torch raises many types on a file with a valid checksum of other content
-        raise UserError(f"{path}: not a checkpoint: {first_line(error)}") from error
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise
+        raise DamagedError(f"{path}: not a checkpoint: {first_line(error)}") from error
     _require_layout(checkpoint, path)
     return checkpoint
 
 
-def _damaged(path: Path, what: str) -> UserError:
+def _damaged(path: Path, what: str) -> DamagedError:
     others = ", ".join(sorted(other.name for other in path.parent.glob("*.ckpt") if other.name != path.name))
-    return UserError(f"{path}: {what}{f'; other checkpoints there: {others}' if others else ''}")
+    return DamagedError(f"{path}: {what}{f'; other checkpoints there: {others}' if others else ''}")
 
 
 def _require_layout(checkpoint: Any, path: Path) -> None:
     if not isinstance(checkpoint, dict):
-        raise UserError(f"{path}: not a checkpoint of nin: it holds a {type(checkpoint).__name__}")
+        raise DamagedError(f"{path}: not a checkpoint of nin: it holds a {type(checkpoint).__name__}")
     layout = {"state_dict": dict, "hyper_parameters": dict, "global_step": int, "epoch": int}
     wrong = [key for key, kind in layout.items() if not isinstance(checkpoint.get(key), kind)]
     if wrong:
-        raise UserError(
+        raise DamagedError(
             f"{path}: not a checkpoint of this version of nin: {', '.join(wrong)} missing or of another type"
         )
 
@@ -103,14 +110,14 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
         rename: whether damaged files are renamed, with a warning; only where the folder is claimed, by rank 0.
 
     Raises:
-        UserError: if there are checkpoints and none is valid.
+        UserError: if there are checkpoints and none is valid, or one can't be read, which may be for a moment only.
     """
     for path in resume_candidates(folder):
         if not path.exists():
             continue
         try:
             return path, read(path)
-        except UserError as error:
+        except DamagedError as error:
             if rename:
                 aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
                 path.rename(aside)
@@ -126,7 +133,7 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
 
 def resume_candidates(folder: RunFolder) -> list[Path]:
     """Paths of the checkpoints from which a run may resume, newest first; they need not exist."""
-    older = (p for p in folder.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdigit())
+    older = (p for p in folder.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdecimal())
     # A run that was killed during its first save has only best.ckpt.
     return [folder.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), folder.best]
 

@@ -1,10 +1,10 @@
 """Builds a network by its name and initializes its weights."""
 
+import bisect
 import importlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import TypeGuard, get_args
+from typing import get_args
 
 import torch
 from torch import nn
@@ -43,10 +43,7 @@ def require_buildable(settings: Settings) -> None:
         raise UserError(
             f"model: {model.name} needs images of more than {_LARGEST} pixels per side, which is the maximum"
         )
-    too_small, smallest = size, _LARGEST
-    while smallest - too_small > 1:
-        middle = (too_small + smallest) // 2
-        too_small, smallest = (too_small, middle) if _accepts(model, middle) else (middle, smallest)
+    smallest = bisect.bisect_left(range(_LARGEST), True, lo=size + 1, key=lambda pixels: _accepts(model, pixels))
     small = ", or model=nin_small, which is made for 28" if size >= 28 else ""
     raise UserError(
         f"data.image_size={size}: {model.name} needs at least {smallest} pixels per side; choose data.image_size="
@@ -173,17 +170,12 @@ def initialize(network: nn.Module, init: str) -> None:
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     if init in ("kaiming_dirac", "kaiming_dirac_pca"):
-        _init_as_identity(network.modules())
+        for layer in filter(_keeps_channels, layers):
+            nn.init.dirac_(layer.weight)
         if has_score_maps(network):
             *_, score_maps, _, last = network.children()
             _init_near_one(score_maps)
             _init_as_average(last)
-
-
-def _init_as_identity(modules: Iterable[nn.Module]) -> None:
-    for layer in modules:
-        if _keeps_channels(layer):
-            nn.init.dirac_(layer.weight)
 
 
 def _init_near_one(score_maps: nn.Module) -> None:
@@ -202,7 +194,7 @@ def _init_as_average(layer: nn.Module) -> None:
             layer.weight.copy_(torch.eye(layer.out_features).repeat_interleave(pixels, dim=1) / pixels)
 
 
-def _keeps_channels(layer: nn.Module) -> TypeGuard[nn.Conv2d]:
+def _keeps_channels(layer: nn.Module) -> bool:
     """Whether ``layer`` is a 1x1 convolution with as many outputs as inputs, which can be the identity."""
     return isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.in_channels == layer.out_channels
 

@@ -115,7 +115,10 @@ class NiN(Network):
             each = [last_width or num_classes] * conv1x1_layers + [num_classes]
             layers.append(nn.Dropout(dropout))
             layers.append(NiNBlock(in_channels, each, last, 1, last // 2, norm, final_relu, conv1x1_relu))
-            layers += _head(head, num_classes, size)  # from maps (batch, 10, 5, 5)
+            if head == "gap":  # from score maps (batch, 10, 5, 5)
+                layers += [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()]  # (batch, 10, 1, 1), (batch, 10)
+            else:
+                layers += [nn.Flatten(), nn.Linear(num_classes * size * size, num_classes)]
         super().__init__(*layers)
 
 
@@ -140,13 +143,6 @@ def _require_fitting_blocks(
             f"widths has {list(other[0])} for a block of {layers} layers (the convolution and conv1x1_layers="
             f"{conv1x1_layers}): give one width per layer, or one number for all"
         )
-
-
-def _head(head: str, num_classes: int, size: int) -> list[nn.Module]:
-    """From score maps ``(batch, num_classes, size, size)`` to logits."""
-    if head == "gap":
-        return [nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten()]  # (batch, 10, 1, 1), (batch, 10)
-    return [nn.Flatten(), nn.Linear(num_classes * size * size, num_classes)]
 
 
 def _fully_connected_head(features: int, width: int, num_classes: int, dropout: float) -> list[nn.Module]:

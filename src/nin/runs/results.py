@@ -72,9 +72,7 @@ def never_predicted(names: Sequence[str], confusion: Any) -> list[str]:
 
 
 def _confusion_matrix(names: list[str], accuracies: list[float | None], confusion: list[list[int]]) -> Table:
-    table = Table(
-        title="true class (rows), predicted class (columns)", title_justify="left", box=None, padding=(0, 1, 0, 0)
-    )
+    table = Table(title="true class (rows), predicted class (columns)", box=None, padding=(0, 1, 0, 0))
     table.add_column("")
     table.add_column("accuracy", justify="right", style="bold")
     for i in range(len(names)):  # numbers: so many names don't fit
@@ -89,7 +87,7 @@ def _confused_classes(names: list[str], accuracies: list[float | None], confusio
     tested = [i for i, acc in enumerate(accuracies) if acc is not None]
     worst = sorted(tested, key=lambda i: accuracies[i] or 0.0)[:_LISTED_CLASSES]
     title = f"the {len(worst)} of {len(names)} classes with the lowest accuracy"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    table = Table(title=title, box=box.SIMPLE)
     for column in ("class", "accuracy", "images", "most often predicted instead"):
         table.add_column(column, justify="right" if column in ("accuracy", "images") else "left")
     for i in worst:

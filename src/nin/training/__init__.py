@@ -3,8 +3,8 @@
 A module imports only from the modules below it:
 
     run                 from request to result: claims the folder, records the request and the result
-    evaluation          tests the weights of a checkpoint
-    experiment          builds the module and the data; fits, tests the best checkpoint
+    experiment          builds the module, the data and the Trainer; fits, tests the best checkpoint
+    evaluation          the test of a network: at the end of a run, and of a checkpoint
     trainer             builds Lightning's Trainer, with the loggers and callbacks that the config names by _target_
     callbacks           what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
     classifier, pruning  the LightningModule: training, validation and test steps, metrics; the pruner of a search

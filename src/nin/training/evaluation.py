@@ -1,21 +1,28 @@
-"""Tests the weights of a checkpoint, as ``nin eval`` does."""
+"""The test of a network: at the end of a run, and of a checkpoint, as ``nin eval`` does."""
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
-from nin.config.schema import FolderData, Settings, is_single_process
+from nin.config.schema import FolderData, OwnData, Settings, UserError, is_single_process
 from nin.data.classes import require_same_classes
+from nin.data.module import ImageDataModule
+from nin.data.own import build_own_data
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.system.devices import set_threads
-from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.callbacks.metrics import MetricsLogger, rounded
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.classifier import Classifier
-from nin.training.experiment import build_data, require_test_batches, test
 from nin.training.trainer import build_trainer
 
 
@@ -52,3 +59,52 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
         return test(tester, module, data)
     except SystemExit as error:  # into which Lightning turns a Ctrl-C
         raise KeyboardInterrupt from error
+
+
+def build_data(settings: Settings) -> Any:
+    """The LightningDataModule, for files that are prepared."""
+    if isinstance(settings.data, OwnData):
+        return build_own_data(settings.data)
+    return ImageDataModule(settings.data, settings.seed, is_prepared=True)
+
+
+def require_test_batches(settings: Settings, data: Any, trainer: lightning.Trainer) -> None:
+    """Checks that a test will have batches: Lightning would refuse it when training is over.
+
+    Raises:
+        UserError: if ``data`` has no test images, or ``trainer.limit_test_batches`` leaves none.
+    """
+    if isinstance(settings.data, OwnData) and not is_overridden("test_dataloader", data):
+        raise UserError(f"data: {settings.data.target} needs a test_dataloader(): a run ends with its test")
+    limit = settings.trainer.limit_test_batches
+    if not isinstance(limit, float) or limit == 1:
+        return
+    with isolate_rng():
+        data = build_data(settings)  # another one: Lightning sets up that of the run itself
+        data.trainer = trainer
+        data.prepare_data()
+        data.setup("test")
+        lengths = [sized_len(loader) for loader in CombinedLoader(data.test_dataloader(), "sequential").flattened]
+    key = f"trainer.limit_test_batches={limit:g}"
+    if None in lengths:
+        raise UserError(f"{key}: a share of batches whose number is not known; give a number of batches, as in 1")
+    if empty := [count for count in lengths if count and int(count * limit) == 0]:
+        raise UserError(
+            f"{key}: leaves none of {empty[0]} batches; choose {math.ceil(1e4 / empty[0]) / 1e4:g} or more, or a "
+            "number of batches, as in 1"
+        )
+
+
+def test(
+    trainer: lightning.Trainer, module: Classifier, data: lightning.LightningDataModule
+) -> tuple[dict[str, Any], Tensor]:
+    """Test loss, accuracy and accuracy by class of the module's weights.
+
+    Also the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
+    """
+    trainer.test(module, data, verbose=False)
+    scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
+    confusion = module.confusion.compute().cpu()
+    right, total = confusion.diag().tolist(), confusion.sum(1).tolist()
+    by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, total, strict=True)}
+    return scores | {"test/acc_by_class": by_class}, confusion

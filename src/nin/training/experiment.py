@@ -2,35 +2,29 @@
 
 import contextlib
 import logging
-import math
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor
 
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
-from nin.config.schema import OwnData, Settings, UserError, is_single_process
+from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
-from nin.data.own import build_own_data
 from nin.runs.console import format_path
 from nin.runs.request import RunRequest
 from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import ended_workers_are_a_stop
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
-from nin.training.callbacks.metrics import MetricsLogger, rounded
+from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
 from nin.training.classifier import Classifier
+from nin.training.evaluation import build_data, require_test_batches, test
 from nin.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)
@@ -146,6 +140,7 @@ class Experiment:
                 if isinstance(logger, SingleFileTensorBoardLogger):
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
+            self.checkpoint = None  # as large as weights and optimizer; Lightning reads the file itself
             cleanup.enter_context(self.request.stop)
             self._fit()
             final_weights = weights_sha256(self.module.network)
@@ -159,7 +154,8 @@ class Experiment:
                 with ended_workers_are_a_stop(self.request.stop):
                     tested, confusion = test(self.trainer, self.module, self.data)
                 result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
-                if missing := never_predicted(self.module.class_names, confusion):
+                missing = never_predicted(self.module.class_names, confusion)
+                if missing and self.trainer.is_global_zero:
                     log.warning(
                         "never predicted for any of %d test images: %s; nin eval %s prints what is predicted instead",
                         confusion.sum(), ", ".join(missing), format_path(self.folder.path),
@@ -200,7 +196,7 @@ class Experiment:
             # A val_check_interval of more batches than there are, for example.
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
                 raise UserError(f"trainer: {str(error).strip()}") from error
-            if self.checkpoint is None or self.checkpoints.is_restored:
+            if self.resume_path is None or self.checkpoints.is_restored:
                 raise
             log.info("the checkpoint's state could not be restored", exc_info=error)
             raise UserError(
@@ -244,52 +240,3 @@ def _is_lightnings(error: Exception) -> bool:
 
 def _completed_epochs(checkpoint: dict[str, Any]) -> int:
     return checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]  # type: ignore[no-any-return]
-
-
-def build_data(settings: Settings) -> Any:
-    """The LightningDataModule, for files that are prepared."""
-    if isinstance(settings.data, OwnData):
-        return build_own_data(settings.data)
-    return ImageDataModule(settings.data, settings.seed, is_prepared=True)
-
-
-def require_test_batches(settings: Settings, data: Any, trainer: lightning.Trainer) -> None:
-    """Checks that a test will have batches: Lightning would refuse it when training is over.
-
-    Raises:
-        UserError: if ``data`` has no test images, or ``trainer.limit_test_batches`` leaves none.
-    """
-    if isinstance(settings.data, OwnData) and not is_overridden("test_dataloader", data):
-        raise UserError(f"data: {settings.data.target} needs a test_dataloader(): a run ends with its test")
-    limit = settings.trainer.limit_test_batches
-    if not isinstance(limit, float) or limit == 1:
-        return
-    with isolate_rng():
-        data = build_data(settings)  # another one: Lightning sets up that of the run itself
-        data.trainer = trainer
-        data.prepare_data()
-        data.setup("test")
-        lengths = [sized_len(loader) for loader in CombinedLoader(data.test_dataloader(), "sequential").flattened]
-    key = f"trainer.limit_test_batches={limit:g}"
-    if None in lengths:
-        raise UserError(f"{key}: a share of batches whose number is not known; give a number of batches, as in 1")
-    if empty := [count for count in lengths if count and int(count * limit) == 0]:
-        raise UserError(
-            f"{key}: leaves none of {empty[0]} batches; choose {math.ceil(1e4 / empty[0]) / 1e4:g} or more, or a "
-            "number of batches, as in 1"
-        )
-
-
-def test(
-    trainer: lightning.Trainer, module: Classifier, data: lightning.LightningDataModule
-) -> tuple[dict[str, Any], Tensor]:
-    """Test loss, accuracy and accuracy by class of the module's weights.
-
-    Also the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
-    """
-    trainer.test(module, data, verbose=False)
-    scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
-    confusion = module.confusion.compute().cpu()
-    right, total = confusion.diag().tolist(), confusion.sum(1).tolist()
-    by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, total, strict=True)}
-    return scores | {"test/acc_by_class": by_class}, confusion

@@ -23,8 +23,7 @@ def start_from_training_images(network: nn.Sequential, data: Any, has_components
     Raises:
         TypeError: if ``data`` is no `ImageDataModule`.
     """
-    first = next(iter(network.children()))
-    normalize = first if isinstance(first, Normalize) else None
+    normalize = network[0] if isinstance(network[0], Normalize) else None
     if not isinstance(data, ImageDataModule):
         raise TypeError("data.normalize=true and model.init=kaiming_dirac_pca need an ImageDataModule as datamodule")
     with torch.no_grad():

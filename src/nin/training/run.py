@@ -59,8 +59,9 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     _require_folder_of_a_run(folder)
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
-        print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
-        print_result(folder, result)
+        if request.rank == 0:
+            print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
+            print_result(folder, result)
         return result
     had_result = folder.result.exists()
     with without_garbage_collection():
@@ -218,7 +219,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             # Lightning requests the schedule and batches after the request is written.
             if is_new and not folder.has_progress():
                 _remove_new(folder, before)
-            elif saved and saved == _modified(folder.last):  # nothing was trained
+            elif saved == _modified(folder.last):  # nothing was trained
                 _restore(kept)
             raise
         except Exception as error:
@@ -286,8 +287,7 @@ def git_commit() -> str | None:
         here: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
         # Fails for an installed package, which may lie within another project's checkout.
         subprocess.run(["git", "ls-files", "--error-unmatch", __file__], check=True, **here)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **here).stdout.strip()
-        changes = subprocess.run(["git", "status", "--porcelain", "-uno"], check=True, **here).stdout
-        return commit + ("+" if changes else "")
+        described = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+        return subprocess.run(described, check=True, **here).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

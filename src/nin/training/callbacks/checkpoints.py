@@ -21,6 +21,7 @@ from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.callbacks.metrics import MetricsLogger, is_stopping
 from nin.training.classifier import Classifier
+from nin.training.loss import require_finite_weights
 
 log = logging.getLogger(__name__)
 
@@ -186,6 +187,8 @@ class ResumableCheckpoint(Checkpoint):
             raise StoppedError(self.stop.signum)
 
     def _save(self, trainer: Trainer, save_point: SavePoint, best: bool = False) -> None:
+        # In the middle of an epoch, and on a GPU, whose loss is not read in every step: such weights can't be resumed.
+        require_finite_weights(trainer.lightning_module)
         started = time.perf_counter()
         self._save_point, self.saved_step = save_point, trainer.global_step
         try:

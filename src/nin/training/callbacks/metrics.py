@@ -70,7 +70,7 @@ class MetricsLogger(Callback):
         # Here, because after the step the schedule has already set the learning rate of the next one.
         self.lr = float(optimizer.param_groups[0]["lr"])
         step = trainer.global_step + 1
-        if trainer.loggers and (_is_logging_step(trainer, step) or _is_last_step(trainer, step)):
+        if trainer.loggers and _is_logged(trainer, step):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norm = get_total_norm(gradients)
             scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -85,7 +85,7 @@ class MetricsLogger(Callback):
         step = trainer.global_step
         if step == trainer.max_steps:
             trainer.should_stop = True  # Lightning then validates before it ends, also in the middle of an epoch
-        due = _is_logging_step(trainer, step) or _is_last_step(trainer, step) or is_stopping(trainer)
+        due = _is_logged(trainer, step) or is_stopping(trainer)
         # With gradient accumulation several batches have the same step.
         if due and step != self.logged_step:
             self._close_window(trainer, pl_module)
@@ -231,10 +231,7 @@ def is_stopping(trainer: Trainer) -> bool:
     return trainer.should_stop and trainer.fit_loop._can_stop_early  # noqa: SLF001  # no public way
 
 
-def _is_logging_step(trainer: Trainer, step: int) -> bool:
-    return step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set by Lightning, missing in its types
-
-
-def _is_last_step(trainer: Trainer, step: int) -> bool:
-    """Whether ``step`` is the last one of an epoch or of the run."""
-    return step == trainer.max_steps or trainer.is_last_batch
+def _is_logged(trainer: Trainer, step: int) -> bool:
+    """Whether metrics are logged at ``step``: every ``log_every_n_steps``, at the end of an epoch or of the run."""
+    every = trainer.log_every_n_steps  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    return step % every == 0 or step == trainer.max_steps or trainer.is_last_batch

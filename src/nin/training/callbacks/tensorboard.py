@@ -214,8 +214,6 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
     finals = {name: value for name, value in result["metrics"].items() if isinstance(value, float)}
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            if not trainer.is_global_zero:
-                continue
             logger.log_metrics({f"when_finished/{name}": value for name, value in finals.items()}, result["steps"])
             writer = logger.experiment._get_file_writer()  # noqa: SLF001  # torch's add_hparams adds a run to the list
             if settings.sweep.keys:
