@@ -48,6 +48,9 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "model=choice(mlp)", "model.hidden_width=8"],
          "model.hidden_width: Hydra composes a sweep also without what it varies, and that config has no such key; "
          "write ++model.hidden_width=…\n"),
+        (["-m", "hydra.sweeper._target_=my.Sweeper"], "hydra.sweeper: my.Sweeper is not supported; a sweep trains"),
+        ([*JOBLIB, "hydra.launcher.n_job=2"], "hydra.launcher.n_job=2: no such key; did you mean n_jobs? There are:"),
+        (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean dir? There are: dir\n"),
         (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: must be 1 or more, or null"),
         (["-m", "seed=1", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1,2", "seed=2,3"], "seed: given more than once; give it once, with all its values"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import lightning
 import pytest
 
-from nin.config import validation
+from nin.config import rules, validation
 from nin.config.changes import MAY_CHANGE, differences, flat, is_within
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, Trainer, UserError
@@ -202,7 +202,7 @@ class Reading:
         return value
 
 
-@pytest.mark.parametrize(("keys", "rule"), validation.RULES, ids=lambda part: getattr(part, "__name__", ""))
+@pytest.mark.parametrize(("keys", "rule"), rules.RULES, ids=lambda part: getattr(part, "__name__", ""))
 def test_a_rule_declares_the_keys_that_it_reads(
     keys: tuple[str, ...], rule: Callable[[Settings], Iterator[str]]
 ) -> None:
@@ -343,7 +343,7 @@ def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_t
         short, long = (validate_plain(settings(*words).model_dump() | own) for words in ([], ["trainer.max_epochs=3"]))
         assert len(differences(short, long)) == expected
         endless = long.model_copy(update={"trainer": long.trainer.model_copy(update={"max_epochs": -1})})
-        (message,) = validation.require_an_end_of_training(endless)
+        (message,) = rules.require_an_end_of_training(endless)
         assert ("depends on the number of steps" in message) == expected
     # The schedule is what differs: the number of epochs is the same, whether or not it may change.
     constant, cosine = settings("schedule=constant"), settings("schedule=cosine", "schedule.warmup=0")

@@ -223,6 +223,8 @@ def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_p
     path = _change(export, tmp_path / "m.onnx", trained_on_a_folder)
     with pytest.raises(UserError, match=r"its run's images were in a folder; say where they are: data.root=…$"):
         evaluate_export(path, [])
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate_export(path, ["++data.root=nowhere"])
     with pytest.raises(UserError, match="nowhere: no such folder"):
         evaluate_export(path, ["data.root=nowhere"])
 

@@ -36,7 +36,7 @@ from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
-from nin.sweeps import checks, gpus, launch
+from nin.sweeps import checks, gpus, launch, summary
 from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
@@ -279,16 +279,17 @@ def test_joblibs_workers_know_the_sweeps_process(
     words = [*SMALL, f"data.root={data_root}", "name=x", "seed=0,1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=1"]
     started: list[dict[str, Any]] = []
 
-    class Sweeper:
-        launcher: Any = SimpleNamespace(joblib={})
+    class Launcher:
+        joblib: ClassVar[dict[str, Any]] = {}
 
-        def sweep(self, arguments: list[str]) -> None:
-            started.append(self.launcher.launcher.joblib)
+        def launch(self, jobs: list[list[str]], start: int) -> list[Any]:
+            started.append(self.joblib)
+            return []
 
     with open_hydra() as app:
         sweep = launch.Sweep(train.compose(app, train.parse_arguments(["-m", *words]), RunMode.MULTIRUN))
         sweep.signals = SimpleNamespace(stopped_by=None, job_failed=False)  # as with several workers
-        monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: Sweeper())
+        monkeypatch.setattr(launch.Plugins, "instantiate_launcher", lambda *_, **__: Launcher())
         assert sweep._launch(app.config_loader, launch.Callbacks()) == 0
     assert os.environ[PARENT_VARIABLE] == str(os.getpid())
     assert started == [{"initializer": start_worker}]
@@ -298,18 +299,28 @@ def test_joblibs_workers_know_the_sweeps_process(
     ("ended", "status", "printed"),
     [(UserError("result.json: damaged"), 2, "nin train: result.json: damaged\n"), (ReportedError("of a job"), 1, "")],
 )
-def test_an_error_of_the_sweeper_itself_is_printed_and_that_of_a_job_is_not_printed_again(
+def test_an_error_of_the_launcher_itself_is_printed_and_that_of_a_job_is_not_printed_again(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     ended: UserError, status: int, printed: str,
 ) -> None:  # fmt: skip
-    def sweep(arguments: list[str]) -> None:
+    def fail(jobs: list[list[str]], start: int) -> list[Any]:
         raise ended
 
     monkeypatch.chdir(tmp_path)
-    sweeper = SimpleNamespace(sweep=sweep, launcher=None)
-    monkeypatch.setattr(launch.Plugins, "instantiate_sweeper", lambda *_, **__: sweeper)
-    assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]) == status
+    launcher = SimpleNamespace(launch=fail)
+    monkeypatch.setattr(launch.Plugins, "instantiate_launcher", lambda *_, **__: launcher)
+    words = ["-m", *SMALL, f"data.root={data_root}", "name=x", "seed=0,1"]
+    assert cli.run("train", words) == status
     assert capsys.readouterr().err == printed
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise UserError("the database can't be reached")
+
+    # A report that fails does not take the place of what ended the sweep.
+    RunFolder(Path("outputs/sweeps/x/seed=0")).write_request({}, [])
+    monkeypatch.setattr(summary, "report", refuse)
+    assert cli.run("train", words) == status
+    assert capsys.readouterr().err == f"nin train: no report: the database can't be reached\n{printed}"
 
 
 def test_a_sweep_waits_for_its_own_jobs_only_and_not_for_others_in_its_folder(

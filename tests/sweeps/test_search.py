@@ -1,12 +1,15 @@
 """Searches: what is proposed, what is refused, what is resumed."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,10 +26,11 @@ from nin import cli
 from nin.commands import train
 from nin.config.composition import compose_config
 from nin.config.hydra_options import open_hydra
-from nin.config.schema import Settings, UserError
+from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, search_checks, search_report
+from nin.sweeps import search as search_module
 from nin.sweeps.claims import DatabaseClaims
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
@@ -215,6 +219,41 @@ def test_another_base_config_is_another_search(tmp_path: Path) -> None:
     require_same_plan(storage, mine, tmp_path)
     with pytest.raises(UserError, match=r"--config-name: mine there, train now$"):
         require_same_plan(storage, plan(), tmp_path)
+
+
+def test_other_configs_in_the_place_of_conf_are_another_search(tmp_path: Path) -> None:
+    mine = dataclasses.replace(plan(), config_path="/my/conf")
+    storage = Store(mine, tmp_path, None).storage
+    with pytest.raises(UserError, match=r"--config-path: /my/conf there, "):
+        require_same_plan(storage, plan(), tmp_path)
+
+
+def test_the_plan_has_the_folder_that_replaces_conf(tmp_path: Path, data_root: Path) -> None:
+    words = ["-m", "hydra/sweeper=optuna", "data=garments", f"data.root={data_root}", "trainer=cpu", "seed=0"]
+    args = train.parse_arguments([*words, "optimizer.lr=0.1,0.2"])
+    shutil.copytree(CONF, tmp_path / "conf")
+    found = []
+    for path in (None, str(tmp_path / "conf")):
+        with open_hydra(None, path) as app:
+            search = Sweep(train.compose(app, args, RunMode.MULTIRUN)).search
+            assert search is not None
+            found.append(search.plan.config_path)
+    assert found == [None, str(tmp_path / "conf")]
+
+
+def test_the_best_of_all_trials_is_tested_also_by_a_command_with_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tested: list[int] = []
+    monkeypatch.setattr(search_module, "test_best", lambda folder, best, settings: tested.append(best.number))
+    trials = [create_trial(value=value) for value in (0.5, 0.9)]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    search: Any = Search.__new__(Search)
+    search.total, search.folder, search._compose = 1, Path(), lambda own: None
+    search.settings = SimpleNamespace(final_seeds=None)
+    search.point = SimpleNamespace(sweep=SimpleNamespace(test=True))
+    search.store = SimpleNamespace(trials=lambda: trials, claims=SimpleNamespace(lock=contextlib.nullcontext))
+    search._finish()
+    assert tested == [1]  # as in the report
 
 
 def check(*words: str) -> Sweep:
@@ -465,6 +504,21 @@ def test_the_report_of_a_search_without_its_journal_says_so_and_writes_none(
     assert cli.run("report", [str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"nin report: {tmp_path / JOURNAL}: missing; the search's own command")
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
+
+
+def test_what_a_description_from_elsewhere_fixes_may_be_no_overrides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    known = optuna.create_study(storage=open_journal(tmp_path / JOURNAL), study_name="s", direction="maximize")
+    rates = {"optimizer.lr": FloatDistribution(0.1, 1)}
+    known.add_trial(create_trial(params={"optimizer.lr": 0.5}, distributions=rates, value=0.5))
+    for fixed in (["seed=1,2"], ["seed"]):
+        description = {"name": "s", "storage": None, "fixed": fixed, "n_trials": 1, "max_epochs": 4}
+        (tmp_path / "search.json").write_text(json.dumps(description))
+        assert cli.run("report", [str(tmp_path)]) == 0
+        assert "best val/acc first" in capsys.readouterr().out
+        assert not (tmp_path / "best.yaml").exists()
 
 
 def test_control_characters_of_a_study_from_elsewhere_are_escaped(

@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import math
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from nin import cli
 from nin.sweeps import chart, summary
 from nin.sweeps.jobs import read_jobs
 from nin.sweeps.rows import group_by_seed
@@ -355,6 +357,24 @@ def test_a_vertical_bar_does_not_end_a_cell_of_the_summary(tmp_path: Path) -> No
     summary.report(tmp_path / "bars")
     text = (tmp_path / "bars" / "summary.md").read_text()
     assert "| 'a\\|b' | 0.9000 |" in text
+
+
+def test_a_key_from_elsewhere_is_drawn_as_it_is(tmp_path: Path) -> None:
+    for value in (1, 2):
+        put_job(tmp_path / "s" / str(value), [rf"a$\frac$={value}"], 0.9)
+    summary.report(tmp_path / "s")
+    assert (tmp_path / "s" / "summary.png").stat().st_size > 10_000
+
+
+def test_the_jobs_of_an_unfinished_sweep_over_the_options_of_a_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_job(tmp_path / "s" / "optimizer=adamw", ["optimizer=adamw"], 0.9)
+    task = ["optimizer=glob(*)"]
+    hydra = {"sweeper": {"params": None}, "overrides": {"task": task}}
+    (tmp_path / "s" / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
+    assert cli.run("report", [str(tmp_path / "s")]) == 0
+    assert re.search(r"sgd +.*not started", capsys.readouterr().out)
 
 
 def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"--rounds={args.rounds}: must be 1 or more")
     if not 0 < args.seconds < float("inf"):
         raise UserError(f"--seconds={args.seconds:g}: must be a number above 0")
-    with open_hydra(args.config_dir, args.config_path):
+    with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = read_settings(args.overrides, args.config_name)
     if not is_single_process(settings.trainer):
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")

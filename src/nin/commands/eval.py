@@ -7,6 +7,7 @@ from typing import Any
 from rich.progress import Progress
 
 from nin.commands.options import add_allow_option
+from nin.config.changes import split_override
 from nin.config.composition import apply_overrides
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import without_training_parts
@@ -88,7 +89,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     description = load_onnx(path).description
     stored = without_training_parts(settings_of(description, path))
     # An export names no path of the machine that wrote it, and a folder of images has no default place.
-    if isinstance(stored.data, FolderData) and not any(given.startswith("data.root=") for given in overrides):
+    if isinstance(stored.data, FolderData) and "data.root" not in dict(map(split_override, overrides)):
         raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")
     settings = apply_overrides(stored, overrides, (*(key for key in MAY_CHANGE if key.startswith("data.")), "threads"))
     with log_to(None):

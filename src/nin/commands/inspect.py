@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> None:
     add_config_options(parser)
     args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
     silence_known_warnings()
-    with open_hydra(args.config_dir, args.config_path):
+    with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = compose_settings(args.overrides, args.config_name)
     console = Console(highlight=False)
     console.print(_layers_table(settings))

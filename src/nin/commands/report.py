@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from nin.config.hydra_options import open_hydra
 from nin.runs.console import silence_known_warnings
 from nin.sweeps import chart, checks, jobs, summary
 
@@ -29,4 +30,5 @@ def main(arguments: list[str]) -> None:
     silence_known_warnings()  # of matplotlib, whose fonts lack the characters of some names
     if (args.folder / "search.json").exists():
         checks.require_search_packages()
-    summary.report(args.folder, args.metric, args.x, args.storage)
+    with open_hydra():  # a sweep over glob(*) takes its values from the options of a group
+        summary.report(args.folder, args.metric, args.x, args.storage)

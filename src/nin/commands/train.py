@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.changes import SAME_EXPERIMENT, is_within, split_override, that_change_training
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
-from nin.config.hydra_options import open_hydra, parse_arguments
+from nin.config.hydra_options import open_hydra, parse_arguments, value_of
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
@@ -58,7 +58,7 @@ def show(arguments: list[str], args: argparse.Namespace) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(lambda config: None)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        with open_hydra(args.config_dir, args.config_path):
+        with open_hydra(args.config_dir, args.config_path, args.overrides):
             raise collect_errors(error, args.overrides, args.config_dir, args.config_name or "train") from None
     except ValueError as error:  # options that exclude each other
         raise UserError(str(error)) from None
@@ -126,20 +126,10 @@ def run_once(app: Hydra, config: DictConfig) -> int:
     callbacks = Callbacks(config)
     callbacks.on_run_start(config=config, config_name=config.hydra.job.config_name)
     context = HydraContext(config_loader=app.config_loader, callbacks=callbacks)
-    ended: list[Exception] = []
-
-    def task(_: DictConfig) -> None:
-        try:
-            execute_run(request)
-        except Exception as error:
-            ended.append(error)  # Hydra would print a line of its own before it raises it again
-            raise
-
     try:
-        done = run_job(task, config, "hydra.run.dir", None, context)
+        done = run_job(lambda _: execute_run(request), config, "hydra.run.dir", None, context)
         callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=done)
-        for error in ended:
-            raise error
+        value_of(done)
         return 0
     except UserError:
         _remove_empty(path, existing)
@@ -184,9 +174,14 @@ def start_sweep(app: Hydra, config: DictConfig) -> int:
     from nin.sweeps.launch import Sweep
     from nin.sweeps.summary import report
 
-    sweep = Sweep(config)
+    sweep, status = Sweep(config), 0
     try:
-        return sweep.run(app.config_loader)
+        status = sweep.run(app.config_loader)
     finally:
         if any(sweep.folder.glob("*/.hydra/overrides.yaml")):
-            report(sweep.folder, storage=sweep.search.settings.storage if sweep.search else None)
+            try:
+                report(sweep.folder, storage=sweep.search.settings.storage if sweep.search else None)
+            except UserError as error:  # raised here, it would take the place of what ended the sweep
+                print(f"nin train: no report: {error}", file=sys.stderr)
+                status = status or 2
+    return status

@@ -5,7 +5,8 @@ A module imports only from the modules below it:
     trust                what a stored config must not do
     composition          Hydra's composition; every error of a command line in one message
     hydra_options        Hydra's options on the command line; the folders in which Hydra looks for configs
-    validation           the composed config to `Settings`: types and ranges, and the rules on several keys at once
+    validation           the composed config to `Settings`
+    rules                the rules on several keys at once
     own_classes          classes of the user's own
     errors               messages about a config
     changes              which keys may change when a run is resumed

@@ -8,7 +8,6 @@ import math
 import os
 import re
 import shlex
-import warnings
 from typing import Any
 
 import yaml
@@ -50,14 +49,16 @@ def compose_settings(overrides: list[str], config_name: str = "train") -> Settin
     return validate(config)
 
 
-def compose_config(overrides: list[str], config_name: str = "train") -> DictConfig:
-    """Returns the config that Hydra composes from ``conf/``, or the folders of `open_hydra`, and the overrides."""
-    # Hydra warns about conf/hydra/launcher: its files have the names of the launchers' schemas.
-    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+def compose_config(overrides: list[str], config_name: str = "train", with_hydra: bool = False) -> DictConfig:
+    """Returns the config that Hydra composes from ``conf/``, or the folders of `open_hydra`, and the overrides.
+
+    Args:
+        with_hydra: whether it has the section ``hydra``.
+    """
     if GlobalHydra.instance().is_initialized():
-        return compose(config_name, overrides=overrides)
+        return compose(config_name, overrides, with_hydra)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(config_name, overrides=overrides)
+        return compose(config_name, overrides, with_hydra)
 
 
 def parse_overrides(words: list[str]) -> list[Override]:
@@ -130,18 +131,18 @@ def collect_errors(
     """
 
     @functools.cache  # a composition takes a tenth of a second
-    def composed(*words: str) -> Any:  # a config, or the error in it
+    def composed(*words: str, with_hydra: bool = False) -> Any:  # a config, or the error in it
         try:
-            return compose_config(list(words), config_name)
+            return compose_config(list(words), config_name, with_hydra)
         except COMPOSITION_ERRORS as error:
             return error
 
     if isinstance(error := composed(), Exception):
         if str(error) != str(first):  # a config that needs an override, as in model: ???
-            return UserError(_first_line(first))
+            return UserError(first_line(first))
         given = {"--config-dir": config_dir, "--config-name": config_name if config_name != "train" else None}
         options = " ".join(f"{option} {value}" for option, value in given.items() if value)
-        return UserError(f"{options}{': ' if options else ''}{_first_line(error)}")
+        return UserError(f"{options}{': ' if options else ''}{first_line(error)}")
     errors: list[str] = []
     valid: list[str] = []
     # Groups first: whether a key exists depends on the chosen options.
@@ -154,7 +155,7 @@ def collect_errors(
         index = bisect.bisect_left(range(1, len(rest)), True, key=is_refused)  # the first that is refused, by halving
         error = composed(*valid, *rest[: index + 1])
         valid += rest[:index]
-        errors.append(format_error(rest[index], error, composed(*valid)))
+        errors.append(format_error(rest[index], error, composed(*valid, with_hydra="hydra." in rest[index])))
         rest = rest[index + 1 :]
     valid += rest
     errors += find_override_errors(valid)
@@ -167,7 +168,7 @@ def collect_errors(
             f"{unknown[1]}: Hydra composes a sweep also without what it varies, and that config has no such key; write "
             f"++{unknown[1]}=…"
         ]
-    return UserError(*(errors or [_first_line(first)]))
+    return UserError(*(errors or [first_line(first)]))
 
 
 def first_job_overrides(overrides: list[str]) -> list[str]:
@@ -228,13 +229,13 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
             return f"{given}: must be {NAME_RULE}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
-        reason = f" ({_first_line(parser_error)})" if value and not lexer_failed else ""
+        reason = f" ({first_line(parser_error)})" if value and not lexer_failed else ""
         return f"{given}: not of the form key=value{reason}"
     except ValueError:
         return f"{given}: a number of too many digits"
     if not key:
         return f"{given}: not of the form key=value"
-    first = _first_line(error)
+    first = first_line(error)
     if "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
@@ -255,7 +256,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
-    return f"{given}: {_first_line(error.__cause__ or error)}"
+    return f"{given}: {first_line(error.__cause__ or error)}"
 
 
 def quote_value(text: str) -> str:
@@ -286,14 +287,9 @@ def _suggest_key(key: str, config: DictConfig) -> str:
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):
         known = [str(name) for name in node]
+        is_open = "_target_" in node and not key.startswith("hydra.")  # Hydra's plugins have a schema
         return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}" + (
-            f"; to add an argument of {node._target_}: +{key}=…" if "_target_" in node else ""
+            f"; to add an argument of {node._target_}: +{key}=…" if is_open else ""
         )
     close = did_you_mean(key, keys)
     return f"; {close.partition('?')[0]}?" if close.startswith("did") else ""
-
-
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
-        return " ".join(str(error).split())
-    return first_line(error)

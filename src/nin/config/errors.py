@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any, get_args
 
+import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
@@ -17,6 +18,8 @@ NAME_RULE = "one plain word that can name a folder: letters, digits and _-=,+@, 
 
 def first_line(error: BaseException) -> str:
     """The first line of its message, or the name of its class if it has none."""
+    if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
+        return " ".join(str(error).split())
     return next((line for line in str(error).splitlines() if line), type(error).__name__)
 
 

@@ -1,9 +1,11 @@
-"""Hydra's options on the command line, and the folders in which Hydra looks for configs."""
+"""Hydra's options on the command line, the folders in which it looks for configs, and the results of its jobs."""
 
 import argparse
 import contextlib
+import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra.version
 from hydra._internal.hydra import Hydra
@@ -11,6 +13,7 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 
 from nin.config.errors import did_you_mean
@@ -83,3 +86,9 @@ def _read_search_path(overrides: Iterable[str]) -> list[str]:
                 value = OverridesParser.create().parse_override(word).value()
                 return value if isinstance(value, list) and all(isinstance(path, str) for path in value) else []
     return []
+
+
+def value_of(job: JobReturn) -> Any:
+    """What a job returned; raises what ended it. Hydra's property also prints the overrides of a job that failed."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        return job.return_value

@@ -2,10 +2,11 @@
 
 A module imports only from the modules below it:
 
-    launch         starts a sweep; forwards signals to its workers
+    launch         starts a sweep: checks its jobs, runs them by a launcher
     search         a sweep whose jobs Optuna proposes
     search_checks  what a search needs is checked before it starts
     checks         the jobs are checked before the first one starts
+    signals        forwards signals to the workers of joblib
     workers        one job, in the sweep's process, in a worker or on a cluster
     gpus, summary  one job per GPU; the table, summary.csv, summary.md and summary.png
     search_report  the answer of a search

@@ -103,7 +103,9 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[
     for number, i in points:
         _draw_seeds(axes, rows[i], metric, colors[i], x=number)
     axes.margins(x=0.16)  # for the number beside the last point
-    axes.set_xlabel(next(iter(rows[0].keys)))
+    from nin.data.overlays import escape
+
+    axes.set_xlabel(escape(next(iter(rows[0].keys))))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
     if x[0] > 0 and x[-1] / x[0] >= 20:

@@ -75,16 +75,14 @@ def _by_key(words: Iterable[str]) -> dict[str, str]:
     return dict(map(split_override, words))
 
 
-def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str]]:
-    """Each job's own overrides, from ``hydra.sweeper.params`` and the command line's overrides, in the jobs' order.
+def expand_jobs(overrides: list[Override]) -> list[list[str]]:
+    """Each job's own overrides, from those of the sweep, in the jobs' order.
 
     Raises:
         UserError: if an override's values can't be enumerated, or there are more than 10,000 jobs.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    task = list(task)
-    overrides = _parse(params, task)
     swept = " ".join(override.input_line or "" for override in overrides if override.is_sweep_override())
     try:
         if (count := math.prod(map(count_sweep_values, overrides))) > _MAX_JOBS:
@@ -94,10 +92,6 @@ def expand_jobs(params: Mapping[str, Any], task: Iterable[str]) -> list[list[str
         if any(override.is_interval_sweep() for override in overrides):
             raise UserError(f"{swept}: an interval is for a search; add hydra/sweeper=optuna") from error
         raise UserError(f"{swept}: its values can't be enumerated ({first_line(error)})") from error
-
-
-def _parse(params: Mapping[str, Any], task: Iterable[str]) -> list[Override]:
-    return parse_overrides([*(f"{key}={value}" for key, value in without_overridden(params, task).items()), *task])
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -170,8 +164,9 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
     try:
         hydra = read_yaml(sweep / "multirun.yaml")["hydra"]
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
-        swept = [override.key_or_group for override in _parse(params, task) if override.is_sweep_override()]
-        jobs = expand_jobs(params, task)
+        overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
+        swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+        jobs = expand_jobs(overrides)
     except (*_UNREADABLE, HydraException, UserError):
         return [], []
     names = folder_names(jobs, swept)

@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.errors import printable
-from nin.config.hydra_options import SEARCH_PATH
-from nin.config.schema import CONF, Settings, UserError
+from nin.config.hydra_options import SEARCH_PATH, value_of
+from nin.config.schema import Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
@@ -28,7 +28,6 @@ from nin.sweeps.search_checks import check_search, count_points, count_trials, e
 from nin.sweeps.search_report import best_trial, test_best
 from nin.sweeps.space import overrides_of, silence_optuna
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
-from nin.sweeps.workers import value_of
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 
@@ -80,21 +79,18 @@ class Search:
 
     def _write_description(self) -> None:
         """Writes what ``nin report`` needs."""
-        path = self.folder / "search.json"
         final_seeds = self.settings.final_seeds
         content: dict[str, Any] = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
         sources = {source.provider: source.path for source in self.config.hydra.runtime.config_sources}
         config_name = self.config.hydra.job.config_name
         content["config_dir"] = sources.get("command-line")
-        content["config_path"] = sources["main"] if sources["main"] != str(CONF) else None
+        content["config_path"] = self.plan.config_path
         content["config_name"] = config_name if config_name != "train" else None
         words: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
         content[SEARCH_PATH_KEY] = next((word for word in words if split_override(word)[0] == SEARCH_PATH), None)
         content["in_files"] = bool(self.config.hydra.sweeper.params)  # the space, or a part of it
         content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
-        text = json.dumps(content, indent=2) + "\n"
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_atomically(path, text)
+        write_atomically(self.folder / "search.json", json.dumps(content, indent=2) + "\n")
 
     def _run_trials(self) -> None:
         shared = False
@@ -228,8 +224,7 @@ class Search:
 
     def _finish(self) -> None:
         """Tests the best trial, or trains its configuration again with the final seeds."""
-        trials = self.store.trials()[: self.total]
-        best = best_trial(trials)
+        best = best_trial(self.store.trials())  # also of those of an earlier command with more trials, as in the report
         if best is None:
             self._give_up("no trial completed")
         if self.settings.final_seeds is None:

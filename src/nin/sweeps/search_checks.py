@@ -10,11 +10,10 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from nin.config.changes import SAME_EXPERIMENT, flat, is_within, split_override, that_change_training
 from nin.config.composition import compose_settings
-from nin.config.data_sets import Data
 from nin.config.errors import format_errors
-from nin.config.schema import FolderData, OwnData, Settings, UserError
+from nin.config.rules import count_training_batches
+from nin.config.schema import CONF, FolderData, OwnData, Settings, UserError
 from nin.config.types import Positive, Section
-from nin.config.validation import count_batches
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
 from nin.sweeps.claims import require_postgresql
 from nin.sweeps.space import Space, enumerate_values, overrides_of, read_space, sample_corners
@@ -108,6 +107,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     """
     max_epochs = {point.trainer.max_epochs for point in points}
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
+    main = next(source.path for source in config.hydra.runtime.config_sources if source.provider == "main")
     # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
     values = flat({"callbacks": that_change_training(points[0].callbacks)}).items()
     own = [f"{key}={value}" for key, value in values if not any(is_within(key, [searched]) for searched in space)]
@@ -121,6 +121,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
         fixed=(*experiment_words(fixed), *own),
         max_epochs=epochs if epochs and epochs > 0 else None,
         config_name=config.hydra.job.config_name,
+        config_path=main if main != str(CONF) else None,
     )
 
 
@@ -211,21 +212,10 @@ def _require_validation_at_an_end(settings: Settings) -> None:
         )
     if isinstance(interval, str | dict):
         raise UserError(f"trainer.val_check_interval={interval}: {_AT_AN_END}")
-    batches = _count_training_batches(settings)
-    if interval is None or batches is None or trainer.max_steps != -1 or trainer.max_time:  # it may end within an epoch
+    batches = None if trainer.overfit_batches or trainer.fast_dev_run else count_training_batches(settings)
+    if interval is None or not batches or trainer.max_steps != -1 or trainer.max_time:  # it may end within an epoch
         return
     step = interval if isinstance(interval, int) else max(1, int(batches * interval))
     # Within each epoch, or with check_val_every_n_epoch=null over all of them, every step-th batch is followed by one.
     if step // math.gcd(batches, step) > (1 if every else epochs):
         raise UserError(f"trainer.val_check_interval={interval}, {batches} batches in an epoch: {_AT_AN_END}")
-
-
-def _count_training_batches(settings: Settings) -> int | None:
-    """The number of batches in an epoch of training; None if it is not known before the data are read."""
-    limit = settings.trainer.limit_train_batches
-    if not isinstance(settings.data, Data) or settings.trainer.overfit_batches or settings.trainer.fast_dev_run:
-        return None
-    batches = count_batches(settings)["trainer.limit_train_batches"]
-    if isinstance(limit, float):
-        return int(batches * limit)
-    return batches if limit is None else min(batches, limit)

@@ -14,6 +14,7 @@ from typing import Any
 
 import optuna
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from optuna.trial import FrozenTrial, TrialState
 from rich import box
 from rich.table import Table
@@ -282,7 +283,8 @@ def _write(
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
         if fits_config_file(description):
-            with contextlib.suppress(HydraException):  # not overrides, in a folder from elsewhere
+            # In a folder from elsewhere the words may be no overrides.
+            with contextlib.suppress(HydraException, OmegaConfBaseException):
                 config = best_config(description, best)
     if config:
         write_atomically(folder / "best.yaml", config)

@@ -44,6 +44,7 @@ class Plan:
         fixed: the overrides that all trials share.
         max_epochs: of a trial; None if it is not known.
         config_name: of the config that the trials start from.
+        config_path: of the folder that replaces ``conf/``; None if none does.
     """
 
     name: str
@@ -55,12 +56,15 @@ class Plan:
     fixed: tuple[str, ...]
     max_epochs: int | None
     config_name: str = "train"
+    config_path: str | None = None
 
     def describe(self) -> dict[str, str]:
         """The keys and values that must not change."""
         searched = {key: describe(distribution) for key, distribution in self.space.items()}
         fixed = dict(word.partition("=")[::2] for word in self.fixed)
         given = {"seed": str(self.seed), "--config-name": self.config_name}
+        if self.config_path:
+            given["--config-path"] = self.config_path
         own = {"sampler": self.sampler, "pruner": self.pruner, "n_jobs": str(self.batch_size)}
         return searched | fixed | given | {f"hydra.sweeper.{k}": v for k, v in own.items()}
 

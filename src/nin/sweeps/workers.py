@@ -4,20 +4,16 @@ import atexit
 import contextlib
 import functools
 import gc
-import io
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn
-from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from nin.config.schema import Settings, UserError
@@ -115,37 +111,6 @@ def run_sweep_job(config: DictConfig) -> float | None:
     raise ended
 
 
-def value_of(job: JobReturn) -> float | None:
-    """What a job returned; raises what ended it. Hydra's property also prints the overrides of a job that failed."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        return job.return_value
-
-
-class ContinuingLauncher:
-    """A launcher of Hydra without the jobs that failed, which have printed why.
-
-    Hydra's sweeper would print the overrides of the first of them, and leave the jobs of further batches
-    (``hydra.sweeper.max_batch_size``) alone.
-    """
-
-    def __init__(self, launcher: Launcher, fail_fast: bool):
-        self.launcher, self.fail_fast = launcher, fail_fast
-        self.has_failed = False
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
-        """Runs jobs and returns those that completed. Raises what stopped a job, with ``fail_fast`` also its error."""
-        completed: list[JobReturn] = []
-        for job in self.launcher.launch(job_overrides, initial_job_idx):
-            try:
-                value_of(job)
-                completed.append(job)
-            except (ReportedError, RunFailedError):
-                self.has_failed = True
-                if self.fail_fast:
-                    raise
-        return completed
-
-
 def _report_refusal(error: UserError, folder: Path) -> None:
     print(f"nin train: {error}", file=sys.stderr)
     with contextlib.suppress(OSError):
@@ -154,8 +119,7 @@ def _report_refusal(error: UserError, folder: Path) -> None:
 
 def _progress(folder: Path, number: int, settings: Settings) -> str:
     """ "job 2 of 6: optimizer.lr=0.1,seed=0 (about 3 min of training left)", from the time of the finished jobs."""
-    if settings.sweep.jobs is None:
-        return f"job {number + 1}: {folder.name}"
+    assert settings.sweep.jobs is not None  # set by the sweep
     seconds: dict[str, float] = {}
     for path in folder.parent.glob("*/result.json"):
         with contextlib.suppress(UserError):

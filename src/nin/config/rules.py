@@ -1,0 +1,208 @@
+"""Rules on several keys at once: each is a function that yields a message for each error that it finds.
+
+Whether the arguments of a network fit each other, and whether images are large enough for it, is found by building it
+(``networks/build.py``). The number of images is known before any is read for the named data sets only; that of a folder
+is checked when it is read.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+
+from nin.config.changes import depends_on_steps
+from nin.config.data_sets import DATA_SETS, Data
+from nin.config.schema import SGD, Settings, is_single_process
+
+
+def _trainer_keys(*keys: str) -> tuple[str, ...]:
+    return tuple(f"trainer.{key}" for key in keys)
+
+
+_DEVICES = _trainer_keys("devices", "num_nodes", "strategy")
+_LIMITS = _trainer_keys("limit_train_batches", "limit_val_batches", "limit_test_batches")
+# Numbers or shares of batches.
+_SHARES = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
+_DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
+_BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
+
+
+def require_training_images(settings: Settings) -> Iterator[str]:
+    data = settings.data  # how many images a folder has is known when it is read
+    if isinstance(data, Data) and data.val_size >= (images := DATA_SETS[data.name].training_images):
+        yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"
+
+
+def require_one_full_batch(settings: Settings) -> Iterator[str]:
+    data = settings.data
+    if (
+        isinstance(data, Data)
+        and 0 < (images := DATA_SETS[data.name].training_images - data.val_size) < data.batch_size
+    ):
+        yield (
+            f"data.batch_size={data.batch_size}: there are {images} training images"
+            f"{f' after {data.val_size} are held out' if data.val_size else ''}; choose at most that"
+        )
+
+
+def require_images_for_selection(settings: Settings) -> Iterator[str]:
+    data = settings.data
+    if isinstance(data, Data) and not data.val_size and data.score_each_epoch == "val":
+        yield (
+            "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose data.val_size=5000 "
+            "or data.score_each_epoch=test as in the notebooks (the last epoch's weights are then the best)"
+        )
+
+
+def require_valid_limits(settings: Settings) -> Iterator[str]:
+    """Lightning's convention: an int is a number of batches, a float is a share of all batches."""
+    for key in _SHARES:
+        value = getattr(settings.trainer, key.removeprefix("trainer."))
+        if isinstance(value, int | float) and (value < 0 or (isinstance(value, float) and value > 1)):
+            yield (f"{key}={value:g}: must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
+
+
+def require_batches_within_limits(settings: Settings) -> Iterator[str]:
+    """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
+    if not (batches := count_batches(settings)):
+        return
+    limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in _LIMITS}
+    limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
+    for key, (limit, available) in limits.items():
+        if isinstance(limit, float) and limit > 0 and available > 0 and int(available * limit) == 0:
+            smallest = math.ceil(1e4 / available) / 1e4
+            yield (
+                f"{key}={limit:g}: leaves none of {available} batches; choose {smallest:g} or more, or a number of "
+                "batches, as in 1"
+            )
+
+
+def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
+    interval = settings.trainer.val_check_interval
+    if interval is None or not isinstance(interval, int | float):
+        return
+    if interval == 0:
+        yield (
+            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a share of an epoch (above 0.0, up "
+            "to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
+        )
+    batches = count_training_batches(settings) if settings.trainer.check_val_every_n_epoch else None
+    if isinstance(interval, int) and batches and interval > batches:
+        yield (
+            f"trainer.val_check_interval={interval}: an epoch has {batches} batches; choose at most that, or set "
+            "trainer.check_val_every_n_epoch=null to count the batches of all epochs"
+        )
+
+
+def count_training_batches(settings: Settings) -> int | None:
+    """The number of batches in an epoch of training; None where `count_batches` knows none."""
+    if not (counted := count_batches(settings)):
+        return None
+    available, limit = counted["trainer.limit_train_batches"], settings.trainer.limit_train_batches
+    if isinstance(limit, float):
+        return int(available * limit)
+    return available if limit is None else min(available, limit)
+
+
+def count_batches(settings: Settings) -> dict[str, int]:
+    """The number of batches to which each limit applies; empty for several devices, or before a folder is read."""
+    data = settings.data
+    if not isinstance(data, Data) or not is_single_process(settings.trainer):
+        return {}
+    training, test = DATA_SETS[data.name].training_images - data.val_size, DATA_SETS[data.name].test_images
+    images = (training, test if data.score_each_epoch == "test" else data.val_size, test)
+    return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
+
+
+def require_an_end_of_training(settings: Settings) -> Iterator[str]:
+    trainer, schedule = settings.trainer, settings.schedule
+    if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
+        return
+    if depends_on_steps(schedule):
+        yield f"schedule={schedule.name}: depends on the number of steps; set trainer.max_epochs or trainer.max_steps"
+    elif trainer.max_time is None:
+        given = "null" if trainer.max_epochs is None else trainer.max_epochs
+        yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
+
+
+def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
+    trainer = settings.trainer
+    for unit in ("epochs", "steps"):
+        least, most = getattr(trainer, f"min_{unit}"), getattr(trainer, f"max_{unit}")
+        if least and most not in (-1, None) and least > most:
+            yield f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, which is {most}"
+
+
+def require_work_and_results(settings: Settings) -> Iterator[str]:
+    for key in ("max_epochs", "max_steps", "limit_train_batches"):
+        if getattr(settings.trainer, key) == 0:
+            yield f"trainer.{key}=0: nothing would be trained; give 1 or more"
+    duration = settings.trainer.max_time
+    if isinstance(duration, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", duration.strip()):  # Lightning's rule
+        yield f"trainer.max_time={duration}: must be days:hours:minutes:seconds, as in 00:01:30:00"
+    elif duration is not None and not re.search("[1-9]", str(duration)):
+        yield f"trainer.max_time={duration}: nothing would be trained; give a longer time"
+    if settings.trainer.limit_test_batches == 0:
+        yield "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"
+    if settings.trainer.barebones:
+        yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
+
+
+def require_separate_processes(settings: Settings) -> Iterator[str]:
+    """The metrics and the state of a run are known to the processes that train, and to none that started them."""
+    strategy = settings.trainer.strategy
+    if re.search("_(spawn|fork|notebook)", strategy):
+        yield f"trainer.strategy={strategy}: starts its processes as copies of one that does not train; choose ddp"
+
+
+def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
+    if not settings.trainer.sync_batchnorm:
+        return
+    if settings.trainer.accelerator == "cpu":
+        yield "trainer.sync_batchnorm=true: torch synchronizes batch norm on GPUs only; set it to false"
+    elif is_single_process(settings.trainer):
+        yield "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize; set it to false"
+
+
+def require_monitored_metrics(settings: Settings) -> Iterator[str]:
+    """A callback that monitors a metric needs one that is computed, and computed on held-out images."""
+    unscored = settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0
+    # The user's own callback may log metrics of its own.
+    closed = all(str(c.get("_target_")).startswith(("nin.", "lightning.")) for c in settings.callbacks.values())
+    for name, callback in settings.callbacks.items():
+        monitor = callback.get("monitor")
+        if not isinstance(monitor, str):  # null: the callback's own default, or reported as of another type
+            continue
+        error = f"callbacks.{name}.monitor={monitor}: "
+        if monitor.startswith("test/"):
+            yield error + "test images must not decide when training ends; choose val/acc or val/loss"
+        elif closed and monitor not in ("val/loss", "val/acc"):
+            yield error + "no such metric; there are: val/loss, val/acc"
+        elif unscored and monitor.startswith("val/"):
+            yield error + (
+                "this run does not compute it; set data.score_each_epoch=val and leave trainer.limit_val_batches "
+                f"as it is, or remove the callback with ~callbacks.{name}"
+            )
+
+
+def require_momentum(settings: Settings) -> Iterator[str]:
+    optimizer = settings.optimizer
+    if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
+        yield ("optimizer: nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
+
+
+# Each rule with the keys that it reads: keys, or sections with all their keys.
+RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
+    (("data.name", "data.val_size"), require_training_images),
+    (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
+    (("data.val_size", "data.score_each_epoch"), require_images_for_selection),
+    (_SHARES, require_valid_limits),
+    (_BATCH_KEYS, require_batches_within_limits),
+    ((*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch")), require_scoring_within_epochs),
+    ((*_trainer_keys("max_epochs", "max_steps", "max_time"), "schedule"), require_an_end_of_training),
+    (_trainer_keys("min_epochs", "max_epochs", "min_steps", "max_steps"), require_minimum_below_maximum),
+    ((*_trainer_keys("max_epochs", "max_steps", "max_time", "barebones"), *_LIMITS), require_work_and_results),
+    (("trainer.strategy",), require_separate_processes),
+    ((*_trainer_keys("sync_batchnorm", "accelerator"), *_DEVICES), require_devices_to_synchronize),
+    (("callbacks", "data.score_each_epoch", "trainer.limit_val_batches"), require_monitored_metrics),
+    (("optimizer",), require_momentum),
+)
