@@ -27,7 +27,8 @@ def test_the_notebook_trains_and_loads_the_best_checkpoint(data_root: Path, tmp_
 
     printed = "\n".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
     assert "1,992,166 parameters" in printed
-    assert "WARNING" not in printed
+    # After twelve steps some classes may never be predicted.
+    assert "WARNING" not in printed.replace("WARNING: never predicted", "")
     # The accuracy of the loaded checkpoint is that of the run's test.
     tested = next(line.split()[-1] for line in printed.splitlines() if line.startswith("val/acc"))
     assert f"of 2000 test images are classified wrongly: accuracy {tested}" in printed
