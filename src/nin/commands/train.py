@@ -154,7 +154,7 @@ def _build_request(config: DictConfig) -> RunRequest:
     folder = RunFolder(config.hydra.run.dir)
     require_matching_start(settings.trainer)
     if config.hydra.sweeper.get("params"):
-        raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=head experiment=cpu")
+        raise UserError("a sweep has several runs: add -m, as in nin train -m sweep=relu experiment=nin_small")
     if not config.hydra.run.dir.strip():
         raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
