@@ -19,16 +19,16 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("requested", "jobs"), [(-1, 2), (8, 2), (2, 2), (1, 1)])
-def test_one_job_per_gpu(requested: int, jobs: int) -> None:
+def test_one_job_per_gpu(settings: Callable[..., Settings], requested: int, jobs: int) -> None:
     launcher = SimpleNamespace(n_jobs=requested)
-    share_gpus(launcher, [])
+    share_gpus(launcher, [settings("trainer.accelerator=cpu"), settings("trainer.accelerator=auto")])
     assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (jobs, "0,1")
 
 
-def test_only_the_visible_gpus_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_visible_gpus_are_shared(settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7,6")
     launcher = SimpleNamespace(n_jobs=-1)
-    share_gpus(launcher, [])
+    share_gpus(launcher, [settings("trainer.accelerator=cpu"), settings("trainer.accelerator=auto")])
     assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (3, "4,GPU-7,6")
 
 

@@ -365,9 +365,23 @@ def test_a_process_id_that_no_process_can_have_is_of_none(tmp_path: Path) -> Non
     assert not is_running(folder)
 
 
+def test_each_option_of_a_group_in_a_package_has_a_folder() -> None:
+    jobs = [["+extra@callbacks=a", "seed=0"], ["+extra@callbacks=b", "seed=0"], ["~extra@callbacks", "seed=0"]]
+    assert sweep.folder_names(jobs[:2], ["extra"]) == ["+extra@callbacks=a", "+extra@callbacks=b"]
+    assert sweep.folder_names(jobs, ["seed"]) == ["seed=0"] * 3
+
+
 def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:
     params = {"model.conv1x1_layers": "0,1", "seed": "0,1"}
-    assert sweep.without_overridden(params, ["experiment=cpu"]) == params
+
+    def jobs(*task: str) -> list[list[str]]:
+        left = sweep.without_overridden(params, task)
+        return sweep.expand_jobs(parse_overrides([*(f"{key}={values}" for key, values in left.items()), *task]))
+
+    assert jobs("experiment=cpu") == [
+        [f"model.conv1x1_layers={layers}", f"seed={seed}", "experiment=cpu"] for layers in (0, 1) for seed in (0, 1)
+    ]
+    assert jobs("seed=7") == [[f"model.conv1x1_layers={n}", "seed=7"] for n in (0, 1)]
     assert sweep.without_overridden(params, ["seed=7"]) == {"model.conv1x1_layers": "0,1"}
 
 

@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nin import cli
+from nin.config.schema import CONF
 from nin.sweeps import chart, summary
 from nin.sweeps.jobs import read_jobs
 from nin.sweeps.rows import group_by_seed
@@ -371,10 +372,12 @@ def test_the_jobs_of_an_unfinished_sweep_over_the_options_of_a_group(
 ) -> None:
     put_job(tmp_path / "s" / "optimizer=adamw", ["optimizer=adamw"], 0.9)
     task = ["optimizer=glob(*)"]
-    hydra = {"sweeper": {"params": None}, "overrides": {"task": task}}
-    (tmp_path / "s" / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
-    assert cli.run("report", [str(tmp_path / "s")]) == 0
-    assert re.search(r"sgd +.*not started", capsys.readouterr().out)
+    for provider, listed in (("schema", True), ("command-line", False)):  # --config-dir, whose options are not known
+        sources = [{"provider": "main", "path": str(CONF)}, {"provider": provider, "path": "file:///my"}]
+        more = {"overrides": {"task": task}, "runtime": {"config_sources": sources}}
+        (tmp_path / "s" / "multirun.yaml").write_text(json.dumps({"hydra": {"sweeper": {"params": None}, **more}}))
+        assert cli.run("report", [str(tmp_path / "s")]) == 0
+        assert bool(re.search(r"sgd +.*not started", capsys.readouterr().out)) == listed
 
 
 def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
     names = sorted(path.name for path in folder.checkpoints.iterdir())
     with monkeypatch.context() as patch:
         patch.setattr(owner, function, fail)
-        with pytest.raises(UserError if isinstance(error, OSError) else type(error)):
+        with pytest.raises(UserError, match=r"last.ckpt: can't be read( \(Input/output error\)|: not enough memory)$"):
             run_experiment(requested, folder, [])
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
     assert run_experiment(requested, folder, [])["weights_sha256"] == uninterrupted["weights_sha256"]

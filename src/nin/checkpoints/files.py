@@ -66,7 +66,7 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except Exception as error:  # torch raises many types on a file with a valid checksum of other content
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise
+            raise UserError(f"{path}: can't be read: not enough memory") from error
         raise DamagedError(f"{path}: not a checkpoint: {first_line(error)}") from error
     _require_layout(checkpoint, path)
     return checkpoint
@@ -117,7 +117,11 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
             continue
         try:
             return path, read(path)
-        except DamagedError as error:
+        except UserError as error:
+            if not isinstance(error, DamagedError):
+                if path.exists():
+                    raise
+                continue  # another process has renamed it
             if rename:
                 aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
                 path.rename(aside)

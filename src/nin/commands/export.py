@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
         help="onnx (default): for nin predict, nin eval, nin serve and every ONNX runtime; pt2: torch.export and an "
         "AOTInductor package for C++; triton: a model repository for Triton or KServe",
     )
-    parser.add_argument("--int8", action="store_true", help="also a file in int8, if it loses at most 0.3 points")
+    parser.add_argument(
+        "--int8", action="store_true", help="also a file in int8, if it loses at most 0.003 of the accuracy"
+    )
     parser.add_argument(
         "overrides", nargs="*", default=[], help="where the data set is: data.root=…, data.cache=…, data.mirrors=…"
     )

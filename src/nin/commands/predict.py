@@ -55,6 +55,8 @@ def main(arguments: list[str]) -> int:
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
         raise UserError(f"{', '.join(missing)}: no such file or folder")
     if args.maps:
+        if args.maps.exists() and not args.maps.is_dir():
+            raise UserError(f"--maps {args.maps}: can't be written (a file has this name)")
         _require_other_folder(args.maps, args.images)
     with log_to(None):
         from nin.deploy.loading import load
@@ -157,8 +159,7 @@ def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "S
     try:
         write_maps(path, image, names, scores.probabilities[place], scores.logits[place], scores.maps[place], top)
     except OSError as error:
-        reason = "a file has this name" if path.parent.is_file() else error.strerror
-        raise UserError(f"--maps {path.parent}: can't be written ({reason})") from error
+        raise UserError(f"--maps {path.parent}: can't be written ({error.strerror})") from error
 
 
 class _MapNames:

@@ -286,7 +286,9 @@ def _suggest_key(key: str, config: DictConfig) -> str:
     if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):
-        known = [str(name) for name in node]
+        known = [str(name) for name in node if not str(name).startswith("_")]
+        if parent == "hydra.launcher" and not known:
+            return ", because the jobs run one after another; add hydra/launcher=joblib for several at once"
         is_open = "_target_" in node and not key.startswith("hydra.")  # Hydra's plugins have a schema
         return f"; {did_you_mean(last, known if parent else [*known, 'experiment'])}" + (
             f"; to add an argument of {node._target_}: +{key}=…" if is_open else ""

@@ -154,7 +154,7 @@ class Sweep(Section):
 
     # Whether a sweep stops at the first job that fails, instead of continuing with the others.
     fail_fast: bool
-    # Set by the sweep for its jobs: the keys that it varies, the number of jobs (None: not known beforehand),
+    # Set by the sweep for its jobs: the keys that it varies, the number of jobs (None: a single run),
     # and whether a job waits while another process runs it.
     keys: list[str]
     jobs: Positive | None

@@ -62,7 +62,7 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
 
 
 def never_predicted(names: Sequence[str], confusion: Any) -> list[str]:
-    """The classes of which there are test images, and that the network predicts for no image at all.
+    """The classes with at least 20 test images that the network predicts for no image at all.
 
     Args:
         confusion: as in `print_test`.

@@ -19,14 +19,14 @@ def share_gpus(launcher: Any, jobs: list[Settings]) -> None:
 
     Args:
         launcher: the config of Hydra's joblib launcher; its ``n_jobs`` is reduced in place.
-        jobs: settings of all jobs; empty if another sweeper chooses them later.
+        jobs: settings of all jobs; of a search those of one trial.
 
     Raises:
         UserError: if a job that shares the GPUs with others requests one by its number.
     """
     import torch
 
-    if not torch.cuda.is_available() or (jobs and all(job.trainer.accelerator == "cpu" for job in jobs)):
+    if not torch.cuda.is_available() or all(job.trainer.accelerator == "cpu" for job in jobs):
         return
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     os.environ[_GPUS_VARIABLE] = gpus

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from nin.config.changes import MAY_CHANGE, PART_OF_RESULT, is_within, split_override
 from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import first_line, printable
-from nin.config.schema import UserError
+from nin.config.schema import CONF, UserError
 from nin.runs.folder import RunFolder
 from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
@@ -45,9 +45,13 @@ def job_folder(overrides: str) -> str:
 
 
 def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
-    """The name of each job's folder, as Hydra composes it: from the overrides of the keys ``swept``."""
+    """The name of each job's folder, from its overrides of the keys and groups ``swept``."""
     keys = set(swept)
-    return [job_folder(",".join(sorted(word for word in job if split_override(word)[0] in keys))) for job in jobs]
+
+    def is_swept(word: str) -> bool:
+        return split_override(word)[0].partition("@")[0] in keys  # group@package=option
+
+    return [job_folder(",".join(sorted(filter(is_swept, job)))) for job in jobs]
 
 
 def add_common_overrides(config: DictConfig, *words: str) -> None:
@@ -164,6 +168,9 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
     try:
         hydra = read_yaml(sweep / "multirun.yaml")["hydra"]
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
+        # The options that glob(*) stands for may be those of configs of the user's own, which a report does not read.
+        if "glob(" in str([params, task]) and not _has_configs_of_project(hydra):
+            return [], []
         overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
         swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
         jobs = expand_jobs(overrides)
@@ -171,6 +178,11 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
         return [], []
     names = folder_names(jobs, swept)
     return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
+
+
+def _has_configs_of_project(hydra: Any) -> bool:
+    places = {source["provider"]: source["path"] for source in hydra["runtime"]["config_sources"]}
+    return places.keys() <= {"hydra", "main", "schema"} and places["main"] == str(CONF)
 
 
 def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:

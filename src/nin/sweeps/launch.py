@@ -92,7 +92,7 @@ class Sweep:
                 f"hydra.sweeper: {sweeper} is not supported; a sweep trains with all values, and hydra/sweeper=optuna "
                 "searches for the best"
             )
-        params = without_overridden(config.hydra.sweeper.params or {}, task)
+        params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
         self._require_same_kind(sweeper == _SEARCH)
         overrides = self._parse(params)
@@ -124,6 +124,8 @@ class Sweep:
         for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them per command")):
             if key in swept:
                 raise UserError(f"{key}: can't be varied; {remedy}")
+        if own := [o.key_or_group for o in overrides if o.key_or_group in (KEYS, "sweep.jobs", "sweep.wait")]:
+            raise UserError(f"{own[0]}: is set by the sweep; leave it out")
         if both := sorted({key for key in swept if key in fixed or swept.count(key) > 1}):
             raise UserError(f"{both[0]}: given more than once; give it once, with all its values")
         if errors := find_override_errors([str(o.input_line) for o in overrides if not o.is_sweep_override()]):
@@ -135,8 +137,8 @@ class Sweep:
         launcher, sweeper = self.config.hydra.launcher, self.config.hydra.sweeper
         if self.config.sweep.fail_fast and self.on_cluster:
             raise UserError("sweep.fail_fast=true: all jobs are submitted before one can fail; leave it out")
-        if not is_search and sweeper.max_batch_size is not None and sweeper.max_batch_size < 1:
-            raise UserError(f"hydra.sweeper.max_batch_size={sweeper.max_batch_size}: must be 1 or more, or null")
+        if (size := sweeper.get("max_batch_size")) is not None and size < 1:
+            raise UserError(f"hydra.sweeper.max_batch_size={size}: must be 1 or more, or null")
         if is_joblib(launcher._target_):
             require_joblib_arguments(launcher)
         if is_search:
@@ -233,14 +235,14 @@ class Sweep:
         return self._status_of_signals() or status
 
     def _run_jobs(self, launcher: Launcher) -> None:
-        """Runs all jobs. Raises what stopped one, and at the end what one of them failed of, which has been printed.
+        """Runs all jobs. Raises what stopped one, and at the end the error of one that failed, which has been printed.
 
         Not by Hydra's sweeper, which composes each job once more, prints the overrides of the first that failed, and
         leaves the jobs of further batches (``hydra.sweeper.max_batch_size``) alone.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, self.folder / "multirun.yaml")
-        size = self.config.hydra.sweeper.max_batch_size or len(self.jobs)
+        size = self.config.hydra.sweeper.get("max_batch_size") or len(self.jobs)
         failure: Exception | None = None
         for start in range(0, len(self.jobs), size):
             for job in launcher.launch(self.jobs[start : start + size], start):

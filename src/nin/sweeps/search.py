@@ -19,7 +19,7 @@ from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.errors import printable
 from nin.config.hydra_options import SEARCH_PATH, value_of
-from nin.config.schema import Settings, UserError
+from nin.config.schema import CONF, Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
@@ -84,7 +84,7 @@ class Search:
         sources = {source.provider: source.path for source in self.config.hydra.runtime.config_sources}
         config_name = self.config.hydra.job.config_name
         content["config_dir"] = sources.get("command-line")
-        content["config_path"] = self.plan.config_path
+        content["config_path"] = sources["main"] if sources["main"] != str(CONF) else None
         content["config_name"] = config_name if config_name != "train" else None
         words: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
         content[SEARCH_PATH_KEY] = next((word for word in words if split_override(word)[0] == SEARCH_PATH), None)

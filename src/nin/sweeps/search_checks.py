@@ -14,6 +14,7 @@ from nin.config.errors import format_errors
 from nin.config.rules import count_training_batches
 from nin.config.schema import CONF, FolderData, OwnData, Settings, UserError
 from nin.config.types import Positive, Section
+from nin.runs.console import format_path
 from nin.sweeps.checks import check_jobs, once_per_unknown_key
 from nin.sweeps.claims import require_postgresql
 from nin.sweeps.space import Space, enumerate_values, overrides_of, read_space, sample_corners
@@ -121,7 +122,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
         fixed=(*experiment_words(fixed), *own),
         max_epochs=epochs if epochs and epochs > 0 else None,
         config_name=config.hydra.job.config_name,
-        config_path=main if main != str(CONF) else None,
+        config_path=format_path(Path(main)) if main != str(CONF) else None,
     )
 
 

@@ -44,7 +44,7 @@ class Plan:
         fixed: the overrides that all trials share.
         max_epochs: of a trial; None if it is not known.
         config_name: of the config that the trials start from.
-        config_path: of the folder that replaces ``conf/``; None if none does.
+        config_path: of the folder that replaces ``conf/``, relative to the working directory; None if none does.
     """
 
     name: str

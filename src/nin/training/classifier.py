@@ -181,7 +181,7 @@ class Classifier(LightningModule):
         optimizer.zero_grad()
 
     def on_train_epoch_end(self) -> None:
-        require_finite_weights(self)  # before a checkpoint is saved
+        require_finite_weights(self)  # before any callback saves them
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self._update_scores(batch)
