@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,20 @@ def test_several_processes_have_the_rank_of_the_environment(
     two = settings().trainer.model_copy(update={"strategy": "ddp", "devices": 2})
     assert processes.global_rank(two) == 3
     assert os.environ["RANK"] == "3"
+
+
+def test_torchrun_starts_as_many_processes_as_there_are_devices(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    ddp = settings("trainer=ddp", "trainer.num_nodes=2").trainer
+    for devices in (2, "2", [0, 3]):
+        processes.require_matching_start(ddp.model_copy(update={"devices": devices}))
+    for devices in ("auto", 4, [0]):
+        wrong = re.escape(f"trainer.devices={devices}: torchrun started 2 processes on this machine; add trainer.d")
+        with pytest.raises(UserError, match=wrong):
+            processes.require_matching_start(ddp.model_copy(update={"devices": devices}))
 
 
 def test_nodes_that_nothing_starts_are_not_waited_for(

@@ -50,10 +50,12 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
+    except MemoryError as error:
+        raise UserError(f"{path}: can't be read: not enough memory") from error
     end = len(content) - DIGITS
     if end < 22 or content[end - 22 : end - 18] != _ZIP_END:
         raise _damaged(path, "damaged, or not a checkpoint of nin: it does not end with a checksum")
-    if hashlib.sha256(content[:end]).hexdigest().encode() != content[end:]:
+    if hashlib.sha256(memoryview(content)[:end]).hexdigest().encode() != content[end:]:  # without a copy
         raise _damaged(path, "damaged: its content does not match its checksum")
     try:
         with warnings.catch_warnings():

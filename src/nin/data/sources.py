@@ -206,7 +206,11 @@ def _write_atomically(folder: Path) -> Iterator[Path]:
 
 def _download(names: list[str], folder: Path, data: Data) -> None:
     """Downloads ``names``, unpacked, into ``folder``, each from the first mirror that has the published file."""
-    from torchvision.datasets.utils import download_url, extract_archive
+    try:
+        from torchvision.datasets.utils import download_url, extract_archive
+    except ModuleNotFoundError as error:  # where only exports are used
+        where = f"copy the files of {data.name} to {raw_folder(data)}, or set NIN_DATA or data.root"
+        raise UserError(f"{names[0]} of {data.name} is missing, and a download needs torchvision; {where}") from error
 
     for name in names:
         file = folder / name

@@ -130,7 +130,8 @@ def read_checkpoint(
         maps=kind_of_maps(module.network, in_channels, settings.data.image_size),
         settings=_portable(settings),
         more={
-            "run": settings.name,
+            # All jobs of a sweep have the sweep's name.
+            "run": f"{settings.name}/{run.path.resolve().name}" if run and settings.sweep.keys else settings.name,
             "checkpoint": path.name,
             "checkpoint_sha256": checksum,
             "weights_sha256": weights_sha256(module.network),

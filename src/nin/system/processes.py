@@ -35,6 +35,13 @@ def require_matching_start(trainer: Trainer) -> None:
             f"{launcher} started {total} processes, and trainer.strategy={trainer.strategy} uses one; "
             f"add trainer=ddp trainer.devices={local}"
         )
+    # Lightning divides the images among as many processes as there are devices, also if others were started.
+    devices = len(trainer.devices) if isinstance(trainer.devices, list) else trainer.devices
+    if started_by_torchrun() and str(devices) != (started := os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError(
+            f"trainer.devices={trainer.devices}: torchrun started {started} processes on this machine; add "
+            f"trainer.devices={started}"
+        )
     if trainer.num_nodes > 1 and not started_on_several_nodes():
         raise UserError(
             f"trainer.num_nodes={trainer.num_nodes}: this process was started on one node only; start it on every node "
