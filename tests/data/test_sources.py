@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -233,6 +234,17 @@ def test_after_a_mirror_that_breaks_off_or_is_none_the_next_is_tried(
 def test_a_root_that_cannot_be_read(tmp_path: Path, data: Callable[..., Data]) -> None:
     with pytest.raises(UserError, match=r"can't be read \(File name too long\)"):
         files.prepare(data(tmp_path / ("x" * 300)))
+
+
+def test_without_torchvision_files_can_only_be_copied(
+    tmp_path: Path, data: Callable[..., Data], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.datasets.utils", None)
+    with pytest.raises(
+        UserError, match=r"is missing, and a download needs torchvision; copy the files of fashion_mnis"
+    ):
+        files.prepare(data(tmp_path, "http://127.0.0.1:9"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_bad_mirrors_leave_no_bad_file(tmp_path: Path, mirrors: list[Mirror], data: Callable[..., Data]) -> None:

@@ -141,6 +141,13 @@ def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> Non
     json.dumps(known.more)
 
 
+def test_a_job_of_a_sweep_has_a_name_of_its_own(tmp_path: Path, run_folder: Path) -> None:
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    checkpoint["hyper_parameters"]["settings"]["sweep"]["keys"] = ["seed"]
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "seed=0" / "checkpoints" / "best.ckpt")
+    assert nin.load(tmp_path / "seed=0").description.more["run"] == "small/seed=0"
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [({"in_channels": 2}, "trained on images of 2 channels; nin predict"), ({"class_names": None}, "names no classes")],

@@ -264,6 +264,7 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
         (Path, "read_bytes", OSError(5, "Input/output error")),
         (torch, "load", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")),
         (torch, "load", MemoryError()),
+        (Path, "read_bytes", MemoryError()),
     ],
 )
 def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
