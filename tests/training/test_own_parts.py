@@ -1,5 +1,7 @@
 """Runs with networks, optimizers and data modules of the user's own that differ from the project's in kind."""
 
+import contextlib
+import gc
 import multiprocessing
 import os
 import shutil
@@ -14,6 +16,7 @@ import torch
 from lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from helpers import run_experiment
@@ -454,10 +457,15 @@ class EndedWorkers(Callback):
 
     def end(self, *_: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        for process in multiprocessing.active_children():
-            # A worker ignores that of its parent, and torch's handler must find it not waited for.
-            subprocess.run(["kill", str(process.pid)], check=True)
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        # A worker that ends while it holds this lock leaves it locked, and torch waits for it without end.
+        iterators = [each for each in gc.get_objects() if type(each) is _MultiProcessingDataLoaderIter]
+        with contextlib.ExitStack() as locks:
+            for iterator in iterators:
+                locks.enter_context(iterator._workers_done_event._cond)
+            for process in multiprocessing.active_children():
+                # A worker ignores that of its parent, and torch's handler must find it not waited for.
+                subprocess.run(["kill", str(process.pid)], check=True)
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_test_batch_start"])
