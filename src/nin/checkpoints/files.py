@@ -119,15 +119,14 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
             continue
         try:
             return path, read(path)
-        except UserError as error:
-            if not isinstance(error, DamagedError):
-                if path.exists():
-                    raise
-                continue  # another process has renamed it
+        except DamagedError as error:
             if rename:
                 aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
                 path.rename(aside)
                 log.warning("%s; renamed to %s", error, aside.name)
+        except UserError:
+            if path.exists():  # otherwise another process has renamed it
+                raise
     # best.ckpt or a damaged file shows that there was progress, which must not be discarded silently.
     if folder.checkpoints.exists() and (left := [p.name for p in folder.checkpoints.iterdir() if p.name[0] != "."]):
         raise UserError(

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.changes import SAME_EXPERIMENT, is_within, split_override, that_change_training
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
+from nin.config.errors import printable_lines
 from nin.config.hydra_options import open_hydra, parse_arguments, value_of
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
@@ -182,6 +183,6 @@ def start_sweep(app: Hydra, config: DictConfig) -> int:
             try:
                 report(sweep.folder, storage=sweep.search.settings.storage if sweep.search else None)
             except UserError as error:  # raised here, it would take the place of what ended the sweep
-                print(f"nin train: no report: {error}", file=sys.stderr)
+                print(f"nin train: no report: {printable_lines(str(error))}", file=sys.stderr)
                 status = status or 2
     return status
