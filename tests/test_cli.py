@@ -104,6 +104,20 @@ def test_standard_output_that_can_not_be_written_is_no_traceback(
     assert (ended.returncode, ended.stderr) == (status, message)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
+def test_a_file_that_can_not_be_written_is_not_taken_for_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing to a full disk raises an OSError without a file's name, as writing to standard output does."""
+
+    def write() -> None:
+        with open("/dev/full", "w") as file:  # noqa: PTH123
+            file.write("result")
+
+    monkeypatch.setattr(cli, "dispatch", write)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as raised:
+        cli.main()
+    assert raised.value.filename is None
+
+
 @pytest.mark.parametrize("is_error_closed", [False, True])
 @pytest.mark.parametrize("command", ["report --help", "report sweep", "inspect model=nin_small"])
 def test_a_command_whose_output_nobody_reads_ends_with_141(

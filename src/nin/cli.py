@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+from typing import TextIO
 
 COMMANDS = {
     "train": "train a network, then test its best checkpoint once; with -m a sweep",
@@ -40,8 +41,8 @@ def main() -> None:
             status = ended.code
         sys.stdout.flush()
     except OSError as error:
-        # Not of standard output, but of a file, or of a library that can't be loaded.
-        if error.filename is not None or error.errno is None:
+        # A full disk and a removed working directory are no errors of standard output.
+        if not (isinstance(error, BrokenPipeError) or _cannot_flush(sys.stdout)):
             raise
         status = 141 if isinstance(error, BrokenPipeError) else 1  # nin report … | head
         if status == 1:
@@ -51,6 +52,14 @@ def main() -> None:
             with contextlib.suppress(OSError):  # replaced by one without a file
                 os.dup2(null, stream.fileno())
     sys.exit(status)
+
+
+def _cannot_flush(stream: TextIO) -> bool:
+    try:
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 def dispatch() -> int:

@@ -167,7 +167,11 @@ def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Pa
 
 
 def test_a_picture_that_can_not_be_written_is_named(
-    run_folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def refuse(path: Path) -> None:
         raise OSError(28, "No space left on device")
@@ -176,8 +180,13 @@ def test_a_picture_that_can_not_be_written_is_named(
     with pytest.raises(UserError, match=r"^--maps \S+/maps: can't be written \(No space left on device\)$"):
         main([str(run_folder), str(pictures / "0.png"), "--maps", str(tmp_path / "maps")])
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^--maps \S+/file: can't be written \(a file has this name\)$"):
-        main([str(run_folder), str(pictures / "0.png"), "--maps", str(tmp_path / "file")])
+    for place in ("file", "file/maps"):
+        with pytest.raises(UserError, match=rf"^--maps \S+/{place}: can't be written \(\S+/file is not a folder\)$"):
+            main([str(run_folder), str(pictures / "0.png"), "--json", "--maps", str(tmp_path / place)])
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(UserError, match=r"^--maps \S+/new/maps: can't be written \(no permission to write to \S+\)$"):
+        main([str(run_folder), str(pictures / "0.png"), "--json", "--maps", str(tmp_path / "new" / "maps")])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(("image", "maps"), [("0.png", "."), (".", "."), (".", "maps"), ("0.png", "../pictures")])

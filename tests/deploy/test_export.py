@@ -194,7 +194,7 @@ def test_weights_outside_of_the_file_are_refused(export: Path, tmp_path: Path, m
             load_onnx(_change(export, tmp_path / "m.onnx", refer))
 
 
-def test_an_export_without_maps_says_so(export: Path, tmp_path: Path) -> None:
+def test_an_export_without_maps_says_so(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That of a network whose maps need gradients."""
 
     def drop_maps(model: "onnx.ModelProto") -> None:
@@ -207,8 +207,9 @@ def test_an_export_without_maps_says_so(export: Path, tmp_path: Path) -> None:
         network.maps(images)
     Image.new("L", (28, 28)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="this export has no score maps"):
-        predict.main([str(tmp_path / "m.onnx"), str(tmp_path / "a.png"), "--maps", str(tmp_path / "maps")])
+        predict.main([str(tmp_path / "m.onnx"), str(tmp_path / "a.png"), "--csv", "--maps", str(tmp_path / "maps")])
     assert not (tmp_path / "maps").exists()
+    assert capsys.readouterr().out == ""
 
 
 def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ def test_a_job_of_a_sweep_has_a_name_of_its_own(tmp_path: Path, run_folder: Path
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     checkpoint["hyper_parameters"]["settings"]["sweep"]["keys"] = ["seed"]
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "seed=0" / "checkpoints" / "best.ckpt")
-    assert nin.load(tmp_path / "seed=0").description.more["run"] == "small/seed=0"
+    for given in (tmp_path / "seed=0", tmp_path / "seed=0" / "checkpoints" / "best.ckpt"):
+        assert nin.load(given).description.more["run"] == "small/seed=0"
 
 
 @pytest.mark.parametrize(

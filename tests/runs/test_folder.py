@@ -1,3 +1,4 @@
+import errno
 import os
 import threading
 import time
@@ -153,6 +154,20 @@ def test_a_refused_claim_leaves_no_new_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="refused"), folder.claim():
         raise UserError("refused")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_claim_on_a_full_disk_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path / "runs" / "full")
+
+    def fail(**state: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(folder, "update_state", fail)
+    with pytest.raises(UserError) as refused, folder.claim():
+        pass
+    remedy = "free some space, or give another name"
+    assert str(refused.value) == f"{folder.path}: can't be written ({os.strerror(errno.ENOSPC)}); {remedy}"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_refused_claim_holds_its_lock_until_its_folder_is_removed(

@@ -367,7 +367,9 @@ def test_a_process_id_that_no_process_can_have_is_of_none(tmp_path: Path) -> Non
 
 def test_each_option_of_a_group_in_a_package_has_a_folder() -> None:
     jobs = [["+extra@callbacks=a", "seed=0"], ["+extra@callbacks=b", "seed=0"], ["~extra@callbacks", "seed=0"]]
-    assert sweep.folder_names(jobs[:2], ["extra"]) == ["+extra@callbacks=a", "+extra@callbacks=b"]
+    assert sweep.folder_names(jobs[:2], ["extra@callbacks"]) == ["+extra@callbacks=a", "+extra@callbacks=b"]
+    overrides = parse_overrides(["+extra@callbacks=a,b", "+extra@logger=c,d", "seed=0"])
+    assert sweep.swept_keys(overrides) == ["extra@callbacks", "extra@logger"]
     assert sweep.folder_names(jobs, ["seed"]) == ["seed=0"] * 3
 
 

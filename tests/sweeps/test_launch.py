@@ -25,6 +25,7 @@ from filelock import FileLock
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from helpers import ENVIRONMENT, GATED, SMALL, gated, merge, nin, run_experiment, start, wait_for
 from nin import cli
@@ -37,6 +38,7 @@ from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.sweeps import checks, gpus, launch, summary
+from nin.sweeps.jobs import requested_names
 from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
@@ -125,11 +127,16 @@ def test_the_jobs_of_a_sweep_are_checked_with_the_search_path_of_the_command_lin
 ) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "tiny.yaml").write_text("defaults: [mlp, _self_]\nhidden_width: 8\n")
-    own = [f"hydra.searchpath=[file://{tmp_path}]", "model=tiny,mlp"]
+    own = [f"hydra.searchpath=[file://{tmp_path}]", "model=glob([t*,mlp])"]
     args = train.parse_arguments(["-m", "name=own", "data=garments", f"data.root={data_root}", *own, "trainer=cpu"])
     with open_hydra(overrides=args.overrides) as app:
-        assert launch.Sweep(train.compose(app, args, RunMode.MULTIRUN)).names == ["model=tiny", "model=mlp"]
+        config = train.compose(app, args, RunMode.MULTIRUN)
+        assert launch.Sweep(config).names == ["model=mlp", "model=tiny"]
         assert compose_config(["model=tiny"]).model.hidden_width == 8
+        OmegaConf.save(config, tmp_path / "multirun.yaml")
+        assert requested_names(tmp_path) == ["model=mlp", "model=tiny"]  # for the estimate of the time that is left
+    with open_hydra():  # as `nin report` does
+        assert requested_names(tmp_path) == []
 
 
 def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(
@@ -157,7 +164,7 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch: p
     checks.require_launcher("hydra._internal.core_plugins.basic_launcher.BasicLauncher")
 
 
-@pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # nin.config does it, and pytest undoes it
+@pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/submitit_slurm")  # `runs.console` does it, and pytest undoes it
 def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> None:
     requested = ["sweep.fail_fast=true", "hydra/launcher=submitit_slurm"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -509,7 +516,7 @@ def test_a_killed_job_ends_the_sweep_with_one_line(
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 1, output
     assert f"nin train: {message}" in output
-    assert "run the same command again to resume" in output
+    assert "the same command with name=lost resumes the sweep" in output
     assert "Traceback" not in output
 
 
@@ -615,7 +622,7 @@ def test_torchruns_processes_are_stopped_and_resume_to_the_same_weights(tmp_path
     third = runs / "halves" / "checkpoints" / "last-2.ckpt"
     status, printed = on_a_terminal(*requested, "name=halves", stop_at=third, **there)
     assert status == 1  # torchrun's
-    assert "run the same command again to resume" in printed
+    assert "last.ckpt is saved; resume with: nin resume outputs/runs/halves" in printed
     assert on_a_terminal(*requested, "name=halves", **there)[0] == 0
     whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
     assert (halves["weights_sha256"], halves["metrics"]) == (whole["weights_sha256"], whole["metrics"])

@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nin import cli
-from nin.config.schema import CONF
+from nin.config.hydra_options import open_hydra
 from nin.sweeps import chart, summary
 from nin.sweeps.jobs import read_jobs
 from nin.sweeps.rows import group_by_seed
@@ -372,8 +372,11 @@ def test_the_jobs_of_an_unfinished_sweep_over_the_options_of_a_group(
 ) -> None:
     put_job(tmp_path / "s" / "optimizer=adamw", ["optimizer=adamw"], 0.9)
     task = ["optimizer=glob(*)"]
-    for provider, listed in (("schema", True), ("command-line", False)):  # --config-dir, whose options are not known
-        sources = [{"provider": "main", "path": str(CONF)}, {"provider": provider, "path": "file:///my"}]
+    with open_hydra() as app:
+        known = [{"provider": source.provider, "path": source.path} for source in app.config_loader.get_sources()]
+    # The options in the folder of --config-dir are not known here.
+    for more_sources, listed in (([], True), ([{"provider": "command-line", "path": "/my"}], False)):
+        sources = [*known, *more_sources]
         more = {"overrides": {"task": task}, "runtime": {"config_sources": sources}}
         (tmp_path / "s" / "multirun.yaml").write_text(json.dumps({"hydra": {"sweeper": {"params": None}, **more}}))
         assert cli.run("report", [str(tmp_path / "s")]) == 0

@@ -28,6 +28,7 @@ from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
 from nin.training import experiment
+from nin.training.classifier import Classifier
 from nin.training.experiment import Experiment
 from nin.training.loss import build_loss
 from nin.training.run import execute_run
@@ -48,6 +49,21 @@ class Partly(nn.Sequential):
 def with_network(settings: Callable[..., Settings], *overrides: str, network: str = "Partly") -> Settings:
     plain = settings("logger=none", "callbacks=none", *overrides).model_dump(mode="json")
     return validate_plain(plain | {"model": {"_target_": f"{__name__}.{network}", "input_size": 28}})
+
+
+class Normalized(Partly):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.insert(2, nn.BatchNorm1d(16))
+
+
+def test_batch_norm_of_a_network_of_ones_own_has_the_statistics_of_the_full_batch(
+    settings: Callable[..., Settings],
+) -> None:
+    classes = [str(i) for i in range(10)]
+    for network, expected in (("Partly", 4), ("Normalized", None)):
+        module = Classifier(with_network(settings, "speed.micro_batch=4", network=network), classes)
+        assert module.micro_batch_size == expected
 
 
 class Auxiliary(Partly):
@@ -297,8 +313,8 @@ class Interrupted(Streams):
 @pytest.mark.parametrize(
     ("epoch", "message"),
     [
-        (0, "no checkpoint is saved yet, the same command starts from the beginning"),
-        (1, "run the same command again to resume from last.ckpt, which has step 6 of 8"),
+        (0, "no checkpoint is saved yet; start again from the beginning"),
+        (1, "last.ckpt has step 6 of 8; resume with: nin resume "),
     ],
 )
 def test_a_stop_says_what_is_saved(
@@ -311,7 +327,7 @@ def test_a_stop_says_what_is_saved(
     request = RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
     with pytest.raises(StoppedError):
         execute_run(request)
-    assert f"stopped by SIGTERM; {message}\n" in capsys.readouterr().err
+    assert f"stopped by SIGTERM; {message}" in capsys.readouterr().err
     result = execute_run(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path)))
     assert (result["status"], result["steps"]) == ("finished", 12)
 

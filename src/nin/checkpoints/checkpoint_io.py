@@ -64,7 +64,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             megabytes = len(content) / 1e6
             error.strerror = (
                 f"{error.strerror}: the checkpoint of {megabytes:.0f} MB could not be saved, the previous one is kept; "
-                "free some space and run the same command again, which resumes from there"
+                "free some space and resume the run"
             )
             raise
 

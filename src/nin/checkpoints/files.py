@@ -124,9 +124,10 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
                 aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
                 path.rename(aside)
                 log.warning("%s; renamed to %s", error, aside.name)
-        except UserError:
+        except UserError as error:
             if path.exists():  # otherwise another process has renamed it
-                raise
+                remedy = "try again, or move it away to resume from the checkpoint before it"
+                raise UserError(f"{error}; {remedy}") from error
     # best.ckpt or a damaged file shows that there was progress, which must not be discarded silently.
     if folder.checkpoints.exists() and (left := [p.name for p in folder.checkpoints.iterdir() if p.name[0] != "."]):
         raise UserError(

@@ -116,7 +116,7 @@ def show_progress(console: Console) -> Iterator["Report"]:
     if not console.is_terminal:
         printed = ""
 
-        def print_line(line: str, what: str = "", done: int = 0, total: int | None = None) -> None:
+        def print_line(line: str, what: str, done: int, total: int | None) -> None:
             nonlocal printed
             if line != printed:
                 console.print(line)
@@ -128,7 +128,7 @@ def show_progress(console: Console) -> Iterator["Report"]:
     with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task("", total=None)
 
-        def show(line: str, what: str = "", done: int = 0, total: int | None = None) -> None:
+        def show(line: str, what: str, done: int, total: int | None) -> None:
             bar.update(task, description=f"{line}: {what}" if what else line, completed=done, total=total)
 
         yield show

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -55,8 +56,7 @@ def main(arguments: list[str]) -> int:
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
         raise UserError(f"{', '.join(missing)}: no such file or folder")
     if args.maps:
-        if args.maps.exists() and not args.maps.is_dir():
-            raise UserError(f"--maps {args.maps}: can't be written (a file has this name)")
+        _require_folder(args.maps)
         _require_other_folder(args.maps, args.images)
     with log_to(None):
         from nin.deploy.loading import load
@@ -64,6 +64,19 @@ def main(arguments: list[str]) -> int:
         with without_garbage_collection():
             network = load(args.network, args.allow)
         return predict(network, args)
+
+
+def _require_folder(maps: Path) -> None:
+    """Checks that the folder ``maps`` can be made, before the first row is printed.
+
+    Raises:
+        UserError: if there is a file in its place, or no permission.
+    """
+    existing = next(path for path in (maps, *maps.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise UserError(f"--maps {maps}: can't be written ({existing} is not a folder)")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"--maps {maps}: can't be written (no permission to write to {existing})")
 
 
 def _require_other_folder(maps: Path, images: list[Path]) -> None:
@@ -90,6 +103,8 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
 
     silence_pillow()
 
+    if args.maps:
+        network.require_maps()
     description = network.description
     kind = _JSON if args.json else _CSV if args.csv else _Rows
     writer = kind(description.class_names, args.top)

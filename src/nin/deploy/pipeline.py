@@ -119,6 +119,8 @@ def read_checkpoint(
     load_weights(module, checkpoint)
     module = module.float().eval().requires_grad_(False)
     data = settings.data
+    file = path.absolute()
+    folder = run.path if run else file.parents[1] if file.parent.name == "checkpoints" else None
     result = (run.read_result() if run else None) or {}
     return module, Description(
         class_names=class_names,
@@ -131,7 +133,7 @@ def read_checkpoint(
         settings=_portable(settings),
         more={
             # All jobs of a sweep have the sweep's name.
-            "run": f"{settings.name}/{run.path.resolve().name}" if run and settings.sweep.keys else settings.name,
+            "run": f"{settings.name}/{folder.resolve().name}" if folder and settings.sweep.keys else settings.name,
             "checkpoint": path.name,
             "checkpoint_sha256": checksum,
             "weights_sha256": weights_sha256(module.network),

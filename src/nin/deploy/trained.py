@@ -104,16 +104,25 @@ class TrainedNetwork:
         Raises:
             UserError: if maps are requested and there are none.
         """
-        if maps and self.description.maps == "none":
-            raise UserError(
-                "this export has no score maps: in this network they need gradients, which an export does not have; "
-                "give the run or its checkpoint instead"
-            )
+        if maps:
+            self.require_maps()
         arrays = as_arrays(images, self.description.form)
         parts = []
         for indices in batches_of_one_size(arrays, BATCH_IMAGES, BATCH_PIXELS):
             parts.append((indices, self.compute(np.stack([arrays[i] for i in indices]), maps)))
         return _joined(parts, len(arrays), len(self.description.class_names))
+
+    def require_maps(self) -> None:
+        """Checks that there are score maps.
+
+        Raises:
+            UserError: if this is an export of a network whose maps need gradients.
+        """
+        if self.description.maps == "none":
+            raise UserError(
+                "this export has no score maps: in this network they need gradients, which an export does not have; "
+                "give the run or its checkpoint instead"
+            )
 
 
 def _joined(parts: list[tuple[list[int], Scores]], count: int, classes: int) -> Scores:

@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 # A micro-batch's largest feature maps are at most this many bytes, so that the next layer finds them in a CPU's cache.
 _CACHE_BYTES = 18 * 2**20
+# Their statistics are those of the full batch.
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "tuple[int | None, list[Dropout]]":
@@ -39,7 +41,8 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
     if isinstance(settings.model, OwnModel):
         # What lies within the user's own module is not known: where it may be split, its dropout, its ReLUs.
         log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
-        return (options.micro_batch if isinstance(options.micro_batch, int) else None), []
+        may_split = isinstance(options.micro_batch, int) and not _has_batch_norm(network)
+        return (options.micro_batch if may_split else None), []  # type: ignore[return-value]
     shapes = output_shapes(network, in_channels, settings.data.image_size)
     micro_batch = micro_batch_size(network, shapes)
     if micro_batch and options.micro_batch != "auto":
@@ -67,15 +70,17 @@ def output_shapes(network: nn.Sequential, in_channels: int, image_size: int) -> 
 def micro_batch_size(network: nn.Sequential, shapes: list[torch.Size]) -> int | None:
     """The number of images per micro-batch that is fastest on a CPU, or None if batches must not be split.
 
-    Batch norm takes its statistics from the full batch.
-
     Args:
         shapes: of the network's layers, from ``output_shapes``.
     """
-    if any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+    if _has_batch_norm(network):
         return None
     largest = max(4 * shape.numel() for shape in shapes)
     return max(1, _CACHE_BYTES // largest)
+
+
+def _has_batch_norm(network: nn.Module) -> bool:
+    return any(isinstance(module, _BATCH_NORMS) for module in network.modules())
 
 
 def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> "list[Dropout]":

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -140,6 +141,11 @@ def format_path(path: Path) -> str:
     """``path`` relative to the working directory if it lies in it, otherwise absolute."""
     path, working_directory = path.resolve(), Path.cwd()
     return str(path.relative_to(working_directory)) if path.is_relative_to(working_directory) else str(path)
+
+
+def name_override(name: str) -> str:
+    """The override that gives a run or a sweep this name; Hydra would read ``name=a,b`` as two values."""
+    return f"name={name}" if re.fullmatch(r"[\w.@+-]+", name) else f'name="{name}"'
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

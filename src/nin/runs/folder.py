@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import itertools
 import json
@@ -74,11 +75,12 @@ class RunFolder:
             self.config.parent.mkdir(parents=True, exist_ok=True)
             self._acquire(lock, wait)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: can't be written ({error.strerror}); change its permissions, or give another name"
-            ) from error
+            raise self._cannot_write(error) from error
         try:
-            self.update_state(pid=os.getpid(), host=socket.gethostname())
+            try:
+                self.update_state(pid=os.getpid(), host=socket.gethostname())
+            except OSError as error:  # the disk is full
+                raise self._cannot_write(error) from error
             written = (folder.glob(_TEMPORARY) for folder in (self.path, self.config.parent, self.checkpoints))
             for leftover in (*itertools.chain(*written), self.fresh):
                 leftover.unlink(missing_ok=True)  # a process that was killed was writing it
@@ -92,6 +94,10 @@ class RunFolder:
                     for folder in created:
                         folder.rmdir()
             lock.release()
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "change its permissions"
+        return UserError(f"{self.path}: can't be written ({error.strerror}); {remedy}, or give another name")
 
     def _acquire(self, lock: FileLock, wait: Callable[[str], None] | None) -> None:
         while True:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -15,7 +16,7 @@ from omegaconf import DictConfig
 from nin.config.changes import MAY_CHANGE, PART_OF_RESULT, is_within, split_override
 from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import first_line, printable
-from nin.config.schema import CONF, UserError
+from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
 from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
@@ -49,7 +50,7 @@ def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[st
     keys = set(swept)
 
     def is_swept(word: str) -> bool:
-        return split_override(word)[0].partition("@")[0] in keys  # group@package=option
+        return split_override(word)[0] in keys
 
     return [job_folder(",".join(sorted(filter(is_swept, job)))) for job in jobs]
 
@@ -69,7 +70,7 @@ def own_overrides(words: Sequence[str]) -> list[str]:
 def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, Any]:
     """``hydra.sweeper.params`` without the keys that the command line sets.
 
-    Hydra's sweeper would use both, and run some jobs several times.
+    With both, some jobs would run several times.
     """
     given = _by_key(task)
     return {key: value for key, value in params.items() if key not in given}
@@ -77,6 +78,15 @@ def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[s
 
 def _by_key(words: Iterable[str]) -> dict[str, str]:
     return dict(map(split_override, words))
+
+
+def swept_keys(overrides: list[Override]) -> list[str]:
+    """The keys and groups that a sweep varies; of an option's package too, as in ``model@teacher``."""
+    return [key_of(override) for override in overrides if override.is_sweep_override()]
+
+
+def key_of(override: Override) -> str:
+    return override.get_key_element().lstrip("+~")
 
 
 def expand_jobs(overrides: list[Override]) -> list[list[str]]:
@@ -168,11 +178,10 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
     try:
         hydra = read_yaml(sweep / "multirun.yaml")["hydra"]
         params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
-        # The options that glob(*) stands for may be those of configs of the user's own, which a report does not read.
-        if "glob(" in str([params, task]) and not _has_configs_of_project(hydra):
+        if "glob(" in str([params, task]) and not _finds_same_options(hydra):
             return [], []
         overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
-        swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+        swept = swept_keys(overrides)
         jobs = expand_jobs(overrides)
     except (*_UNREADABLE, HydraException, UserError):
         return [], []
@@ -180,9 +189,17 @@ def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]],
     return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
 
 
-def _has_configs_of_project(hydra: Any) -> bool:
-    places = {source["provider"]: source["path"] for source in hydra["runtime"]["config_sources"]}
-    return places.keys() <= {"hydra", "main", "schema"} and places["main"] == str(CONF)
+def _finds_same_options(hydra: Any) -> bool:
+    """Whether glob(*) stands for the same options here as in the command that started the sweep.
+
+    That command may have read configs of the user's own, which `nin report` does not read.
+    """
+    app = GlobalHydra.instance().hydra
+    here = app.config_loader.get_sources() if app else []
+    started = hydra["runtime"]["config_sources"]
+    # Hydra adds hydra.searchpath=[…] where it composes a config, and not where it looks for the options of glob(*).
+    composed = [source for source in started if not source["provider"].startswith("hydra.searchpath in ")]
+    return {(s.provider, s.path) for s in here} == {(s["provider"], s["path"]) for s in composed}
 
 
 def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """The start of a sweep: its jobs are checked, and Hydra's launcher runs them."""
 
 import os
+import shlex
 import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -15,12 +16,14 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
+from nin.config.changes import split_override
 from nin.config.composition import format_error, parse_overrides, quote_value
 from nin.config.errors import first_line
 from nin.config.hydra_options import value_of
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
-from nin.runs.console import format_path
+from nin.runs.console import format_path, name_override
+from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
@@ -29,6 +32,8 @@ from nin.sweeps.jobs import (
     add_common_overrides,
     expand_jobs,
     folder_names,
+    key_of,
+    swept_keys,
     without_overridden,
 )
 from nin.sweeps.signals import SignalForwarder
@@ -52,7 +57,6 @@ if TYPE_CHECKING:
 _GRID = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 # Imported where a search starts: other sweeps need no Optuna.
 _SEARCH = "nin.sweeps.search.Search"
-_SUBDIR = "job"  # in conf/train.yaml; the sweep gives each job its own
 
 
 class Sweep:
@@ -68,8 +72,8 @@ class Sweep:
     def __init__(self, config: DictConfig):
         if not config.hydra.sweep.dir.strip():
             raise UserError("hydra.sweep.dir: is empty; leave it out, or give the sweep's folder")
-        sweep: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-        if sweep["subdir"] != _SUBDIR:
+        given: Any = OmegaConf.to_container(config.hydra.overrides.hydra, resolve=False)
+        if any(split_override(word)[0] == "hydra.sweep.subdir" for word in given):
             raise UserError("hydra.sweep.subdir: a sweep names its jobs' folders by what it varies; leave it out")
         self.config = config
         self.folder = Path(config.hydra.sweep.dir)
@@ -96,7 +100,7 @@ class Sweep:
         config.hydra.sweeper.params = params
         self._require_same_kind(sweeper == _SEARCH)
         overrides = self._parse(params)
-        swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+        swept = swept_keys(overrides)
         settings = self._check(overrides, swept, sweeper == _SEARCH)
         if is_joblib(config.hydra.launcher._target_):
             self._configure_joblib(config.hydra.launcher, settings)
@@ -118,13 +122,11 @@ class Sweep:
             overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *self.task])
         except OverrideParseException as error:  # of hydra.sweeper.params in a file
             raise UserError(format_error(error.override, error, self.config)) from None
-        swept, fixed = (
-            [o.key_or_group for o in overrides if o.is_sweep_override() == varies] for varies in (True, False)
-        )
+        swept, fixed = ([key_of(o) for o in overrides if o.is_sweep_override() == varies] for varies in (True, False))
         for key, remedy in (("name", "it names the whole sweep"), ("sweep", "choose one of them per command")):
             if key in swept:
                 raise UserError(f"{key}: can't be varied; {remedy}")
-        if own := [o.key_or_group for o in overrides if o.key_or_group in (KEYS, "sweep.jobs", "sweep.wait")]:
+        if own := [key for key in (*swept, *fixed) if key in (KEYS, "sweep.jobs", "sweep.wait")]:
             raise UserError(f"{own[0]}: is set by the sweep; leave it out")
         if both := sorted({key for key in swept if key in fixed or swept.count(key) > 1}):
             raise UserError(f"{both[0]}: given more than once; give it once, with all its values")
@@ -224,15 +226,18 @@ class Sweep:
         except BrokenProcessPool:
             status = 1
             if not self._status_of_signals():
-                print("nin train: a worker process was killed; run the same command again to resume", file=sys.stderr)
+                print(f"nin train: a worker process was killed; {self._remedy()}", file=sys.stderr)
         except Exception as error:
             # What the launchers of a cluster raise for a job that was killed or whose machine was lost.
             if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
                 raise
             status = 1
-            reason = first_line(error)
-            print(f"nin train: a job was lost ({reason}); run the same command again to resume", file=sys.stderr)
+            print(f"nin train: a job was lost ({first_line(error)}); {self._remedy()}", file=sys.stderr)
         return self._status_of_signals() or status
+
+    def _remedy(self) -> str:
+        # Without a name=… the command would start another sweep, whose name is the time.
+        return f"the same command with {shlex.quote(name_override(self.config.name))} resumes the sweep"
 
     def _run_jobs(self, launcher: Launcher) -> None:
         """Runs all jobs. Raises what stopped one, and at the end the error of one that failed, which has been printed.
@@ -240,8 +245,7 @@ class Sweep:
         Not by Hydra's sweeper, which composes each job once more, prints the overrides of the first that failed, and
         leaves the jobs of further batches (``hydra.sweeper.max_batch_size``) alone.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, self.folder / "multirun.yaml")
+        write_atomically(self.folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
         size = self.config.hydra.sweeper.get("max_batch_size") or len(self.jobs)
         failure: Exception | None = None
         for start in range(0, len(self.jobs), size):

@@ -10,13 +10,13 @@ from optuna.trial import FrozenTrial
 from nin.config.changes import split_override
 from nin.config.composition import parse_overrides
 from nin.config.schema import CONF
+from nin.runs.console import name_override
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import trial_name
 
 # The keys in a search's description, and the options of its command that choose other configs than conf/train.yaml.
 CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
 SEARCH_PATH_KEY = "search_path"  # in a search's description: its override hydra.searchpath=[…]
-_PLAIN = r"[\w.@+-]+"  # a name that Hydra reads as one text; name=a,b would be a sweep
 _NO_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
 
 
@@ -25,8 +25,7 @@ def best_command(description: dict[str, Any], best: FrozenTrial) -> str:
     options = [
         word for key, option in CONFIG_OPTIONS.items() if (own := description.get(key)) for word in (option, own)
     ]
-    name = f"{description['name']}-best"
-    words = [f"name={name}" if re.fullmatch(_PLAIN, name) else f'name="{name}"']
+    words = [name_override(f"{description['name']}-best")]
     words += [search_path] if (search_path := description.get(SEARCH_PATH_KEY)) else []
     words += [word for word in description["fixed"] if not re.match(r"\+*(name=|hydra)", word)]
     words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(description) else [])]

@@ -198,7 +198,7 @@ class StopRequest:
         for signum in _signals():
             handler = signal.signal(signum, self._handle)
             self._previous.setdefault(signum, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())  # sweeps.launch starts workers with them blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())  # `sweeps.signals` starts workers with them blocked
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -14,7 +15,7 @@ from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
-from nin.runs.console import format_path
+from nin.runs.console import format_path, name_override
 from nin.runs.request import RunRequest
 from nin.runs.results import never_predicted
 from nin.system import devices
@@ -208,10 +209,13 @@ class Experiment:
         """What a run that was stopped has saved, for the terminal."""
         saved, step = self.checkpoints.saved_step, self.trainer.global_step
         if not self.folder.last.exists():
-            return "no checkpoint is saved yet, the same command starts from the beginning"
-        if saved == step:
-            return "last.ckpt is saved, run the same command again to resume"
-        return f"run the same command again to resume from last.ckpt, which has step {saved} of {step}"
+            return "no checkpoint is saved yet; start again from the beginning"
+        # The same command without a name=… would start another run or sweep, whose name is the time.
+        command = shlex.join(["nin", "resume", format_path(self.folder.path)])
+        if self.settings.sweep.keys:
+            command = f"the sweep's command and {shlex.quote(name_override(self.settings.name))}"
+        state = "last.ckpt is saved" if saved == step else f"last.ckpt has step {saved} of {step}"
+        return f"{state}; resume with: {command}"
 
     def _describe(self, tested: dict[str, Any], final_weights: str) -> dict[str, Any]:
         best, metrics = self.checkpoints.best, self.metrics

@@ -197,7 +197,7 @@ def _warn_of_few_cores(used: float) -> None:
         # Other programs, or a container with fewer cores than the machine has.
         log.warning(
             "training gets %.1f CPU cores for its %d threads, which wait for each other: are other programs running? "
-            "It may be faster with threads=%d (Ctrl-C, then the same command with it resumes the run).",
+            "It may be faster with threads=%d, with which a stopped run can be resumed.",
             used, threads, max(1, int(used)),
         )  # fmt: skip
 
