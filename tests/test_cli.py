@@ -62,20 +62,6 @@ def test_on_windows_the_message_names_what_to_use(
     assert capsys.readouterr().err == ("nin train: needs Linux or macOS; on Windows start it in WSL (wsl --install)\n")
 
 
-def test_a_process_that_lightning_starts_trains_with_the_overrides_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    run: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(cli, "run", lambda name, arguments: run.append((name, arguments)) or 0)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    dispatch(monkeypatch, "seed=1", "trainer=ddp")
-    dispatch(monkeypatch, "~callbacks.images", "seed=1")
-    dispatch(monkeypatch, "eval", "outputs/runs/first")
-    assert run == [
-        ("train", ["seed=1", "trainer=ddp"]),
-        ("train", ["~callbacks.images", "seed=1"]),
-        ("eval", ["outputs/runs/first"]),
-    ]
-
-
 def closed_pipe() -> int:
     """A pipe of which nobody reads any more."""
     reader, writer = os.pipe()

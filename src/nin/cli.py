@@ -67,9 +67,6 @@ def dispatch() -> int:
     name, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if name.startswith("-sc"):
         return complete(name, arguments)
-    if "LOCAL_RANK" in os.environ and ("=" in name or name.startswith("~")):
-        # Lightning starts the other processes of trainer=ddp with the overrides alone.
-        name, arguments = "train", sys.argv[1:]
     if name == "help" and arguments[:1] and arguments[0] in COMMANDS:
         name, arguments = arguments[0], ["--help"]
     if name in ("-h", "--help", "help"):
