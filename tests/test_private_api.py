@@ -40,6 +40,7 @@ PRIVATE = {
     "_last_train_dl_reload_epoch": "Lightning's fit loop",
     "_last_val_dl_reload_epoch": "Lightning's evaluation loop",
     "_jit_clear_class_registry": "torch._C",
+    "_set_sampler_epoch": "lightning.fabric.utilities.data",
     "_should_accumulate": "Lightning's epoch loop",
     "_should_check_val_fx": "Lightning's epoch loop",
     "_signal_connector": "Lightning's Trainer",
@@ -134,6 +135,16 @@ def test_epoch_loop_should_accumulate(recorder: Recorder) -> None:
 
 def test_epoch_loop_should_check_val_fx_and_fit_loop_data_fetcher(recorder: Recorder) -> None:
     assert recorder.validates == [False, False, True] * 2
+
+
+def test_set_sampler_epoch() -> None:
+    from lightning.fabric.utilities.data import _set_sampler_epoch
+
+    sampler = torch.utils.data.DistributedSampler(range(4), num_replicas=2, rank=0)
+    loader = torch.utils.data.DataLoader(range(4), sampler=sampler)
+    _set_sampler_epoch(loader, 3)
+    assert sampler.epoch == 3
+    _set_sampler_epoch(object(), 3)  # the user's own may have no sampler
 
 
 def test_fit_loop_can_stop_early(recorder: Recorder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
@@ -271,13 +272,6 @@ def _has_position(trainer: Trainer) -> bool:
 
 def _make_iterator(trainer: Trainer) -> None:
     iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
-
-
-def _set_sampler_epoch(loader: Any, epoch: int) -> None:
-    """Sets the epoch of samplers such as torch's `DistributedSampler`, as Lightning does later."""
-    for owner in (loader, getattr(loader, "batch_sampler", None)):
-        if set_epoch := getattr(getattr(owner, "sampler", None), "set_epoch", None):
-            set_epoch(epoch)
 
 
 def _reload_epochs(trainer: Trainer) -> list[int | float]:
