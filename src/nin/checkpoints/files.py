@@ -91,7 +91,10 @@ def _require_layout(checkpoint: Any, path: Path) -> None:
 
 
 def publish(folder: RunFolder, best: bool, keep: int) -> None:
-    """Renames the fresh checkpoint to last.ckpt, copies it to best.ckpt if it is; ``keep`` older ones move by one."""
+    """Renames .fresh.ckpt to last.ckpt. With ``best``, copies it to best.ckpt first.
+
+    The previous last.ckpt becomes last-1.ckpt, and so on; ``keep`` of these are kept.
+    """
     last = folder.last
     if best:
         with folder.fresh.open("rb") as content, open_atomically(folder.best) as file:

@@ -43,7 +43,7 @@ def set_random_state(state: dict[str, Any], device: torch.device, loader: Any) -
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
-    """Those of a dataloader and its samplers; one that they share is there several times."""
+    """Returns the generators of a dataloader and its samplers; a shared generator is listed once for each owner."""
     owners = (
         loader,
         getattr(loader, "sampler", None),

@@ -100,10 +100,10 @@ def _name_with_changes(config: DictConfig) -> str | None:
     if given or "name" not in config or OmegaConf.is_interpolation(config, "name"):
         return None
     words = {split_override(word)[0]: word for word in overrides}
-    # The group `trainer` chooses where a run trains.
     callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
     others = isinstance(callbacks, dict) and that_change_training(callbacks)  # not validated yet
     same = [key for key in SAME_EXPERIMENT if not (key == "callbacks" and others)]
+    # The group `trainer` chooses where a run trains, so it does not make another experiment.
     changes = sorted(
         word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)
     )
@@ -128,6 +128,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
     callbacks.on_run_start(config=config, config_name=config.hydra.job.config_name)
     context = HydraContext(config_loader=app.config_loader, callbacks=callbacks)
     try:
+        # Not app.run(), which would compose the config a second time and lose the name that `compose` has chosen.
         done = run_job(lambda _: execute_run(request), config, "hydra.run.dir", None, context)
         callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=done)
         value_of(done)

@@ -32,9 +32,10 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-# Those of them whose change never makes another experiment: of another length, only a run that is resumed is the same.
+# MAY_CHANGE without trainer.max_epochs: a resumed run may be extended, but a new run with another max_epochs is another
+# experiment.
 SAME_EXPERIMENT = tuple(key for key in MAY_CHANGE if key != "trainer.max_epochs")
-# Those that are part of a result: a sweep's table has another row for another value.
+# Keys that may change on resuming and still affect the result: a sweep's table has one row per value.
 PART_OF_RESULT = ("trainer.max_epochs", "trainer.precision", "callbacks", "data.root")
 
 

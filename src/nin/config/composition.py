@@ -112,7 +112,10 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
 
 
 def _for_defaults(override: Override, earlier: DictConfig) -> str | None:
-    """``override`` as it applies to the default config, which may lack a key that the ``earlier`` run's config has."""
+    """Rewrites ``override`` so that Hydra accepts it on the default config.
+
+    A key that only the ``earlier`` run has gets ``++``, and its deletion is dropped (None).
+    """
     word, (parent, _, last) = override.input_line or "", override.key_or_group.rpartition(".")
     section = OmegaConf.select(earlier, parent) if parent else None
     if not isinstance(section, DictConfig) or last not in section:
@@ -125,9 +128,13 @@ def _for_defaults(override: Override, earlier: DictConfig) -> str | None:
 def collect_errors(
     first: Exception, overrides: list[str], config_dir: str | None = None, config_name: str = "train"
 ) -> UserError:
-    """Returns all errors of a command line. Hydra stops at the ``first``; the others are found after it is left out.
+    """Returns all errors of a command line, and those of the config that its valid overrides give.
 
-    Also finds the errors of the config that the valid overrides give.
+    Hydra reports one error per composition, so the config is composed repeatedly: bisection finds the first override
+    that fails, it is recorded and left out, and the search continues with the rest.
+
+    Args:
+        first: the error that Hydra reported for the whole command line.
     """
 
     @functools.cache  # a composition takes a tenth of a second
@@ -152,7 +159,7 @@ def collect_errors(
         return isinstance(composed(*valid, *rest[:count]), Exception)
 
     while is_refused(len(rest)):
-        index = bisect.bisect_left(range(1, len(rest)), True, key=is_refused)  # the first that is refused, by halving
+        index = bisect.bisect_left(range(1, len(rest)), True, key=is_refused)  # the first that is refused
         error = composed(*valid, *rest[: index + 1])
         valid += rest[:index]
         errors.append(format_error(rest[index], error, composed(*valid, with_hydra="hydra." in rest[index])))

@@ -128,7 +128,7 @@ def did_you_mean(word: str, known: list[str]) -> str:
 
 
 def construct_unchecked(plain: dict) -> Settings:
-    """Settings whose valid keys can be read by the same names as those of checked settings."""
+    """Builds Settings without validation, so that the rules can also check the valid keys of a config with errors."""
     sections = {}
     for key, field in Settings.model_fields.items():
         for section in sections_of(field.annotation):

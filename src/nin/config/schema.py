@@ -58,7 +58,10 @@ class OwnLoss(OwnClass):
 
 
 class OwnSchedule(OwnClass):
-    """A ``torch.optim.lr_scheduler.LRScheduler``. An argument "steps" stands for the number of optimizer steps."""
+    """A ``torch.optim.lr_scheduler.LRScheduler``.
+
+    An argument with the value "steps" (as in ``T_max: steps``) receives the number of optimizer steps of the whole run.
+    """
 
     interval: Literal["step", "epoch"] = "step"
 

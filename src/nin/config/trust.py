@@ -1,4 +1,7 @@
-"""Stored configs are data: what a run folder or a checkpoint from elsewhere must not make the program do."""
+"""Checks of configs that come from a run folder, a checkpoint or an export.
+
+They import no class without permission, and write nothing outside the run's folder.
+"""
 
 import re
 from collections.abc import Iterable, Iterator

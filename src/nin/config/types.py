@@ -32,11 +32,11 @@ class OwnClass(Section):
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, lt=1)]
-# Of a kernel, stride or image, in pixels. More than any image has would only take time and memory to refuse.
+# Kernel size, stride or image size in pixels. The limit refuses absurd values before they cost time and memory.
 Pixels = Annotated[int, Field(ge=1, le=1024)]
 # The number of channels or features of a layer.
 Width = Annotated[int, Field(ge=1, le=65_536)]
-# Of the arithmetic: Lightning's names, and "auto".
+# Lightning's values of ``precision``, and "auto".
 Precision = Literal[
     "auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true", "transformer-engine",
     "transformer-engine-float16", "32", "16", "bf16", "64", 32, 16, 64,

@@ -94,7 +94,7 @@ def _early_stopping_errors(plain: dict) -> dict[str, str]:
 
 
 def find_errors(settings: Settings, invalid: Collection[str]) -> list[str]:
-    """The errors of all rules that read none of the keys in ``invalid``: that value is the error to report."""
+    """Returns the errors of every rule that reads no key in ``invalid``; those keys are already reported."""
     return [
         error
         for keys, rule in RULES

@@ -96,10 +96,10 @@ def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> "list[D
 
 
 class Dropout(nn.Dropout):
-    """Dropout with one mask for a full batch, whether it is processed in micro-batches or not, in any memory format.
+    """Dropout that draws one mask per batch, so that splitting into micro-batches does not change it.
 
-    The mask is drawn in torch's default memory format, before the network is called: a compiled network is then one
-    graph with the same masks.
+    The mask is drawn outside of the network, in torch's default memory format: compilation and channels_last do not
+    change it either.
 
     Args:
         p: probability of zeroing a value.

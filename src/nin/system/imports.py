@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """For the first import of torch and Lightning: about a million objects, which stay until the process ends.
+    """Turns the garbage collector off while torch and Lightning are imported.
 
-    The garbage collector would search them again and again, in a sixth of the time to the first step. Afterwards it
-    leaves them out (``gc.freeze``).
+    The imports create about a million objects that live until the process ends; scanning them again and again takes a
+    sixth of the time to the first step. ``gc.freeze`` then excludes them from later collections.
     """
     if "lightning" in sys.modules or not gc.isenabled():  # later there may be garbage, which must not be kept
         yield

@@ -91,7 +91,10 @@ def environment_rank() -> int:
 
 
 def broadcast_run_dir(run_dir: str) -> None:
-    """Sends the run folder from rank 0 of torchrun's processes to the others, whose clocks may name another one."""
+    """Sends the run folder of rank 0 to torchrun's other processes.
+
+    The default name has the time of the start, which may differ between processes.
+    """
     if started_by_torchrun() and os.environ["RANK"] == "0":
         _torchrun_store().set(_run_dir_key(), str(Path(run_dir).absolute()))
 

@@ -164,7 +164,11 @@ class Classifier(LightningModule):
         return max(images, 1)
 
     def optimizer_zero_grad(self, *_: Any) -> None:
-        """Does nothing: Lightning calls it after the first micro-batches of a batch. See `optimizer_step`."""
+        """Does nothing. `optimizer_step` zeroes the gradients after the step instead.
+
+        Lightning calls this between training_step and backward, when `training_step` has already accumulated the
+        gradients of the first micro-batches.
+        """
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         calls = itertools.count()
@@ -211,7 +215,9 @@ class Classifier(LightningModule):
         if self.trainer.global_step:  # after training
             scores["step"] = torch.tensor(float(self.trainer.global_step), device=self.device)
         self._log(scores, is_logged=not self.test_metrics_logged)
-        self.confusion.compute()  # of all processes, while they are in step; torchmetrics keeps the result
+        # compute() synchronizes all processes, so it runs while all are in this hook. torchmetrics caches the value,
+        # which `evaluation.test` reads.
+        self.confusion.compute()
 
     def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
         """Class probabilities ``(batch, classes)``.

@@ -79,7 +79,10 @@ class Experiment:
         return path, checkpoint, run_id or saved_by
 
     def _with_threads(self, settings: Settings) -> Settings:
-        """A run keeps the number of CPU threads of its start: sums are rounded in an order that depends on it."""
+        """Returns the settings with the number of CPU threads filled in.
+
+        A resumed run uses the number of its first start, because it determines the order in which sums are rounded.
+        """
         if settings.threads or not is_single_process(settings.trainer):
             return settings  # Lightning chooses for several processes
         saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
@@ -194,7 +197,7 @@ class Experiment:
             raise UserError(f"trainer: {error}") from error  # no step was taken
         # What Lightning, torch and callbacks raise about a state of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-            # A val_check_interval of more batches than there are, for example.
+            # Lightning itself refuses a Trainer argument, as val_check_interval above the number of batches.
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
                 raise UserError(f"trainer: {str(error).strip()}") from error
             if self.resume_path is None or self.checkpoints.is_restored:
@@ -230,7 +233,7 @@ class Experiment:
             "weights_sha256": final_weights,
             "best_weights_sha256": weights_sha256(self.module.network),
             "seed": self.settings.seed,
-            # Of several processes Lightning has chosen the number of threads.
+            # Read again after training: with several processes, Lightning chooses the number of threads.
             "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }

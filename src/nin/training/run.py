@@ -132,7 +132,10 @@ def read_settings(folder: RunFolder) -> Settings:
 
 
 def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
-    """The result of a run that has ended, and that ``settings`` extend neither by epochs nor by the test; else None.
+    """Returns the result of a finished or pruned run, or None if work is left.
+
+    Work is left if the run never ended or it failed, if ``settings`` request more epochs, or if the test was left out
+    before and is requested now.
 
     Raises:
         UserError: if the result lacks a part, or the folder of images is another one, with other images.

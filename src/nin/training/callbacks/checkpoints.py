@@ -157,7 +157,8 @@ class ResumableCheckpoint(Checkpoint):
         self._save(trainer, SavePoint.EPOCH_END, better)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        # Lightning does not call it where a resumed run has no step left.
+        # on_train_end of WeightAveraging copies the average into the module. Lightning skips the hook if a resumed run
+        # has no step left; copying twice changes nothing.
         for average in _averages(trainer):
             average.on_train_end(trainer, pl_module)
 
@@ -188,7 +189,8 @@ class ResumableCheckpoint(Checkpoint):
             raise StoppedError(self.stop.signum)
 
     def _save(self, trainer: Trainer, save_point: SavePoint, best: bool = False) -> None:
-        # In the middle of an epoch, and on a GPU, whose loss is not read in every step: such weights can't be resumed.
+        # The loss is checked in every step on a CPU only, and the weights only at the end of an epoch. A checkpoint with
+        # NaN weights could not be resumed.
         require_finite_weights(trainer.lightning_module)
         started = time.perf_counter()
         self._save_point, self.saved_step = save_point, trainer.global_step

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 class TrainingProgressBar(Callback):
     """On a terminal: one bar for the training of all epochs, and a second one during validation and test.
 
-    It writes to ``sys.stdout``, which `nin.runs.console` makes tolerant of closed pipes, full disks and encodings
+    Lightning's RichProgressBar is not used: it has a new bar for each epoch, and shows only what ``self.log`` has
+    logged, but `MetricsLogger` computes the training metrics. This one writes to ``sys.stdout``, which `nin.runs.console` makes tolerant of closed pipes, full disks and encodings
     without some character.
 
     Args:
