@@ -189,8 +189,8 @@ class ResumableCheckpoint(Checkpoint):
             raise StoppedError(self.stop.signum)
 
     def _save(self, trainer: Trainer, save_point: SavePoint, best: bool = False) -> None:
-        # The loss is checked in every step on a CPU only, and the weights only at the end of an epoch. A checkpoint with
-        # NaN weights could not be resumed.
+        # The loss is checked in every step on a CPU only, and the weights only at the end of an epoch. A checkpoint
+        # with NaN weights could not be resumed.
         require_finite_weights(trainer.lightning_module)
         started = time.perf_counter()
         self._save_point, self.saved_step = save_point, trainer.global_step

@@ -24,8 +24,8 @@ class TrainingProgressBar(Callback):
     """On a terminal: one bar for the training of all epochs, and a second one during validation and test.
 
     Lightning's RichProgressBar is not used: it has a new bar for each epoch, and shows only what ``self.log`` has
-    logged, but `MetricsLogger` computes the training metrics. This one writes to ``sys.stdout``, which `nin.runs.console` makes tolerant of closed pipes, full disks and encodings
-    without some character.
+    logged, but `MetricsLogger` computes the training metrics. This one writes to ``sys.stdout``, which
+    `nin.runs.console` makes tolerant of closed pipes, full disks and encodings without some character.
 
     Args:
         metrics: the callback whose latest metrics are shown.
