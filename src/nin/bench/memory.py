@@ -74,7 +74,7 @@ class SavedTensor:
     def __init__(self, counter: SavedTensors, tensor: Tensor):
         self.counter, self.tensor = counter, tensor
         self.address, self.size = tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
-        # By storage, since a linear layer saves a transposed view of its weights.
+        # Tensors are compared by their storage, since a linear layer saves a transposed view of its weights.
         self.counted = all(self.address != p.untyped_storage().data_ptr() for p in counter.module.parameters())
         if self.counted:
             counter.references[self.address] += 1
@@ -101,5 +101,5 @@ def _peak(device: torch.device) -> int:
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-    # In bytes on macOS, in KiB elsewhere.
+    # The system reports bytes on macOS, and KiB elsewhere.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -37,7 +37,7 @@ class NotebookLoop:
         self.device, self.seconds, self.steps = device, seconds, 0
         images, labels = train
         dataset = PILImages(images.cpu().numpy(), labels.cpu().numpy(), image_size)
-        # On a CPU, workers would take the cores from the network, also while the other measurements run.
+        # On a CPU there are no workers: they would take cores from the network, also during the other measurements.
         workers = 0 if device.type == "cpu" else min(8, count_cores())
         self.loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)
         self.network = network.to(device).train()

@@ -98,7 +98,7 @@ def _time_bare_trainer(network: nn.Module, batches: list[tuple[Tensor, Tensor]])
     )
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     dataset = TensorDataset(images.unflatten(0, (-1, _BATCH_SIZE)), labels.unflatten(0, (-1, _BATCH_SIZE)))
-    trainer.fit(LinearModule(network), DataLoader(dataset, batch_size=None))  # its items are batches
+    trainer.fit(LinearModule(network), DataLoader(dataset, batch_size=None))  # each item of the dataset is a batch
     return timer.seconds
 
 

@@ -23,8 +23,8 @@ from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
 from nin.training.classifier import Classifier
 from nin.training.trainer import build_trainer
 
-# Called before each measurement: the part of the benchmark, the measurement's name, the number of measurements of this
-# part so far, and of all (None: not known).
+# A function that is called before each measurement, with the part of the benchmark, the measurement's name, the number
+# of measurements of this part that are done, and the number of all of them (None: not known).
 Report = Callable[[str, str, int, int | None], None]
 
 

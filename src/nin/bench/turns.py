@@ -154,7 +154,7 @@ def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, s
         while time.perf_counter() < started + seconds:
             module.validation_step(batch, 0)
             images += len(batch[1])
-    synchronize(module.device)  # once: `nin eval` does not wait for a GPU after each batch either
+    synchronize(module.device)  # only at the end: `nin eval` does not wait for a GPU after each batch either
     seconds = time.perf_counter() - started
     module.score_loss.reset()
     module.score_acc.reset()

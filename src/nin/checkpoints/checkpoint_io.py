@@ -50,7 +50,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{path}: outside of the run's folder; set the dirpath of the callback that saves there")
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        if not self._is_readable:  # once: a state that can't be loaded must be found in the first save, not on resuming
+        if not self._is_readable:  # a state that can't be loaded is found in the first save, not on resuming
             _require_data(buffer)
             self._is_readable = True
         content = buffer.getbuffer()

@@ -12,7 +12,7 @@ def read_checksum(path: Path) -> str | None:
     Raises:
         OSError: if the file can't be read.
     """
-    if not path.is_file():  # nor a named pipe, which would be waited for
+    if not path.is_file():  # reading a named pipe would wait for its writer
         return None
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - DIGITS))

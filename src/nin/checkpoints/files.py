@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
     end = len(content) - DIGITS
     if end < 22 or content[end - 22 : end - 18] != _ZIP_END:
         raise _damaged(path, "damaged, or not a checkpoint of nin: it does not end with a checksum")
-    if hashlib.sha256(memoryview(content)[:end]).hexdigest().encode() != content[end:]:  # without a copy
+    if hashlib.sha256(memoryview(content)[:end]).hexdigest().encode() != content[end:]:  # no copy
         raise _damaged(path, "damaged: its content does not match its checksum")
     try:
         with warnings.catch_warnings():
@@ -147,7 +147,7 @@ def resume_candidates(folder: RunFolder) -> list[Path]:
     return [folder.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), folder.best]
 
 
-# What resuming reads from a checkpoint, with its type.
+# The keys that resuming reads from a checkpoint, each with the type of its value.
 _RESUMED_STATE: dict[tuple[str, ...], Any] = {
     ("optimizer_states",): list,
     ("lr_schedulers",): list,

@@ -35,7 +35,7 @@ def rewrite_loop_state(fit_loop: dict[str, Any], save_point: SavePoint) -> None:
                 validation[scope] = dict.fromkeys(validation[scope], 0)
             case SavePoint.BEFORE_VALIDATION:
                 batches[scope] = dict.fromkeys(batch, batch["ready"])
-                # As if killed in the first batch of the validation: Lightning starts the validation again.
+                # The counters of a run that is killed in the first batch of the validation: Lightning starts it again.
                 validation[scope] = dict.fromkeys(validation[scope], 0) | {"ready": 1, "started": 1}
             case SavePoint.MID_EPOCH:
                 # Lightning increments "completed" after the hook in which this is saved, and accounts for that.

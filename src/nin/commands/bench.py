@@ -193,7 +193,7 @@ def _rates_table(results: dict[str, Any]) -> Table:
         ("nin train", "training", operations["training"]),
         ("the notebooks' loop", "notebooks", operations["training"]),
         ("scoring (nin eval)", "scoring", operations["scoring"]),
-        # By onnxruntime on the CPU, in float32, with the resizing.
+        # The export is computed by onnxruntime on the CPU, in float32, with the resizing.
         ("export (model.onnx)", "export", operations["scoring"] if results["device"].startswith("cpu") else None),
         ("data only", "data", None),
     ):

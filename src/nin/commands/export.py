@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> int:
             console=errors,
             transient=True,
             disable=not sys.stderr.isatty(),
-            redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
+            redirect_stdout=sys.stdout.isatty(),  # if it is a file, its lines must not appear in the terminal
         ) as progress,
     ):
         with without_garbage_collection():

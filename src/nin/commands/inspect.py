@@ -62,7 +62,7 @@ def _layers_table(settings: Settings) -> Table:
     for row in rows:
         shape = " x ".join(map(str, row.output_shape))
         counts = (f"{n:,}" if n else "" for n in (row.parameters, row.multiply_adds))
-        # Of a class of the user's own only the operations are counted, not how it connects them.
+        # In a class of the user's own the operations are counted; how it connects them is not known.
         field = "" if isinstance(settings.model, OwnModel) else str(row.receptive_field)
         table.add_row(row.name, shape, *counts, field)
     table.add_section()

@@ -118,7 +118,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         transient=True,
         # Rows of a program's format that appear on the same terminal show the progress.
         disable=not sys.stderr.isatty() or ((args.json or args.csv) and sys.stdout.isatty()),
-        redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays out of the terminal
+        redirect_stdout=sys.stdout.isatty(),  # if it is a file, the rows must not appear in the terminal
     ) as progress:
         bar = progress.add_task("", total=None)
         form = replace(description.form, invert=args.invert)
@@ -199,7 +199,7 @@ class _Rows:
     """A table for people, printed as the images are done."""
 
     def __init__(self, class_names: list[str], top: int):
-        # Of an export from elsewhere: a terminal would obey escapes in them.
+        # An export may come from elsewhere, and a terminal would obey escape sequences in its class names.
         self.class_names, self.rows = [printable(name) for name in class_names], list[tuple[str, ...]]()
         top = min(top, len(class_names))
         self.header = [("image", "class", *(f"{i + 2}." for i in range(top - 1)))]

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
         "where to connect to",
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    silence_known_warnings()  # of matplotlib, whose fonts lack the characters of some names
+    silence_known_warnings()  # matplotlib warns of characters that its fonts lack
     if (args.folder / "search.json").exists():
         checks.require_search_packages()
     with open_hydra():  # a sweep over glob(*) takes its values from the options of a group

@@ -17,7 +17,7 @@ from nin.sweeps.checks import require_search_packages
 from nin.system.processes import StoppedError, global_rank, require_matching_start
 from nin.training.run import RunFailedError, execute_run
 
-_MAY_CHANGE = tuple(key for key in MAY_CHANGE if key != "resume")  # which is what this command does
+_MAY_CHANGE = tuple(key for key in MAY_CHANGE if key != "resume")  # resuming is what this command does
 
 
 def main(arguments: list[str]) -> int:

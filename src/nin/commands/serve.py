@@ -80,11 +80,12 @@ def find_export(path: Path) -> Path:
             )
         raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
     export = default_export(path, ".onnx")
-    # Not by their times: those of a copied folder, or of best.ckpt replaced during an export, say nothing.
+    # Checksums are compared, not times of modification: copying a folder changes these, and best.ckpt may have been
+    # replaced during an export.
     known = _checkpoint_of(export)
     if known is None or known != read_checksum(checkpoint):
         print(f"exporting {format_path(path)} …", flush=True)
-        # In a process of its own: the server needs none of torch's memory.
+        # The export runs in a process of its own, so that the server does not hold the memory of torch.
         if subprocess.run([sys.executable, "-m", "nin", "export", str(path)], check=False).returncode:
             raise UserError(f"{path}: could not be exported")
     return export

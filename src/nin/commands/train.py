@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         try:
             return start_sweep(app, config) if is_sweep else run_once(app, config)
         except OSError as error:  # Hydra makes the folder
-            if error.errno is None:  # of a library that can't be loaded
+            if error.errno is None:  # a library can't be loaded
                 raise
             key, folder = ("sweep", config.hydra.sweep.dir) if is_sweep else ("run", config.hydra.run.dir)
             raise UserError(

@@ -54,7 +54,7 @@ def changes_training(callback: Mapping[str, Any]) -> bool:
 
 
 def that_change_training(callbacks: Mapping[str, Any]) -> dict[str, Any]:
-    """Those entries of ``callbacks`` that are part of the experiment; they may come from a file and be anything."""
+    """Returns the entries of ``callbacks`` that are part of the experiment; in a file they may be of any type."""
     return {k: entry for k, entry in callbacks.items() if isinstance(entry, Mapping) and changes_training(entry)}
 
 

@@ -78,7 +78,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     Raises:
         UserError: lists every error, or every key that is not among ``may_change``.
     """
-    # Not as JSON, whose keys are texts: a class of the user's own may have numbers as keys.
+    # In JSON all keys are texts, but a class of the user's own may have numbers as keys.
     config = OmegaConf.create(settings.model_dump())
     words = overrides
     try:
@@ -183,9 +183,9 @@ def first_job_overrides(overrides: list[str]) -> list[str]:
     job = []
     for word in overrides:
         first: str | None = word
-        with contextlib.suppress(HydraException):  # what is no override stays as it is, to be reported as an error
+        with contextlib.suppress(HydraException):  # a word that is no override is kept, and reported as an error later
             (override,) = parse_overrides([word])
-            if override.is_interval_sweep():  # of a search
+            if override.is_interval_sweep():  # a search has intervals
                 first = str(override.value().start)  # type: ignore[union-attr]
             elif override.is_discrete_sweep():
                 first = _first_value(override)
@@ -222,7 +222,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     given = shorten(override)
     try:
         key = OverridesParser.create().parse_override(override).key_or_group
-    except HydraException as parser_error:  # whose first line is the reason; that of ``error`` may be the override
+    except HydraException as parser_error:  # its first line has the reason; that of ``error`` may be the override
         if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
             runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
             return f"{given}: a folder, and not of the form key=value; {runs}"
@@ -258,7 +258,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         return f"{given}: no such key" + _suggest_key(key, config)
     if first.startswith(("Could not append", "Multiple values")) and override.startswith("+"):
         return f"{given}: is in the config already; leave out the +, as in {shlex.quote(given.lstrip('+'))}"
-    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):  # in the file of this option
+    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):  # the file of this option is not valid
         return f"{given}: {first}"
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""

@@ -41,7 +41,7 @@ DATA_SETS = {
     "garments": DataSet("Garments", _CLOTHES, training_images=10_000, test_images=2_000),
     "cifar10": DataSet("CIFAR10", _OBJECTS, training_images=50_000, channels=3, stored_size=32),
 }
-# Those of Fashion-MNIST's format: gray, 28x28, light objects on a dark background.
+# The data sets in the format of Fashion-MNIST: gray, 28x28, light objects on a dark background.
 IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
 
 

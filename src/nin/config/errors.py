@@ -59,7 +59,7 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             return f"{key}={given}: has keys of its own; set one of them, as in {key}.<key>=…"
         case "union_tag_invalid":
             return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
-        case "value_error" if isinstance(first["input"], dict):  # of a section: the message names the key
+        case "value_error" if isinstance(first["input"], dict):  # a rule of a section: the message names the key
             return f"{key}: {first['ctx']['error']}"
         case "string_pattern_mismatch" if key.endswith("_target_"):
             rule = "be a module and a class in it, as in my_net.Net"
@@ -74,7 +74,7 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
 
 
 def _expectation(error: ErrorDetails) -> str:
-    """What a value must do or be: "have at least 1 item" of "List should have at least 1 item after validation, …"."""
+    """Returns what a value must do or be: "have at least 1 item" from "List should have at least 1 item after …"."""
     if error["type"] == "value_error":
         return str(error["ctx"]["error"]).removeprefix("must ")
     if error["type"] == "int_parsing_size":
@@ -103,7 +103,7 @@ def _known_keys(section: type[Section], loc: tuple) -> list[str]:
         if part in section.model_fields:
             branches = sections_of(section.model_fields[part].annotation)
             section = branches[0]
-        elif part != "typed":  # which stands beside a class of the user's own
+        elif part != "typed":  # the tag of all sections but classes of the user's own
             section = next(b for b in branches if part in names_of(b))
     return list(section.model_fields)
 

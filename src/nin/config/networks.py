@@ -14,7 +14,7 @@ from nin.config.types import Init, OwnClass, Positive, Section
 
 # The arguments that come from the data, not from the config.
 FROM_DATA = {"in_channels", "num_classes", "image_size"}
-# What an annotation may name. A sequence is a list in YAML.
+# The names that an annotation may use. A sequence is a list in YAML.
 _NAMES = {**vars(typing), **vars(types), "Sequence": list}
 
 

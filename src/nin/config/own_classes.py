@@ -66,9 +66,9 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
         raise UserError(f"{key}: {config.target}: {error}") from error
     try:
         return found(*positional, **given)
-    except UserError:  # of this package, which the class calls
+    except UserError:  # raised by this package, which the class calls
         raise
-    except Exception as error:  # of the user's own class, about its values or a file or package that it needs
+    except Exception as error:  # raised by the user's own class, about a value, a file or a package
         values = ", ".join(f"{name}={value!r}" for name, value in config.arguments.items())
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{key}: {config.target} fails with {values or 'its defaults'} ({reason})") from error

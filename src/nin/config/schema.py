@@ -189,7 +189,7 @@ OWN_OR_TYPED = Discriminator(
 )
 
 
-NAME = r"^[\w=,+@-][\w=.,+@-]*$"  # of a run; it also names a folder
+NAME = r"^[\w=,+@-][\w=.,+@-]*$"  # a run's name is also the name of its folder
 
 
 class Settings(Section):

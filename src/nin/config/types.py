@@ -1,4 +1,4 @@
-"""What the sections of the config are made of: their base class, and types with a range. Imports no torch."""
+"""The base classes of the config's sections, and types with a range. Imports no torch."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,7 @@
-"""From a composed config to `Settings`: types and ranges, and the rules on several keys at once. Imports no torch."""
+"""Converts a composed config to `Settings`, with checks of types, ranges and the rules on several keys at once.
+
+Imports no torch.
+"""
 
 import json
 from collections.abc import Collection

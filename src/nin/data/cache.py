@@ -26,7 +26,7 @@ from nin.config.schema import FolderData, UserError
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, list_images, require_usable
 from nin.data.parallel import decode_folder
 
-_FORMAT = 2  # of the cache; a change of the decoding needs another number
+_FORMAT = 2  # the version of a cache; a change of the decoding needs another number
 _HASHED = 2**30  # a larger file is not read to verify it; its size is compared
 
 
@@ -109,7 +109,7 @@ def open_cache(data: FolderData) -> Cache:
         is_new = not place.exists()
         try:
             place.mkdir(parents=True, exist_ok=True)
-            # Not through a link that was there before: the folder may come from elsewhere.
+            # Mode "x" writes through no link that was there before: the folder may come from elsewhere.
             with contextlib.suppress(FileExistsError), (place / ".gitignore").open("x") as file:
                 file.write("*\n")
             lock = FileLock(place / f".{key}.lock")
@@ -159,7 +159,7 @@ def _key(data: FolderData, listing: Listing) -> str:
 def _read(path: Path) -> Cache | None:
     """The cache in ``path`` if it is complete and intact."""
     try:
-        if not (path / "about.json").is_file():  # or a pipe, which would be waited for
+        if not (path / "about.json").is_file():  # reading a pipe would wait for its writer
             return None
         about = json.loads((path / "about.json").read_text())
         state = (path / "images.bin").stat()
@@ -204,7 +204,7 @@ def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
 
 
 def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
-    for left_over in path.parent.glob(f".new-{path.name}-*"):  # of a process that was killed; its lock is ours now
+    for left_over in path.parent.glob(f".new-{path.name}-*"):  # left by a killed process, whose lock is held here now
         shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".new-{path.name}-", dir=path.parent) as new:
         images = Path(new) / "images.bin"
@@ -229,10 +229,10 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
         about: dict[str, Any] = dict(zip(_STORED, values, strict=True))
         about |= {"class_names": listing.class_names, "sha256": sha256, "root": printable(data.root)}
         (Path(new) / "about.json").write_text(json.dumps(about))
-        shutil.rmtree(path, ignore_errors=True)  # one that is incomplete or altered
+        shutil.rmtree(path, ignore_errors=True)  # a cache that is incomplete or altered
         Path(new).chmod(0o755)
         Path(new).replace(path)
-        Path(new).mkdir()  # for the context manager to remove
+        Path(new).mkdir()  # the context manager removes it
     return Cache(path, listing.class_names, *(about[name] for name in _STORED))
 
 

@@ -42,7 +42,7 @@ def read(archive: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(images), np.concatenate(labels)
 
 
-# Of a file that is no archive, cut off, or has other content.
+# Raised for a file that is no archive, is cut off, or has other content.
 _ERRORS = (
     KeyError, TypeError, ValueError, AttributeError, EOFError, zlib.error, pickle.UnpicklingError, tarfile.TarError,
 )  # fmt: skip
@@ -57,7 +57,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             return getattr(np, name)
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             return _empty_array
-        if (module, name) == ("_codecs", "encode"):  # of bytes, in pickles that Python 3 wrote in an old protocol
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 pickles bytes in an old protocol
             return lambda text, encoding: text.encode("latin-1")
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 

@@ -16,7 +16,8 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
-# Of a TIFF file, if its image is smaller: libtiff allocates and clears a whole tile, however few bytes the file has.
+# The largest tile of a TIFF file whose image is smaller: libtiff allocates and clears a whole tile, however few bytes
+# the file has.
 MAX_TILE_PIXELS = 1024 * 1024
 # Each scan of a JPEG file passes over all pixels, however few bytes it has. Progressive files have 6 to 18; libtiff and
 # others have the first limit too. 625 megapixels are 25 scans of the largest image that `nin serve` takes by default;
@@ -99,7 +100,7 @@ def _has_too_many_scans(image: ImageFile.ImageFile) -> bool:
             if content[place + 2] == components and not progressive:
                 return False  # the usual file: libjpeg reads no second scan
             scans += 1
-        if marker >= 0xC0 and marker != _START:  # those below have no segment
+        if marker >= 0xC0 and marker != _START:  # markers below this have no segment
             place += int.from_bytes(content[place : place + 2])
     return scans > most
 
@@ -154,7 +155,7 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
                 # Decodes a JPEG file at 1/2, 1/4 or 1/8 of its size, several times faster, where that is at least twice
                 # the requested one.
                 image.draft(None, (2 * size, 2 * size))
-            # In a JPEG file these hold the orientation, if any; looking for it takes a tenth of the time.
+            # A JPEG file has its orientation in one of these, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
                 ImageOps.exif_transpose(image, in_place=True)
             image = _flatten(image, padding)

@@ -16,7 +16,7 @@ from nin.config.schema import FolderData, UserError
 
 PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_SHOWN = 200  # of the faults of one folder; a message of thousands of lines helps nobody
+_SHOWN = 200  # so many faults of one folder are listed: a message of thousands of lines helps nobody
 
 REMEDY = "repair or remove the files, or leave them out with data.skip_broken=true"
 

@@ -47,4 +47,4 @@ def parse_idx(content: bytes) -> np.ndarray:
     start = 4 + 4 * len(shape)
     if (values := math.prod(shape)) != len(content) - start:
         raise ImageError(f"the header declares {values} values of {shape}, the file holds {len(content) - start}")
-    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()  # that can be written to
+    return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape).copy()  # frombuffer's array is read-only

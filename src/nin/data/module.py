@@ -156,7 +156,7 @@ class ImageDataModule(LightningDataModule):
             more = f" and {len(cache.other_files) - 10} more" if len(cache.other_files) > 10 else ""
             log.warning("files without the suffix of an image are left out: %s%s", names, more)
         count = math.prod(cache.shape)
-        # Not shared: nothing that is done to the tensor reaches the file.
+        # The mapping is not shared, so that changes of the tensor do not reach the file.
         mapped = torch.from_file(str(cache.path / "images.bin"), shared=False, size=count, dtype=torch.uint8)
         images, labels = mapped.view(cache.shape), torch.from_numpy(cache.labels())
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -174,9 +174,9 @@ class ImageDataModule(LightningDataModule):
         self.counts = self.notes["images"] = dict(cache.counts)
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the SHA-256 of a folder's decoded images and labels, and how many each part has.
+        """Returns the SHA-256 of a folder's decoded images and labels, and the number of images in each part.
 
-        The sum is the same whether the last images were in ``val/`` or in ``test/``.
+        The number is needed because the SHA-256 is the same whether the last images were in ``val/`` or in ``test/``.
         """
         return {"fingerprint": self.fingerprint, "counts": self.counts} if hasattr(self, "fingerprint") else {}
 

@@ -129,7 +129,7 @@ def _progress(total: int, root: str) -> Iterator[Any]:
     """Yields a function that advances a progress bar on standard error."""
     console = Console(stderr=True, highlight=False)
     if not console.is_terminal:
-        if total:  # of an empty folder the fault is reported
+        if total:  # an empty folder is reported as an error
             print(f"decoding {total:,} images of {printable(root)} (once)", file=sys.stderr, flush=True)
         yield lambda count: None
         return

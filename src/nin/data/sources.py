@@ -44,8 +44,8 @@ PUBLISHED = {
         "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     },
 }
-# Of KMNIST only the sums of the packed files are published. Those of the unpacked ones, like those of the synthetic
-# garments, are written here when the files are.
+# The file to which the sums of unpacked files are written with the files, where none are published: KMNIST has only
+# those of the packed files, and garments are generated.
 RECORDED = "SHA256SUMS"
 PUBLISHED_PACKED = {
     "kmnist": {
@@ -59,7 +59,7 @@ PUBLISHED_PACKED = {
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What the images of a data set are.
+    """The classes and the format of the images of a data set.
 
     Attributes:
         class_names: one per class; the label of an image is the index of its class.
@@ -165,7 +165,7 @@ def _missing_files(folder: Path, data: Data) -> list[str]:
     """The names of the files to download or to generate."""
     if data.name in PUBLISHED:
         return [name for name in _files_of(data) if not (folder / name).exists()]
-    # Without their recorded sums files could not be verified.
+    # Files without recorded sums can't be verified, so they count as missing.
     return [] if all((folder / name).exists() for name in (*FILES, RECORDED)) else list(FILES)
 
 
@@ -208,7 +208,7 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
     """Downloads ``names``, unpacked, into ``folder``, each from the first mirror that has the published file."""
     try:
         from torchvision.datasets.utils import download_url, extract_archive
-    except ModuleNotFoundError as error:  # where only exports are used
+    except ModuleNotFoundError as error:  # an installation that only uses exports may lack it
         where = f"copy the files of {data.name} to {raw_folder(data)}, or set NIN_DATA or data.root"
         raise UserError(f"{names[0]} of {data.name} is missing, and a download needs torchvision; {where}") from error
 

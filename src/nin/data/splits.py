@@ -69,7 +69,7 @@ _NAMES = {"val": "validation", "test": "test"}
 
 
 def count_held_out(cache: Cache, data: FolderData) -> dict[str, int]:
-    """How many training images take the place of each part that the folder lacks."""
+    """Returns how many training images are held out for each part that the folder lacks."""
     sizes = {"val": data.val_size, "test": data.test_size}
     train = cache.counts["train"]
     return {
@@ -97,7 +97,7 @@ def warn_of_other_images(data: Data | FolderData | OwnData, trained_on: object) 
 
 
 def describe_split(cache: Cache, data: FolderData, seed: int) -> dict[str, str]:
-    """What a result says about the parts that the folder lacks."""
+    """Returns the entries of a result that describe the parts which the folder lacks."""
     return {
         f"{part}_split": f"{count} of {cache.counts['train']} training images, chosen by seed {seed}"
         for part, count in count_held_out(cache, data).items()

@@ -57,8 +57,8 @@ def trace_program(pipeline: Pipeline) -> torch.export.ExportedProgram:
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
     try:
         return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=False)
-    # Of many types. TorchDynamo follows Python code that the trace takes for constants, as len(images) in a network of
-    # the user's own; torch.onnx.export tries both too.
+    # The errors are of many types. TorchDynamo follows Python code that the trace takes for constants, as len(images) in
+    # a network of the user's own; torch.onnx.export tries both too.
     except Exception:  # noqa: BLE001
         return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=True)
 
@@ -80,7 +80,7 @@ def _compile_package(program: torch.export.ExportedProgram, path: Path, descript
     metadata = {key: value for key, value in metadata_of(description).items() if key != METADATA_KEY}
     torch_log = logging.getLogger("torch")
     level = torch_log.level
-    torch_log.setLevel(logging.ERROR)  # its warnings are of what this machine lacks; errors are raised
+    torch_log.setLevel(logging.ERROR)  # it warns of what this machine lacks; errors are raised
     try:
         with _channels_last_weights():
             aoti_compile_and_package(

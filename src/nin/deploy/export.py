@@ -67,7 +67,7 @@ class Exporter:
         self.module, self.description = read_checkpoint(path, run, allow)
         self.pipeline = pipeline_of(self.module, self.description)
         self.progress = progress
-        # With this machine's own place of the data.
+        # The settings of the run, with the place of the data on this machine.
         self.local_settings = apply_overrides(without_training_parts(self.module.settings), list(overrides), MAY_CHANGE)
         prepare(self.local_settings.data)
         if isinstance(data := self.local_settings.data, FolderData):
@@ -87,7 +87,7 @@ class Exporter:
             program = trace_onnx(self.pipeline)
             _save(program.model_proto, temporary, self.description)
             found = self.check(load_onnx(temporary))
-            # What the check found is part of the file; the weights and operators stay those that were checked.
+            # Written again with the results of the check; weights and operators stay those that were checked.
             description = dataclasses.replace(self.description, more=self.description.more | {"check": found})
             _save(program.model_proto, temporary, description)
         return description
@@ -109,7 +109,7 @@ class Exporter:
         with written_when_checked(path) as temporary:
             quantize(source, temporary, images)
             metrics, _ = evaluate(load_onnx(temporary), self.images, self.labels, partial(self.progress, "scoring"))
-            # That of the export was found when it was checked.
+            # The accuracy of the export was measured when it was checked.
             accuracy = {"float": load_onnx(source).description.more["check"]["accuracy"], "int8": metrics["test/acc"]}
             lost = accuracy["float"] - accuracy["int8"]
             if round(lost, 7) > INT8_LOSS:
@@ -165,7 +165,7 @@ class Exporter:
 @contextlib.contextmanager
 def written_when_checked(path: Path) -> Iterator[Path]:
     """Gives a temporary file, which is renamed to ``path`` at the end and removed after an error."""
-    # With the suffix that torch's functions require.
+    # The suffix stays the same, because torch's functions require it.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -176,7 +176,7 @@ def written_when_checked(path: Path) -> Iterator[Path]:
 
 
 def probabilities_of(module: Classifier, images: Tensor) -> Tensor:
-    """What evaluation computes in float32: ``(batch, classes)`` of uint8 images of the stored size."""
+    """Probabilities ``(batch, classes)`` of uint8 images of the stored size, as evaluation in float32 computes them."""
     with torch.no_grad():
         return module.score(resize(images, module.settings.data.image_size)).softmax(-1)
 

@@ -14,7 +14,7 @@ from nin.data.decoding import ImageError, formats, open_image, to_array
 
 @dataclass(frozen=True)
 class ImageForm:
-    """What an image file becomes before the network's own preprocessing.
+    """The form to which image files are decoded, before the network's own preprocessing.
 
     Attributes:
         channels: 1 (gray) or 3 (color).
@@ -100,7 +100,7 @@ def _read(name: str, content: bytes, form: ImageForm) -> Iterator[tuple[str, np.
 
 
 def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:
-    """What Python code hands over, as a list of uint8 arrays ``(height, width)`` or ``(height, width, 3)``.
+    """Converts images given by Python code to uint8 arrays ``(height, width)`` or ``(height, width, 3)``.
 
     Args:
         images: one array ``(batch, height, width)`` or ``(batch, height, width, 3)``, or a list of arrays, Pillow

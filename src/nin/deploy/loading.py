@@ -68,6 +68,6 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def default_export(path: Path, suffix: str) -> Path:
-    """Where `nin export` writes: ``export/model<suffix>`` in a run's folder, or beside a checkpoint file."""
-    # Not `with_suffix` twice: a name such as lr=0.01.ckpt has two dots.
+    """The path that `nin export` writes: ``export/model<suffix>`` in a run's folder, or beside a checkpoint file."""
+    # `with_suffix` twice would cut off more: a name such as lr=0.01.ckpt has two dots.
     return path / "export" / f"model{suffix}" if path.is_dir() else path.with_name(f"{path.stem}{suffix}")

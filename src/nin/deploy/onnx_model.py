@@ -17,7 +17,7 @@ from nin.config.schema import Settings, UserError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.runs.files import read_bytes
 
-# Where an export keeps its description, beside the entries that other programs read.
+# The key of an export's description in its metadata; other programs read the other keys.
 METADATA_KEY = "nin"
 
 
@@ -62,7 +62,7 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from error
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
+    options.log_severity_level = 4  # errors are raised, and need no log
     options.intra_op_num_threads = threads or 0
     # Between two batches the threads sleep; the server's other work needs the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -101,7 +101,7 @@ def read_checkpoint(
     Raises:
         UserError: if the file is no checkpoint of this version, or it names a class that is not allowed.
     """
-    # Before its content: if a run replaces the file meanwhile, the description is that of no checkpoint.
+    # Read before the content: if a run replaces the file in between, the export counts as one of the earlier file.
     checksum = read_checksum(path)
     checkpoint = checkpoint_files.read(path)
     # No data are loaded: a data module of the user's own is not imported.

@@ -19,7 +19,7 @@ def overloaded() -> RefusedError:
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of ``/predict?maps=true&invert=true&top=3``.
+    """The query parameters of a prediction, as in ``/predict?maps=true&invert=true&top=3``.
 
     Attributes:
         maps: whether the answer has the score maps.
@@ -58,7 +58,7 @@ async def read_file(request: Request, body: bytes) -> bytes:
         yield body
 
     parser = MultiPartParser(request.headers, parts(), max_files=10, max_fields=100)
-    parser.spool_max_size = len(body)  # in memory, where the body is: a container may have no place for temporary files
+    parser.spool_max_size = len(body)  # the file stays in memory: a container may have no temporary folder
     try:
         form = await parser.parse()
     # A malformed form raises MultiPartException, one without a boundary KeyError.
@@ -69,7 +69,7 @@ async def read_file(request: Request, body: bytes) -> bytes:
         if len(files) != 1:
             raise RefusedError(400, f"the form has {len(files) or 'no'} file{'s' * (len(files) > 1)}: send one image")
         for name, value in form.multi_items():
-            if isinstance(value, str) and name in {field.name for field in fields(Parameters)}:  # it would do nothing
+            if isinstance(value, str) and name in {field.name for field in fields(Parameters)}:  # would be ignored
                 raise RefusedError(400, f"{name}: is a field of the form; give it in the address: /predict?{name}=…")
         return await files[0].read()
     finally:

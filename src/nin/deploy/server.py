@@ -16,7 +16,7 @@ from nin.deploy.service import Service
 
 # A request's head has this long to arrive; a connection that is kept open without requests, as long.
 HEAD_SECONDS = 15
-HEAD_BYTES = 65_536  # at least: one chunk of what arrives may hold more
+HEAD_BYTES = 65_536  # checked after each chunk that arrives, so that a head may be larger by one chunk
 SHUTDOWN_SECONDS = 30
 
 
@@ -111,7 +111,7 @@ def run(service: Service, listener: socket.socket) -> int:
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # a client's malformed form is no event here
     silence_pillow()
     gc.collect()
-    gc.freeze()  # what is loaded by now stays, and need not be looked through again and again
+    gc.freeze()  # the collector need not scan again and again what is loaded by now and stays
     try:
         server.run(sockets=[listener])
     finally:

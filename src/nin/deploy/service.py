@@ -37,7 +37,7 @@ SMALL_BYTES = 500_000
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may take of the server.
+    """The limits of what clients may use.
 
     Attributes:
         body_bytes: of a request's body; 413 above.
@@ -53,12 +53,12 @@ class Limits:
 
     @property
     def all_body_bytes(self) -> int:
-        """Of all bodies that arrive or wait to be decoded; 503 above for those that are not small."""
+        """The bytes of all bodies that arrive or wait to be decoded; above, larger ones are answered with 503."""
         return 16 * self.body_bytes
 
     @property
     def waiting_pixels(self) -> int:
-        """Of all images that wait to be scored; 503 above."""
+        """The pixels of all images that wait to be scored; above, the answer is 503."""
         return 4 * self.pixels
 
 
@@ -72,7 +72,7 @@ class Service:
     def __init__(self, network: TrainedNetwork, limits: Limits, key: str | None):
         self.network, self.limits, self.key = network, limits, key
         self.is_stopping: Callable[[], bool] = lambda: False
-        self.body_bytes = 0  # of all bodies that arrive or wait to be decoded
+        self.body_bytes = 0  # the bytes of all bodies that arrive or wait to be decoded
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = Counter("nin_requests", "Requests for predictions.", ["status"], registry=self.registry)
@@ -213,7 +213,7 @@ class Service:
         opened = open_image(body, self.limits.pixels) if len(body) <= SMALL_IMAGE_BYTES else None
         if opened and opened.width * opened.height <= SMALL_PIXELS:
             return form.read(opened)
-        with self.batcher.reserve(0):  # its pixels take memory, and count, from when they are decoded
+        with self.batcher.reserve(0):  # pixels take memory, and are counted, once they are decoded
 
             def read() -> np.ndarray:
                 return form.read(opened or open_image(body, self.limits.pixels))

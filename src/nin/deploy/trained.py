@@ -16,7 +16,7 @@ BATCH_IMAGES, BATCH_PIXELS = 128, 4_000_000
 
 @dataclass(frozen=True)
 class Scores:
-    """What a network computes for a batch of images.
+    """The outputs of a network for a batch of images.
 
     Attributes:
         probabilities: ``(batch, classes)`` float32; each row sums to 1.
@@ -31,7 +31,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Description:
-    """What is known of a trained network beside its weights: the metadata of an export.
+    """The description of a trained network, which an export has as its metadata.
 
     Attributes:
         class_names: in the order of the probabilities.
@@ -59,7 +59,7 @@ class Description:
 
     @property
     def form(self) -> ImageForm:
-        """How the user's files are decoded."""
+        """The form to which the user's files are decoded."""
         return ImageForm(self.channels, self.stored_size, self.fit) if self.fit else ImageForm(self.channels)
 
     @property

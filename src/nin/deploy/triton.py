@@ -9,7 +9,7 @@ from nin.deploy.export import BATCH_IMAGES, Exporter, ExportError
 from nin.deploy.trained import Description
 from nin.runs.files import write_atomically
 
-# How long Triton waits for more images before it computes a batch that is not full.
+# The time that Triton waits for more images before it computes a batch that is not full.
 QUEUE_MICROSECONDS = 500
 
 

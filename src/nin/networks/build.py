@@ -127,9 +127,9 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     try:
         with torch.no_grad():
             logits = network(torch.zeros(size, device=first.device))
-    except UserError:  # of this package, which the class calls
+    except UserError:  # raised by this package, which the class calls
         raise
-    except Exception as error:  # of the user's own class
+    except Exception as error:  # raised by the user's own class
         reason = first_line(error)
         raise UserError(
             f"model: {model.target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
@@ -200,9 +200,9 @@ def _keeps_channels(layer: nn.Module) -> bool:
 
 
 def counting_device(model: Model | OwnModel) -> torch.device:
-    """Where a network is built of which only layers and operations are counted.
+    """Returns the device on which a network is built if only its layers and operations are counted.
 
-    That is the "meta" device, where nothing is computed, but not for a class of the user's own: it may read values of
+    That is the "meta" device, where nothing is computed, except for a class of the user's own: it may read values of
     tensors, which do not exist there.
     """
     return torch.device("cpu" if isinstance(model, OwnModel) else "meta")

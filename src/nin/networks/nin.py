@@ -146,7 +146,7 @@ def _require_fitting_blocks(
 
 
 def _fully_connected_head(features: int, width: int, num_classes: int, dropout: float) -> list[nn.Module]:
-    """From feature maps with ``features`` values to logits, as in AlexNet (Krizhevsky et al. 2012, section 3.5)."""
+    """Layers that map ``features`` values to logits, as in AlexNet (Krizhevsky et al. 2012, section 3.5)."""
     return [
         nn.Flatten(),
         nn.Linear(features, width),

@@ -34,12 +34,12 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
     # torch computes wrong gradients of such maps on Apple's GPUs, or ends the process (issues 175189 and 175190).
     on_mps = torch.backends.mps.is_available() and settings.trainer.accelerator in ("auto", "gpu", "mps")
     if options.channels_last and not on_mps:
-        # Not `network.to`, which fails on tensors of rank 5: a network of the user's own may have some.
+        # `network.to` fails on tensors of rank 5, which a network of the user's own may have.
         for tensor in itertools.chain(network.parameters(), network.buffers()):
             if tensor.dim() == 4:
                 tensor.data = tensor.data.to(memory_format=torch.channels_last)
     if isinstance(settings.model, OwnModel):
-        # What lies within the user's own module is not known: where it may be split, its dropout, its ReLUs.
+        # Of the user's own module it is not known whether a batch may be split, and where its dropout and ReLUs are.
         log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
         may_split = isinstance(options.micro_batch, int) and not _has_batch_norm(network)
         return (options.micro_batch if may_split else None), []  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What a run prints and logs: to the terminal and to nin.log."""
+"""The output of a run, to the terminal and to nin.log."""
 
 import contextlib
 import io
@@ -64,7 +64,7 @@ class _LogFile(logging.FileHandler):
             print(f"WARNING: {self.baseFilename}: can't be written ({error.strerror})", file=sys.stderr)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what could not be written is tried once more
+        with contextlib.suppress(OSError):  # closing tries again to write what could not be written
             super().close()
 
 
@@ -87,7 +87,7 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
     root.handlers = handlers
     root.setLevel(logging.INFO)
     _route_lightning_logs()
-    silence_known_warnings()  # in a notebook too, where no command has done so
+    silence_known_warnings()  # a notebook calls this without a command, which would have done so
     logging.captureWarnings(True)
     try:
         yield

@@ -58,7 +58,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):  # another process may remove it in the meantime
-            if time.time() - leftover.lstat().st_mtime > _LEFT_OVER_SECONDS:  # of a process that was killed
+            if time.time() - leftover.lstat().st_mtime > _LEFT_OVER_SECONDS:  # left by a killed process
                 leftover.unlink()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:

@@ -24,7 +24,7 @@ from nin.config.schema import UserError
 from nin.runs.files import read_text, read_yaml_text, write_atomically
 
 _TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names that `open_atomically` gives
-# Raised for a YAML file of other content. RecursionError: lists in lists, or one that holds itself.
+# The errors of a YAML file with other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
 
 STATUSES = ("finished", "failed", "pruned")

@@ -9,7 +9,7 @@ from nin.system.processes import StopRequest
 
 @dataclass
 class RunRequest:
-    """What is to be run, where, and who may stop it.
+    """The settings, the folder and the stop signals of one run.
 
     Args:
         settings: validated settings.

@@ -16,7 +16,7 @@ PRINTED = ("test/acc", "test/top5_acc", "test/loss", "val/acc", "val/loss")
 
 _MATRIX_CLASSES = 12  # as many columns as 120 characters have room for
 _LISTED_CLASSES = 30
-_ENOUGH_IMAGES = 20  # of fewer images of a class, all may be classified wrongly by chance
+_ENOUGH_IMAGES = 20  # a class with fewer images may be predicted for none by chance
 
 
 def print_result(folder: RunFolder, result: dict[str, Any]) -> None:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     Color = tuple[float, float, float, float]
 
-X_AXES = {"epochs": "epoch", "seconds": "seconds"}  # and their columns in metrics.csv
+X_AXES = {"epochs": "epoch", "seconds": "seconds"}  # the values are columns of metrics.csv
 _MAX_ROWS = 20
 _LABEL_WIDTH = 36  # characters per line
-# Drawn over the frame and not clipped, so that an accuracy of exactly 1 is visible; the bars of the standard deviation
-# are clipped.
+# Points are drawn over the frame and not clipped, so that an accuracy of exactly 1 is visible; the bars of the standard
+# deviation are clipped.
 _ON_TOP: dict[str, Any] = {"clip_on": False, "zorder": 3}
 
 
@@ -73,7 +73,7 @@ def _draw_curves(
     from matplotlib.ticker import MaxNLocator
 
     for row, text, color in zip(rows, labels, colors, strict=True):
-        label: str | None = text  # of the row's first line
+        label: str | None = text  # for the first line of the row only
         for job in row.jobs:
             epochs = RunFolder(job.folder).read_epochs() if job.status != "not started" else []
             points = [(e[X_AXES[x_axis]], e[metric]) for e in epochs if metric in e and X_AXES[x_axis] in e]

@@ -20,7 +20,7 @@ _PACKAGES = {
     "hydra_submitit_launcher": "hydra-submitit-launcher submitit",
     "hydra_ray_launcher": "hydra-ray-launcher ray",
 }
-# What a search imports, and the names to install.
+# The modules that a search imports, with the names of the packages to install.
 _SEARCH_PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "sklearn": "scikit-learn"}
 
 
@@ -116,7 +116,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
         from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
         from nin.training.loss import require_known_loss
-    # What takes torch, a download or a second is done once for the jobs that have it in common.
+    # A check that takes torch, a download or a second runs once for all jobs with equal values of what it checks.
     checks: list[tuple[Callable[[Settings], None], Callable[[Settings], Any]]] = [
         (require_buildable, lambda job: (job.model, job.data.image_size)),
         (require_known_loss, lambda job: (job.loss, job.label_smoothing)),

@@ -1,4 +1,4 @@
-"""Which process works on which trial of a search, where several processes share one storage."""
+"""Claims of trials, where several processes work on one search and share its storage."""
 
 import contextlib
 import re
@@ -25,7 +25,7 @@ def database_name(url: str) -> str:
 
 
 class FileClaims:
-    """Which trials a process works on, by locks that the system releases when the process ends."""
+    """The trials that this process works on, claimed by file locks, which the system releases when the process ends."""
 
     def __init__(self, folder: Path):
         self._folder = folder / ".search"
@@ -52,7 +52,7 @@ class FileClaims:
 
 
 class DatabaseClaims:
-    """As `FileClaims`, by PostgreSQL's advisory locks, which end with the connection of the process that has them."""
+    """Does what `FileClaims` does by PostgreSQL's advisory locks, which end with the connection of their process."""
 
     def __init__(self, url: str, name: str):
         import sqlalchemy

@@ -22,10 +22,10 @@ from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
-# What a file of other content raises.
+# The errors that a file with other content raises.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
-_MAX_NAME_BYTES = 100  # of a folder's name; file systems allow 255
+_MAX_NAME_BYTES = 100  # the longest name of a folder; file systems allow 255
 _MAX_JOBS = 10_000
 
 
@@ -36,7 +36,7 @@ def job_folder(overrides: str) -> str:
     of its checksum: two jobs never share a folder.
     """
     if not overrides:
-        return "job"  # of a sweep that varies nothing
+        return "job"  # the sweep varies nothing
     plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
     encoded = plain.encode()
     if plain == overrides and len(encoded) <= _MAX_NAME_BYTES:
@@ -139,7 +139,7 @@ def read_jobs(folder: Path) -> list[Job]:
         for key, value in read_values(RunFolder(job.folder).config, keys).items():
             job.overrides.setdefault(key, value)
     others = [Job(folder, job, "not started") for name, job in requested if name not in started]
-    # They have no config yet: what the command does not vary is as in those of its jobs that have one.
+    # These jobs have no config yet. Where all jobs of the command that have one agree, the others have the same value.
     names = {name for name, _ in requested}
     same = _values_of_all([job for job in jobs if job.folder.name in names])
     for other in others:

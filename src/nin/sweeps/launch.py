@@ -79,9 +79,9 @@ class Sweep:
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
         self.search: Search | None = None
-        # Of a search there are none: it chooses their values while it runs.
+        # A search has none here: it chooses the values of its jobs while it runs.
         self.jobs: list[list[str]] = []
-        self.names: list[str] = []  # of their folders; the report finds jobs by them
+        self.names: list[str] = []  # the names of the jobs' folders, by which the report finds them
         self.on_cluster = is_cluster(config.hydra.launcher._target_)
         if starter := multi_process_launcher():
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
@@ -228,7 +228,7 @@ class Sweep:
             if not self._status_of_signals():
                 print(f"nin train: a worker process was killed; {self._remedy()}", file=sys.stderr)
         except Exception as error:
-            # What the launchers of a cluster raise for a job that was killed or whose machine was lost.
+            # The launchers of a cluster raise their own errors for a job that was killed or whose machine was lost.
             if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
                 raise
             status = 1

@@ -180,7 +180,7 @@ class Search:
         try:
             value_of(ended)
         except UserError as error:
-            if folder.has_progress():  # of another experiment, which is not overwritten
+            if folder.has_progress():  # the folder has another experiment, which is not overwritten
                 raise
             self._write_failure(folder, words[:-1], error)
             return
@@ -224,7 +224,8 @@ class Search:
 
     def _finish(self) -> None:
         """Tests the best trial, or trains its configuration again with the final seeds."""
-        best = best_trial(self.store.trials())  # also of those of an earlier command with more trials, as in the report
+        # An earlier command may have had more trials, which count here as they do in the report.
+        best = best_trial(self.store.trials())
         if best is None:
             self._give_up("no trial completed")
         if self.settings.final_seeds is None:

@@ -1,4 +1,4 @@
-"""What a search needs is checked before anything is written."""
+"""Checks a search before anything is written."""
 
 import math
 from collections.abc import Iterable
@@ -100,7 +100,7 @@ def read_settings(config: DictConfig) -> SearchSettings:
 
 
 def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings, points: list[Settings]) -> Plan:
-    """What the search is: all that must stay the same under its name.
+    """Returns everything about the search that must stay the same under its name.
 
     Args:
         fixed: the overrides that all trials share.

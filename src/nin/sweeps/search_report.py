@@ -73,7 +73,7 @@ def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
         )
         return
     try:
-        require_accelerator(settings.trainer)  # of the machine that only submits the trials
+        require_accelerator(settings.trainer)  # a machine that only submits the trials may lack it
     except UserError as error:
         print(f"{error}, so the best trial is not tested; the same command on a machine with the accelerator tests it")
         return
@@ -114,7 +114,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     except KeyError:
         raise UserError(f"{folder}: its storage has no study {description['name']}") from None
     trials = fail_without_score(study.get_trials(deepcopy=False))
-    study = optuna.create_study(study_name=study.study_name, direction="maximize")  # in memory, without the others
+    study = optuna.create_study(study_name=study.study_name, direction="maximize")  # in memory, with the checked trials
     try:
         study.add_trials(trials)
     except ValueError as error:
@@ -161,7 +161,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _count(trials: Sequence[FrozenTrial], total: int) -> str:
-    """As in "38 of 40 trials, 5 pruned, 1 failed"."""
+    """Describes how many trials there are, as in "38 of 40 trials, 5 pruned, 1 failed"."""
     states = [trial.state for trial in trials]
     text = f"{sum(state.is_finished() for state in states)} of {max(total, len(trials))} trials"
     for state, name in ((TrialState.PRUNED, "pruned"), (TrialState.FAIL, "failed")):
@@ -283,12 +283,12 @@ def _write(
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
         if fits_config_file(description):
-            # In a folder from elsewhere the words may be no overrides.
+            # The folder may come from elsewhere, and its words may be no overrides.
             with contextlib.suppress(HydraException, OmegaConfBaseException):
                 config = best_config(description, best)
     if config:
         write_atomically(folder / "best.yaml", config)
         written += ", best.yaml"
     else:
-        (folder / "best.yaml").unlink(missing_ok=True)  # of an earlier state of the search
+        (folder / "best.yaml").unlink(missing_ok=True)  # written by an earlier state of the search
     return written

@@ -15,7 +15,7 @@ from nin.config.errors import first_line
 from nin.config.schema import UserError
 
 _TAGS = {"log", "int", "float"}
-_MAX_VALUES = 10_000  # of one key
+_MAX_VALUES = 10_000  # the most values of one key
 _MAX_CHECKED = 50  # choices of a key that are tried before the search starts; each takes a tenth of a second
 
 Space = dict[str, BaseDistribution]
@@ -98,7 +98,7 @@ def _range(value: RangeSweep, tags: set[str], given: str) -> BaseDistribution:
         raise UserError(f"{given}: a range has steps; use tag(log, interval(…)) or tag(log, int, interval(…))")
     assert value.start is not None  # Hydra's range() has both
     assert value.stop is not None
-    # In decimals: 0.1 + 6 * 0.1 is 0.7, and not 0.7000000000000001.
+    # Decimals are exact: with floats, 0.1 + 6 * 0.1 is 0.7000000000000001.
     start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
     count = math.ceil((stop - start) / step)
     if count <= 0:

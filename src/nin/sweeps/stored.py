@@ -1,4 +1,4 @@
-"""What the files in a sweep's folder say. They may come from elsewhere: any other content is ignored."""
+"""Reads the files in a sweep's folder. They may come from elsewhere: any other content is ignored."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from nin.config.errors import printable
 from nin.runs.files import YAML_LOADER, read_yaml_text
 from nin.runs.folder import RunFolder
 
-_MISSING = object()  # unlike null, which is a value
+_MISSING = object()  # the mark of a missing key; null is a value
 
 
 def read_yaml(path: Path) -> Any:
@@ -33,7 +33,7 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
     """
     config = read_yaml(path)
     values = {key: _value_at(config, key) for key in (*keys, "trainer.max_epochs", "trainer.precision")}
-    for group in ("data", "optimizer", "schedule"):  # whose sections have the names of their options
+    for group in ("data", "optimizer", "schedule"):  # their sections have a key with the option's name
         if isinstance(section := values.get(group), dict):
             values[group] = section.get("name")
     if _value_at(config, "data.name") == "folder":
@@ -51,7 +51,7 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
 def _as_override(value: Any) -> str | None:
     """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a section or a missing key."""
     if isinstance(value, list):
-        if any(isinstance(item, list) for item in value):  # which may hold itself, in a file from elsewhere
+        if any(isinstance(item, list) for item in value):  # in a file from elsewhere a list may hold itself
             return None
         items = [_as_override(item) for item in value]
         return None if None in items else f"[{','.join(map(str, items))}]"
@@ -76,7 +76,7 @@ def describe_hardware(result: dict[str, Any]) -> str:
 
 def is_running(folder: RunFolder) -> bool:
     """Whether the process that last claimed the folder is alive, as far as this machine knows."""
-    # Not by trying the lock: that would claim the folder for a moment, and a job that starts then would be refused.
+    # Trying the lock would claim the folder for a moment, and a job that starts then would be refused.
     state = folder.read_state()
     if state.get("host") != socket.gethostname() or not state.get("pid"):
         return False

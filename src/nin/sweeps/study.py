@@ -36,7 +36,7 @@ WITHOUT_SCORE = "no epoch ended with a validation, so it has no val/acc"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search is. Under one name, all of it stays the same; only the number of trials may grow.
+    """The definition of a search. Under one name, all of it stays the same; only the number of trials may grow.
 
     Args:
         name: of the search and of its study.
@@ -247,7 +247,7 @@ def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
         raise UserError("\n  ".join([header, *lines]))
 
 
-# What Optuna raises for lines that are JSON and no journal.
+# The errors that Optuna raises for lines that are JSON and no journal.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
@@ -262,7 +262,7 @@ def open_journal(path: Path) -> JournalStorage:
         if lines and not isinstance(json.loads(lines[-1]), dict):  # Optuna reads it only when another line follows
             raise ValueError(f"its last line is {lines[-1][:20]!r}")
         start = b'{"op_code":'
-        if tail[: len(start)] != start[: len(tail)]:  # of a write that was interrupted
+        if tail[: len(start)] != start[: len(tail)]:  # the start of a line is left by an interrupted write
             raise ValueError(f"its last line is {tail[:20]!r}")
         # Optuna's base class of locks is private; what it calls is acquire() and release().
         return JournalStorage(JournalFileBackend(str(path), lock_obj=JournalLock(path)))  # type: ignore[arg-type]

@@ -94,7 +94,7 @@ def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: 
 
 
 def _describe_runs(row: Row) -> str:
-    """As in "3 (1 failed)"; the status of a single run."""
+    """Describes the runs of a row, as in "3 (1 failed)"; a single run by its status."""
     states = [job.status for job in row.jobs]
     if "run" in row.keys:
         return states[0]
@@ -103,7 +103,7 @@ def _describe_runs(row: Row) -> str:
 
 
 def _describe_seeds(rows: list[Row]) -> str:
-    """As in ", 3 seeds per row"; nothing for single runs."""
+    """Describes the number of seeds, as in ", 3 seeds per row"; nothing for single runs."""
     counts = sorted({len(row.values("train_seconds")) for row in rows} - {0})
     if not counts or "run" in rows[0].keys:
         return ""
@@ -112,7 +112,7 @@ def _describe_seeds(rows: list[Row]) -> str:
 
 
 def describe_errors(rows: list[Row]) -> list[str]:
-    """What ± means, how much test/acc varies with the choice of test images, and where the runs were trained."""
+    """Explains ±, the sampling error of test/acc that the choice of test images causes, and the hardware."""
     notes = []
     if any(len(row.values(metric)) > 1 for row in rows for metric in METRICS):
         notes.append("± is the sample standard deviation over seeds.")
@@ -162,7 +162,7 @@ def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, separator - 1, 0, 0), leading=int(wraps))
     for i, (name, least, column) in enumerate(zip(header, widths, columns, strict=True)):
         more = min(room, max(map(len, column)) - least)
-        # Given, because rich would take the missing characters from all columns that wrap, and break words.
+        # With a width: rich would take the missing characters from all columns that wrap, and break words.
         table.add_column(name, overflow="fold", no_wrap=i in numbers, width=least + more)
         room -= more
     for line in lines:

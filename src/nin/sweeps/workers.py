@@ -34,7 +34,7 @@ PARENT_VARIABLE = "NIN_SWEEP_PROCESS"
 
 
 class ReportedError(UserError):
-    """What a job refused; its message has been printed, and is not printed again at the end of the sweep."""
+    """The error of a job that was refused; it has been printed, and is not printed again at the end of the sweep."""
 
 
 class SweepInterrupt(BaseException):
@@ -84,7 +84,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         print(f"{request.label}{_progress(folder, hydra.job.num, settings)}", flush=True)
     try:
         result = this_worker().run(request) if in_worker else execute_run(request)
-        if in_turn and request.stop.signum is not None:  # too late for this job, in time for the next one
+        if in_turn and request.stop.signum is not None:  # the job is done, and the next one does not start
             raise StoppedError(request.stop.signum)
         return result["metrics"]["val/acc"]
     except RunClaimedError as error:  # the sweep comes back to it when its other jobs are done

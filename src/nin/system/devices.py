@@ -1,4 +1,4 @@
-"""What a run computes with: the accelerator, bfloat16, the number of CPU threads, the memory allocator."""
+"""The hardware of a run: the accelerator, bfloat16, the number of CPU threads, the memory allocator."""
 
 import contextlib
 import ctypes
@@ -136,13 +136,13 @@ def cpu_has_bfloat16() -> bool:
 
 
 def missing_for_compile(device: "torch.device") -> str | None:
-    """What ``torch.compile`` needs for a CUDA GPU and this machine lacks; None if nothing is missing.
+    """Describes what ``torch.compile`` needs for a CUDA GPU and this machine lacks; None if nothing is missing.
 
     Triton, which generates the kernels, compiles a few lines of C against Python's headers when it is first used.
     """
     import torch
 
-    # As Triton looks for them (triton/runtime/build.py).
+    # Triton looks for the headers in this way (triton/runtime/build.py).
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
     headers = Path(sysconfig.get_paths(scheme)["include"])
     if importlib.util.find_spec("triton") is None:

@@ -60,13 +60,13 @@ class Classifier(LightningModule):
         super().__init__()
         if not isinstance(settings, Settings):
             settings = Settings.model_validate(settings)
-            # Of a checkpoint: it imports no module, but may name a class of one that the program has imported.
+            # The dict may be that of a checkpoint, which imports no module but may name a class of an imported one.
             require_allowed_classes(settings, list(sys.modules))
         self.settings = settings
         self.class_names, self.in_channels = tuple(class_names), in_channels
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
         plain = {
-            # Not as JSON, whose keys are texts: a class of the user's own may have numbers as keys, as {6: 2.0}.
+            # In JSON all keys are texts, but a class of the user's own may have numbers as keys, as {6: 2.0}.
             "settings": self.settings.model_dump(),
             "class_names": list(class_names),
             "in_channels": in_channels,
@@ -129,7 +129,7 @@ class Classifier(LightningModule):
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
             scheduled = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
             graphs = on_gpu and self.trainer.accumulate_grad_batches == 1 and not scheduled
-            # In place, so that the names of the weights stay the same.
+            # Compiled in place, so that the names of the weights stay the same.
             self.network.compile(mode="reduce-overhead" if graphs else "default", dynamic=False)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -175,7 +175,7 @@ class Classifier(LightningModule):
 
         def closure() -> Any:
             if next(calls):  # an optimizer that evaluates the batch several times for one step, as LBFGS does
-                if self.trainer.accumulate_grad_batches > 1:  # those of the other batches would be lost
+                if self.trainer.accumulate_grad_batches > 1:  # the other batches' gradients would be lost
                     several = f"{self.settings.optimizer.name}, which evaluates a batch several times"
                     raise UserError(f"trainer.accumulate_grad_batches: must be 1 with {several}")
                 optimizer.zero_grad()

@@ -57,7 +57,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     require_test_batches(settings, data, tester)
     try:
         return test(tester, module, data)
-    except SystemExit as error:  # into which Lightning turns a Ctrl-C
+    except SystemExit as error:  # Lightning turns a Ctrl-C into it
         raise KeyboardInterrupt from error
 
 
@@ -80,7 +80,7 @@ def require_test_batches(settings: Settings, data: Any, trainer: lightning.Train
     if not isinstance(limit, float) or limit == 1:
         return
     with isolate_rng():
-        data = build_data(settings)  # another one: Lightning sets up that of the run itself
+        data = build_data(settings)  # a second one, because Lightning sets up that of the run itself
         data.trainer = trainer
         data.prepare_data()
         data.setup("test")

@@ -174,7 +174,7 @@ class Experiment:
         if self.request.rank != 0:
             return
         if self.checkpoint is None:
-            self.folder.truncate_event_files({})  # of a process that was killed before its first checkpoint
+            self.folder.truncate_event_files({})  # left by a process that was killed before its first checkpoint
             self.folder.metrics.unlink(missing_ok=True)
             log_request(self.trainer, self.settings, self.request.overrides)
             return
@@ -195,7 +195,7 @@ class Experiment:
             if self.checkpoints.is_restored:
                 raise
             raise UserError(f"trainer: {error}") from error  # no step was taken
-        # What Lightning, torch and callbacks raise about a state of another type.
+        # Lightning, torch and callbacks raise these if a state is of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             # Lightning itself refuses a Trainer argument, as val_check_interval above the number of batches.
             if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):

@@ -1,4 +1,4 @@
-"""What a network takes from its training images before training (``data.normalize``, ``model.init``)."""
+"""Sets what a network takes from its training images before training (``data.normalize``, ``model.init``)."""
 
 from typing import Any
 

@@ -140,7 +140,7 @@ def _diverged(module: LightningModule, what: str) -> NonFiniteLossError:
 
 
 def _remedies(settings: Settings) -> list[str]:
-    """What may keep training from diverging, without what the run has already."""
+    """Lists settings that may keep training from diverging, without those that the run has already."""
     remedies = ["a smaller optimizer.lr"]
     if isinstance(settings.schedule, Schedule) and settings.schedule.warmup < 0.1:
         remedies.append("schedule.warmup=0.1")

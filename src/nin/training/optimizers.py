@@ -38,7 +38,7 @@ def build_optimizer(
     # Lightning can't clip the gradients of a fused optimizer in mixed precision.
     clipped = settings.trainer.gradient_clip_val is not None
     fused = settings.speed.fused_optimizer and device.type in ("cpu", "cuda", "mps") and not clipped
-    if "fused" in inspect.signature(kind).parameters:  # of a few of torch's optimizers only
+    if "fused" in inspect.signature(kind).parameters:  # only a few of torch's optimizers have it
         arguments["fused"] = fused
     return kind(parameters, **arguments)
 
@@ -74,7 +74,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: 
 
 
 def _momentum_ranges(momenta: list[float]) -> dict[str, Any]:
-    """From 0.05 above each of ``momenta`` to 0.05 below it; for 0.9 these are the defaults of OneCycleLR."""
+    """Returns ranges from 0.05 below each of ``momenta`` to 0.05 above it; for 0.9 the defaults of OneCycleLR."""
     if not any(momenta):
         return {"cycle_momentum": False}
     halves = [min(0.05, momentum, round((1 - momentum) / 2, 6)) for momentum in momenta]

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 # The packages that compute; the result has their versions.
 _PACKAGES = ("network-in-network", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
-# What is read of a result that another process wrote, with its type.
+# The keys that are read from a result that another process wrote, each with the type of its value.
 _RESULT: dict[str, Any] = {
     "metrics": dict, "epochs": int, "steps": int, "train_seconds": int | float, "parameters": int,
     "weights_sha256": str, "best_weights_sha256": str | None, "images_per_second": int | float | None,
@@ -266,8 +266,8 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     code = {"versions": versions(), "git_commit": git_commit()}
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
-    # With absolute paths, so that the run can be resumed from any working directory.
-    # Not as JSON, whose keys are texts: GradientAccumulationScheduler has the numbers of epochs as keys.
+    # Paths in it are absolute, so that the run can be resumed from any working directory.
+    # In JSON all keys are texts, but GradientAccumulationScheduler has the numbers of epochs as keys.
     folder.write_request(experiment.settings.model_dump(), request.overrides)
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]

@@ -1,4 +1,4 @@
-"""When checkpoints are saved and under which name: a resumed run has exactly the result of an uninterrupted one."""
+"""Saves checkpoints from which a run resumes to exactly the result of an uninterrupted run, and restores its state."""
 
 import logging
 import math
@@ -56,13 +56,13 @@ class ResumableCheckpoint(Checkpoint):
         self._random_before_validation: dict[str, Any] | None = None
         self._loaded: dict[str, Any] | None = None
         self._checkpoint: dict[str, Any] | None = None
-        self._save_point: SavePoint | None = None  # of the save that is under way
+        self._save_point: SavePoint | None = None  # where the save takes place that is under way
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
         self._checkpoint = checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        # Before Lightning restores the optimizer and the schedule: torch accepts states that lack a part.
+        # Checked before Lightning restores the optimizer and the schedule: torch accepts states that lack a part.
         if self._checkpoint:
             require_complete_state(trainer, pl_module.settings, self._checkpoint)
             self._checkpoint = None
@@ -109,13 +109,14 @@ class ResumableCheckpoint(Checkpoint):
         self.saved_at = time.monotonic()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        # As without the interruption: after the samplers know the epoch, and after the draws of other callbacks.
+        # Without the interruption, Lightning makes the iterator after it has set the epoch of the samplers, and after
+        # other callbacks have drawn random numbers.
         if self._needs_iterator:
             self._needs_iterator = False
             _make_iterator(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
-        # Before `on_validation_start` the iterator of torch's validation loader draws a number.
+        # The iterator of torch's validation loader draws a random number before `on_validation_start`.
         if _has_position(trainer) and _validation_follows(trainer):
             self._random_before_validation = random_state(pl_module.device, trainer.train_dataloader)
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
@@ -127,7 +128,7 @@ class ResumableCheckpoint(Checkpoint):
             return  # a run resumes from the end of an epoch: in the middle it would repeat the first batches
         # With max_steps, Lightning can't start the last validation again; the save before it is one step earlier.
         due = self._is_due(trainer) or trainer.global_step + 1 == trainer.max_steps
-        # Before a validation `on_validation_start` saves.
+        # If a validation follows, `on_validation_start` saves.
         if due and not _validation_follows(trainer):
             self._save(trainer, SavePoint.MID_EPOCH)
 
@@ -141,7 +142,7 @@ class ResumableCheckpoint(Checkpoint):
         if not is_stopping(trainer):
             for average in _averages(trainer):
                 average.on_validation_epoch_end(trainer, pl_module)  # exchanges the average for the trained weights
-            self._save(trainer, SavePoint.BEFORE_VALIDATION)  # and stops
+            self._save(trainer, SavePoint.BEFORE_VALIDATION)  # raises StoppedError after saving
         # Lightning can't start the last validation again: steps that no checkpoint has yet are saved after it.
         elif self.saved_step >= trainer.global_step - 1:
             self._raise_if_requested(trainer)
@@ -185,7 +186,7 @@ class ResumableCheckpoint(Checkpoint):
 
     def _raise_if_requested(self, trainer: Trainer) -> None:
         if self._stop_requested(trainer):
-            assert self.stop.signum is not None  # those of the other processes are set as well
+            assert self.stop.signum is not None  # `_stop_requested` sets it in all processes
             raise StoppedError(self.stop.signum)
 
     def _save(self, trainer: Trainer, save_point: SavePoint, best: bool = False) -> None:
@@ -214,7 +215,7 @@ class ResumableCheckpoint(Checkpoint):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.flush()
             elif isinstance(logger, CSVLogger):
-                logger.save()  # it writes every hundredth row by itself
+                logger.save()  # without this, it writes every hundred rows
         loader: Any = trainer.train_dataloader
         random = random_state(pl_module.device, loader)
         if self._save_point is SavePoint.BEFORE_VALIDATION and self._random_before_validation:

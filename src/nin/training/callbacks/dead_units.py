@@ -65,7 +65,7 @@ class DeadUnitMonitor(Callback):
         self, trainer: Trainer, pl_module: Classifier, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         batches = trainer.num_training_batches
-        if batches == math.inf:  # of a data module that does not know its number
+        if batches == math.inf:  # the data module does not know their number
             return
         due = (batch_idx + 1) * self.checks_per_epoch // batches > batch_idx * self.checks_per_epoch // batches
         is_last = trainer.global_step == trainer.max_steps
@@ -103,9 +103,10 @@ class DeadUnitMonitor(Callback):
         latest = next(c for c in trainer.callbacks if isinstance(c, MetricsLogger)).latest  # type: ignore[attr-defined]
         chance = is_at_chance(latest, pl_module.num_classes)
         still_dead = [i for i in classes if i in self.suspects["dead"]]
-        # Only NiN has the other keys.
+        # `_REMEDY` names keys that only NiN has.
         remedy = _REMEDY if hasattr(pl_module.settings.model, "final_relu") else _REMEDY_OF_OTHERS
-        # As in `_sample`; a data module of the user's own, whose classes are not counted, has no ``train``.
+        # The number of images that `_sample` takes. A data module of the user's own, whose classes are not counted, has
+        # no ``train``.
         images = min(self.images, len(trainer.datamodule.train[1])) if classes else 0  # type: ignore[attr-defined]
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
         if chance and self.suspects["chance"] and not self.warned["chance"]:

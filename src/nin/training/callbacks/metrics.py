@@ -67,7 +67,7 @@ class MetricsLogger(Callback):
         self.window_images, self.window_started = images, time.perf_counter() - seconds
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: Classifier, optimizer: Optimizer) -> None:
-        # Here, because after the step the schedule has already set the learning rate of the next one.
+        # Read before the step, because after it the schedule has already set the learning rate of the next one.
         self.lr = float(optimizer.param_groups[0]["lr"])
         step = trainer.global_step + 1
         if trainer.loggers and _is_logged(trainer, step):
@@ -95,7 +95,7 @@ class MetricsLogger(Callback):
         require_finite(pl_module, values["train/loss"])
         pl_module.train_loss.reset()
         pl_module.train_acc.reset()
-        # Of all processes: they may not have equal numbers of images in the last batch of an epoch.
+        # Summed over all processes, which may have different numbers of images in the last batch of an epoch.
         own = torch.tensor(float(self.window_images), device=pl_module.device)
         images = int(trainer.strategy.reduce(own, reduce_op="sum"))
         self.epoch["images"] += images
@@ -126,7 +126,7 @@ class MetricsLogger(Callback):
         if started and not trainer.sanity_checking:
             # The time of a validation in the middle of an epoch does not count as training time.
             self._open_window(self.window_images, started - self.window_started)
-            # Not those that a callback of the user's logs, which may be of any name and missing in some epochs.
+            # Metrics of the user's own callbacks are left out: they have any name, and may be missing in some epochs.
             names = [name for name in _SCORES if name in trainer.callback_metrics]
             self.scores = rounded({name: trainer.callback_metrics[name] for name in names})
             self.scored_step = trainer.global_step
@@ -181,7 +181,7 @@ class MetricsLogger(Callback):
     def state_dict(self) -> dict[str, Any]:
         now = time.perf_counter()
         return {name: getattr(self, name) for name in _STATE} | {
-            # Without the validation that is under way.
+            # The time of a validation that is under way does not count.
             "window_seconds": (self.validation_started or now) - self.window_started,
             "train_seconds": now - self.started,
         }
@@ -205,7 +205,7 @@ class MetricsLogger(Callback):
         self.__dict__.update(state_dict)
 
 
-# Besides the durations, which `state_dict` computes.
+# The attributes that are saved as they are; `state_dict` computes the durations.
 _STATE = (
     "latest", "logged_step", "scored_step", "rows", "epoch", "scores", "lr", "window_images", "images", "step_seconds",
 )  # fmt: skip

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class TrainingProgressBar(Callback):
-    """On a terminal: one bar for the training of all epochs, and a second one during validation and test.
+    """Draws, on a terminal, one bar for the training of all epochs, and a second one during validation and test.
 
     Lightning's RichProgressBar is not used: it has a new bar for each epoch, and shows only what ``self.log`` has
     logged, but `MetricsLogger` computes the training metrics. This one writes to ``sys.stdout``, which
@@ -69,10 +69,10 @@ class TrainingProgressBar(Callback):
         if self.progress and self.training is not None:
             epoch = f"epoch {trainer.current_epoch + 1}{self.epochs}"
             self.progress.update(self.training, advance=1, description=epoch)
-            # Once a second, because reading the metrics synchronizes a GPU.
+            # Updated once a second, because reading the metrics synchronizes a GPU.
             if (now := time.monotonic()) > self.updated_at + 1 and self.metrics.window_images:
                 self.updated_at = now
-                # In several processes, all would have to read them at the same time: it shows what was logged last.
+                # Several processes would have to read them at the same time: those that were logged last are shown.
                 current = self.metrics.read_window(trainer, pl_module) if trainer.world_size == 1 else {}
                 self.progress.update(self.training, metrics=_format(self.metrics.latest | current))
 
@@ -117,7 +117,7 @@ def count_batches(trainer: Trainer) -> tuple[float, int]:
     total = batches * epochs if epochs > 0 else math.inf
     if trainer.max_steps > 0:
         total = min(total, trainer.max_steps * trainer.accumulate_grad_batches)
-    # Not `completed`, which a checkpoint within an epoch has one less of; see `rewrite_loop_state`.
+    # `completed` would be one less after resuming within an epoch; see `rewrite_loop_state`.
     return total, trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
@@ -133,7 +133,7 @@ _SHORT = {"loss": "train/loss", "acc": "train/acc", "val": "val/acc", "test": "t
 
 @dataclass
 class EpochPrinter(Callback):
-    """Without a terminal: prints one line per epoch.
+    """Prints one line per epoch, where there is no terminal for a bar.
 
     Args:
         metrics: the callback whose last row is printed.
@@ -195,7 +195,7 @@ def _warn_of_few_cores(used: float) -> None:
     """
     threads = torch.get_num_threads()
     if threads > 1 and used < 0.8 * threads and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
-        # Other programs, or a container with fewer cores than the machine has.
+        # The cause is another program, or a container with fewer cores than the machine has.
         log.warning(
             "training gets %.1f CPU cores for its %d threads, which wait for each other: are other programs running? "
             "It may be faster with threads=%d, with which a stopped run can be resumed.",

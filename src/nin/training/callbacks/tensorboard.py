@@ -262,7 +262,7 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
 _EXPERIMENT = {
     "seed", "model", "data", "loss", "label_smoothing", "optimizer", "schedule", "trainer", "speed", "compile",
 }  # fmt: skip
-_PLACES = ("data.root", "data.mirrors")  # where files are does not change a result
+_PLACES = ("data.root", "data.mirrors")  # the places of files do not change a result
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -279,7 +279,7 @@ def _add_figure(logger: TensorBoardLogger, name: str, step: int, draw: Callable[
     """Logs what ``draw`` returns. Its error is a warning: a trained and tested network needs no figure."""
     try:
         logger.experiment.add_figure(f"when_finished/{name}", draw(*arguments), step)
-    except Exception as error:  # of any library that draws
+    except Exception as error:  # raised by any library that draws
         log.warning("the figure when_finished/%s is missing: %s", name, error, exc_info=error)
 
 
