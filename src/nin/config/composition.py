@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nin.config.changes import flat, is_within
 from nin.config.errors import NAME_RULE, did_you_mean, first_line, shorten
 from nin.config.schema import CONF, NAME, Settings, UserError
-from nin.config.validation import find_override_errors, validate
+from nin.config.validation import find_override_errors, list_options, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
@@ -112,10 +112,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
 
 
 def _for_defaults(override: Override, earlier: DictConfig) -> str | None:
-    """Rewrites ``override`` so that Hydra accepts it on the default config.
-
-    A key that only the ``earlier`` run has gets ``++``, and its deletion is dropped (None).
-    """
+    """Rewrites ``override`` for the default config: a key of the ``earlier`` run gets ``++``; None for its deletion."""
     word, (parent, _, last) = override.input_line or "", override.key_or_group.rpartition(".")
     section = OmegaConf.select(earlier, parent) if parent else None
     if not isinstance(section, DictConfig) or last not in section:
@@ -130,11 +127,8 @@ def collect_errors(
 ) -> UserError:
     """Returns all errors of a command line, and those of the config that its valid overrides give.
 
-    Hydra reports one error per composition, so the config is composed repeatedly: bisection finds the first override
-    that fails, it is recorded and left out, and the search continues with the rest.
-
-    Args:
-        first: the error that Hydra reported for the whole command line.
+    Hydra reports one error per composition, here ``first``, so the config is composed repeatedly: bisection finds the
+    first override that fails, it is recorded and left out, and the search continues with the rest.
     """
 
     @functools.cache  # a composition takes a tenth of a second
@@ -246,12 +240,11 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
-        options = options or sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-        return f"{given}: no such {key}; {did_you_mean(override.partition('=')[2], options)}"
+        return f"{given}: no such {key}; {did_you_mean(override.partition('=')[2], options or list_options(key))}"
     if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
     if isinstance(error, ValueError) and "Config group override" in first:
-        return f"{given}: {key} is a config group, and its value an option; {_list_options(key)}"
+        return f"{given}: {key} is a config group, and its value an option; {_describe_options(key)}"
     if "{_target_:" in override and (CONF / key).is_dir():
         return f"{given}: the value of {key} is an option; write this to my/{key}/<name>.yaml, and add --config-dir my"
     if first.startswith(("Could not override", "Key '")) or "does not exist" in first:
@@ -277,9 +270,8 @@ def _quoted(override: str) -> str:
     return shlex.quote(shorten(f"{key}={json.dumps(value, ensure_ascii=False)}"))
 
 
-def _list_options(group: str) -> str:
-    options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-    return f"there are: {', '.join(options)}" + ("; or leave it out" if group in ("experiment", "sweep") else "")
+def _describe_options(group: str) -> str:
+    return f"there are: {', '.join(list_options(group))}" + ("; or leave it out" if group in ("experiment", "sweep") else "")
 
 
 def _suggest_key(key: str, config: DictConfig) -> str:

@@ -33,9 +33,14 @@ def find_override_errors(overrides: list[str]) -> list[str]:
         if isinstance(value, list) and key in _ONE_OPTION:
             errors.append(f"{override.input_line}: {key} is a config group of which one option applies; give one")
         if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
-            options = sorted(path.stem for path in (CONF / key).glob("*.yaml"))
-            errors.append(f"{override.input_line}: no such {key}; {did_you_mean(value.split('/')[-1], options)}")
+            close = did_you_mean(value.split("/")[-1], list_options(key))
+            errors.append(f"{override.input_line}: no such {key}; {close}")
     return errors
+
+
+def list_options(group: str) -> list[str]:
+    """The options of a config group: the names of the files in its folder of ``conf/``."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def validate(config: DictConfig) -> Settings:

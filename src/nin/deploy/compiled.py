@@ -57,8 +57,8 @@ def trace_program(pipeline: Pipeline) -> torch.export.ExportedProgram:
     sizes = {0: Dim("batch"), 1: Dim("height"), 2: Dim("width")}
     try:
         return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=False)
-    # The errors are of many types. TorchDynamo follows Python code that the trace takes for constants, as len(images) in
-    # a network of the user's own; torch.onnx.export tries both too.
+    # The errors are of many types. TorchDynamo follows Python code that the trace takes for constants, as len(images)
+    # in a network of the user's own; torch.onnx.export tries both too.
     except Exception:  # noqa: BLE001
         return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=True)
 

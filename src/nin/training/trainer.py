@@ -78,7 +78,7 @@ def build_trainer(
 
 
 def _writable_folders(folder: Path | None, callbacks: Sequence[lightning.Callback]) -> list[Path] | None:
-    """The folders in which checkpoints may be saved and removed; None for all, if there are the user's own callbacks."""
+    """The folders in which checkpoints may be saved and removed; None for all, if the user has own callbacks."""
     if any(not is_within(type(callback).__module__, ["nin", "lightning"]) for callback in callbacks):
         return None
     given = [getattr(callback, "dirpath", None) for callback in callbacks]
