@@ -15,8 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import nin as package
 from nin import cli
-from nin.config.changes import flat
 from nin.config.composition import compose_config, compose_settings, first_job_overrides
+from nin.config.keys import flatten
 from nin.config.schema import CONF, UserError
 from nin.config.validation import validate
 
@@ -146,7 +146,7 @@ def composed() -> dict[str, DictConfig]:
 
 
 def _flat(config: DictConfig) -> dict:
-    return flat(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+    return flatten(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
 
 
 def test_the_config_page_has_every_key(composed: dict[str, DictConfig]) -> None:

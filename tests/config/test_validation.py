@@ -6,8 +6,9 @@ import lightning
 import pytest
 
 from nin.config import rules, validation
-from nin.config.changes import MAY_CHANGE, differences, flat, is_within
+from nin.config.changes import MAY_CHANGE, differences
 from nin.config.composition import compose_config
+from nin.config.keys import flatten, is_within
 from nin.config.schema import Settings, Trainer, UserError
 from nin.config.types import Section
 from nin.config.validation import validate, validate_plain
@@ -293,7 +294,7 @@ def test_settings_survive_a_round_trip_through_plain_values(settings: Callable[.
 
 
 def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Callable[..., Settings]) -> None:
-    keys = flat(settings("logger=none", "callbacks=none").model_dump(mode="json"))
+    keys = flatten(settings("logger=none", "callbacks=none").model_dump(mode="json"))
     sections = ("speed.", "checkpoint.", "sweep.")
     assert {key for key in keys if is_within(key, MAY_CHANGE) and not key.startswith(sections)} == {
         *("name", "resume", "threads", "data.root", "data.mirrors", "compile"),

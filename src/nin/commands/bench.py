@@ -15,10 +15,10 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from nin.commands.options import add_config_options
-from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.errors import first_line
 from nin.config.hydra_options import open_hydra
+from nin.config.keys import split_override
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings

@@ -7,8 +7,8 @@ from typing import Any
 from rich.progress import Progress
 
 from nin.commands.options import add_allow_option
-from nin.config.changes import split_override
 from nin.config.composition import apply_overrides
+from nin.config.keys import split_override
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import without_training_parts
 from nin.data.classes import require_same_classes

@@ -16,10 +16,11 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import SAME_EXPERIMENT, is_within, split_override, that_change_training
+from nin.config.changes import SAME_EXPERIMENT, that_change_training
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.errors import printable_lines
 from nin.config.hydra_options import open_hydra, parse_arguments, value_of
+from nin.config.keys import is_within, split_override
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors

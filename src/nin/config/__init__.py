@@ -13,5 +13,5 @@ A module imports only from the modules below it:
     schema               types and ranges of all keys
     networks             types and ranges of the keys of each network, from the signature of its class
     data_sets            types and ranges of the keys of each data set
-    types                base classes of sections; types with a range
+    types, keys          base classes of sections, types with a range; dotted keys and overrides
 """

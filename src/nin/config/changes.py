@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from nin.config.keys import flatten, is_within
 from nin.config.schema import OwnSchedule, Schedule, Settings
 
 # The keys that may be overridden when a run is resumed.
@@ -65,25 +66,6 @@ def depends_on_steps(schedule: Schedule | OwnSchedule) -> bool:
     return not schedule.is_constant
 
 
-def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
-    found: dict[str, Any] = {}
-    for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def split_override(word: str) -> tuple[str, str]:
-    """The key and the value of an override: ``+model.norm=none`` gives ``("model.norm", "none")``."""
-    key, _, value = word.lstrip("+~").partition("=")
-    return key, value
-
-
-def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
-    """Whether ``key`` equals or starts with one of ``prefixes``: ``speed.micro_batch`` is within ``speed``."""
-    return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
-
-
 def differences(before: Settings, now: Settings) -> list[str]:
     """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
 
@@ -94,9 +76,9 @@ def differences(before: Settings, now: Settings) -> list[str]:
     def fixed_values(settings: Settings) -> dict[str, Any]:
         plain = settings.model_dump(mode="json")
         # null stands for what the data module needs.
-        keys = flat(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
+        keys = flatten(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
         fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
-        return fixed | flat({"callbacks": that_change_training(plain["callbacks"])})
+        return fixed | flatten({"callbacks": that_change_training(plain["callbacks"])})
 
     there, here = fixed_values(before), fixed_values(now)
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}

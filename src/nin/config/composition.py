@@ -19,8 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import flat, is_within
 from nin.config.errors import NAME_RULE, did_you_mean, first_line, shorten
+from nin.config.keys import flatten, is_within
 from nin.config.schema import CONF, NAME, Settings, UserError
 from nin.config.validation import find_override_errors, list_options, validate
 
@@ -271,7 +271,8 @@ def _quoted(override: str) -> str:
 
 
 def _describe_options(group: str) -> str:
-    return f"there are: {', '.join(list_options(group))}" + ("; or leave it out" if group in ("experiment", "sweep") else "")
+    optional = "; or leave it out" if group in ("experiment", "sweep") else ""
+    return f"there are: {', '.join(list_options(group))}{optional}"
 
 
 def _suggest_key(key: str, config: DictConfig) -> str:
@@ -281,7 +282,7 @@ def _suggest_key(key: str, config: DictConfig) -> str:
     parent, _, last = key.rpartition(".")
     node = OmegaConf.select(config, parent) if parent else config
     nested = OmegaConf.to_container(config, resolve=False)
-    keys = list(flat({str(k): v for k, v in nested.items()})) if isinstance(nested, dict) else []
+    keys = list(flatten({str(k): v for k, v in nested.items()})) if isinstance(nested, dict) else []
     if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
         return f"; did you mean {' or '.join(longer)}?"
     if isinstance(node, DictConfig):

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from nin.config.changes import is_within, split_override
 from nin.config.composition import compose_settings
+from nin.config.keys import is_within, split_override
 from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
 
 _TRUSTED = ("nin", "lightning")

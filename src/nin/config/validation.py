@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nin.config.changes import is_within
 from nin.config.errors import construct_unchecked, did_you_mean, first_line, format_errors, shorten
+from nin.config.keys import is_within
 from nin.config.rules import RULES
 from nin.config.schema import CONF, EarlyStopping, Settings, UserError
 

@@ -53,7 +53,7 @@ class Limits:
 
     @property
     def all_body_bytes(self) -> int:
-        """The bytes of all bodies that arrive or wait to be decoded; above, all but small ones are answered with 503."""
+        """The bytes of all bodies that arrive or wait to be decoded; above, only small ones are taken (503)."""
         return 16 * self.body_bytes
 
     @property

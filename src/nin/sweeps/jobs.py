@@ -13,9 +13,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from nin.config.changes import MAY_CHANGE, PART_OF_RESULT, is_within, split_override
+from nin.config.changes import MAY_CHANGE, PART_OF_RESULT
 from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import first_line, printable
+from nin.config.keys import is_within, split_override
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder
 from nin.sweeps.rows import Job, varying_keys

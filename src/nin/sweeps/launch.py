@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from nin.config.changes import split_override
+from nin.config.keys import split_override
 from nin.config.composition import format_error, parse_overrides, quote_value
 from nin.config.errors import first_line
 from nin.config.hydra_options import value_of

@@ -15,10 +15,10 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, TrialState
 
-from nin.config.changes import split_override
 from nin.config.composition import compose_settings
 from nin.config.errors import printable
 from nin.config.hydra_options import SEARCH_PATH, value_of
+from nin.config.keys import split_override
 from nin.config.schema import CONF, Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder

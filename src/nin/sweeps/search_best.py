@@ -7,8 +7,8 @@ from typing import Any
 from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
-from nin.config.changes import split_override
 from nin.config.composition import parse_overrides
+from nin.config.keys import split_override
 from nin.config.schema import CONF
 from nin.runs.console import name_override
 from nin.sweeps.space import overrides_of

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
-from nin.config.changes import is_within
+from nin.config.keys import is_within
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.system import devices

@@ -23,9 +23,9 @@ from tensorboard.plugins.hparams import summary_v2 as hparams
 from torch import Tensor, nn
 from torchvision.utils import make_grid
 
-from nin.config.changes import flat, split_override
 from nin.config.composition import compose_settings
 from nin.config.errors import first_line
+from nin.config.keys import flatten, split_override
 from nin.config.schema import Settings, UserError
 from nin.networks.score_maps import forward_with_maps, has_score_maps
 from nin.runs.console import markdown_table
@@ -244,7 +244,7 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
     """The columns of the HParams table: the keys that a sweep varies, else the keys that differ from the defaults."""
     values: dict[str, Any]
     if settings.sweep.keys:  # the same columns in all jobs of a sweep
-        given, chosen = dict(map(split_override, overrides)), flat(settings.model_dump(mode="json"))
+        given, chosen = dict(map(split_override, overrides)), flatten(settings.model_dump(mode="json"))
         # A config group, as in model=nin, has no value of its own.
         values = {
             key: given[key] if chosen.get(key) is None else chosen[key] for key in settings.sweep.keys if key in given
@@ -252,8 +252,8 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
     else:
         defaults = {}
         with contextlib.suppress(UserError):  # a --config-path may have no train.yaml, or one that is not complete
-            defaults = flat(compose_settings([]).model_dump(mode="json", include=_EXPERIMENT))
-        chosen = flat(settings.model_dump(mode="json", include=_EXPERIMENT))
+            defaults = flatten(compose_settings([]).model_dump(mode="json", include=_EXPERIMENT))
+        chosen = flatten(settings.model_dump(mode="json", include=_EXPERIMENT))
         values = {k: v for k, v in chosen.items() if k not in _PLACES and v != defaults.get(k)}
         values["seed"] = settings.seed
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
@@ -267,7 +267,7 @@ _PLACES = ("data.root", "data.mirrors")  # the places of files do not change a r
 
 def _table(result: dict[str, Any]) -> str:
     """``result`` as a Markdown table."""
-    rows = flat({name: value for name, value in result.items() if name != "overrides"})
+    rows = flatten({name: value for name, value in result.items() if name != "overrides"})
     return "\n".join(markdown_table(["", ""], [(k, _cell(value)) for k, value in rows.items() if value is not None]))
 
 

@@ -1,0 +1,22 @@
+"""Dotted config keys and overrides: flattening, splitting, prefixes."""
+
+from typing import Any
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def split_override(word: str) -> tuple[str, str]:
+    """The key and the value of an override: ``+model.norm=none`` gives ``("model.norm", "none")``."""
+    key, _, value = word.lstrip("+~").partition("=")
+    return key, value
+
+
+def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:
+    """Whether ``key`` equals or starts with one of ``prefixes``: ``speed.micro_batch`` is within ``speed``."""
+    return f"{key}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
