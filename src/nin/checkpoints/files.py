@@ -28,6 +28,19 @@ CALLBACK = "ResumableCheckpoint"
 METRICS = "MetricsLogger"
 DATA = "ImageDataModule"
 
+# The keys that resuming reads from a checkpoint, each with the type of its value.
+_RESUMED_STATE: dict[tuple[str, ...], Any] = {
+    ("optimizer_states",): list,
+    ("lr_schedulers",): list,
+    ("loops", "fit_loop", "epoch_progress", "current", "processed"): int,
+    ("callbacks", METRICS, "rows"): list,
+    ("callbacks", CALLBACK, "processes"): list,
+    ("callbacks", CALLBACK, "batches"): dict | None,  # None: of a dataloader that has no position to restore
+    ("callbacks", CALLBACK, "best"): dict,
+    ("callbacks", CALLBACK, "event_files"): dict,
+    ("callbacks", CALLBACK, "saved_step"): int,
+    ("callbacks", CALLBACK, "should_stop"): bool,
+}
 _ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes before the comment
 
 
@@ -145,21 +158,6 @@ def resume_candidates(folder: RunFolder) -> list[Path]:
     older = (p for p in folder.checkpoints.glob("last-*.ckpt") if p.stem.removeprefix("last-").isdecimal())
     # A run that was killed during its first save has only best.ckpt.
     return [folder.last, *sorted(older, key=lambda p: int(p.stem.removeprefix("last-"))), folder.best]
-
-
-# The keys that resuming reads from a checkpoint, each with the type of its value.
-_RESUMED_STATE: dict[tuple[str, ...], Any] = {
-    ("optimizer_states",): list,
-    ("lr_schedulers",): list,
-    ("loops", "fit_loop", "epoch_progress", "current", "processed"): int,
-    ("callbacks", METRICS, "rows"): list,
-    ("callbacks", CALLBACK, "processes"): list,
-    ("callbacks", CALLBACK, "batches"): dict | None,  # None: of a dataloader that has no position to restore
-    ("callbacks", CALLBACK, "best"): dict,
-    ("callbacks", CALLBACK, "event_files"): dict,
-    ("callbacks", CALLBACK, "saved_step"): int,
-    ("callbacks", CALLBACK, "should_stop"): bool,
-}
 
 
 def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settings, run_id: str | None) -> str | None:

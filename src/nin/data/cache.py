@@ -28,6 +28,8 @@ from nin.data.parallel import decode_folder
 
 _FORMAT = 2  # the version of a cache; a change of the decoding needs another number
 _HASHED = 2**30  # a larger file is not read to verify it; its size is compared
+# The attributes of a `Cache` that about.json stores.
+_STORED = ("channels", "counts", "broken", "fingerprint", "stored_size")
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,6 @@ def _read(path: Path) -> Cache | None:
     except (OSError, EOFError, AttributeError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return cache
-
-
-_STORED = ("channels", "counts", "broken", "fingerprint", "stored_size")
 
 
 def _fingerprint(images_sha256: str, labels: list[int], class_names: Sequence[str]) -> str:

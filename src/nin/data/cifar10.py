@@ -14,6 +14,10 @@ from nin.config.schema import UserError
 ARCHIVE = "cifar-10-python.tar.gz"
 SIZE = 32
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "t10k": ["test_batch"]}
+# Raised for a file that is no archive, is cut off, or has other content.
+_ERRORS = (
+    KeyError, TypeError, ValueError, AttributeError, EOFError, zlib.error, pickle.UnpicklingError, tarfile.TarError,
+)  # fmt: skip
 
 
 def read(archive: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
@@ -40,12 +44,6 @@ def read(archive: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
             f"{archive}: not the archive of CIFAR-10 ({error}); remove it and run the command again"
         ) from error
     return np.concatenate(images), np.concatenate(labels)
-
-
-# Raised for a file that is no archive, is cut off, or has other content.
-_ERRORS = (
-    KeyError, TypeError, ValueError, AttributeError, EOFError, zlib.error, pickle.UnpicklingError, tarfile.TarError,
-)  # fmt: skip
 
 
 class _ArrayUnpickler(pickle.Unpickler):

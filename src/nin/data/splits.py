@@ -11,6 +11,8 @@ from nin.data.cache import Cache, open_cache
 
 log = logging.getLogger(__name__)
 
+# The names of the parts in messages.
+_NAMES = {"val": "validation", "test": "test"}
 _opened: dict[FolderData, Cache] = {}
 
 
@@ -63,9 +65,6 @@ def require_enough_images(cache: Cache, data: FolderData) -> None:
         )
     if errors:
         raise UserError(*errors)
-
-
-_NAMES = {"val": "validation", "test": "test"}
 
 
 def count_held_out(cache: Cache, data: FolderData) -> dict[str, int]:

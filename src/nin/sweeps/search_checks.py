@@ -21,6 +21,7 @@ from nin.sweeps.claims import require_postgresql
 from nin.sweeps.space import Space, enumerate_values, overrides_of, read_space, sample_corners
 from nin.sweeps.study import JOURNAL, Plan, open_database, open_journal, require_same_plan
 
+_MAX_POINTS = 100_000  # Optuna lists all of them before each trial
 _AT_AN_END = (
     "a search compares val/acc at the end of epochs, which would end without a validation; leave "
     "trainer.val_check_interval out"
@@ -46,6 +47,21 @@ class SearchSettings(Section):
         Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1), AfterValidator(_require_different)]
         | None
     )
+
+
+def read_settings(config: DictConfig) -> SearchSettings:
+    """The keys of ``hydra.sweeper``.
+
+    Raises:
+        UserError: lists every key with a wrong value.
+    """
+    plain = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
+    assert isinstance(plain, dict)
+    own = {str(key): value for key, value in plain.items() if key not in ("_target_", "params")}
+    try:
+        return SearchSettings.model_validate(own)
+    except ValidationError as error:
+        raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
 
 
 def check_search(
@@ -83,21 +99,6 @@ def check_search(
     elif (folder / JOURNAL).exists():
         require_same_plan(open_journal(folder / JOURNAL), plan, folder)
     return plan, fixed, points[0]
-
-
-def read_settings(config: DictConfig) -> SearchSettings:
-    """The keys of ``hydra.sweeper``.
-
-    Raises:
-        UserError: lists every key with a wrong value.
-    """
-    plain = OmegaConf.to_container(config.hydra.sweeper, resolve=True)
-    assert isinstance(plain, dict)
-    own = {str(key): value for key, value in plain.items() if key not in ("_target_", "params")}
-    try:
-        return SearchSettings.model_validate(own)
-    except ValidationError as error:
-        raise UserError(*format_errors(error, SearchSettings, own, "hydra.sweeper.").values()) from error
 
 
 def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSettings, points: list[Settings]) -> Plan:
@@ -152,9 +153,6 @@ def count_points(plan: Plan) -> int:
             "another sampler"
         )
     return count
-
-
-_MAX_POINTS = 100_000  # Optuna lists all of them before each trial
 
 
 def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_name: str) -> list[Settings]:

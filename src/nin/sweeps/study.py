@@ -32,6 +32,8 @@ _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the 
 _PLAN = "nin:plan"  # the study's key for what the search is
 JOURNAL = "study.journal"
 WITHOUT_SCORE = "no epoch ended with a validation, so it has no val/acc"
+# The errors that Optuna raises for lines that are JSON and no journal.
+_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -245,10 +247,6 @@ def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
         lines = [f"{key}: {there.get(key, 'not given')} there, {now.get(key, 'not given')} now" for key in differing]
         header = f"{plan.name}: another search has this name; give another name=…, or what it has:"
         raise UserError("\n  ".join([header, *lines]))
-
-
-# The errors that Optuna raises for lines that are JSON and no journal.
-_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
 
 def open_journal(path: Path) -> JournalStorage:

@@ -29,6 +29,19 @@ from nin.runs.folder import RunFolder
 from nin.system import devices
 from nin.training.callbacks.progress import EpochPrinter, TrainingProgressBar
 
+# Callbacks of Lightning that are refused, each with the reason.
+_REFUSED = {
+    StochasticWeightAveraging: (
+        "a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and the average is "
+        "computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
+        "lightning.pytorch.callbacks.WeightAveraging"
+    ),
+    OnExceptionCheckpoint: (
+        "with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run failed before; "
+        "leave it out: last.ckpt is saved when a signal stops a run"
+    ),
+}
+
 
 def build_trainer(
     settings: Settings,
@@ -117,19 +130,6 @@ def _parameters(target: str) -> set[str]:
         return set(inspect.signature(get_object(target)).parameters)
     except (HydraException, ImportError, AttributeError, ValueError, TypeError):
         return set()  # `_instantiate` reports it
-
-
-_REFUSED = {
-    StochasticWeightAveraging: (
-        "a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and the average is "
-        "computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
-        "lightning.pytorch.callbacks.WeightAveraging"
-    ),
-    OnExceptionCheckpoint: (
-        "with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run failed before; "
-        "leave it out: last.ckpt is saved when a signal stops a run"
-    ),
-}
 
 
 def _instantiate(

@@ -18,6 +18,13 @@ from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
+_NAMES = 10  # so many dead classes are named in a warning
+_REMEDY = (
+    "Try experiment=robust, which starts the same network so that it learns; or one of model.final_relu=false (then no "
+    "class can be dead), model.norm=batch, schedule.warmup=0.1, a smaller optimizer.lr, another seed."
+)
+_REMEDY_OF_OTHERS = "Try one of schedule.warmup=0.1, a smaller optimizer.lr, optimizer=adamw, another seed."
+
 
 class DeadUnitMonitor(Callback):
     """Counts dead classes and channels: ``zero_units/dead_classes``, ``zero_units/dead_channels/block<n>``.
@@ -127,14 +134,6 @@ class DeadUnitMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.__dict__.update(state_dict)
-
-
-_NAMES = 10
-_REMEDY = (
-    "Try experiment=robust, which starts the same network so that it learns; or one of model.final_relu=false (then no "
-    "class can be dead), model.norm=batch, schedule.warmup=0.1, a smaller optimizer.lr, another seed."
-)
-_REMEDY_OF_OTHERS = "Try one of schedule.warmup=0.1, a smaller optimizer.lr, optimizer=adamw, another seed."
 
 
 def _describe(classes: list[int], class_names: tuple[str, ...], images: int) -> str:

@@ -23,6 +23,10 @@ COLUMNS = (
     "images_per_second", "seconds",
 )  # fmt: skip
 _SCORES = [name for name in COLUMNS if name.startswith(("val/", "test/"))]
+# The attributes that are saved as they are; `state_dict` computes the durations.
+_STATE = (
+    "latest", "logged_step", "scored_step", "rows", "epoch", "scores", "lr", "window_images", "images", "step_seconds",
+)  # fmt: skip
 
 
 class MetricsLogger(Callback):
@@ -203,12 +207,6 @@ class MetricsLogger(Callback):
         if not all(map(_is_row, state_dict["rows"])):
             raise TypeError("a row of MetricsLogger lacks a column, or has one of another type")
         self.__dict__.update(state_dict)
-
-
-# The attributes that are saved as they are; `state_dict` computes the durations.
-_STATE = (
-    "latest", "logged_step", "scored_step", "rows", "epoch", "scores", "lr", "window_images", "images", "step_seconds",
-)  # fmt: skip
 
 
 def _is_row(row: dict[str, Any]) -> bool:

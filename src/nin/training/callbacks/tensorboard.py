@@ -41,6 +41,13 @@ _TAGS = {
     "images_per_second": "while_training/images_per_second",
     "train/grad_norm": "while_training/grad_norm",
 }
+# The metrics in the HParams tab.
+_FINALS = ("test/acc", "test/loss", "val/acc", "val/loss")
+# The keys and sections that may be columns of the HParams tab.
+_EXPERIMENT = {
+    "seed", "model", "data", "loss", "label_smoothing", "optimizer", "schedule", "trainer", "speed", "compile",
+}  # fmt: skip
+_PLACES = ("data.root", "data.mirrors")  # the places of files do not change a result
 
 
 class SingleFileTensorBoardLogger(TensorBoardLogger):
@@ -231,9 +238,6 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
         logger.finalize("success")
 
 
-_FINALS = ("test/acc", "test/loss", "val/acc", "val/loss")
-
-
 def _run_name(settings: Settings, logger: TensorBoardLogger) -> str:
     """The name of the run's folder; for a sweep's job, with that of the sweep."""
     folder = Path(logger.save_dir or settings.name)
@@ -257,12 +261,6 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
         values = {k: v for k, v in chosen.items() if k not in _PLACES and v != defaults.get(k)}
         values["seed"] = settings.seed
     return {key: value if isinstance(value, bool | int | float | str) else str(value) for key, value in values.items()}
-
-
-_EXPERIMENT = {
-    "seed", "model", "data", "loss", "label_smoothing", "optimizer", "schedule", "trainer", "speed", "compile",
-}  # fmt: skip
-_PLACES = ("data.root", "data.mirrors")  # the places of files do not change a result
 
 
 def _table(result: dict[str, Any]) -> str:
