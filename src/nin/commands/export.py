@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from nin.commands.options import add_allow_option
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
+from nin.runs.files import require_no_link
 from nin.runs.folder import RunFolder
 from nin.system.imports import without_garbage_collection
 
@@ -20,6 +21,33 @@ FORMATS = ("onnx", "pt2", "triton")
 
 
 def main(arguments: list[str]) -> int:
+    args = parse_arguments(arguments)
+    silence_known_warnings()
+    checkpoint, out = choose_files(args)
+    run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
+    errors = Console(stderr=True, highlight=False)
+    with log_to(None), open_progress(errors) as progress:
+        with without_garbage_collection():
+            from nin.deploy.export import Exporter, ExportError
+
+        bar = progress.add_task("loading", total=None)
+        exporter = Exporter(
+            checkpoint,
+            run,
+            lambda what, done, all_: progress.update(bar, description=what, completed=done, total=all_),
+            args.overrides,
+            args.allow,
+        )
+        try:
+            return export(exporter, out, args.format, args.int8)
+        except ExportError as error:
+            errors.print(f"nin export: {error}", markup=False, soft_wrap=True)
+            return 1
+        except OSError as error:
+            raise UserError(f"{out}: can't be written ({error.strerror})") from error
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nin export",
         allow_abbrev=False,
@@ -44,9 +72,17 @@ def main(arguments: list[str]) -> int:
     add_allow_option(parser)
     parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
     args = parser.parse_intermixed_args(arguments)
-    silence_known_warnings()
     if args.int8 and args.format != "onnx":
         raise UserError(f"--int8: quantizes ONNX files; leave out --format {args.format}")
+    return args
+
+
+def choose_files(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The checkpoint to export, and the file to write, or triton's folder.
+
+    Raises:
+        UserError: if there is no checkpoint, or the file must not be written.
+    """
     from nin.deploy.loading import default_export, find_checkpoint, is_export
 
     if is_export(args.run_or_checkpoint):
@@ -57,45 +93,37 @@ def main(arguments: list[str]) -> int:
     out = args.out or (default if suffix else default.with_name("triton"))
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: the name must end in {suffix}")
-    run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
-    if run and args.out is None:  # the run may come from elsewhere
+    if args.run_or_checkpoint.is_dir() and args.out is None:  # the run may come from elsewhere
         for path in (out.parent, *out.parent.rglob("*")):
-            if path.is_symlink():
-                raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
-    errors = Console(stderr=True, highlight=False)
-    with (
-        log_to(None),
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            console=errors,
-            transient=True,
-            disable=not sys.stderr.isatty(),
-            redirect_stdout=sys.stdout.isatty(),  # if it is a file, its lines must not appear in the terminal
-        ) as progress,
-    ):
-        with without_garbage_collection():
-            from nin.deploy.export import Exporter, ExportError
-
-        bar = progress.add_task("loading", total=None)
-        exporter = Exporter(
-            checkpoint,
-            run,
-            lambda what, done, all_: progress.update(bar, description=what, completed=done, total=all_),
-            args.overrides,
-            args.allow,
-        )
-        try:
-            return {"onnx": _onnx, "pt2": _pt2, "triton": _triton}[args.format](exporter, out, args.int8)
-        except ExportError as error:
-            errors.print(f"nin export: {error}", markup=False, soft_wrap=True)
-            return 1
-        except OSError as error:
-            raise UserError(f"{out}: can't be written ({error.strerror})") from error
+            require_no_link(path)
+    return checkpoint, out
 
 
-def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
+def open_progress(console: Console) -> Progress:
+    """A progress bar on standard error, if it is a terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        console=console,
+        transient=True,
+        disable=not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),  # if it is a file, its lines must not appear in the terminal
+    )
+
+
+def export(exporter: "Exporter", out: Path, kind: str, int8: bool) -> int:
+    """Writes the file in the format ``kind``, and prints what was measured; returns the exit status."""
+    if kind == "onnx":
+        return _export_onnx(exporter, out, int8)
+    if kind == "pt2":
+        _export_pt2(exporter, out)
+    else:
+        _export_triton(exporter, out)
+    return 0
+
+
+def _export_onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
     from nin.deploy.export import ExportError
 
     found = exporter.export_onnx(out).more["check"]
@@ -124,18 +152,16 @@ def _onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
     return 0
 
 
-def _pt2(exporter: "Exporter", out: Path, int8: bool) -> int:
+def _export_pt2(exporter: "Exporter", out: Path) -> None:
     from nin.deploy.compiled import export_pt2
 
     for path, what in export_pt2(exporter, out):
         print(f"{format_path(path)}: {path.stat().st_size / 1e6:.2f} MB; {what}")
-    return 0
 
 
-def _triton(exporter: "Exporter", out: Path, int8: bool) -> int:
+def _export_triton(exporter: "Exporter", out: Path) -> None:
     from nin.deploy.triton import export_triton
 
     model = export_triton(exporter, out)
     repository = format_path(model.parent)
     print(f"{repository}: a model repository; start Triton with --model-repository={repository}")
-    return 0

@@ -13,8 +13,16 @@ from typing import BinaryIO
 
 import yaml
 
+from nin.config.schema import UserError
+
 _LEFT_OVER_SECONDS = 3600  # nobody writes a file for that long without a byte in between
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def require_no_link(path: Path) -> None:
+    """Raises UserError if ``path`` is a symbolic link: in a folder from elsewhere it may lead to any file."""
+    if path.is_symlink():
+        raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
 
 
 def read_bytes(path: Path) -> bytes:

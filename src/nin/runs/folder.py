@@ -21,13 +21,15 @@ from yaml import YAMLError
 
 from nin.config.errors import first_line
 from nin.config.schema import UserError
-from nin.runs.files import read_text, read_yaml_text, write_atomically
+from nin.runs.files import read_text, read_yaml_text, require_no_link, write_atomically
 
 _TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names that `open_atomically` gives
 # The errors of a YAML file with other content. RecursionError: lists in lists, or one that holds itself.
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
 
 STATUSES = ("finished", "failed", "pruned")
+# The keys of state.json, each with the type of its value.
+_STATE: dict[str, type] = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
 
 
 class RunClaimedError(UserError):
@@ -121,8 +123,8 @@ class RunFolder:
         for path in self.path.rglob("*"):
             is_own = path in written or {path, path.parent} & {self.config.parent, self.checkpoints}
             leads_out = not Path(os.path.realpath(path)).is_relative_to(self.path.resolve())
-            if path.is_symlink() and (is_own or leads_out):
-                raise UserError(f"{path}: a symbolic link, which would be written through; replace it by its target")
+            if is_own or leads_out:
+                require_no_link(path)
             try:
                 mode = path.stat().st_mode  # one look: another process may remove it in the meantime
             except FileNotFoundError:
@@ -232,9 +234,6 @@ class RunFolder:
                 os.truncate(path, sizes[path.name])
         there = self.event_file_sizes()
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
-
-
-_STATE: dict[str, type] = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
 
 
 def _is_of_state(key: str, value: Any) -> bool:
