@@ -106,8 +106,10 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     if args.maps:
         network.require_maps()
     description = network.description
-    kind = _JSON if args.json else _CSV if args.csv else _Rows
-    writer = kind(description.class_names, args.top)
+    classes = description.class_names
+    writer: _JSON | _CSV | _Rows = (
+        _JSON(classes) if args.json else _CSV(classes) if args.csv else _Rows(classes, args.top)
+    )
     names = _MapNames(args.maps) if args.maps else None
     found, broken, light = 0, 0, 0
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -228,7 +230,7 @@ class _Rows:
 class _JSON:
     """One array, an object per image, written as the images are done."""
 
-    def __init__(self, class_names: list[str], top: int):
+    def __init__(self, class_names: list[str]):
         self.class_names, self.begun = class_names, False
 
     def add(self, name: str, probabilities: "np.ndarray") -> None:
@@ -249,7 +251,7 @@ class _JSON:
 class _CSV:
     """A row per image: name, class, its probability, then each class's."""
 
-    def __init__(self, class_names: list[str], top: int):
+    def __init__(self, class_names: list[str]):
         self.class_names, self.rows = class_names, csv.writer(sys.stdout, lineterminator="\n")
         self.rows.writerow(["image", "class", "probability", *class_names])
 

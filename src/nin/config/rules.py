@@ -69,11 +69,14 @@ def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
     for key, (limit, available) in limits.items():
         if isinstance(limit, float) and limit > 0 and available > 0 and int(available * limit) == 0:
-            smallest = math.ceil(1e4 / available) / 1e4
-            yield (
-                f"{key}={limit:g}: leaves none of {available} batches; choose {smallest:g} or more, or a number of "
-                "batches, as in 1"
-            )
+            yield format_empty_share(key, limit, available)
+
+
+def format_empty_share(key: str, share: float, batches: int) -> str:
+    """The message about a ``share`` that leaves none of ``batches``, with the smallest one that leaves a batch."""
+    smallest = math.ceil(1e4 / batches) / 1e4
+    rest = f"choose {smallest:g} or more, or a number of batches, as in 1"
+    return f"{key}={share:g}: leaves none of {batches} batches; {rest}"
 
 
 def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:

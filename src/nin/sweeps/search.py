@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import optuna
 from hydra.core.global_hydra import GlobalHydra
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
@@ -26,7 +27,7 @@ from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, test_best
-from nin.sweeps.space import overrides_of, silence_optuna
+from nin.sweeps.space import overrides_of
 from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
@@ -47,7 +48,7 @@ class Search:
     """
 
     def __init__(self, config: DictConfig, task: list[str], on_this_machine: bool):
-        silence_optuna()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)  # the search prints a line for each trial itself
         self.config, self.settings, self.folder = config, read_settings(config), Path(config.hydra.sweep.dir)
         self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
         # The search itself sets which of its jobs are tested, and which may be pruned.

@@ -28,7 +28,6 @@ from nin.runs.folder import RunFolder
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
 from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
-from nin.sweeps.space import silence_optuna
 from nin.sweeps.study import JOURNAL, fail_without_score, open_database, open_journal, trial_name
 from nin.system.devices import require_accelerator
 
@@ -97,7 +96,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     Raises:
         UserError: if the storage can't be read, or its ``url`` is missing.
     """
-    silence_optuna()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     description = _read_description(folder)
     named = description.get("storage")
     if not url and named:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-import optuna
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -174,8 +173,3 @@ def describe(distribution: BaseDistribution) -> str:
     tags = [*(["log"] if distribution.log else []), *(["int"] if isinstance(distribution, IntDistribution) else [])]
     text = f"interval({distribution.low}, {distribution.high})"
     return f"tag({', '.join(tags)}, {text})" if tags else text
-
-
-def silence_optuna() -> None:
-    """Optuna logs every trial to standard error; the search prints its own lines."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)

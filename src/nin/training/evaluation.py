@@ -1,8 +1,6 @@
 """The test of a network: at the end of a run, and of a checkpoint, as ``nin eval`` does."""
 
-import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -14,13 +12,14 @@ from torch import Tensor
 
 from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
+from nin.config.rules import format_empty_share
 from nin.config.schema import FolderData, OwnData, Settings, UserError, is_single_process
 from nin.data.classes import require_same_classes
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.system.devices import set_threads
-from nin.training.callbacks.metrics import MetricsLogger, rounded
+from nin.training.callbacks.metrics import rounded
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.classifier import Classifier
 from nin.training.trainer import build_trainer
@@ -49,7 +48,7 @@ def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, 
     trainer = settings.trainer.model_copy(update={**one, "profiler": None})
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
     with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
-    bar = [TrainingProgressBar(MetricsLogger(Path()))] if with_bar else []
+    bar = [TrainingProgressBar()] if with_bar else []
     tester = build_trainer(settings, None, bar)
     if tester.precision == "64-true":  # as Lightning names it, also if the setting is 64
         module.double()  # float32 would round the weights
@@ -85,14 +84,12 @@ def require_test_batches(settings: Settings, data: Any, trainer: lightning.Train
         data.prepare_data()
         data.setup("test")
         lengths = [sized_len(loader) for loader in CombinedLoader(data.test_dataloader(), "sequential").flattened]
-    key = f"trainer.limit_test_batches={limit:g}"
+    key = "trainer.limit_test_batches"
     if None in lengths:
-        raise UserError(f"{key}: a share of batches whose number is not known; give a number of batches, as in 1")
+        rule = "a share of batches whose number is not known; give a number of batches, as in 1"
+        raise UserError(f"{key}={limit:g}: {rule}")
     if empty := [count for count in lengths if count and int(count * limit) == 0]:
-        raise UserError(
-            f"{key}: leaves none of {empty[0]} batches; choose {math.ceil(1e4 / empty[0]) / 1e4:g} or more, or a "
-            "number of batches, as in 1"
-        )
+        raise UserError(format_empty_share(key, limit, empty[0]))
 
 
 def test(

@@ -19,6 +19,9 @@ from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
+# The names in the bar, and the metrics that they stand for.
+_SHORT = {"loss": "train/loss", "acc": "train/acc", "val": "val/acc", "test": "test/acc"}
+
 
 class TrainingProgressBar(Callback):
     """Draws, on a terminal, one bar for the training of all epochs, and a second one during validation and test.
@@ -28,10 +31,10 @@ class TrainingProgressBar(Callback):
     `nin.runs.console` makes tolerant of closed pipes, full disks and encodings without some character.
 
     Args:
-        metrics: the callback whose latest metrics are shown.
+        metrics: the callback whose latest metrics are shown while training; a test alone needs none.
     """
 
-    def __init__(self, metrics: MetricsLogger):
+    def __init__(self, metrics: MetricsLogger | None = None):
         self.metrics = metrics
         self.console = Console()
         self.progress: Progress | None = None
@@ -70,7 +73,8 @@ class TrainingProgressBar(Callback):
             epoch = f"epoch {trainer.current_epoch + 1}{self.epochs}"
             self.progress.update(self.training, advance=1, description=epoch)
             # Updated once a second, because reading the metrics synchronizes a GPU.
-            if (now := time.monotonic()) > self.updated_at + 1 and self.metrics.window_images:
+            now = time.monotonic()
+            if self.metrics and self.metrics.window_images and now > self.updated_at + 1:
                 self.updated_at = now
                 # Several processes would have to read them at the same time: those that were logged last are shown.
                 current = self.metrics.read_window(trainer, pl_module) if trainer.world_size == 1 else {}
@@ -99,7 +103,7 @@ class TrainingProgressBar(Callback):
             self.progress.remove_task(self.scoring)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        if self.progress and self.training is not None:
+        if self.progress and self.training is not None and self.metrics:
             self.progress.update(self.training, metrics=_format(self.metrics.latest))
 
     def teardown(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
@@ -126,9 +130,6 @@ def _format(latest: dict[str, float]) -> str:
     if "images_per_second" in latest:
         words.append(f"{latest['images_per_second']:,.0f} images/s")
     return "  ".join(words)
-
-
-_SHORT = {"loss": "train/loss", "acc": "train/acc", "val": "val/acc", "test": "test/acc"}
 
 
 @dataclass
