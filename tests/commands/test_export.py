@@ -54,10 +54,10 @@ def test_an_int8_file_of_an_earlier_export_is_reported(
             raise ExportError("int8: it loses more; not kept")
 
     out = tmp_path / "model.onnx"
-    assert command._onnx(Exporter(), out, int8) == int(int8)  # type: ignore[arg-type]
+    assert command._export_onnx(Exporter(), out, int8) == int(int8)  # type: ignore[arg-type]
     assert "earlier" not in capsys.readouterr().err
     (tmp_path / "model.int8.onnx").touch()
-    command._onnx(Exporter(), out, int8)  # type: ignore[arg-type]
+    command._export_onnx(Exporter(), out, int8)  # type: ignore[arg-type]
     message = f"model.int8.onnx: is of an earlier export, perhaps with other weights; {remedy}\n"
     assert capsys.readouterr().err.endswith(message)
 

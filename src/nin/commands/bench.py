@@ -42,26 +42,8 @@ _FIXED = [
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nin bench",
-        description="Train for a minute and a half, in turns with the notebooks' loop and with matrix products, so "
-        "that the ratios hold while other programs use the machine. The results are written as JSON.",
-        epilog="example: nin bench model=nin_small data.batch_size=256 trainer=cpu",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "overrides", nargs="*", help="key=value as for nin train: model, data.batch_size, trainer.precision, …"
-    )
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement; default: 4")
-    parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
-    parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
-    add_config_options(parser)
-    args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
+    args = parse_arguments(arguments)
     silence_known_warnings()
-    if args.rounds < 1:
-        raise UserError(f"--rounds={args.rounds}: must be 1 or more")
-    if not 0 < args.seconds < float("inf"):
-        raise UserError(f"--seconds={args.seconds:g}: must be a number above 0")
     with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = read_settings(args.overrides, args.config_name)
     if not is_single_process(settings.trainer):
@@ -93,6 +75,29 @@ def main(arguments: list[str]) -> int:
         print_results(results)
     print(f"written: {format_path(out)}")
     return 0
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nin bench",
+        description="Train for a minute and a half, in turns with the notebooks' loop and with matrix products, so "
+        "that the ratios hold while other programs use the machine. The results are written as JSON.",
+        epilog="example: nin bench model=nin_small data.batch_size=256 trainer=cpu",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "overrides", nargs="*", help="key=value as for nin train: model, data.batch_size, trainer.precision, …"
+    )
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement; default: 4")
+    parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
+    parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
+    add_config_options(parser)
+    args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
+    if args.rounds < 1:
+        raise UserError(f"--rounds={args.rounds}: must be 1 or more")
+    if not 0 < args.seconds < float("inf"):
+        raise UserError(f"--seconds={args.seconds:g}: must be a number above 0")
+    return args
 
 
 def read_settings(overrides: list[str], config_name: str = "train") -> Settings:

@@ -31,6 +31,17 @@ WINDOW = 256
 
 
 def main(arguments: list[str]) -> int:
+    args = parse_arguments(arguments)
+    silence_known_warnings()
+    with log_to(None):
+        from nin.deploy.loading import load
+
+        with without_garbage_collection():
+            network = load(args.network, args.allow)
+        return predict(network, args)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nin predict",
         allow_abbrev=False,
@@ -50,7 +61,6 @@ def main(arguments: list[str]) -> int:
     form.add_argument("--csv", action="store_true", help="all probabilities, one row per image")
     add_allow_option(parser)
     args = parser.parse_args(arguments)
-    silence_known_warnings()
     if args.top < 1:
         raise UserError(f"--top {args.top}: must be 1 or more")
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
@@ -58,12 +68,7 @@ def main(arguments: list[str]) -> int:
     if args.maps:
         _require_folder(args.maps)
         _require_other_folder(args.maps, args.images)
-    with log_to(None):
-        from nin.deploy.loading import load
-
-        with without_garbage_collection():
-            network = load(args.network, args.allow)
-        return predict(network, args)
+    return args
 
 
 def _require_folder(maps: Path) -> None:

@@ -24,7 +24,7 @@ from nin.config.keys import is_within, split_override
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, job_folder
 from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError, broadcast_run_dir, global_rank, receive_run_dir, require_matching_start
 from nin.training.run import RunFailedError, execute_run
@@ -108,11 +108,7 @@ def _name_with_changes(config: DictConfig) -> str | None:
     changes = sorted(
         word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)
     )
-    if not changes:
-        return None
-    from nin.sweeps.jobs import job_folder
-
-    return job_folder(",".join([config.name, *changes]))
+    return job_folder(",".join([config.name, *changes])) if changes else None
 
 
 def _task_overrides(config: DictConfig) -> list[str]:

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import errno
+import hashlib
 import io
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -28,6 +30,7 @@ _TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names that `open_atomically` giv
 _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, RecursionError)
 
 STATUSES = ("finished", "failed", "pruned")
+_MAX_NAME_BYTES = 100  # the longest name of a folder; file systems allow 255
 # The keys of state.json, each with the type of its value.
 _STATE: dict[str, type] = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
 
@@ -252,3 +255,19 @@ def _read_yaml(path: Path) -> DictConfig | ListConfig | None:
         return OmegaConf.load(io.StringIO(read_yaml_text(path)))
     except _UNREADABLE as error:
         raise UserError(f"{path}: can't be read ({first_line(error)})") from error
+
+
+def job_folder(overrides: str) -> str:
+    """The name of a run's folder from overrides: those that a sweep varies, as in ``optimizer.lr=0.1,seed=0``.
+
+    A single run of an experiment with changes has the experiment's name in front. A name that is too long or has characters that a folder's name should not have is shortened and ends with a part
+    of its checksum: two runs with different overrides never share a folder.
+    """
+    if not overrides:
+        return "job"  # the sweep varies nothing
+    plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
+    encoded = plain.encode()
+    if plain == overrides and len(encoded) <= _MAX_NAME_BYTES:
+        return plain
+    start = encoded[: _MAX_NAME_BYTES - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"

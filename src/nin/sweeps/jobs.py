@@ -1,9 +1,7 @@
 """A sweep's jobs: their overrides, folders and results, and what they have in common."""
 
 import contextlib
-import hashlib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import first_line, printable
 from nin.config.keys import is_within, split_override
 from nin.config.schema import UserError
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, job_folder
 from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
 
@@ -26,24 +24,7 @@ METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 # The errors that a file with other content raises.
 _UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
-_MAX_NAME_BYTES = 100  # the longest name of a folder; file systems allow 255
 _MAX_JOBS = 10_000
-
-
-def job_folder(overrides: str) -> str:
-    """The name of a job's folder, from the overrides that the sweep varies, as in ``optimizer.lr=0.1,seed=0``.
-
-    A name that is too long or has characters that a folder's name should not have is shortened and ends with a part
-    of its checksum: two jobs never share a folder.
-    """
-    if not overrides:
-        return "job"  # the sweep varies nothing
-    plain = re.sub(r"[^\w=.,+@-]+", "_", overrides)
-    encoded = plain.encode()
-    if plain == overrides and len(encoded) <= _MAX_NAME_BYTES:
-        return plain
-    start = encoded[: _MAX_NAME_BYTES - 9].decode(errors="ignore")
-    return f"{start}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
 
 
 def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
