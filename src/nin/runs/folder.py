@@ -260,8 +260,9 @@ def _read_yaml(path: Path) -> DictConfig | ListConfig | None:
 def job_folder(overrides: str) -> str:
     """The name of a run's folder from overrides: those that a sweep varies, as in ``optimizer.lr=0.1,seed=0``.
 
-    A single run of an experiment with changes has the experiment's name in front. A name that is too long or has characters that a folder's name should not have is shortened and ends with a part
-    of its checksum: two runs with different overrides never share a folder.
+    A single run of an experiment with changes has the experiment's name in front. A name that is too long or has
+    characters that a folder's name should not have is shortened and ends with a part of its checksum: two runs with
+    different overrides never share a folder.
     """
     if not overrides:
         return "job"  # the sweep varies nothing

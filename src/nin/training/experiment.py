@@ -150,21 +150,7 @@ class Experiment:
             final_weights = weights_sha256(self.module.network)
             # If best.ckpt is missing or damaged, no other weights are tested instead.
             load_weights(self.module, checkpoint_files.read(self.folder.best))
-            pruned = any(callback.is_pruned for callback in self.pruning)
-            if pruned or not self.settings.sweep.test:  # a trial of a search
-                untested = dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class"))
-                result = self._describe(untested, final_weights) | {"status": "pruned" if pruned else "finished"}
-            else:
-                with ended_workers_are_a_stop(self.request.stop):
-                    tested, confusion = test(self.trainer, self.module, self.data)
-                result = self._describe(tested, final_weights) | {"test_images": int(confusion.sum())}
-                missing = never_predicted(self.module.class_names, confusion)
-                if missing and self.trainer.is_global_zero:
-                    log.warning(
-                        "never predicted for any of %d test images: %s; nin eval %s prints what is predicted instead",
-                        confusion.sum(), ", ".join(missing), format_path(self.folder.path),
-                    )  # fmt: skip
-            result |= self.data.notes if isinstance(self.data, ImageDataModule) else {}
+            result = self._build_result(final_weights, *self._test())
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics)
             return result
@@ -208,6 +194,27 @@ class Experiment:
                 f"{error}, see nin.log); remove it to resume from the checkpoint before it, or give another name=…"
             ) from error
 
+    def _test(self) -> tuple[dict[str, Any], int | None]:
+        """Tests the module's weights; returns the metrics and the number of test images.
+
+        Both are None for a trial of a search that is pruned or not to be tested.
+        """
+        if self._is_pruned or not self.settings.sweep.test:
+            return dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class")), None
+        with ended_workers_are_a_stop(self.request.stop):
+            metrics, confusion = test(self.trainer, self.module, self.data)
+        missing = never_predicted(self.module.class_names, confusion)
+        if missing and self.trainer.is_global_zero:
+            log.warning(
+                "never predicted for any of %d test images: %s; nin eval %s prints what is predicted instead",
+                confusion.sum(), ", ".join(missing), format_path(self.folder.path),
+            )  # fmt: skip
+        return metrics, int(confusion.sum())
+
+    @property
+    def _is_pruned(self) -> bool:
+        return any(callback.is_pruned for callback in self.pruning)
+
     def describe_end(self) -> str:
         """What a run that was stopped has saved, for the terminal."""
         saved, step = self.checkpoints.saved_step, self.trainer.global_step
@@ -220,10 +227,10 @@ class Experiment:
         state = "last.ckpt is saved" if saved == step else f"last.ckpt has step {saved} of {step}"
         return f"{state}; resume with: {command}"
 
-    def _describe(self, tested: dict[str, Any], final_weights: str) -> dict[str, Any]:
+    def _build_result(self, final_weights: str, tested: dict[str, Any], test_images: int | None) -> dict[str, Any]:
         best, metrics = self.checkpoints.best, self.metrics
-        return {
-            "status": "finished",
+        result = {
+            "status": "pruned" if self._is_pruned else "finished",
             "metrics": {"val/loss": best.get("val/loss"), "val/acc": best.get("val/acc"), **tested},
             "epochs": self.trainer.current_epoch,
             "steps": self.trainer.global_step,
@@ -237,6 +244,9 @@ class Experiment:
             "device": devices.device_name(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
+        if test_images is not None:
+            result["test_images"] = test_images
+        return result | (self.data.notes if isinstance(self.data, ImageDataModule) else {})
 
 
 def _is_lightnings(error: Exception) -> bool:
