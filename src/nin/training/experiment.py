@@ -197,7 +197,7 @@ class Experiment:
     def _test(self) -> tuple[dict[str, Any], int | None]:
         """Tests the module's weights; returns the metrics and the number of test images.
 
-        Both are None for a trial of a search that is pruned or not to be tested.
+        All values are None for a trial of a search that is pruned or not to be tested.
         """
         if self._is_pruned or not self.settings.sweep.test:
             return dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class")), None

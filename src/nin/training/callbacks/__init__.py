@@ -5,4 +5,5 @@ A module imports only from the modules below it:
     checkpoints, dead_units, progress, pruning, tensorboard  what is saved; dead channels; bar; early end; images
     figures                                                  drawings
     metrics                                                  metrics over windows of steps and over epochs
+    loops                                                    private attributes of Lightning's training loop
 """

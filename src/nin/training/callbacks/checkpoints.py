@@ -20,7 +20,16 @@ from nin.checkpoints.random_state import random_state, set_random_state
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
-from nin.training.callbacks.metrics import MetricsLogger, is_stopping
+from nin.training.callbacks.loops import (
+    has_position,
+    is_accumulating,
+    is_stopping,
+    make_iterator,
+    reload_epochs,
+    set_reload_epochs,
+    validation_follows,
+)
+from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 from nin.training.loss import require_finite_weights
 
@@ -69,67 +78,68 @@ class ResumableCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         if self._loaded:
-            loader: Any = trainer.train_dataloader
-            trainer.should_stop = self._loaded["should_stop"]
-            # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in
-            # its on_train_start, before this.
-            trainer.accumulate_grad_batches = self._loaded["accumulate_grad_batches"]
-            _set_reload_epochs(trainer, self._loaded["reload_epochs"])
-            if ((position := self._loaded["batches"]) is not None) != _has_position(trainer):
-                raise ValueError("the position in the data is missing, or the dataloader can't restore it")
-            if position is not None:
-                loader.load_state_dict(position)
-            own = self._loaded["processes"][trainer.global_rank]
-            if layout(own["metrics"]) != layout(_train_metrics(pl_module)):
-                raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
-            # Lightning has made the epoch's iterator already, from a loader without this position and with other random
-            # numbers, and makes no other one: a worker process begins with its batches at once.
-            if is_mid_epoch := trainer.fit_loop.restarted_mid_epoch:
-                _set_sampler_epoch(loader, trainer.current_epoch)
-                _make_iterator(trainer)  # its draws were made before the checkpoint
-            else:
-                # torchdata's loader keeps the position, which is after the epoch's last batch, for the next iterator.
-                if getattr(loader, "next_iter_state", None) is not None:
-                    _make_iterator(trainer)
-                self._needs_iterator = True
-            set_random_state(own["random_state"], pl_module.device, loader)
-            # The validation may start again, without a training batch before it.
-            self._random_before_validation = own["random_state"]
-            remedy = None
-            if position is None and getattr(loader, "persistent_workers", False):
-                remedy = "persistent_workers=False"
-            elif position is not None and is_mid_epoch and getattr(loader, "num_workers", False):
-                remedy = "num_workers=0"
-            if remedy:
-                message = "random numbers that the workers of the training loader draw are not those of a run without"
-                log.warning("%s the interruption; with %s they would be", message, remedy)
-            pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
+            self._restore(trainer, pl_module, self._loaded)
             self._loaded = None
         self.is_restored = True
         self.saved_at = time.monotonic()
+
+    def _restore(self, trainer: Trainer, pl_module: Classifier, state: dict[str, Any]) -> None:
+        """Restores what Lightning does not.
+
+        The order matters: the state is checked before anything is changed, the iterator is made from a loader that has
+        its position, and the random state is set after the iterator, which draws random numbers.
+        """
+        loader: Any = trainer.train_dataloader
+        position, own = state["batches"], state["processes"][trainer.global_rank]
+        if (position is not None) != has_position(trainer):
+            raise ValueError("the position in the data is missing, or the dataloader can't restore it")
+        if layout(own["metrics"]) != layout(_train_metrics(pl_module)):
+            raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
+        _restore_flags(trainer, state)
+        if position is not None:
+            loader.load_state_dict(position)
+        self._restore_iterator(trainer)
+        set_random_state(own["random_state"], pl_module.device, loader)
+        # The validation may start again, without a training batch before it.
+        self._random_before_validation = own["random_state"]
+        _warn_of_random_workers(trainer, position)
+        pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
+
+    def _restore_iterator(self, trainer: Trainer) -> None:
+        # Lightning has made the epoch's iterator already, from a loader without this position and with other random
+        # numbers, and makes no other one: a worker process begins with its batches at once.
+        loader: Any = trainer.train_dataloader
+        if trainer.fit_loop.restarted_mid_epoch:
+            _set_sampler_epoch(loader, trainer.current_epoch)
+            make_iterator(trainer)  # its draws were made before the checkpoint
+            return
+        # torchdata's loader keeps the position, which is after the epoch's last batch, for the next iterator.
+        if getattr(loader, "next_iter_state", None) is not None:
+            make_iterator(trainer)
+        self._needs_iterator = True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         # Without the interruption, Lightning makes the iterator after it has set the epoch of the samplers, and after
         # other callbacks have drawn random numbers.
         if self._needs_iterator:
             self._needs_iterator = False
-            _make_iterator(trainer)
+            make_iterator(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         # The iterator of torch's validation loader draws a random number before `on_validation_start`.
-        if _has_position(trainer) and _validation_follows(trainer):
+        if has_position(trainer) and validation_follows(trainer):
             self._random_before_validation = random_state(pl_module.device, trainer.train_dataloader)
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
         # saves.
-        if _is_accumulating(trainer) or trainer.is_last_batch or is_stopping(trainer):
+        if is_accumulating(trainer) or trainer.is_last_batch or is_stopping(trainer):
             return
-        if not _has_position(trainer):
+        if not has_position(trainer):
             self._raise_if_requested(trainer)
             return  # a run resumes from the end of an epoch: in the middle it would repeat the first batches
         # With max_steps, Lightning can't start the last validation again; the save before it is one step earlier.
         due = self._is_due(trainer) or trainer.global_step + 1 == trainer.max_steps
         # If a validation follows, `on_validation_start` saves.
-        if due and not _validation_follows(trainer):
+        if due and not validation_follows(trainer):
             self._save(trainer, SavePoint.MID_EPOCH)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Classifier) -> None:
@@ -230,16 +240,38 @@ class ResumableCheckpoint(Checkpoint):
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "reload_epochs": _reload_epochs(trainer),
+            "reload_epochs": reload_epochs(trainer),
             "processes": processes,
             "run_id": self.folder.read_state().get("run_id"),
-            "batches": loader.state_dict() if _has_position(trainer) else None,
+            "batches": loader.state_dict() if has_position(trainer) else None,
             "event_files": self.folder.event_file_sizes(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
         self.best, self.saved_step = state_dict["best"], state_dict["saved_step"]
+
+
+def _restore_flags(trainer: Trainer, state: dict[str, Any]) -> None:
+    """Restores attributes of the Trainer that Lightning does not save."""
+    trainer.should_stop = state["should_stop"]
+    # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in its
+    # on_train_start, before this.
+    trainer.accumulate_grad_batches = state["accumulate_grad_batches"]
+    set_reload_epochs(trainer, state["reload_epochs"])
+
+
+def _warn_of_random_workers(trainer: Trainer, position: dict[str, Any] | None) -> None:
+    """Warns where worker processes of the training loader draw other random numbers than without the interruption."""
+    loader: Any = trainer.train_dataloader
+    remedy = None
+    if position is None and getattr(loader, "persistent_workers", False):
+        remedy = "persistent_workers=False"
+    elif position is not None and trainer.fit_loop.restarted_mid_epoch and getattr(loader, "num_workers", False):
+        remedy = "num_workers=0"
+    if remedy:
+        message = "random numbers that the workers of the training loader draw are not those of a run without"
+        log.warning("%s the interruption; with %s they would be", message, remedy)
 
 
 def _train_metrics(pl_module: Classifier) -> dict[str, Tensor]:
@@ -253,43 +285,8 @@ def _averages(trainer: Trainer) -> list[WeightAveraging]:
     return [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
 
 
-def _is_accumulating(trainer: Trainer) -> bool:
-    """Whether the last batch's gradients wait for those of the next one: a checkpoint would lack them."""
-    return trainer.fit_loop.epoch_loop._should_accumulate()  # noqa: SLF001  # no public way
-
-
-def _validation_follows(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the current training batch."""
-    loop = trainer.fit_loop
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # see above
-
-
-def _has_position(trainer: Trainer) -> bool:
-    """Whether the dataloader can be resumed in the middle of an epoch; the user's own may not.
-
-    From one without a length Lightning takes a batch in advance, and its position is one too far.
-    """
-    fetcher: Any = trainer.fit_loop._data_fetcher  # noqa: SLF001  # no public way
-    return hasattr(trainer.train_dataloader, "state_dict") and fetcher.length is not None
-
-
-def _make_iterator(trainer: Trainer) -> None:
-    iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]  # noqa: SLF001  # no public way
-
-
-def _reload_epochs(trainer: Trainer) -> list[int | float]:
-    """The epochs in which Lightning last requested the loaders (trainer.reload_dataloaders_every_n_epochs)."""
-    loop = trainer.fit_loop
-    return [loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch]  # noqa: SLF001
-
-
-def _set_reload_epochs(trainer: Trainer, epochs: list[int | float]) -> None:
-    loop = trainer.fit_loop
-    loop._last_train_dl_reload_epoch, loop.epoch_loop.val_loop._last_val_dl_reload_epoch = epochs  # noqa: SLF001
-
-
 def _can_save_in_validation(trainer: Trainer) -> bool:
-    return not trainer.sanity_checking and not _is_accumulating(trainer) and _has_position(trainer)
+    return not trainer.sanity_checking and not is_accumulating(trainer) and has_position(trainer)
 
 
 def _rank(scores: dict[str, float]) -> tuple[float, float]:

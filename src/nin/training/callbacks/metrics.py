@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nin.config.schema import UserError
 from nin.runs.files import write_atomically
+from nin.training.callbacks.loops import is_stopping
 from nin.training.classifier import Classifier
 from nin.training.loss import require_finite
 
@@ -220,13 +221,6 @@ def _is_row(row: dict[str, Any]) -> bool:
 def rounded(metrics: dict[str, Tensor]) -> dict[str, float]:
     """Scalars ``()`` as plain numbers, rounded to seven decimals: 0.9127, not 0.9127000570297241."""
     return {name: round(float(value), 7) for name, value in metrics.items()}
-
-
-def is_stopping(trainer: Trainer) -> bool:
-    """Whether Lightning ends training now: early stopping and max_time wait for min_epochs and min_steps."""
-    if trainer.global_step == trainer.max_steps:
-        return True
-    return trainer.should_stop and trainer.fit_loop._can_stop_early  # noqa: SLF001  # no public way
 
 
 def _is_logged(trainer: Trainer, step: int) -> bool:
