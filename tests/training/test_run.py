@@ -17,6 +17,7 @@ from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data import splits
 from nin.data.splits import open_folder
+from nin.runs import versions
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
@@ -335,18 +336,18 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         command = ["git", *identity, *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
 
-    source = tmp_path / "run.py"
+    source = tmp_path / "versions.py"
     source.write_text("1")
-    monkeypatch.setattr(run, "__file__", str(source))
-    assert run.git_commit() is None  # no checkout
+    monkeypatch.setattr(versions, "__file__", str(source))
+    assert versions.git_commit() is None  # no checkout
     git("init")
     git("commit", "--allow-empty", "-m", "theirs")
-    assert run.git_commit() is None  # installed inside somebody else's checkout
+    assert versions.git_commit() is None  # installed inside somebody else's checkout
     git("add", ".")
     git("commit", "-m", "x")
-    assert run.git_commit() == git("rev-parse", "HEAD")
+    assert versions.git_commit() == git("rev-parse", "HEAD")
     source.write_text("2")
-    assert run.git_commit() == git("rev-parse", "HEAD") + "+"
+    assert versions.git_commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_too_little_memory_of_a_gpu_fails_with_its_remedy(

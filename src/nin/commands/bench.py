@@ -23,6 +23,7 @@ from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.files import write_atomically
+from nin.runs.versions import versions
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
@@ -147,7 +148,6 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     from nin.deploy.export import measure_untrained
     from nin.networks.build import require_buildable
     from nin.system.devices import device_name, set_threads
-    from nin.training.run import versions
     from nin.training.trainer import build_trainer
 
     require_buildable(settings)

@@ -17,8 +17,8 @@ from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import ends_with_pooling, forward_with_maps, grad_cam, has_score_maps
 from nin.runs.folder import RunFolder
+from nin.runs.versions import versions
 from nin.training.classifier import Classifier
-from nin.training.run import versions
 
 
 class Pipeline(nn.Module):

@@ -1,14 +1,11 @@
 """One run from request to result: claim its folder, train or resume, write the result."""
 
 import contextlib
-import importlib.metadata
 import logging
-import platform
 import shutil
-import subprocess
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +18,7 @@ from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.runs.results import PRINTED, print_result
+from nin.runs.versions import git_commit, versions
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The packages that compute; the result has their versions.
-_PACKAGES = ("network-in-network", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
 # The keys that are read from a result that another process wrote, each with the type of its value.
 _RESULT: dict[str, Any] = {
     "metrics": dict, "epochs": int, "steps": int, "train_seconds": int | float, "parameters": int,
@@ -195,14 +191,10 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
     from nin.training.experiment import Experiment  # before `log_to`, which removes the handlers that lightning adds
 
     folder = request.folder
-    before, is_new = set(folder.path.iterdir()), not folder.config.exists()
-    replaced = (folder.overrides, folder.config, folder.state, folder.result)
-    kept = {path: path.read_bytes() for path in replaced if path.exists()}
-    saved = _modified(folder.last)
     place = f"run folder: {format_path(folder.path)}"
     if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
         place += f", curves: {tensorboard_command(folder.path.parent)}"
-    with log_to(folder.log, request.label):
+    with _undo_if_refused(folder), log_to(folder.log, request.label):
         try:
             experiment = Experiment(request)
             print(f"{request.label}{experiment.describe_start()}", flush=True)
@@ -219,11 +211,6 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             raise
         except (UserError, KeyboardInterrupt) as error:  # Ctrl-C before the run listens to signals
             log.info("%s", f"refused: {error}" if isinstance(error, UserError) else "stopped by Ctrl-C at the start")
-            # Lightning requests the schedule and batches after the request is written.
-            if is_new and not folder.has_progress():
-                _remove_new(folder, before)
-            elif saved == _modified(folder.last):  # nothing was trained
-                _restore(kept)
             raise
         except Exception as error:
             add_remedy(error, request.settings)
@@ -233,6 +220,28 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error
+
+
+@contextlib.contextmanager
+def _undo_if_refused(folder: RunFolder) -> Iterator[None]:
+    """Undoes what this start has written if the run is refused before anything is trained.
+
+    A new folder is emptied. In an existing one, config, overrides, state and result of the earlier start are written
+    back, unless a checkpoint has been saved since.
+    """
+    before, is_new = set(folder.path.iterdir()), not folder.config.exists()
+    replaced = (folder.overrides, folder.config, folder.state, folder.result)
+    kept = {path: path.read_bytes() for path in replaced if path.exists()}
+    saved = _modified(folder.last)
+    try:
+        yield
+    except (UserError, KeyboardInterrupt):
+        # Lightning requests the schedule and batches after the request is written.
+        if is_new and not folder.has_progress():
+            _remove_new(folder, before)
+        elif saved == _modified(folder.last):
+            _restore(kept)
+        raise
 
 
 def _remove_new(folder: RunFolder, before: set[Path]) -> None:
@@ -276,21 +285,3 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     folder.update_state(run_id=run_id, starts=starts, resumes=resumes)
     others = [start for start in starts[1:] if start != starts[0]]
     return starts[0] | {"resumes": resumes} | ({"resumed_with": others} if others else {})
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that compute."""
-    packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version()} | packages
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, followed by "+" if files differ; None outside a checkout."""
-    try:
-        here: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}
-        # Fails for an installed package, which may lie within another project's checkout.
-        subprocess.run(["git", "ls-files", "--error-unmatch", __file__], check=True, **here)
-        described = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
-        return subprocess.run(described, check=True, **here).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
