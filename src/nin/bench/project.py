@@ -20,6 +20,7 @@ from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger
+from nin.training.callbacks.training_control import TrainingControl
 from nin.training.classifier import Classifier
 from nin.training.trainer import build_trainer
 
@@ -49,7 +50,9 @@ def prepare_training(
             bar = TrainingProgressBar(metrics)
             bar.console = Console(file=null, force_terminal=True, width=120)
             checkpoint = ResumableCheckpoint(folder, settings.checkpoint, metrics, stop)
-            trainer = build_trainer(settings, folder.path, [metrics, bar, checkpoint, *callbacks])
+            trainer = build_trainer(
+                settings, folder.path, [metrics, TrainingControl(metrics), bar, checkpoint, *callbacks]
+            )
             loggers.extend(trainer.loggers)
             return trainer
 

@@ -24,6 +24,7 @@ from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
+from nin.training.callbacks.training_control import TrainingControl
 from nin.training.classifier import Classifier
 from nin.training.evaluation import build_data, require_test_batches, test
 from nin.training.trainer import build_trainer
@@ -89,7 +90,7 @@ class Experiment:
         return settings.model_copy(update={"threads": saved or devices.default_threads()})
 
     def _callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = [self.metrics, *self.pruning]
+        callbacks: list[lightning.Callback] = [self.metrics, TrainingControl(self.metrics), *self.pruning]
         if self.settings.trainer.enable_progress_bar:
             is_alone = sys.stdout.isatty() and not self.request.label
             progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)

@@ -86,7 +86,7 @@ def _momentum_ranges(momenta: list[float]) -> dict[str, Any]:
 
 
 def follow_validation(scheduler: ReduceLROnPlateau, settings: Settings) -> dict[str, Any]:
-    """The ``lr_scheduler`` for Lightning of a schedule that `MetricsLogger` steps with val/loss after each epoch.
+    """The ``lr_scheduler`` for Lightning of a schedule that `TrainingControl` steps with val/loss after each epoch.
 
     Raises:
         UserError: if the run does not compute val/loss, or a larger one would count as better.

@@ -3,7 +3,7 @@
 A module imports only from the modules below it:
 
     checkpoints, dead_units, progress, pruning, tensorboard  what is saved; dead channels; bar; early end; images
-    figures                                                  drawings
+    figures, training_control                                drawings; the end at max_steps, schedules of val/loss
     metrics                                                  metrics over windows of steps and over epochs
     loops                                                    private attributes of Lightning's training loop
 """

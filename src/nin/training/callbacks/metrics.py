@@ -11,7 +11,6 @@ from lightning import Callback, Trainer
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nin.config.schema import UserError
 from nin.runs.files import write_atomically
@@ -35,8 +34,7 @@ class MetricsLogger(Callback):
 
     Everything is logged at the number of optimizer steps so far, so that all curves have the same x axis. The value of
     ``lr`` and ``train/grad_norm`` at step k are those of the k-th optimizer step; the norm is that before clipping.
-    ``metrics.csv`` has one row per epoch. A schedule that follows val/loss is stepped at the end of the epoch, before
-    the epoch's checkpoint is saved.
+    ``metrics.csv`` has one row per epoch.
 
     Not by ``self.log``: Lightning logs at its own count of batches, which is one too high after some resumes, and a
     checkpoint that is saved within an epoch lacks its sums.
@@ -88,8 +86,6 @@ class MetricsLogger(Callback):
     ) -> None:
         self.window_images += len(batch[1])
         step = trainer.global_step
-        if step == trainer.max_steps:
-            trainer.should_stop = True  # Lightning then validates before it ends, also in the middle of an epoch
         due = _is_logged(trainer, step) or is_stopping(trainer)
         # With gradient accumulation several batches have the same step.
         if due and step != self.logged_step:
@@ -160,9 +156,6 @@ class MetricsLogger(Callback):
         }
         self.rows.append(row)
         self.train_seconds = time.perf_counter() - self.started
-        for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, ReduceLROnPlateau) and "val/loss" in self.scores:
-                config.scheduler.step(self.scores["val/loss"])
         if trainer.is_global_zero:
             self._write_rows()
 
