@@ -205,7 +205,7 @@ class FakeExperiment:
 
     def __init__(self, request: RunRequest):
         self.request, self.settings, self.name = request, request.settings, request.folder.path.name
-        self.checkpoint = self.run_id = None
+        self.resume_checkpoint = self.run_id = None
 
     def describe_start(self) -> str:
         return "nothing is trained"

@@ -34,7 +34,7 @@ class FakeExperiment:
 
     def __init__(self, request: RunRequest):
         self.settings, self.folder = request.settings, request.folder
-        self.checkpoint = {} if self.folder.checkpoints.exists() else None
+        self.resume_checkpoint = {} if self.folder.checkpoints.exists() else None
         self.run_id = self.folder.read_state().get("run_id")
 
     def describe_start(self) -> str:

@@ -109,13 +109,13 @@ def _time_project(network: nn.Sequential, settings: Settings) -> float:
     with prepare_training(settings) as (module, data, build):
         data.prepare_data()
         data.setup("fit")  # before the batch size below: a folder may have fewer images
-        data.data = settings.data.model_copy(  # type: ignore[assignment]  # refused for data of the user's own
+        data.settings = settings.data.model_copy(  # type: ignore[assignment]  # refused for data of the user's own
             update={"image_size": _IMAGE_SIZE, "batch_size": _BATCH_SIZE}
         )
         model = settings.model
         if not isinstance(model, OwnModel):
             model = model.model_copy(update={"init": "torch"})  # the linear network has no filters to start from images
-        module.settings = settings.model_copy(update={"data": data.data, "model": model})
+        module.settings = settings.model_copy(update={"data": data.settings, "model": model})
         module.network, module.dropouts, module.micro_batch_size = network, [], None
         build([timer]).fit(module, data)
     return timer.seconds

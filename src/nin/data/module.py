@@ -98,7 +98,7 @@ class ImageDataModule(LightningDataModule):
     pass the images of each batch through `prepare_images`. All tensors are then on the CPU.
 
     Args:
-        data: the data set, the size of images and batches.
+        settings: the config's section ``data``: the data set, the size of images and batches.
         seed: chooses the held-out validation images and the order of every epoch.
         is_prepared: whether the files have been downloaded and verified already, as ``prepare_data`` does.
 
@@ -109,34 +109,36 @@ class ImageDataModule(LightningDataModule):
             training images. Empty for the published data sets.
     """
 
-    def __init__(self, data: Data | FolderData, seed: int = 0, is_prepared: bool = False):
+    def __init__(self, settings: Data | FolderData, seed: int = 0, is_prepared: bool = False):
         super().__init__()
-        self.data, self.seed, self.is_prepared = data, seed, is_prepared
-        info = describe(data)
+        self.settings, self.seed, self.is_prepared = settings, seed, is_prepared
+        info = describe(settings)
         self.class_names, self.channels = info.class_names, info.channels
         self.notes: dict[str, Any] = {}
 
     def prepare_data(self) -> None:
         if not self.is_prepared:
-            prepare(self.data)
+            prepare(self.settings)
         self.is_prepared = True
 
     def setup(self, stage: str | None = None) -> None:
-        if isinstance(self.data, FolderData):
-            self._setup_folder(self.data, stage)
+        if isinstance(self.settings, FolderData):
+            self._setup_folder(self.settings, stage)
             return
         if stage in (None, "fit", "validate") and not hasattr(self, "train"):
             images, labels = self._load("train")
-            held_out, kept = split(len(labels), self.data.val_size, self.seed)
+            held_out, kept = split(len(labels), self.settings.val_size, self.seed)
             self.train, self.val = (images[kept], labels[kept]), (images[held_out], labels[held_out])
-        if not hasattr(self, "test") and (stage in (None, "test", "predict") or self.data.score_each_epoch == "test"):
+        if not hasattr(self, "test") and (
+            stage in (None, "test", "predict") or self.settings.score_each_epoch == "test"
+        ):
             self.test = self._load("t10k")
 
     def _load(self, part: str) -> tuple[Tensor, Tensor]:
         """All images are kept on the training device, 47 MB of Fashion-MNIST: no transfer during a step."""
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-        assert not isinstance(self.data, FolderData)  # `_setup_folder`
-        images, labels = map(torch.from_numpy, load(self.data, part))
+        assert not isinstance(self.settings, FolderData)  # `_setup_folder`
+        images, labels = map(torch.from_numpy, load(self.settings, part))
         return images.to(device), labels.to(device)
 
     def _setup_folder(self, data: FolderData, stage: str | None) -> None:
@@ -186,12 +188,12 @@ class ImageDataModule(LightningDataModule):
         Raises:
             UserError: if they are others, or in other parts.
         """
-        if not isinstance(self.data, FolderData):
+        if not isinstance(self.settings, FolderData):
             return
-        cache = open_folder(self.data)
+        cache = open_folder(self.settings)
         if state_dict != {"fingerprint": cache.fingerprint, "counts": dict(cache.counts)}:
             raise UserError(
-                f"data.root={self.data.root}: has other images than those the run was started with, or in other "
+                f"data.root={self.settings.root}: has other images than those the run was started with, or in other "
                 "parts, so it can't be resumed exactly; restore them, or give another name=…"
             )
 
@@ -229,7 +231,7 @@ class ImageDataModule(LightningDataModule):
         return self._batches(self.train, self.seed)
 
     def val_dataloader(self) -> Batches:
-        return self._batches(self.test if self.data.score_each_epoch == "test" else self.val)
+        return self._batches(self.test if self.settings.score_each_epoch == "test" else self.val)
 
     def test_dataloader(self) -> Batches:
         return self._batches(self.test)
@@ -241,10 +243,10 @@ class ImageDataModule(LightningDataModule):
     def _batches(self, part: "tuple[Tensor | MappedImages, Tensor]", seed: int | None = None) -> Batches:
         trainer = self.trainer
         if trainer is None:
-            return Batches(*part, self.data.batch_size, seed)
+            return Batches(*part, self.settings.batch_size, seed)
         return Batches(
             *part,
-            self.data.batch_size,
+            self.settings.batch_size,
             seed,
             lambda: trainer.current_epoch,
             not trainer.overfit_batches,  # type: ignore[attr-defined]  # Lightning sets it. Overfitting needs the same batches in every epoch
@@ -256,7 +258,7 @@ class ImageDataModule(LightningDataModule):
         """Augments training images, and converts all images to the input of the network."""
         images, labels = batch
         is_training = self.trainer is not None and self.trainer.training
-        return self.prepare_images(images, self.data.augment if is_training else "none"), labels
+        return self.prepare_images(images, self.settings.augment if is_training else "none"), labels
 
     def prepare_images(self, images: Tensor, augmentation: str = "none") -> Tensor:
         """Augments images, and converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)``.
@@ -265,7 +267,7 @@ class ImageDataModule(LightningDataModule):
 
         The result has the precision of the weights, where the Trainer's is not float32.
         """
-        images = resize(augment(images, augmentation), self.data.image_size)
+        images = resize(augment(images, augmentation), self.settings.image_size)
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
 
 

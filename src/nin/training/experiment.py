@@ -44,21 +44,23 @@ class Experiment:
 
     def __init__(self, request: RunRequest):
         self.request, self.folder = request, request.folder
-        self.resume_path, self.checkpoint, self.run_id = self._find_checkpoint()
+        self.resume_path, self.resume_checkpoint, self.run_id = self._find_checkpoint()
         self.settings = self._with_threads(request.settings)
         devices.retain_freed_memory()
         devices.set_threads(self.settings)
         lightning.seed_everything(self.settings.seed, verbose=False)
-        self.data = build_data(self.settings)
-        self.module = Classifier(self.settings, self.data.class_names, self.data.channels)
-        self.metrics = MetricsLogger(self.folder.metrics)
-        self.checkpoints = ResumableCheckpoint(self.folder, self.settings.checkpoint, self.metrics, request.stop)
+        self.datamodule = build_data(self.settings)
+        self.module = Classifier(self.settings, self.datamodule.class_names, self.datamodule.channels)
+        self.metrics_logger = MetricsLogger(self.folder.metrics)
+        self.checkpoint_callback = ResumableCheckpoint(
+            self.folder, self.settings.checkpoint, self.metrics_logger, request.stop
+        )
         self.pruning: list[Any] = []
         if self.settings.sweep.prune:
             from nin.training.callbacks.pruning import PruningCallback  # needs Optuna
 
-            self.pruning.append(PruningCallback(self.folder.path, self.metrics))
-        resume_step = self.checkpoint["global_step"] + 1 if self.checkpoint else None
+            self.pruning.append(PruningCallback(self.folder.path, self.metrics_logger))
+        resume_step = self.resume_checkpoint["global_step"] + 1 if self.resume_checkpoint else None
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
         if self.trainer.precision == "64-true":  # as Lightning names it, also if the setting is 64
             self.module.double()  # Lightning does so after it has loaded a checkpoint, which float32 would round
@@ -66,7 +68,7 @@ class Experiment:
         self.device_name = devices.device_name(self.trainer.strategy.root_device)
         self._require_resumable()
         if self.settings.sweep.test:
-            require_test_batches(self.settings, self.data, self.trainer)
+            require_test_batches(self.settings, self.datamodule, self.trainer)
 
     def _find_checkpoint(self) -> tuple[Path | None, dict[str, Any] | None, str | None]:
         """Path and content of the checkpoint to resume from, and the identity of its run; each None for a new run."""
@@ -86,32 +88,32 @@ class Experiment:
         """
         if settings.threads or not is_single_process(settings.trainer):
             return settings  # Lightning chooses for several processes
-        saved = self.checkpoint["hyper_parameters"]["settings"]["threads"] if self.checkpoint else None
+        saved = self.resume_checkpoint["hyper_parameters"]["settings"]["threads"] if self.resume_checkpoint else None
         return settings.model_copy(update={"threads": saved or devices.default_threads()})
 
     def _callbacks(self) -> list[lightning.Callback]:
-        callbacks: list[lightning.Callback] = [self.metrics, TrainingControl(self.metrics), *self.pruning]
+        logger, label = self.metrics_logger, self.request.label
+        callbacks: list[lightning.Callback] = [logger, TrainingControl(logger), *self.pruning]
         if self.settings.trainer.enable_progress_bar:
-            is_alone = sys.stdout.isatty() and not self.request.label
-            progress = TrainingProgressBar(self.metrics) if is_alone else EpochPrinter(self.metrics, self.request.label)
-            callbacks.append(progress)
-        return [*callbacks, self.checkpoints, SlowTrainingWarner()]
+            is_alone = sys.stdout.isatty() and not label
+            callbacks.append(TrainingProgressBar(logger) if is_alone else EpochPrinter(logger, label))
+        return [*callbacks, self.checkpoint_callback, SlowTrainingWarner()]
 
     def _require_resumable(self) -> None:
-        if self.checkpoint is None:
+        if self.resume_checkpoint is None:
             return
-        require_matching_weights(self.module, self.checkpoint)
-        state = self.checkpoint.get(checkpoint_files.DATA)
-        if isinstance(self.data, ImageDataModule) and isinstance(state, dict):
-            self.data.load_state_dict(state)  # as Lightning does when the run has begun
-        done = _completed_epochs(self.checkpoint)
+        require_matching_weights(self.module, self.resume_checkpoint)
+        state = self.resume_checkpoint.get(checkpoint_files.DATA)
+        if isinstance(self.datamodule, ImageDataModule) and isinstance(state, dict):
+            self.datamodule.load_state_dict(state)  # as Lightning does when the run has begun
+        done = _completed_epochs(self.resume_checkpoint)
         max_epochs = self.settings.trainer.max_epochs
         if max_epochs not in (-1, None) and done > max_epochs:
             raise UserError(
                 f"trainer.max_epochs={max_epochs}: the run has already trained for {done} epochs; give as many or "
                 "more, or another name"
             )
-        saved = len(self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
+        saved = len(self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
         if saved != self.trainer.world_size:
             raise UserError(
                 f"trainer.devices: the run has {saved} process{'es' * (saved > 1)}, which share every batch, and now "
@@ -145,7 +147,7 @@ class Experiment:
                 if isinstance(logger, SingleFileTensorBoardLogger):
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
-            self.checkpoint = None  # as large as weights and optimizer; Lightning reads the file itself
+            self.resume_checkpoint = None  # as large as weights and optimizer; Lightning reads the file itself
             cleanup.enter_context(self.request.stop)
             self._fit()
             final_weights = weights_sha256(self.module.network)
@@ -153,41 +155,41 @@ class Experiment:
             load_weights(self.module, checkpoint_files.read(self.folder.best))
             result = self._build_result(final_weights, *self._test())
             if self.trainer.is_global_zero:
-                log_results(self.trainer, self.settings, result, self.metrics)
+                log_results(self.trainer, self.settings, result, self.metrics_logger)
             return result
 
     def _prepare_folder(self, resumes: int) -> None:
         """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""
         if self.request.rank != 0:
             return
-        if self.checkpoint is None:
+        if self.resume_checkpoint is None:
             self.folder.truncate_event_files({})  # left by a process that was killed before its first checkpoint
             self.folder.metrics.unlink(missing_ok=True)
             log_request(self.trainer, self.settings, self.request.overrides)
             return
         assert self.resume_path is not None  # found together with the checkpoint
-        epoch = _completed_epochs(self.checkpoint) + 1
-        place = f"epoch {epoch}, step {self.checkpoint['global_step']} ({self.resume_path.name})"
+        epoch, step = _completed_epochs(self.resume_checkpoint) + 1, self.resume_checkpoint["global_step"]
+        place = f"epoch {epoch}, step {step} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)
         print(f"{self.request.label}resuming from {place}", flush=True)
-        sizes = self.checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"]
+        sizes = self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"]
         if incomplete := self.folder.truncate_event_files(sizes):
-            log.warning("curves have a gap before step %d: %s", self.checkpoint["global_step"], ", ".join(incomplete))
+            log.warning("curves have a gap before step %d: %s", step, ", ".join(incomplete))
 
     def _fit(self) -> None:
         try:
             with ended_workers_are_a_stop(self.request.stop):
-                self.trainer.fit(self.module, self.data, ckpt_path=self.resume_path, weights_only=True)
+                self.trainer.fit(self.module, self.datamodule, ckpt_path=self.resume_path, weights_only=True)
         except MisconfigurationException as error:
-            if self.checkpoints.is_restored:
+            if self.checkpoint_callback.is_restored:
                 raise
             raise UserError(f"trainer: {error}") from error  # no step was taken
         # Lightning, torch and callbacks raise these if a state is of another type.
         except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             # Lightning itself refuses a Trainer argument, as val_check_interval above the number of batches.
-            if isinstance(error, ValueError) and not self.checkpoints.is_restored and _is_lightnings(error):
+            if isinstance(error, ValueError) and not self.checkpoint_callback.is_restored and _is_lightnings(error):
                 raise UserError(f"trainer: {str(error).strip()}") from error
-            if self.resume_path is None or self.checkpoints.is_restored:
+            if self.resume_path is None or self.checkpoint_callback.is_restored:
                 raise
             log.info("the checkpoint's state could not be restored", exc_info=error)
             raise UserError(
@@ -203,7 +205,7 @@ class Experiment:
         if self._is_pruned or not self.settings.sweep.test:
             return dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class")), None
         with ended_workers_are_a_stop(self.request.stop):
-            metrics, confusion = test(self.trainer, self.module, self.data)
+            metrics, confusion = test(self.trainer, self.module, self.datamodule)
         missing = never_predicted(self.module.class_names, confusion)
         if missing and self.trainer.is_global_zero:
             log.warning(
@@ -218,7 +220,7 @@ class Experiment:
 
     def describe_end(self) -> str:
         """What a run that was stopped has saved, for the terminal."""
-        saved, step = self.checkpoints.saved_step, self.trainer.global_step
+        saved, step = self.checkpoint_callback.saved_step, self.trainer.global_step
         if not self.folder.last.exists():
             return "no checkpoint is saved yet; start again from the beginning"
         # The same command without a name=… would start another run or sweep, whose name is the time.
@@ -229,14 +231,14 @@ class Experiment:
         return f"{state}; resume with: {command}"
 
     def _build_result(self, final_weights: str, tested: dict[str, Any], test_images: int | None) -> dict[str, Any]:
-        best, metrics = self.checkpoints.best, self.metrics
+        best, logger = self.checkpoint_callback.best, self.metrics_logger
         result = {
             "status": "pruned" if self._is_pruned else "finished",
             "metrics": {"val/loss": best.get("val/loss"), "val/acc": best.get("val/acc"), **tested},
             "epochs": self.trainer.current_epoch,
             "steps": self.trainer.global_step,
-            "train_seconds": round(metrics.train_seconds, 3),
-            "images_per_second": round(metrics.images / metrics.step_seconds, 1) if metrics.step_seconds else None,
+            "train_seconds": round(logger.train_seconds, 3),
+            "images_per_second": round(logger.images / logger.step_seconds, 1) if logger.step_seconds else None,
             "parameters": sum(p.numel() for p in self.module.network.parameters()),
             "weights_sha256": final_weights,
             "best_weights_sha256": weights_sha256(self.module.network),
@@ -247,7 +249,7 @@ class Experiment:
         }
         if test_images is not None:
             result["test_images"] = test_images
-        return result | (self.data.notes if isinstance(self.data, ImageDataModule) else {})
+        return result | (self.datamodule.notes if isinstance(self.datamodule, ImageDataModule) else {})
 
 
 def _is_lightnings(error: Exception) -> bool:

@@ -271,7 +271,7 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
         The part of the result about the code that the run used: ``versions`` and ``git_commit`` of the first start,
         ``resumes``, and ``resumed_with`` for resumes with other code.
     """
-    folder, resumed = request.folder, experiment.checkpoint is not None
+    folder, resumed = request.folder, experiment.resume_checkpoint is not None
     code = {"versions": versions(), "git_commit": git_commit()}
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
