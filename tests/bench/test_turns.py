@@ -69,7 +69,7 @@ def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path)
     module: Any = SimpleNamespace(
         device=torch.device("meta"), training=True, eval=lambda: None, train=lambda _: None,
         validation_step=lambda batch, _: seen.extend(tensor.device.type for tensor in batch),
-        score_loss=MeanMetric(), score_acc=MeanMetric(),
+        eval_loss=MeanMetric(), eval_acc=MeanMetric(),
     )  # fmt: skip
     trainer: Any = SimpleNamespace(precision_plugin=SimpleNamespace(val_step_context=contextlib.nullcontext))
     turns._scoring_rate(data, module, trainer, 0.01)

@@ -56,7 +56,7 @@ def test_all_test_images_have_one_class_and_one_set_of_probabilities(
     module, description = read_checkpoint(checkpoint)
     with torch.no_grad():
         pixels = torch.tensor(images).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2) / 255
-        expected = np.concatenate([module.score(part).softmax(-1).numpy() for part in pixels.split(128)])
+        expected = np.concatenate([module.predict_logits(part).softmax(-1).numpy() for part in pixels.split(128)])
     assert len(expected) == confusion.sum() >= 210
     assert len(set(expected.argmax(1))) > 2
     assert np.array_equal(confusion_of(labels, expected), confusion)

@@ -29,7 +29,7 @@ def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_compute
     network = nin.load(run_folder)
     module, _ = read_checkpoint(run_folder / "checkpoints" / "best.ckpt")
     with torch.no_grad():
-        seen = module.score(resize(torch.tensor(test_images[:64]), 28)).softmax(-1).numpy()
+        seen = module.predict_logits(resize(torch.tensor(test_images[:64]), 28)).softmax(-1).numpy()
     pictures = []
     for image in test_images[:64]:
         file = io.BytesIO()

@@ -308,8 +308,8 @@ def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callab
     images = torch.rand(5, 1, 28, 28)
     with torch.no_grad():
         mean = (plain(images).softmax(1) + plain(images.flip(-1)).softmax(1)) / 2
-        assert torch.allclose(both.score(images).exp(), mean, atol=1e-6)
-        assert torch.equal(plain.score(images), plain(images))
+        assert torch.allclose(both.predict_logits(images).exp(), mean, atol=1e-6)
+        assert torch.equal(plain.predict_logits(images), plain(images))
 
 
 def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def train_and_validate(trainer: Any, module: Classifier, data: ImageDataModule) 
                 module.validation_step(prepared, 0)
                 seen["probabilities"] = module.predict_step(prepared, 0)
     assert sizes == [32, 13, 32, 13]
-    return seen | module._compute_scores("val")
+    return seen | module._compute_eval_metrics("val")
 
 
 def test_a_step_and_a_validation_stay_on_the_gpu(step: Callable[..., dict[str, Any]]) -> None:

@@ -156,8 +156,8 @@ def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, s
             images += len(batch[1])
     synchronize(module.device)  # only at the end: `nin eval` does not wait for a GPU after each batch either
     seconds = time.perf_counter() - started
-    module.score_loss.reset()
-    module.score_acc.reset()
+    module.eval_loss.reset()
+    module.eval_acc.reset()
     module.train(training)
     return images / seconds
 

@@ -178,7 +178,7 @@ def written_when_checked(path: Path) -> Iterator[Path]:
 def probabilities_of(module: Classifier, images: Tensor) -> Tensor:
     """Probabilities ``(batch, classes)`` of uint8 images of the stored size, as evaluation in float32 computes them."""
     with torch.no_grad():
-        return module.score(resize(images, module.settings.data.image_size)).softmax(-1)
+        return module.predict_logits(resize(images, module.settings.data.image_size)).softmax(-1)
 
 
 def images_per_second(score: Callable[[], object], images: int, seconds: float) -> float:

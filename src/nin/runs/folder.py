@@ -208,7 +208,7 @@ class RunFolder:
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")
 
     def read_epochs(self) -> list[dict[str, float]]:
-        """The rows of ``metrics.csv``, one per epoch; an epoch without scores lacks their keys.
+        """The rows of ``metrics.csv``, one per epoch; an epoch without validation lacks its metrics.
 
         There are none if the file is missing or has other content.
         """

@@ -217,8 +217,8 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and abs(v) < 1e300}
             return Job(path, overrides, result["status"], numbers, hardware=describe_hardware(result))
     epochs = folder.read_epochs()
-    scores = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
-    return Job(path, overrides, "running" if is_running(folder) else "unfinished", scores)
+    metrics = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
+    return Job(path, overrides, "running" if is_running(folder) else "unfinished", metrics)
 
 
 def _drop_common(jobs: list[Job], swept: list[str]) -> None:

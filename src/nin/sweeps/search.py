@@ -28,7 +28,7 @@ from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, test_best
 from nin.sweeps.space import overrides_of
-from nin.sweeps.study import WITHOUT_SCORE, Store, propose, trial_name, visible
+from nin.sweeps.study import WITHOUT_VALUE, Store, propose, trial_name, visible
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 
@@ -193,26 +193,26 @@ class Search:
 
     def _record(self, number: int, folder: RunFolder) -> None:
         result: dict[str, Any] = folder.read_result() or {}
-        scores = {int(row["epoch"]): row["val/acc"] for row in folder.read_epochs() if "val/acc" in row}
+        values = {int(row["epoch"]): row["val/acc"] for row in folder.read_epochs() if "val/acc" in row}
         rungs: dict[str, float] = {}
-        if scores and self.plan.pruner != "none":
+        if values and self.plan.pruner != "none":
             pruner = TrialPruner(folder.path)
-            pruner.report(scores)
+            pruner.report(values)
             rungs = pruner.rungs
         with self.store.claims.lock():
             match result["status"]:
                 case "failed":
                     error = str(result.get("error", ""))
                     print(f"trial {number} failed: {printable(error)}", flush=True)
-                    self.store.finish(number, TrialState.FAIL, None, scores, {}, error)
+                    self.store.finish(number, TrialState.FAIL, None, values, {}, error)
                 case "pruned":
-                    print(f"trial {number} was pruned after {max(scores)} epochs", flush=True)
-                    self.store.finish(number, TrialState.PRUNED, scores[max(scores)], scores, rungs)
-                case _ if (score := result.get("metrics", {}).get("val/acc")) is None:
-                    print(f"trial {number} failed: {WITHOUT_SCORE}", flush=True)
-                    self.store.finish(number, TrialState.FAIL, None, scores, {}, WITHOUT_SCORE)
+                    print(f"trial {number} was pruned after {max(values)} epochs", flush=True)
+                    self.store.finish(number, TrialState.PRUNED, values[max(values)], values, rungs)
+                case _ if (value := result.get("metrics", {}).get("val/acc")) is None:
+                    print(f"trial {number} failed: {WITHOUT_VALUE}", flush=True)
+                    self.store.finish(number, TrialState.FAIL, None, values, {}, WITHOUT_VALUE)
                 case _:
-                    self.store.finish(number, TrialState.COMPLETE, score, scores, rungs)
+                    self.store.finish(number, TrialState.COMPLETE, value, values, rungs)
 
     def _require_few_failures(self, trials: Sequence[FrozenTrial]) -> None:
         failed = sum(trial.state.name == "FAIL" for trial in trials)

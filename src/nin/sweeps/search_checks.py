@@ -197,7 +197,7 @@ def _require_held_out_images(settings: Settings) -> None:
 
 
 def _require_validation_at_an_end(settings: Settings) -> None:
-    """Checks, as far as it is known before training, that an epoch ends with a validation, which is a trial's score.
+    """Checks, as far as it is known before training, that an epoch ends with a validation: a trial's value is val/acc.
 
     Raises:
         UserError: names the key that prevents it.

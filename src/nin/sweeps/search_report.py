@@ -28,7 +28,7 @@ from nin.runs.folder import RunFolder
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
 from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
-from nin.sweeps.study import JOURNAL, fail_without_score, open_database, open_journal, trial_name
+from nin.sweeps.study import JOURNAL, fail_without_value, open_database, open_journal, trial_name
 from nin.system.devices import require_accelerator
 
 _MAX_ROWS = 10
@@ -112,7 +112,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
         study = optuna.load_study(study_name=description["name"], storage=storage)
     except KeyError:
         raise UserError(f"{folder}: its storage has no study {description['name']}") from None
-    trials = fail_without_score(study.get_trials(deepcopy=False))
+    trials = fail_without_value(study.get_trials(deepcopy=False))
     study = optuna.create_study(study_name=study.study_name, direction="maximize")  # in memory, with the checked trials
     try:
         study.add_trials(trials)

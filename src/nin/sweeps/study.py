@@ -26,12 +26,12 @@ from nin.config.schema import UserError
 from nin.runs.files import read_bytes
 from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
 from nin.sweeps.space import Space, describe, enumerate_values, exact_value
-from nin.training.pruning import build_pruner, without_scores
+from nin.training.pruning import build_pruner, without_values
 
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
 _PLAN = "nin:plan"  # the study's key for what the search is
 JOURNAL = "study.journal"
-WITHOUT_SCORE = "no epoch ended with a validation, so it has no val/acc"
+WITHOUT_VALUE = "no epoch ended with a validation, so it has no val/acc"
 # The errors that Optuna raises for lines that are JSON and no journal.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
@@ -120,20 +120,20 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
 
 
 def visible(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> list[FrozenTrial]:
-    """The trials before ``number`` as its proposal and its pruner see them: scores of earlier batches only."""
+    """The trials before ``number`` as its proposal and its pruner see them: values of earlier batches only."""
     return [
-        trial if i < batch_start and trial.state.is_finished() else without_scores(trial)
+        trial if i < batch_start and trial.state.is_finished() else without_values(trial)
         for i, trial in enumerate(trials[:number])
     ]
 
 
-def fail_without_score(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """``trials``, where those that were completed without a score count as failed: Optuna can't read them."""
+def fail_without_value(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """``trials``, where those that were completed without a value count as failed: Optuna can't read them."""
     checked = list(trials)
     for i, trial in enumerate(checked):
         if trial.state == TrialState.COMPLETE and trial.values is None:
             checked[i] = failed = copy.copy(trial)
-            failed.state, failed.user_attrs = TrialState.FAIL, trial.user_attrs | {"error": WITHOUT_SCORE}
+            failed.state, failed.user_attrs = TrialState.FAIL, trial.user_attrs | {"error": WITHOUT_VALUE}
     return checked
 
 
@@ -193,7 +193,7 @@ class Store:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in the order of their numbers."""
-        return fail_without_score(self.storage.get_all_trials(self.study_id, deepcopy=False))
+        return fail_without_value(self.storage.get_all_trials(self.study_id, deepcopy=False))
 
     def add(self, trial: FrozenTrial) -> None:
         """Adds a proposed trial, in one write."""
@@ -204,7 +204,7 @@ class Store:
         number: int,
         state: TrialState,
         value: float | None,
-        scores: Mapping[int, float],
+        intermediate_values: Mapping[int, float],
         rungs: Mapping[str, float],
         error: str = "",
     ) -> None:
@@ -212,8 +212,8 @@ class Store:
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(self.study_id, number)
         if self.storage.get_trial(trial_id).state.is_finished():
             return
-        for epoch, score in scores.items():
-            self.storage.set_trial_intermediate_value(trial_id, epoch, score)
+        for epoch, intermediate in intermediate_values.items():
+            self.storage.set_trial_intermediate_value(trial_id, epoch, intermediate)
         for key, rung in rungs.items():
             self.storage.set_trial_system_attr(trial_id, key, rung)
         if error:

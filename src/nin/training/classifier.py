@@ -76,8 +76,8 @@ class Classifier(LightningModule):
         # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
         # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
         # weights as well, therefore `update` is given one loss per image.
-        self.train_loss, self.score_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self.train_acc, self.score_acc = (self._accuracy() for _ in range(2))
+        self.train_loss, self.eval_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
+        self.train_acc, self.eval_acc = (self._accuracy() for _ in range(2))
         self.top5_acc = self._accuracy(top_k=5) if self.num_classes > TOP5_CLASSES else None
         # Checkpoints are also saved between two loggings: what was accumulated since the last one is part of the state.
         self.train_loss.persistent(True)
@@ -111,7 +111,7 @@ class Classifier(LightningModule):
 
     def on_fit_start(self) -> None:
         # With precision=bf16-true the module is bfloat16, in which a sum over many images loses digits.
-        for metric in (self.train_loss, self.score_loss):
+        for metric in (self.train_loss, self.eval_loss):
             metric.set_dtype(torch.float32)
 
     on_validation_start = on_test_start = on_fit_start
@@ -188,33 +188,33 @@ class Classifier(LightningModule):
         require_finite_weights(self)  # before any callback saves them
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._update_scores(batch)
+        self._update_eval_metrics(batch)
 
     def on_validation_epoch_end(self) -> None:
         # In a run `MetricsLogger` logs them, at the number of optimizer steps.
         is_run = self.trainer.state.fn != TrainerFn.VALIDATING
-        self._log(self._compute_scores(self.settings.data.score_each_epoch), is_logged=not is_run)
+        self._log(self._compute_eval_metrics(self.settings.data.score_each_epoch), is_logged=not is_run)
 
     def on_test_epoch_start(self) -> None:
         self.confusion.reset()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Updates the test metrics and returns the logits ``(batch, classes)`` for callbacks."""
-        logits = self._update_scores(batch)
+        logits = self._update_eval_metrics(batch)
         self.confusion.update(logits, batch[1])
         if self.top5_acc is not None and len(batch[1]):
             self.top5_acc.update(logits, batch[1])
         return logits
 
     def on_test_epoch_end(self) -> None:
-        scores = self._compute_scores("test")
+        metrics = self._compute_eval_metrics("test")
         if self.top5_acc is not None:
-            scores["test/top5_acc"] = self.top5_acc.compute()
+            metrics["test/top5_acc"] = self.top5_acc.compute()
             self.top5_acc.reset()
         # Lightning logs at this step; its own count of batches is one too high after some resumes.
         if self.trainer.global_step:  # after training
-            scores["step"] = torch.tensor(float(self.trainer.global_step), device=self.device)
-        self._log(scores, is_logged=not self.test_metrics_logged)
+            metrics["step"] = torch.tensor(float(self.trainer.global_step), device=self.device)
+        self._log(metrics, is_logged=not self.test_metrics_logged)
         # compute() synchronizes all processes, so it runs while all are in this hook. torchmetrics caches the value,
         # which `evaluation.test` reads.
         self.confusion.compute()
@@ -226,27 +226,28 @@ class Classifier(LightningModule):
             batch: float images ``(batch, channels, image_size, image_size)``, or a tuple of images and labels.
         """
         images = batch if isinstance(batch, Tensor) else batch[0]
-        return self._logits(images).float().softmax(1)
+        return self._predict_in_micro_batches(images).float().softmax(1)
 
-    def _update_scores(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def _update_eval_metrics(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
-        logits = self._logits(images)
+        logits = self._predict_in_micro_batches(images)
         if not len(labels):  # in the last batch of several processes, if it has fewer images than processes
             return logits
-        self.score_loss.update(functional.cross_entropy(logits, labels, reduction="none"))
-        self.score_acc.update(logits, labels)
+        self.eval_loss.update(functional.cross_entropy(logits, labels, reduction="none"))
+        self.eval_acc.update(logits, labels)
         return logits
 
-    def _logits(self, images: Tensor) -> Tensor:
+    def _predict_in_micro_batches(self, images: Tensor) -> Tensor:
         if images.dtype == torch.uint8:
             raise TypeError(
                 f"the images are {tuple(images.shape)}, uint8, as the data module stores them; give the data module to "
                 "the Trainer, which then scales and resizes them (trainer.predict(module, data)), or float images "
                 "(batch, channels, height, width) from 0 to 1"
             )
-        return torch.cat([self.score(micro_images) for micro_images in images.split(self.micro_batch(len(images)))])
+        parts = images.split(self.micro_batch(len(images)))
+        return torch.cat([self.predict_logits(part) for part in parts])
 
-    def score(self, images: Tensor) -> Tensor:
+    def predict_logits(self, images: Tensor) -> Tensor:
         """Logits ``(batch, classes)`` for validation, test and prediction.
 
         With ``data.test_time_flip`` they are the logarithms of the mean of two probabilities: those of the images and
@@ -258,19 +259,19 @@ class Classifier(LightningModule):
         both = torch.stack([logits, self.network.forward(images.flip(-1))]).float()
         return both.log_softmax(-1).logsumexp(0) - math.log(2)
 
-    def _compute_scores(self, split: str) -> dict[str, Tensor]:
+    def _compute_eval_metrics(self, split: str) -> dict[str, Tensor]:
         """Loss and accuracy of all processes; resets the metrics."""
-        scores = {f"{split}/loss": self.score_loss.compute(), f"{split}/acc": self.score_acc.compute()}
-        self.score_loss.reset()
-        self.score_acc.reset()
-        return scores
+        metrics = {f"{split}/loss": self.eval_loss.compute(), f"{split}/acc": self.eval_acc.compute()}
+        self.eval_loss.reset()
+        self.eval_acc.reset()
+        return metrics
 
-    def _log(self, scores: dict[str, Tensor], is_logged: bool) -> None:
-        """Hands the scores of all processes to callbacks and, if ``is_logged``, to loggers."""
+    def _log(self, metrics: dict[str, Tensor], is_logged: bool) -> None:
+        """Hands the metrics of all processes to callbacks and, if ``is_logged``, to loggers."""
         with warnings.catch_warnings():
             # `Trainer.validate` and `Trainer.test` return what is logged with logger=True, also if there is no logger.
             warnings.filterwarnings("ignore", message="You called `self.log")
-            self.log_dict(scores, logger=is_logged, sync_dist=True)
+            self.log_dict(metrics, logger=is_logged, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.settings, self.network.parameters(), self.device)

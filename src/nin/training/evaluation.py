@@ -100,8 +100,8 @@ def test(
     Also the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
     """
     trainer.test(module, data, verbose=False)
-    scores = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
+    metrics = rounded({name: value for name, value in trainer.callback_metrics.items() if name.startswith("test/")})
     confusion = module.confusion.compute().cpu()
     right, total = confusion.diag().tolist(), confusion.sum(1).tolist()
     by_class = {name: r / n if n else None for name, r, n in zip(module.class_names, right, total, strict=True)}
-    return scores | {"test/acc_by_class": by_class}, confusion
+    return metrics | {"test/acc_by_class": by_class}, confusion

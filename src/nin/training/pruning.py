@@ -59,8 +59,8 @@ def write_comparison(
     write_atomically(comparison_path(run_folder), json.dumps(content))
 
 
-def without_scores(trial: FrozenTrial) -> FrozenTrial:
-    """``trial`` as it was when it was proposed: running, without any score."""
+def without_values(trial: FrozenTrial) -> FrozenTrial:
+    """``trial`` as it was when it was proposed: running, without any value."""
     return create_trial(
         state=TrialState.RUNNING,
         params=trial.params,
@@ -106,14 +106,14 @@ class TrialPruner:
         self._reported: set[int] = set()
         self.is_pruned = False
 
-    def report(self, scores: Mapping[int, float], last_epoch: int | None = None) -> bool:
+    def report(self, values: Mapping[int, float], last_epoch: int | None = None) -> bool:
         """Reports the epochs that were not reported yet, in order, and returns whether the trial is pruned.
 
         After its ``last_epoch`` a trial is complete: pruning it would save nothing.
         """
-        for epoch in sorted(set(scores) - self._reported):
+        for epoch in sorted(set(values) - self._reported):
             self._reported.add(epoch)
-            self._trial.report(scores[epoch], epoch)
+            self._trial.report(values[epoch], epoch)
             is_worse = self._trial.should_prune()  # after the last epoch as well: it notes the value of a rung
             self.is_pruned = self.is_pruned or (is_worse and epoch != last_epoch)
         return self.is_pruned

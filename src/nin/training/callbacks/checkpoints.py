@@ -160,11 +160,11 @@ class ResumableCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         # Metrics of earlier weights, from a validation in the middle of the epoch, choose nothing.
         current = self.metrics.scores if self.metrics.scored_step == trainer.global_step else {}
-        scores = {name: value for name, value in current.items() if name.startswith("val/")}
+        metrics = {name: value for name, value in current.items() if name.startswith("val/")}
         # Without any validation every epoch replaces the best; with some, an epoch without one does not.
-        better = not self.best or bool(scores and _rank(scores) > _rank(self.best))
+        better = not self.best or bool(metrics and _rank(metrics) > _rank(self.best))
         if better:
-            self.best = scores
+            self.best = metrics
         self._save(trainer, SavePoint.EPOCH_END, better)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Classifier) -> None:
@@ -289,5 +289,5 @@ def _can_save_in_validation(trainer: Trainer) -> bool:
     return not trainer.sanity_checking and not is_accumulating(trainer) and has_position(trainer)
 
 
-def _rank(scores: dict[str, float]) -> tuple[float, float]:
-    return scores["val/acc"], -scores["val/loss"]
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+    return metrics["val/acc"], -metrics["val/loss"]

@@ -39,7 +39,7 @@ class TrainingProgressBar(Callback):
         self.console = Console()
         self.progress: Progress | None = None
         self.training: TaskID | None = None
-        self.scoring: TaskID | None = None
+        self.evaluation: TaskID | None = None
         self.epochs = ""
         self.updated_at = -math.inf
 
@@ -81,26 +81,26 @@ class TrainingProgressBar(Callback):
                 self.progress.update(self.training, metrics=_format(self.metrics.latest | current))
 
     def on_validation_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        self._start_scoring("validating", trainer.num_val_batches)
+        self._start_evaluation("validating", trainer.num_val_batches)
 
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        self._start_scoring("testing", trainer.num_test_batches)
+        self._start_evaluation("testing", trainer.num_test_batches)
 
-    def _start_scoring(self, name: str, batches: list[int | float]) -> None:
+    def _start_evaluation(self, name: str, batches: list[int | float]) -> None:
         if self.progress:
             total = sum(batches)
-            self.scoring = self.progress.add_task(name, total=total if total < math.inf else None, metrics="")
+            self.evaluation = self.progress.add_task(name, total=total if total < math.inf else None, metrics="")
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self.progress and self.scoring is not None:
-            self.progress.advance(self.scoring)
+        if self.progress and self.evaluation is not None:
+            self.progress.advance(self.evaluation)
 
     def on_test_batch_end(self, *_: Any) -> None:
         self.on_validation_batch_end()
 
     def on_validation_end(self, *_: Any) -> None:
-        if self.progress and self.scoring is not None:
-            self.progress.remove_task(self.scoring)
+        if self.progress and self.evaluation is not None:
+            self.progress.remove_task(self.evaluation)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         if self.progress and self.training is not None and self.metrics:
@@ -149,9 +149,9 @@ class EpochPrinter(Callback):
             return
         row = self.metrics.rows[-1]
         total = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
-        scores = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
+        metrics = "".join(f"  {name} {row[name]:.4f}" for name in COLUMNS if "/" in name and name in row)
         rate = f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.0f} s"
-        print(f"{self.label}epoch {row['epoch']}{total}  step {row['step']}{scores}  {rate}", flush=True)
+        print(f"{self.label}epoch {row['epoch']}{total}  step {row['step']}{metrics}  {rate}", flush=True)
 
 
 @dataclass

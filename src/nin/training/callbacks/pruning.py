@@ -15,7 +15,7 @@ class PruningCallback(Callback):
 
     Args:
         run_folder: of the trial.
-        metrics: the callback that has the scores of all epochs, also of those before the run was resumed.
+        metrics: the callback that has the metrics of all epochs, also of those before the run was resumed.
     """
 
     def __init__(self, run_folder: Path, metrics: MetricsLogger):
@@ -24,8 +24,8 @@ class PruningCallback(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         # All epochs each time: to the pruner of a resumed run none of them is reported yet.
-        scores = {row["epoch"]: row["val/acc"] for row in self.metrics.rows if "val/acc" in row}
-        if self.pruner.report(scores, trainer.max_epochs):
+        values = {row["epoch"]: row["val/acc"] for row in self.metrics.rows if "val/acc" in row}
+        if self.pruner.report(values, trainer.max_epochs):
             self.is_pruned = trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
