@@ -7,7 +7,7 @@ import torch
 
 from nin.config.composition import compose_settings
 from nin.config.schema import OwnData, Settings, UserError
-from nin.data.module import Batches, ImageDataModule, MappedImages, split
+from nin.data.module import ImageDataModule, MappedImages, TensorDataLoader, split
 from pictures import folder_data, write_folder
 
 EXPECTED = [3, 20, 22, 25, 42, 48, 86, 89, 92, 93]
@@ -34,7 +34,7 @@ def test_the_split_depends_only_on_the_seed() -> None:
 
 def test_every_epoch_has_every_image_once_in_its_own_order() -> None:
     epoch = 0
-    batches = Batches(*numbered(10), batch_size=4, seed=0, epoch=lambda: epoch)
+    batches = TensorDataLoader(*numbered(10), batch_size=4, seed=0, epoch=lambda: epoch)
     first, again = labels_of(batches), labels_of(batches)
     assert [len(batch) for batch in first] == [4, 4, 2]
     assert len(batches) == 3
@@ -42,39 +42,39 @@ def test_every_epoch_has_every_image_once_in_its_own_order() -> None:
     assert sorted(label for batch in first for label in batch) == list(range(10))
     epoch = 1
     assert labels_of(batches) != first
-    assert labels_of(Batches(*numbered(10), batch_size=4, seed=1)) != first
+    assert labels_of(TensorDataLoader(*numbered(10), batch_size=4, seed=1)) != first
 
 
 def test_without_a_seed_the_order_of_the_images_is_kept() -> None:
-    assert labels_of(Batches(*numbered(5), batch_size=2)) == [[0, 1], [2, 3], [4]]
+    assert labels_of(TensorDataLoader(*numbered(5), batch_size=2)) == [[0, 1], [2, 3], [4]]
 
 
 def test_resuming_in_the_middle_of_an_epoch_gives_its_remaining_images() -> None:
-    batches = Batches(*numbered(10), batch_size=3, seed=0)
+    batches = TensorDataLoader(*numbered(10), batch_size=3, seed=0)
     complete = labels_of(batches)
     iterator = iter(batches)
     first = [next(iterator)[1].tolist() for _ in range(2)]
-    other = Batches(*numbered(10), batch_size=3, seed=0)
+    other = TensorDataLoader(*numbered(10), batch_size=3, seed=0)
     other.load_state_dict(batches.state_dict())
     assert first + labels_of(other) == complete
     assert labels_of(other) == complete  # the next time all of them
 
 
 def test_after_an_unfinished_iteration_the_next_one_starts_from_the_beginning() -> None:
-    batches = Batches(*numbered(6), batch_size=2)
+    batches = TensorDataLoader(*numbered(6), batch_size=2)
     next(iter(batches))
     assert labels_of(batches) == [[0, 1], [2, 3], [4, 5]]
 
 
 @pytest.mark.parametrize("position", [{}, {"epoch": 0}, {"epoch": 0, "batch": True}, {"epoch": "0", "batch": 2}])
 def test_a_position_of_another_form_is_not_loaded(position: dict[str, Any]) -> None:
-    batches = Batches(*numbered(6), batch_size=2, seed=0)
+    batches = TensorDataLoader(*numbered(6), batch_size=2, seed=0)
     with pytest.raises(TypeError, match="position in the data"):
         batches.load_state_dict(position)
 
 
 def test_a_position_in_another_epoch_is_ignored() -> None:
-    batches = Batches(*numbered(6), batch_size=2, seed=0, epoch=lambda: 1)
+    batches = TensorDataLoader(*numbered(6), batch_size=2, seed=0, epoch=lambda: 1)
     batches.load_state_dict({"epoch": 0, "batch": 2})
     assert len(labels_of(batches)) == 3
 

@@ -21,8 +21,10 @@ from nin.data.transforms import augment, resize
 log = logging.getLogger(__name__)
 
 
-class Batches:
-    """An iterable of batches from tensors, each taken by one indexing operation.
+class TensorDataLoader:
+    """A dataloader over tensors that are already in memory, or memory-mapped.
+
+    It takes each batch with one indexing operation, without worker processes.
 
     Yields ``(batch, height, width)`` uint8 images, ``(batch, height, width, 3)`` in color, and ``(batch,)`` int64
     labels; the last batch may be smaller. The shuffled order depends only on the seed and the epoch. The position in it
@@ -227,24 +229,24 @@ class ImageDataModule(LightningDataModule):
         count = min(count, total)
         return torch.arange(count) * total // count
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> TensorDataLoader:
         return self._batches(self.train, self.seed)
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> TensorDataLoader:
         return self._batches(self.test if self.settings.score_each_epoch == "test" else self.val)
 
-    def test_dataloader(self) -> Batches:
+    def test_dataloader(self) -> TensorDataLoader:
         return self._batches(self.test)
 
-    def predict_dataloader(self) -> Batches:
+    def predict_dataloader(self) -> TensorDataLoader:
         """Batches of the test images."""
         return self._batches(self.test)
 
-    def _batches(self, part: "tuple[Tensor | MappedImages, Tensor]", seed: int | None = None) -> Batches:
+    def _batches(self, part: "tuple[Tensor | MappedImages, Tensor]", seed: int | None = None) -> TensorDataLoader:
         trainer = self.trainer
         if trainer is None:
-            return Batches(*part, self.settings.batch_size, seed)
-        return Batches(
+            return TensorDataLoader(*part, self.settings.batch_size, seed)
+        return TensorDataLoader(
             *part,
             self.settings.batch_size,
             seed,

@@ -166,8 +166,7 @@ class Classifier(LightningModule):
     def optimizer_zero_grad(self, *_: Any) -> None:
         """Does nothing. `optimizer_step` zeroes the gradients after the step instead.
 
-        Lightning calls this between training_step and backward, when `training_step` has already accumulated the
-        gradients of the first micro-batches.
+        Lightning calls this before backward, when `training_step` has accumulated those of the first micro-batches.
         """
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
