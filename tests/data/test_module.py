@@ -13,7 +13,7 @@ from pictures import folder_data, write_folder
 EXPECTED = [3, 20, 22, 25, 42, 48, 86, 89, 92, 93]
 
 
-def labels_of(batches: Batches) -> list[list[int]]:
+def labels_of(batches: TensorDataLoader) -> list[list[int]]:
     return [labels.tolist() for _, labels in batches]
 
 
