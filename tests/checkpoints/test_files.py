@@ -63,7 +63,7 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"old.ckpt: saved by another version of nin\?\n(?s:.*)model.depth: no such key"
     ):
-        checkpoint_files.settings_of(
+        checkpoint_files.read_checkpoint_settings(
             {"hyper_parameters": {"settings": {"model": {"name": "nin", "depth": 3}}}}, tmp_path / "old.ckpt"
         )
 
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path: Path, key: str, value
 )
 def test_settings_of_another_type_are_named(tmp_path: Path, hyper_parameters: dict) -> None:
     with pytest.raises(UserError, match=r"x.ckpt: saved by another version of nin\?"):
-        checkpoint_files.settings_of({"hyper_parameters": hyper_parameters}, tmp_path / "x.ckpt")
+        checkpoint_files.read_checkpoint_settings({"hyper_parameters": hyper_parameters}, tmp_path / "x.ckpt")
 
 
 def test_a_named_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_settings_that_stand_for_very_many_values_are_refused(tmp_path: Path) ->
         values = [values] * 10
     content = {"hyper_parameters": {"settings": {"callbacks": {"a": {"b": values}}}}}
     with pytest.raises(UserError, match="its settings have more than 100,000 values"):
-        checkpoint_files.settings_of(content, tmp_path / "x.ckpt")
+        checkpoint_files.read_checkpoint_settings(content, tmp_path / "x.ckpt")
     values.append(values)
     with pytest.raises(UserError, match="its settings have more than 100,000 values"):
-        checkpoint_files.settings_of(content, tmp_path / "x.ckpt")
+        checkpoint_files.read_checkpoint_settings(content, tmp_path / "x.ckpt")

@@ -48,7 +48,7 @@ def test_what_a_file_from_elsewhere_names_is_not_followed(
         description = SimpleNamespace(settings=stored.model_dump(mode="json"), more={})
         monkeypatch.setattr(onnx_model, "load_onnx", lambda *_: SimpleNamespace(description=description))
         monkeypatch.setattr("nin.deploy.scoring.load_part", stop)
-    monkeypatch.setattr(evaluation, "evaluate", stop)
+    monkeypatch.setattr(evaluation, "evaluate_weights", stop)
     with pytest.raises(UserError, match=r"^tested$"):
         eval_command.main([str(path)])
     (tested,) = used

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nin.deploy.scoring import MappedImages, evaluate
+from nin.deploy.scoring import MappedImages, evaluate_network
 
 
 def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
@@ -26,7 +26,7 @@ def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
         predict=predict, description=SimpleNamespace(class_names=[f"c{i}" for i in range(31)])
     )
     done: list[tuple[int, int]] = []
-    metrics, confusion = evaluate(network, images, labels, lambda *counts: done.append(counts))
+    metrics, confusion = evaluate_network(network, images, labels, lambda *counts: done.append(counts))
     order = np.argsort(-probabilities, axis=1)
     assert metrics["test/acc"] == pytest.approx((order[:, 0] == labels).mean(), abs=1e-6)
     assert metrics["test/top5_acc"] == pytest.approx((order[:, :5] == labels[:, None]).any(1).mean(), abs=1e-6)
@@ -36,4 +36,4 @@ def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
     few = SimpleNamespace(
         predict=lambda batch: predict(batch)[:, :10], description=SimpleNamespace(class_names=list("abcdefghij"))
     )
-    assert "test/top5_acc" not in evaluate(few, images, labels % 10, lambda *_: None)[0]  # type: ignore[arg-type]
+    assert "test/top5_acc" not in evaluate_network(few, images, labels % 10, lambda *_: None)[0]  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ from nin.training import experiment
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter
 from nin.training.classifier import Classifier
-from nin.training.evaluation import evaluate
+from nin.training.evaluation import evaluate_weights
 from nin.training.loss import NonFiniteLossError, require_finite
 from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
@@ -81,7 +81,7 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
 def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, dict[str, Any]]) -> None:
     folder, result = run
     last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
-    module = Classifier(checkpoint_files.settings_of(last, folder.last), CLASSES)
+    module = Classifier(checkpoint_files.read_checkpoint_settings(last, folder.last), CLASSES)
     module.load_state_dict(last["state_dict"])
     assert weights_sha256(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
@@ -93,12 +93,12 @@ def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, A
     folder, result = run
     for path in (folder.path, folder.best):
         checkpoint = checkpoint_files.read(find_checkpoint(path))
-        metrics, confusion = evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
+        metrics, confusion = evaluate_weights(checkpoint_files.read_checkpoint_settings(checkpoint, path), checkpoint)
         assert metrics == {k: v for k, v in result["metrics"].items() if k.startswith("test/")}
         assert confusion.sum() == 64
     checkpoint["state_dict"]["network.0.0.weight"][0] = torch.nan
     with pytest.raises(UserError, match=r"network.0.0.weight has values that are NaN or infinite"):
-        evaluate(checkpoint_files.settings_of(checkpoint, path), checkpoint)
+        evaluate_weights(checkpoint_files.read_checkpoint_settings(checkpoint, path), checkpoint)
 
 
 def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_smaller(
@@ -452,7 +452,7 @@ def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., S
     assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
     # The network is float32 until the Trainer converts it.
     best = checkpoint_files.read(RunFolder(tmp_path / "bf16-true").best)
-    tested, _ = evaluate(settings(*requested, "trainer.precision=bf16-true"), best)
+    tested, _ = evaluate_weights(settings(*requested, "trainer.precision=bf16-true"), best)
     assert tested == {name: value for name, value in half["metrics"].items() if name.startswith("test/")}
     module, _ = read_checkpoint(RunFolder(tmp_path / "bf16-true").best)
     weight = next(module.network.parameters())
@@ -477,7 +477,7 @@ def test_in_float64_an_extended_run_and_eval_have_the_weights_of_the_checkpoint(
     weights = best["state_dict"]["network.0.0.weight"]
     assert weights.dtype == torch.float64
     assert not torch.equal(weights, weights.float().double())
-    tested, _ = evaluate(settings(*keys), best)
+    tested, _ = evaluate_weights(settings(*keys), best)
     assert tested == {name: value for name, value in extended["metrics"].items() if name.startswith("test/")}
 
 

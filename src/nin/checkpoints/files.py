@@ -186,7 +186,7 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
             wrong.append(f"callbacks.{CALLBACK}.best")
     if wrong:
         raise UserError(f"{path}: can't be resumed: {', '.join(wrong)} (missing or wrong)")
-    if different := differences(settings_of(checkpoint, path), settings):
+    if different := differences(read_checkpoint_settings(checkpoint, path), settings):
         raise UserError(
             f"{path} was saved by another experiment; give another name=…, or its settings:\n  "
             + "\n  ".join(different)
@@ -200,7 +200,7 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
     return saved_by
 
 
-def settings_of(
+def read_checkpoint_settings(
     checkpoint: Mapping[str, Any], path: Path, allowed: list[str] | None = None, groups: tuple[str, ...] = OF_TRAINED
 ) -> Settings:
     """The settings of the run that saved a checkpoint. They are plain values: no interpolation is resolved.

@@ -62,17 +62,17 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
     """
     # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
     with without_garbage_collection():
-        from nin.checkpoints.files import read, settings_of
-        from nin.training.evaluation import evaluate
+        from nin.checkpoints.files import read, read_checkpoint_settings
+        from nin.training.evaluation import evaluate_weights
 
     with log_to(None):
         checkpoint = read(path)
-        stored = without_training_parts(settings_of(checkpoint, path, allowed))
+        stored = without_training_parts(read_checkpoint_settings(checkpoint, path, allowed))
         settings = apply_overrides(stored, overrides, MAY_CHANGE)
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
         prepare(settings.data)
-        return settings, *evaluate(settings, checkpoint)
+        return settings, *evaluate_weights(settings, checkpoint)
 
 
 def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:
@@ -83,11 +83,11 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
             override is refused.
     """
     from nin.data.splits import warn_of_other_images
-    from nin.deploy.onnx_model import load_onnx, settings_of
-    from nin.deploy.scoring import evaluate, load_part
+    from nin.deploy.onnx_model import load_onnx, read_export_settings
+    from nin.deploy.scoring import evaluate_network, load_part
 
     description = load_onnx(path).description
-    stored = without_training_parts(settings_of(description, path))
+    stored = without_training_parts(read_export_settings(description, path))
     # An export names no path of the machine that wrote it, and a folder of images has no default place.
     if isinstance(stored.data, FolderData) and "data.root" not in dict(map(split_override, overrides)):
         raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")
@@ -101,4 +101,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     errors = Console(stderr=True)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("testing", total=len(labels))
-        return settings, *evaluate(network, images, labels, lambda done, _: progress.update(bar, completed=done))
+        metrics, confusion = evaluate_network(
+            network, images, labels, lambda done, _: progress.update(bar, completed=done)
+        )
+    return settings, metrics, confusion

@@ -23,7 +23,7 @@ from nin.data.splits import warn_of_other_images, with_channels
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
-from nin.deploy.scoring import evaluate, load_part
+from nin.deploy.scoring import evaluate_network, load_part
 from nin.deploy.trained import BATCH_IMAGES, Description, TrainedNetwork
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
@@ -108,7 +108,8 @@ class Exporter:
         images, _ = load_part(self.local_settings, "train")
         with written_when_checked(path) as temporary:
             quantize(source, temporary, images)
-            metrics, _ = evaluate(load_onnx(temporary), self.images, self.labels, partial(self.progress, "scoring"))
+            quantized, progress = load_onnx(temporary), partial(self.progress, "scoring")
+            metrics, _ = evaluate_network(quantized, self.images, self.labels, progress)
             # The accuracy of the export was measured when it was checked.
             accuracy = {"float": load_onnx(source).description.more["check"]["accuracy"], "int8": metrics["test/acc"]}
             lost = accuracy["float"] - accuracy["int8"]

@@ -115,7 +115,7 @@ def metadata_of(description: Description) -> dict[str, str]:
     }
 
 
-def settings_of(description: Description, path: Path) -> Settings:
+def read_export_settings(description: Description, path: Path) -> Settings:
     """The settings of the run that an export was made of.
 
     Raises:

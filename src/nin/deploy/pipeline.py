@@ -105,7 +105,7 @@ def read_checkpoint(
     checksum = read_checksum(path)
     checkpoint = checkpoint_files.read(path)
     # No data are loaded: a data module of the user's own is not imported.
-    settings = checkpoint_files.settings_of(checkpoint, path, list(allow), ("model",))
+    settings = checkpoint_files.read_checkpoint_settings(checkpoint, path, list(allow), ("model",))
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))
     if not (isinstance(class_names, list) and all(isinstance(n, str) for n in class_names)):
         raise UserError(f"{path}: saved by another version of nin? It names no classes")

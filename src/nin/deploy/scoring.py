@@ -38,7 +38,7 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages,
     return load(data, "train" if part == "train" else "t10k")
 
 
-def evaluate(
+def evaluate_network(
     network: TrainedNetwork, images: np.ndarray | MappedImages, labels: np.ndarray, progress: Callable[[int, int], None]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The test metrics, with many classes also top-5 accuracy, and the confusion matrix: rows are true classes.

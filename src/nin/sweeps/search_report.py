@@ -76,12 +76,13 @@ def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
     except UserError as error:
         print(f"{error}, so the best trial is not tested; the same command on a machine with the accelerator tests it")
         return
+    # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
     from nin.checkpoints.files import read
-    from nin.training.evaluation import evaluate  # before `log_to`, which removes the handlers that lightning adds
+    from nin.training.evaluation import evaluate_weights
 
     with log_to(None):
         prepare(settings.data)
-        metrics, confusion = evaluate(settings, read(run.best))
+        metrics, confusion = evaluate_weights(settings, read(run.best))
     content = {"trial": best.number, "metrics": metrics, "test_images": int(confusion.sum())}
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 

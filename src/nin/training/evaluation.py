@@ -25,7 +25,7 @@ from nin.training.classifier import Classifier
 from nin.training.trainer import build_trainer
 
 
-def evaluate(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Tests a checkpoint's weights.
 
     Returns:

@@ -119,12 +119,12 @@ def read_settings(folder: RunFolder) -> Settings:
     if (config := folder.read_request()) is not None:
         return validate_plain(config)
     # Copied without its hidden files; the checkpoints have the settings as well.
-    from nin.checkpoints.files import load_newest_valid, settings_of
+    from nin.checkpoints.files import load_newest_valid, read_checkpoint_settings
 
     found = load_newest_valid(folder, rename=False)
     if found is None:
         raise UserError(f"{folder.path}: has a result and neither {folder.config} nor a checkpoint; remove it")
-    return settings_of(found[1], found[0])
+    return read_checkpoint_settings(found[1], found[0])
 
 
 def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any] | None:
