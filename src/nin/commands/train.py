@@ -16,7 +16,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import SAME_EXPERIMENT, that_change_training
+from nin.config.changes import SAME_EXPERIMENT, select_training_callbacks
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.errors import printable_lines
 from nin.config.hydra_options import open_hydra, parse_arguments, value_of
@@ -102,7 +102,7 @@ def _name_with_changes(config: DictConfig) -> str | None:
         return None
     words = {split_override(word)[0]: word for word in overrides}
     callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
-    others = isinstance(callbacks, dict) and that_change_training(callbacks)  # not validated yet
+    others = isinstance(callbacks, dict) and select_training_callbacks(callbacks)  # not validated yet
     same = [key for key in SAME_EXPERIMENT if not (key == "callbacks" and others)]
     # The group `trainer` chooses where a run trains, so it does not make another experiment.
     changes = sorted(

@@ -54,7 +54,7 @@ def changes_training(callback: Mapping[str, Any]) -> bool:
     return not is_within(module, ["nin"]) and not (is_within(module, ["lightning"]) and name in _OBSERVERS)
 
 
-def that_change_training(callbacks: Mapping[str, Any]) -> dict[str, Any]:
+def select_training_callbacks(callbacks: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the entries of ``callbacks`` that are part of the experiment; in a file they may be of any type."""
     return {k: entry for k, entry in callbacks.items() if isinstance(entry, Mapping) and changes_training(entry)}
 
@@ -78,7 +78,7 @@ def differences(before: Settings, now: Settings) -> list[str]:
         # null stands for what the data module needs.
         keys = flatten(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
         fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
-        return fixed | flatten({"callbacks": that_change_training(plain["callbacks"])})
+        return fixed | flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
 
     there, here = fixed_values(before), fixed_values(now)
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}

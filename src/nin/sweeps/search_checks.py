@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
-from nin.config.changes import SAME_EXPERIMENT, that_change_training
+from nin.config.changes import SAME_EXPERIMENT, select_training_callbacks
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
 from nin.config.keys import flatten, is_within, split_override
@@ -112,7 +112,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     main = next(source.path for source in config.hydra.runtime.config_sources if source.provider == "main")
     # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
-    values = flatten({"callbacks": that_change_training(points[0].callbacks)}).items()
+    values = flatten({"callbacks": select_training_callbacks(points[0].callbacks)}).items()
     own = [f"{key}={value}" for key, value in values if not any(is_within(key, [searched]) for searched in space)]
     return Plan(
         name=str(config.name),

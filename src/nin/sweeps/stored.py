@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from nin.config.changes import that_change_training
+from nin.config.changes import select_training_callbacks
 from nin.config.errors import printable
 from nin.runs.files import YAML_LOADER, read_yaml_text
 from nin.runs.folder import RunFolder
@@ -40,7 +40,7 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
         values["data.root"] = _value_at(config, "data.root")
     callbacks = _value_at(config, "callbacks")
     if isinstance(callbacks, dict):
-        entries = that_change_training(callbacks)
+        entries = select_training_callbacks(callbacks)
         values["callbacks"] = " ".join(map(str, entries))
         for name, arguments in entries.items():
             values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}
