@@ -214,7 +214,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def ended_workers_are_a_stop(stop: StopRequest) -> Iterator[None]:
+def convert_worker_exit_to_stop(stop: StopRequest) -> Iterator[None]:
     """Turns the error of a DataLoader whose processes were ended by the signal of ``stop`` into a `StoppedError`.
 
     ``timeout`` and ``scancel``, for example, send it to all processes of a group.

@@ -19,7 +19,7 @@ from nin.runs.console import format_path, name_override
 from nin.runs.request import RunRequest
 from nin.runs.results import never_predicted
 from nin.system import devices
-from nin.system.processes import ended_workers_are_a_stop
+from nin.system.processes import convert_worker_exit_to_stop
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -178,7 +178,7 @@ class Experiment:
 
     def _fit(self) -> None:
         try:
-            with ended_workers_are_a_stop(self.request.stop):
+            with convert_worker_exit_to_stop(self.request.stop):
                 self.trainer.fit(self.module, self.datamodule, ckpt_path=self.resume_path, weights_only=True)
         except MisconfigurationException as error:
             if self.checkpoint_callback.is_restored:
@@ -204,7 +204,7 @@ class Experiment:
         """
         if self._is_pruned or not self.settings.sweep.test:
             return dict.fromkeys(("test/loss", "test/acc", "test/acc_by_class")), None
-        with ended_workers_are_a_stop(self.request.stop):
+        with convert_worker_exit_to_stop(self.request.stop):
             metrics, confusion = test(self.trainer, self.module, self.datamodule)
         missing = never_predicted(self.module.class_names, confusion)
         if missing and self.trainer.is_global_zero:
