@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nin.config.changes import SAME_EXPERIMENT, select_training_callbacks
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.errors import printable_lines
-from nin.config.hydra_options import open_hydra, parse_arguments, value_of
+from nin.config.hydra_options import open_hydra, parse_arguments, unwrap_job_result
 from nin.config.keys import is_within, split_override
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
@@ -128,7 +128,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
         # Not app.run(), which would compose the config a second time and lose the name that `compose` has chosen.
         done = run_job(lambda _: execute_run(request), config, "hydra.run.dir", None, context)
         callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=done)
-        value_of(done)
+        unwrap_job_result(done)
         return 0
     except UserError:
         _remove_empty(path, existing)

@@ -88,7 +88,7 @@ def _read_search_path(overrides: Iterable[str]) -> list[str]:
     return []
 
 
-def value_of(job: JobReturn) -> Any:
+def unwrap_job_result(job: JobReturn) -> Any:
     """What a job returned; raises what ended it. Hydra's property also prints the overrides of a job that failed."""
     with contextlib.redirect_stderr(io.StringIO()):
         return job.return_value

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from nin.config.keys import split_override
 from nin.config.composition import format_error, parse_overrides, quote_value
 from nin.config.errors import first_line
-from nin.config.hydra_options import value_of
+from nin.config.hydra_options import unwrap_job_result
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path, name_override
@@ -251,7 +251,7 @@ class Sweep:
         for start in range(0, len(self.jobs), size):
             for job in launcher.launch(self.jobs[start : start + size], start):
                 try:
-                    value_of(job)
+                    unwrap_job_result(job)
                 except (ReportedError, RunFailedError) as error:
                     failure = error
                     if self.config.sweep.fail_fast:

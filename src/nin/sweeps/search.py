@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nin.config.composition import compose_settings
 from nin.config.errors import printable
-from nin.config.hydra_options import SEARCH_PATH, value_of
+from nin.config.hydra_options import SEARCH_PATH, unwrap_job_result
 from nin.config.keys import split_override
 from nin.config.schema import CONF, Settings, UserError
 from nin.runs.files import write_atomically
@@ -179,7 +179,7 @@ class Search:
             StoppedError, UserError, RunFailedError: if it is not the trial's own failure.
         """
         try:
-            value_of(ended)
+            unwrap_job_result(ended)
         except UserError as error:
             if folder.has_progress():  # the folder has another experiment, which is not overwritten
                 raise
@@ -242,4 +242,4 @@ class Search:
             for seed in self.settings.final_seeds
         ]
         for ended in self.launcher.launch(jobs, self.total):
-            value_of(ended)  # raises what ended it
+            unwrap_job_result(ended)  # raises what ended it
