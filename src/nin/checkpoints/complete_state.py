@@ -21,12 +21,14 @@ def require_complete_state(trainer: Trainer, settings: Settings, checkpoint: dic
     """
     (optimizer,) = trainer.optimizers
     counters = {key: part for key, part in trainer.fit_loop.state_dict().items() if key.endswith(_COUNTED)}
-    if layout(counters) != layout({key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}):
+    if describe_structure(counters) != describe_structure(
+        {key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}
+    ):
         raise TypeError("the counters of the loops differ")
     if isinstance(settings.optimizer, OwnClass) or isinstance(settings.schedule, OwnClass):
         return
     saved, fresh = checkpoint["optimizer_states"][0], optimizer.state_dict()
-    if layout(saved["param_groups"]) != layout(fresh["param_groups"]):
+    if describe_structure(saved["param_groups"]) != describe_structure(fresh["param_groups"]):
         raise TypeError("param_groups of the optimizer differ")
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     if not isinstance(settings.optimizer, SGD) or settings.optimizer.momentum:  # SGD without momentum has no state
@@ -43,16 +45,16 @@ def require_complete_state(trainer: Trainer, settings: Settings, checkpoint: dic
             if any(shape not in ((), weight.shape) for shape in shapes.values()):
                 raise TypeError("the optimizer's state is that of other weights")
     schedulers = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
-    if layout(checkpoint["lr_schedulers"]) != layout(schedulers):
+    if describe_structure(checkpoint["lr_schedulers"]) != describe_structure(schedulers):
         raise TypeError("the state of the schedule lacks a part, or has one of another type")
 
 
-def layout(value: Any) -> Any:
+def describe_structure(value: Any) -> Any:
     """The keys, lengths, types and shapes in ``value``; integers and floats are alike, and so are lists and tuples."""
     if isinstance(value, dict):
-        return {key: layout(part) for key, part in value.items()}
+        return {key: describe_structure(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [layout(part) for part in value]
+        return [describe_structure(part) for part in value]
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype
     return "number" if type(value) in (int, float) else type(value).__name__

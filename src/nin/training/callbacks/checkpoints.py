@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
-from nin.checkpoints.complete_state import layout, require_complete_state
+from nin.checkpoints.complete_state import describe_structure, require_complete_state
 from nin.checkpoints.files import publish
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
@@ -93,7 +93,7 @@ class ResumableCheckpoint(Checkpoint):
         position, own = state["batches"], state["processes"][trainer.global_rank]
         if (position is not None) != has_position(trainer):
             raise ValueError("the position in the data is missing, or the dataloader can't restore it")
-        if layout(own["metrics"]) != layout(_train_metrics(pl_module)):
+        if describe_structure(own["metrics"]) != describe_structure(_train_metrics(pl_module)):
             raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
         _restore_flags(trainer, state)
         if position is not None:
