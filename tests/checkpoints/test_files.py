@@ -13,7 +13,7 @@ import torch
 from helpers import ENVIRONMENT
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
-from nin.checkpoints.files import publish, resume_candidates
+from nin.checkpoints.files import resume_candidates, rotate_checkpoints
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
@@ -192,7 +192,7 @@ def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) ->
     folder.checkpoints.mkdir()
     for number in range(1, 6):
         folder.fresh.write_text(str(number))
-        publish(folder, best=number == 2, keep=keep)
+        rotate_checkpoints(folder, best=number == 2, keep=keep)
     (folder.checkpoints / "last-².ckpt").touch()  # a digit that is no number
     found = {path.name: path.read_text() for path in folder.checkpoints.iterdir() if "²" not in path.name}
     older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
@@ -204,7 +204,7 @@ def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) ->
 KILLED_WHILE_PUBLISHING = """
 import itertools, os, signal, sys
 from pathlib import Path
-from nin.checkpoints.files import publish, resume_candidates
+from nin.checkpoints.files import rotate_checkpoints, resume_candidates
 from nin.runs.folder import RunFolder
 
 def publish_until(event, folder, keep):
@@ -217,7 +217,7 @@ def publish_until(event, folder, keep):
                 os.kill(os.getpid(), signal.SIGKILL)
             real(*given)
         setattr(os, name, counted)
-    publish(folder, best=True, keep=keep)
+    rotate_checkpoints(folder, best=True, keep=keep)
     os._exit(0)
 
 for keep in (0, 2):

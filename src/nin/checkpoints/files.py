@@ -103,7 +103,7 @@ def _require_layout(checkpoint: Any, path: Path) -> None:
         )
 
 
-def publish(folder: RunFolder, best: bool, keep: int) -> None:
+def rotate_checkpoints(folder: RunFolder, best: bool, keep: int) -> None:
     """Renames .fresh.ckpt to last.ckpt. With ``best``, copies it to best.ckpt first.
 
     The previous last.ckpt becomes last-1.ckpt, and so on; ``keep`` of these are kept.

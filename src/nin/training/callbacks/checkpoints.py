@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from nin.checkpoints.complete_state import describe_structure, require_complete_state
-from nin.checkpoints.files import publish
+from nin.checkpoints.files import rotate_checkpoints
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
 from nin.config.schema import Checkpoint as CheckpointSettings
@@ -211,7 +211,7 @@ class ResumableCheckpoint(Checkpoint):
             self._save_point = None
         if trainer.is_global_zero:
             # best.ckpt first: killed before last.ckpt is renamed, the run repeats the epoch and saves both again.
-            publish(self.folder, best, self.settings.keep)
+            rotate_checkpoints(self.folder, best, self.settings.keep)
         trainer.strategy.barrier()  # the other processes of ddp read best.ckpt at the end
         self.saved_at = time.monotonic()
         seconds = time.perf_counter() - started
