@@ -44,10 +44,10 @@ from nin.sweeps.study import (
     Plan,
     Store,
     build_sampler,
+    hide_concurrent_values,
     open_journal,
     propose,
     require_same_plan,
-    visible,
 )
 from nin.training.pruning import TrialPruner, write_comparison
 
@@ -145,7 +145,7 @@ def test_proposals_are_those_of_plain_optuna_with_the_same_seeds(sampler: str) -
     given, count = plan(sampler), 8 if sampler == "grid" else 25
     trials: list[optuna.trial.FrozenTrial] = []
     for number in range(count):
-        proposed = propose(given, visible(trials, number, number))
+        proposed = propose(given, hide_concurrent_values(trials, number, number))
         trials.append(
             create_trial(
                 params=proposed.params,
@@ -175,9 +175,9 @@ def test_a_proposal_does_not_depend_on_trials_of_its_own_batch() -> None:
     given = plan(batch_size=3)
     finished = [create_trial(value=float(i), params={}, distributions={}) for i in range(2)]
     running = create_trial(state=TrialState.RUNNING, params={}, distributions={}, system_attrs={"grid_id": 1})
-    seen = visible([finished[0], finished[1], running], 0, 2)
+    seen = hide_concurrent_values([finished[0], finished[1], running], 0, 2)
     assert [trial.state for trial in seen] == [TrialState.RUNNING] * 2
-    proposals = [propose(given, visible(two, 0, 2)).params for two in ([*finished], [running, running])]
+    proposals = [propose(given, hide_concurrent_values(two, 0, 2)).params for two in ([*finished], [running, running])]
     assert proposals[0] == proposals[1]
 
 

@@ -28,7 +28,7 @@ from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, test_best
 from nin.sweeps.space import overrides_of
-from nin.sweeps.study import WITHOUT_VALUE, Store, propose, trial_name, visible
+from nin.sweeps.study import WITHOUT_VALUE, Store, propose, trial_name
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 
@@ -122,7 +122,7 @@ class Search:
             taken = []
             for number in range(start, min(start + self.plan.batch_size, self.total)):
                 if number == len(known):
-                    known.append(propose(self.plan, visible(known, start, number)))
+                    known.append(propose(self.plan, hide_concurrent_values(known, start, number)))
                     self.store.add(known[-1])
                 if not known[number].state.is_finished() and self.store.claims.claim(number):
                     taken.append(number)
@@ -163,7 +163,7 @@ class Search:
                 self._write_failure(folder, words, error)
                 return None
         if self.plan.pruner != "none":
-            earlier = visible(trials, start, number)
+            earlier = hide_concurrent_values(trials, start, number)
             write_comparison(folder.path, self.plan.name, self.plan.pruner, self.plan.max_epochs, earlier)
         print(f"trial {number}: {' '.join(own)}", flush=True)
         return [*words, f"hydra.sweep.subdir={folder.path.name}"]

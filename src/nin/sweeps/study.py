@@ -92,7 +92,7 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     """The trial that follows ``trials``, in the state RUNNING.
 
     Args:
-        trials: all trials of a lower number, as `visible` returns them.
+        trials: all trials of a lower number, as `hide_concurrent_values` returns them.
     """
     storage = InMemoryStorage()
     pruner = build_pruner(plan.pruner, plan.max_epochs)  # samplers look at the trials of one Hyperband bracket only
@@ -119,7 +119,7 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     )
 
 
-def visible(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> list[FrozenTrial]:
+def hide_concurrent_values(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> list[FrozenTrial]:
     """The trials before ``number`` as its proposal and its pruner see them: values of earlier batches only."""
     return [
         trial if i < batch_start and trial.state.is_finished() else without_values(trial)
