@@ -15,7 +15,7 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 from torch.export import Dim
 
 from nin.config.schema import UserError
-from nin.deploy.export import Exporter, example_images, written_when_checked
+from nin.deploy.export import Exporter, example_images, open_checked
 from nin.deploy.onnx_model import METADATA_KEY, metadata_of
 from nin.deploy.pipeline import Pipeline
 from nin.deploy.trained import Description, Scores, TrainedNetwork
@@ -38,11 +38,11 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
         raise UserError("--format pt2: AOTInductor needs a C++ compiler; install g++ or clang++")
     program = trace_program(exporter.pipeline)
     exported, description = path.with_suffix(".export.pt2"), exporter.description
-    with written_when_checked(exported) as temporary:
+    with open_checked(exported) as temporary:
         _save_program(program, temporary, description)
         found = exporter.check(_trained(exporter, torch.export.load(temporary).module()))
         _save_program(program, temporary, _add(description, check=found))
-    with written_when_checked(path) as temporary:
+    with open_checked(path) as temporary:
         # The metadata is compiled in, before the package can be checked: it has the check of its program.
         _compile_package(program, temporary, _add(description, check_of_program=found))
         found_of_package = exporter.check(_trained(exporter, aoti_load_package(str(temporary))))

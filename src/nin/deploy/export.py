@@ -83,7 +83,7 @@ class Exporter:
         Raises:
             ExportError: if they differ; nothing is written.
         """
-        with written_when_checked(path) as temporary:
+        with open_checked(path) as temporary:
             program = trace_onnx(self.pipeline)
             _save(program.model_proto, temporary, self.description)
             found = self.check(load_onnx(temporary))
@@ -106,7 +106,7 @@ class Exporter:
         from nin.deploy.quantize import quantize
 
         images, _ = load_part(self.local_settings, "train")
-        with written_when_checked(path) as temporary:
+        with open_checked(path) as temporary:
             quantize(source, temporary, images)
             quantized, progress = load_onnx(temporary), partial(self.progress, "scoring")
             metrics, _ = evaluate_network(quantized, self.images, self.labels, progress)
@@ -164,7 +164,7 @@ class Exporter:
 
 
 @contextlib.contextmanager
-def written_when_checked(path: Path) -> Iterator[Path]:
+def open_checked(path: Path) -> Iterator[Path]:
     """Gives a temporary file, which is renamed to ``path`` at the end and removed after an error."""
     # The suffix stays the same, because torch's functions require it.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
