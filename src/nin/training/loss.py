@@ -50,11 +50,11 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
     loss = own_classes.build("loss", settings.loss, nn.Module, num_classes=len(names), class_names=names)
     if any(weights.requires_grad for weights in loss.parameters()):
         raise UserError(f"loss: {settings.loss.target} has weights of its own, which would not be trained")
-    _try(loss, settings.loss.target, len(names))
+    _require_mean_loss(loss, settings.loss.target, len(names))
     return loss
 
 
-def _try(loss: nn.Module, target: str, classes: int) -> None:
+def _require_mean_loss(loss: nn.Module, target: str, classes: int) -> None:
     """Computes a copy of ``loss`` once; raises UserError if it makes no single number of logits and labels."""
     labels = torch.arange(2 * classes + 1) % classes
     try:
