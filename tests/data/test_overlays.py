@@ -6,7 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from nin.data.overlays import blend, ignore_local_matplotlibrc, strongest
+from nin.data.overlays import blend, ignore_local_matplotlibrc, largest_magnitude
 
 
 def test_an_overlay_is_red_where_the_map_is_positive_blue_where_negative_and_nothing_where_0() -> None:
@@ -26,8 +26,8 @@ def test_the_shape_of_the_image_is_kept_and_photos_are_reduced() -> None:
 
 
 def test_the_scale_is_the_strongest_value_of_all_maps() -> None:
-    assert strongest(np.array([[1.0, -3.0], [2.0, 0.0]])) == 3
-    assert strongest(np.zeros((2, 3, 3))) == 1
+    assert largest_magnitude(np.array([[1.0, -3.0], [2.0, 0.0]])) == 3
+    assert largest_magnitude(np.zeros((2, 3, 3))) == 1
 
 
 def test_a_matplotlibrc_in_the_working_directory_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

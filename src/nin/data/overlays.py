@@ -51,7 +51,7 @@ def escape(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def strongest(score_maps: np.ndarray) -> float:
+def largest_magnitude(score_maps: np.ndarray) -> float:
     """The largest magnitude in several maps ``(maps, height, width)``, for one color scale; 1 where all are 0."""
     return float(np.abs(score_maps).max(initial=0)) or 1.0
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nin.data.overlays import COLORS, blend, draw_image, escape, ignore_local_matplotlibrc, strongest
+from nin.data.overlays import COLORS, blend, draw_image, escape, ignore_local_matplotlibrc, largest_magnitude
 from nin.runs.files import open_atomically
 
 
@@ -40,7 +40,7 @@ def write_maps(
     panels = [figure.add_axes(((0.1 + 2.3 * i) / width, 0.05, 2.1 / width, 2.1 / height)) for i in range(columns)]
     draw_image(panels[0], image)
     panels[0].set_title("image", fontsize=9)
-    limit = strongest(maps[best])
+    limit = largest_magnitude(maps[best])
     for axes, i in zip(panels[1:], best, strict=True):
         draw_image(axes, blend(image, maps[i], limit))
         title = f"{class_names[i]}\n{probabilities[i]:.4f}\n{_sum(maps[i].mean(), logits[i])}"

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nin.data.overlays import blend, draw_image, escape, ignore_local_matplotlibrc, strongest
+from nin.data.overlays import blend, draw_image, escape, ignore_local_matplotlibrc, largest_magnitude
 
 ignore_local_matplotlibrc()
 
@@ -112,5 +112,5 @@ def _with_maps(values: np.ndarray, maps: np.ndarray | None) -> np.ndarray:
     image = image.squeeze(-1 if len(values) == 1 else ())
     if maps is None:
         return image
-    limit = strongest(maps)
+    limit = largest_magnitude(maps)
     return np.concatenate([blend(image, part, limit) for part in (np.zeros_like(maps[0]), *maps)], axis=1)
