@@ -54,9 +54,7 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
-        self.fresh = (
-            self.checkpoints / ".fresh.ckpt"
-        )  # just saved; `checkpoints.files.rotate_checkpoints` renames it to last.ckpt
+        self.fresh = self.checkpoints / ".fresh.ckpt"  # just saved; `rotate_checkpoints` renames it
         self.metrics = self.path / "metrics.csv"
         self.log = self.path / "nin.log"
         self.result = self.path / "result.json"

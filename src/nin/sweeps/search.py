@@ -28,7 +28,7 @@ from nin.sweeps.search_best import SEARCH_PATH_KEY
 from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, test_best
 from nin.sweeps.space import overrides_of
-from nin.sweeps.study import WITHOUT_VALUE, Store, propose, trial_name
+from nin.sweeps.study import WITHOUT_VALUE, Store, hide_concurrent_values, propose, trial_name
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 

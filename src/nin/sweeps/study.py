@@ -120,7 +120,7 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
 
 
 def hide_concurrent_values(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> list[FrozenTrial]:
-    """The trials before ``number`` as its proposal and its pruner see them: values of earlier batches only."""
+    """The trials before ``number`` as its proposal and its pruner see them: with values of earlier batches only."""
     return [
         trial if i < batch_start and trial.state.is_finished() else without_values(trial)
         for i, trial in enumerate(trials[:number])
