@@ -21,9 +21,8 @@ def require_complete_state(trainer: Trainer, settings: Settings, checkpoint: dic
     """
     (optimizer,) = trainer.optimizers
     counters = {key: part for key, part in trainer.fit_loop.state_dict().items() if key.endswith(_COUNTED)}
-    if describe_structure(counters) != describe_structure(
-        {key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}
-    ):
+    saved_counters = {key: checkpoint["loops"]["fit_loop"].get(key) for key in counters}
+    if describe_structure(saved_counters) != describe_structure(counters):
         raise TypeError("the counters of the loops differ")
     if isinstance(settings.optimizer, OwnClass) or isinstance(settings.schedule, OwnClass):
         return
