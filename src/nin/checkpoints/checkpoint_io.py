@@ -1,4 +1,4 @@
-"""How Lightning writes, removes and loads checkpoint files in this project."""
+"""Lightning's plugin for checkpoint files: writes them atomically, removes them, and loads them as data."""
 
 import hashlib
 import io

@@ -5,7 +5,7 @@ from typing import Any
 
 
 class SavePoint(Enum):
-    """Where in the training loop a checkpoint is saved, and so where it is resumed."""
+    """The places in the training loop where a checkpoint is saved, and training resumes."""
 
     MID_EPOCH = "after an optimizer step, before the next batch"
     BEFORE_VALIDATION = "after the last training batch before a validation, which starts again on resuming"

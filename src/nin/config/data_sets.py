@@ -12,7 +12,7 @@ from nin.config.types import NonNegative, OwnClass, Pixels, Positive, Section, S
 
 @dataclass(frozen=True)
 class DataSet:
-    """What is known of a data set before its files are read. That of data=folder is known when the folder is read.
+    """The facts about a data set that are known before its files are read. Those of data=folder are read from it.
 
     Attributes:
         folder: where its files are, in ``data.root``; of the MNIST family torchvision has the same.

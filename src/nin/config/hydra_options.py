@@ -89,6 +89,9 @@ def _read_search_path(overrides: Iterable[str]) -> list[str]:
 
 
 def unwrap_job_result(job: JobReturn) -> Any:
-    """What a job returned; raises what ended it. Hydra's property also prints the overrides of a job that failed."""
+    """Returns what a job returned, or raises what ended it.
+
+    Hydra's own property also prints the overrides of a job that failed.
+    """
     with contextlib.redirect_stderr(io.StringIO()):
         return job.return_value

@@ -138,7 +138,7 @@ def open_cache(data: FolderData) -> Cache:
 
 
 def _places(data: FolderData) -> list[Path]:
-    """Where a cache may be: ``data.cache``, or beside the root, or, where that can't be written, in the home folder."""
+    """The folders for a cache: ``data.cache``, or beside the root, or if that can't be written, in the home folder."""
     if data.cache:
         return [Path(data.cache)]
     root = Path(os.path.abspath(data.root))  # noqa: PTH100  # ".." has no name, and a link keeps its own

@@ -214,7 +214,7 @@ class ImageDataModule(LightningDataModule):
         return mean.float(), deviation.float()
 
     def sample(self, count: int) -> Tensor:
-        """At most ``count`` training images at equal distances, prepared and not augmented, on the CPU.
+        """Returns at most ``count`` training images at equal distances, prepared and not augmented, on the CPU.
 
         Float32 ``(count, channels, image_size, image_size)``.
         """

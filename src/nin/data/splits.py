@@ -1,4 +1,4 @@
-"""Which images of a folder are for training, validation and test."""
+"""Divides the images of a folder into those for training, validation and test."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to use: predict, score maps, export, serve.
+"""The use of a checkpoint: predict, score maps, export, serve.
 
 A module imports only from the modules below it. Those marked * import torch; the others run without it:
 

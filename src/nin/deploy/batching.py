@@ -16,7 +16,7 @@ BATCH_IMAGES, BATCH_PIXELS = 64, 4_000_000
 
 
 class OverloadedError(RuntimeError):
-    """As many images as allowed wait already."""
+    """The image is refused, because as many as allowed wait already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ _KNOWN_WARNINGS = (
     r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch 2.15
     r"GPU available but not used",  # with trainer=cpu, and in `nin bench`, which measures the overhead on the CPU
-    r"TensorFloat32 tensor cores for float32",  # of torch.compile, also where the network computes in bfloat16
+    r"TensorFloat32 tensor cores for float32",  # raised by torch.compile, also where the network computes in bfloat16
     r"The `srun` command is available on your system but is not used",  # on a login node, and in a job of one process
     r"Glyph \d+ .* missing from",  # matplotlib's own fonts lack the characters of many languages
     # `MetricsLogger` also logs at the end of every epoch, however short the epoch is.

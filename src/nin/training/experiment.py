@@ -147,7 +147,7 @@ class Experiment:
                 if isinstance(logger, SingleFileTensorBoardLogger):
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
-            self.resume_checkpoint = None  # as large as weights and optimizer; Lightning reads the file itself
+            self.resume_checkpoint = None  # frees its memory: Lightning reads the file itself
             cleanup.enter_context(self.request.stop)
             self._fit()
             final_weights = weights_sha256(self.module.network)

@@ -111,7 +111,7 @@ class ResumableCheckpoint(Checkpoint):
         loader: Any = trainer.train_dataloader
         if trainer.fit_loop.restarted_mid_epoch:
             _set_sampler_epoch(loader, trainer.current_epoch)
-            make_iterator(trainer)  # its draws were made before the checkpoint
+            make_iterator(trainer)  # an uninterrupted run draws its random numbers before the checkpoint
             return
         # torchdata's loader keeps the position, which is after the epoch's last batch, for the next iterator.
         if getattr(loader, "next_iter_state", None) is not None:
