@@ -137,8 +137,8 @@ STAGES: dict[str, tuple[Any, str]] = {
     "forward pass": (nn.Conv2d, "forward"),
     "dropout": (functional, "dropout"),
     "loss": (functional, "cross_entropy"),
-    "validation": (Classifier, "score"),
-    "prediction": (Classifier, "_logits"),
+    "validation": (Classifier, "predict_logits"),
+    "prediction": (Classifier, "_predict_in_micro_batches"),
 }
 
 
