@@ -43,8 +43,8 @@ _FIXED = [
 
 
 def main(arguments: list[str]) -> int:
-    args = parse_arguments(arguments)
     silence_known_warnings()
+    args = parse_arguments(arguments)
     with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = read_settings(args.overrides, args.config_name)
     if not is_single_process(settings.trainer):

@@ -21,8 +21,8 @@ FORMATS = ("onnx", "pt2", "triton")
 
 
 def main(arguments: list[str]) -> int:
-    args = parse_arguments(arguments)
     silence_known_warnings()
+    args = parse_arguments(arguments)
     checkpoint, out = choose_files(args)
     run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
     errors = Console(stderr=True, highlight=False)

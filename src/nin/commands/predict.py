@@ -31,8 +31,8 @@ WINDOW = 256
 
 
 def main(arguments: list[str]) -> int:
-    args = parse_arguments(arguments)
     silence_known_warnings()
+    args = parse_arguments(arguments)
     with log_to(None):
         from nin.deploy.loading import load
 
