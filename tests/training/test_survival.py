@@ -511,7 +511,7 @@ def test_a_state_that_can_not_be_restored_is_named(
         {"lr_schedulers__0": {}},
         {"callbacks__MetricsLogger__images": "x"},
         {"callbacks__ResumableCheckpoint__processes": [{"random_state": {"python": 5}, "metrics": {}}]},
-        {"callbacks__ResumableCheckpoint__processes__0__metrics__train_acc.tp": torch.zeros(2, dtype=torch.int64)},
+        {"callbacks__ResumableCheckpoint__processes__0__metrics__train_acc.mean_value": torch.zeros(2)},
     ):
         folder.last.write_bytes(content)
         change(folder.last, **changed)

@@ -76,8 +76,8 @@ class Classifier(LightningModule):
         # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
         # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
         # weights as well, therefore `update` is given one loss per image.
-        self.train_loss, self.eval_loss = (MeanMetric(nan_strategy="disable") for _ in range(2))
-        self.train_acc, self.eval_acc = (self._accuracy() for _ in range(2))
+        self.train_loss, self.train_acc, self.eval_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
+        self.eval_acc = self._accuracy()  # in training, which updates its metrics in every step, a mean is faster
         self.top5_acc = self._accuracy(top_k=5) if self.num_classes > TOP5_CLASSES else None
         # Checkpoints are also saved between two loggings: what was accumulated since the last one is part of the state.
         self.train_loss.persistent(True)
@@ -154,7 +154,7 @@ class Classifier(LightningModule):
         if batch_loss.is_cpu:
             require_finite(self, batch_loss.item())
         self.train_loss.update(batch_loss.expand(len(labels)))
-        self.train_acc.update(logits, labels)
+        self.train_acc.update((logits.argmax(1) == labels).float())
         return loss
 
     def micro_batch(self, images: int) -> int:
