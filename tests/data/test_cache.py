@@ -1,6 +1,7 @@
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from nin.config.schema import UserError
+from nin.data import cache as cache_module
 from nin.data import parallel
 from nin.data.cache import Cache, _places, open_cache
 from nin.data.decoding import open_image, to_array
@@ -50,6 +52,37 @@ def test_a_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert open_cache(data).counts == {"train": 5}
 
 
+def test_an_image_that_is_altered_in_place_is_decoded_again(tmp_path: Path) -> None:
+    """A file of the same name and size; only the time of its modification says that it has other pixels."""
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}), stored_size=6)
+    altered = tmp_path / "root" / "train" / "red" / "1.png"
+    sizes = set()
+    for modified_ns, color in ((10**18, (200, 100, 0)), (10**18 + 1000, (0, 100, 200))):
+        Image.new("RGB", (6, 6), color).save(altered, "BMP")
+        os.utime(altered, ns=(modified_ns, modified_ns))
+        sizes.add(altered.stat().st_size)
+        assert pixels(open_cache(data))[5].tolist() == [[list(color)] * 6] * 6
+    assert len(sizes) == 1
+
+
+def test_images_of_another_size_or_number_of_channels_have_another_cache(tmp_path: Path) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    caches = [open_cache(data.model_copy(update=keys)) for keys in ({}, {"stored_size": 8}, {"channels": 1})]
+    assert [cache.shape for cache in caches] == [(6, 12, 12, 3), (6, 8, 8, 3), (6, 12, 12)]
+
+
+def test_a_cache_of_another_version_of_the_decoding_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    first = open_cache(data)
+    for module, name, other in ((cache_module, "_FORMAT", 10**6), (cache_module.PIL, "__version__", "0.1")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, other)
+            assert open_cache(data).path != first.path
+    assert open_cache(data).path == first.path
+
+
 def test_a_faulty_layout_is_refused_before_anything_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folder(tmp_path / "root", {"train": 2})
     (root / "train" / "empty").mkdir()
@@ -77,6 +110,25 @@ def test_an_altered_or_incomplete_cache_is_written_again(tmp_path: Path) -> None
     for part in stored:
         about.write_text(json.dumps(stored | {part: [1]}))
         assert (open_cache(data).labels().tolist(), open_cache(data).counts) == ([0, 0, 1, 1, 2, 2], {"train": 6})
+
+
+class Command:
+    """Its pickle creates a file when it is loaded."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_in_the_place_of_the_labels_is_not_loaded(tmp_path: Path) -> None:
+    """A pickle runs what it names, and a cache may come from elsewhere with its images."""
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    labels = open_cache(data).path / "labels.npy"
+    np.save(labels, np.array([Command(tmp_path / "loaded")] * 6, dtype=object), allow_pickle=True)
+    assert open_cache(data).labels().tolist() == [0, 0, 1, 1, 2, 2]
+    assert not (tmp_path / "loaded").exists()
 
 
 def test_the_other_files_are_those_that_the_folder_has_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

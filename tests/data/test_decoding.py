@@ -60,14 +60,24 @@ def test_integers_of_32_bits_are_those_of_8_or_of_16_bits() -> None:
         assert decode(content_of(values, "TIFF"), 1).tolist() == [expected]
 
 
-def test_the_orientation_that_a_camera_noted_is_applied() -> None:
-    image = Image.new("L", (2, 3))
-    image.putpixel((0, 0), 255)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_the_orientation_that_a_camera_noted_is_applied(kind: str) -> None:
+    image = Image.new("L", (16, 24), 50)
+    image.paste(200, (0, 0, 8, 8))  # one of JPEG's blocks, whose gray level it keeps
     exif = Image.Exif()
     exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
-    turned = decode(content_of(image, exif=exif), 1)
-    assert turned.shape == (2, 3)
-    assert turned[0, 2] == 255
+    turned = decode(content_of(image, kind, exif=exif), 1).astype(int)
+    expected = np.full((16, 24), 50)
+    expected[:8, 16:] = 200
+    assert np.abs(turned - expected).max() <= 3
+
+
+def test_a_large_jpeg_file_is_decoded_at_no_less_than_twice_the_requested_size() -> None:
+    """Of these stripes, three pixels of the result wide, half that resolution changes 16 gray levels or more."""
+    stripes = np.tile(127 + 100 * np.sin(np.arange(400) * 2 * np.pi / 12), (400, 1)).astype(np.uint8)
+    content = content_of(Image.fromarray(stripes), "JPEG", quality=95)
+    complete = Image.fromarray(decode(content, 1)).resize((100, 100), Image.Resampling.BILINEAR)
+    assert np.abs(decode(content, 1, size=100).astype(int) - np.asarray(complete)).max() <= 8
 
 
 def test_an_image_is_brought_to_a_square() -> None:

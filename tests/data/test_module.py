@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,35 @@ def test_every_epoch_has_every_image_once_in_its_own_order() -> None:
 
 def test_without_a_seed_the_order_of_the_images_is_kept() -> None:
     assert labels_of(TensorDataLoader(*numbered(5), batch_size=2)) == [[0, 1], [2, 3], [4]]
+
+
+def test_processes_share_every_batch_and_train_on_no_empty_one() -> None:
+    one = [label for batch in labels_of(Batches(*numbered(9), batch_size=2, seed=0)) for label in batch]
+    shares = [Batches(*numbered(9), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [2, 2]  # of the ninth image, one process would have none
+    assert [labels_of(share) for share in shares] == [[one[0:4:2], one[4:8:2]], [one[1:4:2], one[5:8:2]]]
+    # Without a seed, as in a validation, no image is left out.
+    shares = [Batches(*numbered(9), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [3, 3]
+    assert [labels_of(share) for share in shares] == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], []]]
+
+
+def test_the_last_training_batch_is_kept_if_every_process_has_an_image_of_it() -> None:
+    shares = [Batches(*numbered(10), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [[len(batch) for batch in labels_of(share)] for share in shares] == [[2, 2, 1], [2, 2, 1]]
+
+
+def test_a_process_loads_its_own_share_of_the_batches(settings: Callable[..., Settings]) -> None:
+    module = ImageDataModule(settings().data, seed=0)
+    module.setup()
+    everything = [images for images, _ in module.test_dataloader()]
+    trainer: Any = SimpleNamespace(
+        current_epoch=0, overfit_batches=0.0, global_rank=1, world_size=2, training=False,
+    )  # fmt: skip
+    module.trainer = trainer
+    for batches in (module.train_dataloader(), module.val_dataloader(), module.test_dataloader()):
+        assert (batches.rank, batches.world_size) == (1, 2)
+    assert torch.equal(next(iter(module.test_dataloader()))[0], torch.cat(everything[:2])[1::2])
 
 
 def test_resuming_in_the_middle_of_an_epoch_gives_its_remaining_images() -> None:

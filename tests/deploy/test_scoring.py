@@ -1,12 +1,14 @@
 """Test metrics without torch, of images that may stay in their file."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nin.deploy.scoring import MappedImages, evaluate_network
+from nin.deploy.scoring import MappedImages, evaluate_network, load_part
+from pictures import folder_data, write_folder
 
 
 def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
@@ -37,3 +39,23 @@ def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
         predict=lambda batch: predict(batch)[:, :10], description=SimpleNamespace(class_names=list("abcdefghij"))
     )
     assert "test/top5_acc" not in evaluate_network(few, images, labels % 10, lambda *_: None)[0]  # type: ignore[arg-type]
+
+
+def test_the_parts_of_a_folder_are_those_of_its_run(tmp_path: Path) -> None:
+    """The test images that are split off the training images depend on the seed of the run."""
+    from nin.data.module import ImageDataModule
+
+    data = folder_data(write_folder(tmp_path / "root", {"train": 8}))
+
+    def load(seed: int, part: str) -> tuple[np.ndarray, np.ndarray]:
+        settings: Any = SimpleNamespace(data=data, seed=seed)
+        images, labels = load_part(settings, part)
+        return images[:], labels
+
+    run = ImageDataModule(data, seed=3)
+    run.setup()
+    for part, (images, labels) in (("train", run.train), ("test", run.test)):
+        found = load(3, part)
+        np.testing.assert_array_equal(found[0], images)
+        np.testing.assert_array_equal(found[1], labels)
+        assert not np.array_equal(found[0], load(0, part)[0])
