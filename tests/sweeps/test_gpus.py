@@ -1,12 +1,16 @@
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from nin.config.schema import Settings, UserError
-from nin.sweeps.gpus import share_gpus
+from nin.sweeps import gpus
+from nin.sweeps.gpus import acquire_gpu, share_gpus
+from nin.system.processes import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -46,3 +50,47 @@ def test_jobs_on_the_cpu_share_nothing(settings: Callable[..., Settings]) -> Non
     assert (launcher.n_jobs, "NIN_GPUS" in os.environ) == (-1, False)
     share_gpus(launcher, [settings("trainer.accelerator=cpu"), settings("trainer.accelerator=auto")])
     assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (2, "0,1")
+
+
+@pytest.fixture
+def in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, FileLock]:
+    """The locks of both shared GPUs, held as by other jobs."""
+    monkeypatch.setenv("NIN_GPUS", "3,4")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    locks = {gpu: FileLock(tmp_path / f".gpu-{gpu}.lock") for gpu in ("3", "4")}
+    for lock in locks.values():
+        lock.acquire()
+    return locks
+
+
+def test_a_job_waits_for_a_free_gpu_and_sees_no_other(
+    in_use: dict[str, FileLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        assert len(waits) < 4
+        if len(waits) == 3:
+            in_use["4"].release()
+
+    monkeypatch.setattr(gpus.time, "sleep", sleep)
+    lock = acquire_gpu(tmp_path, StopRequest())
+    assert lock is not None
+    assert lock.is_locked
+    assert (os.environ["CUDA_VISIBLE_DEVICES"], len(waits)) == ("4", 3)
+
+
+def test_a_job_that_is_stopped_while_it_waits_takes_no_gpu(
+    in_use: dict[str, FileLock], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = StopRequest()
+
+    def sleep(seconds: float) -> None:
+        assert stop.signum is None
+        stop.signum = 15
+        in_use["4"].release()
+
+    monkeypatch.setattr(gpus.time, "sleep", sleep)
+    assert acquire_gpu(tmp_path, stop) is None
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,4"

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from filelock import Timeout
 from hydra.types import RunMode
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
+from PIL import Image
 from rich.console import Console
 
 from helpers import SMALL, merge, run_experiment
@@ -342,15 +344,20 @@ def test_validations_that_meet_the_end_of_an_epoch_are_accepted(settings: Callab
         ["trainer.val_check_interval=4", "trainer.max_steps=7"],  # a run ends with a validation
     ):
         search_checks._require_validation_at_an_end(settings(*words))
+    with pytest.raises(UserError, match="without a validation"):  # the third without its second key
+        search_checks._require_validation_at_an_end(settings("trainer.val_check_interval=4"))
 
 
-def test_two_processes_that_share_a_search_never_have_the_same_trial(tmp_path: Path) -> None:
-    def searcher() -> Search:
-        search = Search.__new__(Search)
-        search.plan, search.total, search.store = plan(), 2, Store(plan(), tmp_path, None)
-        return search
+def searcher(folder: Path, total: int) -> Search:
+    """A search of ``total`` trials, without its checks; several of one folder share its trials, as processes do."""
+    search = Search.__new__(Search)
+    search.plan, search.total, search.store = plan(), total, Store(plan(), folder, None)
+    search.settings = SimpleNamespace(max_failures=None)  # type: ignore[assignment]
+    return search
 
-    one, other = searcher(), searcher()
+
+def test_two_searchers_that_share_a_folder_never_have_the_same_trial(tmp_path: Path) -> None:
+    one, other = searcher(tmp_path, 2), searcher(tmp_path, 2)
     assert one._take(one.store.trials()) == ([0], 0)
     assert other._take(other.store.trials()) == ([1], 1)
     assert other._take(other.store.trials()) == ([], 0)
@@ -360,8 +367,29 @@ def test_two_processes_that_share_a_search_never_have_the_same_trial(tmp_path: P
     assert other._take(other.store.trials()) == ([0], 0)
 
 
-def test_claims_in_a_database_are_those_of_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PostgreSQL's functions, in SQLite: locks of a connection, by two numbers."""
+def test_a_search_ends_only_after_the_trials_that_another_process_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = searcher(tmp_path, 1), searcher(tmp_path, 1)
+    assert other._take(other.store.trials()) == ([0], 0)
+    waited: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waited.append(seconds)
+        if len(waited) == 3:
+            other.store.finish(0, TrialState.COMPLETE, 0.5, {}, {})
+            other.store.claims.release(0)
+
+    monkeypatch.setattr(search_module.time, "sleep", sleep)
+    monkeypatch.setattr(one, "_run_batch", lambda *_: pytest.fail("has run a trial of another process"))
+    one._run_trials()
+    assert len(waited) == 3
+    assert capsys.readouterr().out == "the other trials are run by another process; waiting for them\n"
+
+
+@pytest.fixture
+def database_locks(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], object]:
+    """Has PostgreSQL's functions in SQLite, locks of a connection by two numbers; returns those that are held."""
     sqlalchemy = pytest.importorskip("sqlalchemy")
     held: dict[tuple[int, int], object] = {}
     create_engine = sqlalchemy.create_engine
@@ -384,6 +412,10 @@ def test_claims_in_a_database_are_those_of_one_search(monkeypatch: pytest.Monkey
         return made
 
     monkeypatch.setattr(sqlalchemy, "create_engine", engine)
+    return held
+
+
+def test_claims_in_a_database_are_those_of_one_search(database_locks: dict[tuple[int, int], object]) -> None:
     one, other, another_search = (DatabaseClaims("postgresql://x@y/z", name) for name in ("s", "s", "t"))
     assert one.claim(0)
     assert not other.claim(0)
@@ -391,8 +423,24 @@ def test_claims_in_a_database_are_those_of_one_search(monkeypatch: pytest.Monkey
     one.release(0)
     assert other.claim(0)
     with one.lock():
-        assert (one._study, -1) in held
-    assert (one._study, -1) not in held
+        assert (one._study, -1) in database_locks
+    assert (one._study, -1) not in database_locks
+
+
+def test_a_search_in_a_database_has_its_claims_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database_locks: dict[tuple[int, int], object]
+) -> None:
+    """Machines that share a search need not share its folder, and locks of files say nothing to the others."""
+    storage = optuna.storages.InMemoryStorage()
+    monkeypatch.setattr("nin.sweeps.study.RDBStorage", lambda *_, **__: storage)
+    url = "postgresql://me@far/x"
+    one, other = (Store(plan(), tmp_path / machine, url) for machine in ("one", "other"))
+    one.add(propose(plan(), []))
+    assert len(other.trials()) == 1
+    assert one.claims.claim(0)
+    assert not other.claims.claim(0)
+    assert [number for _, number in database_locks] == [0]
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_report_continue(
@@ -444,6 +492,30 @@ def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_b
         (tmp_path / "search.json").write_text(json.dumps(description | {"fixed": fixed}))
         search_report.report_search(tmp_path)
         assert (tmp_path / "best.yaml").exists() is is_written
+
+
+def test_a_report_names_the_key_that_matters_most_first_and_draws_three_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = plan("random")
+    store = Store(given, tmp_path, None)
+    for number in range(8):
+        store.add(propose(given, store.trials()))
+        rate = float(store.trials()[number].params["optimizer.lr"])
+        store.finish(number, TrialState.COMPLETE, 0.5 + np.log10(rate) / 10, {}, {})
+    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 8, "max_epochs": 4}
+    (tmp_path / "search.json").write_text(json.dumps(description))
+    search_report.report_search(tmp_path)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("importance"))
+    shares = re.fullmatch(
+        r"importance for val/acc \(fANOVA\): optimizer.lr (0\.\d+), model\.\w+ (0\.\d+), model\.\w+ (0\.\d+)", line
+    )
+    assert shares, line
+    assert float(shares[1]) > 0.5
+    assert line in (tmp_path / "summary.md").read_text()
+    # The history, the importances and the parallel coordinates, each of 9 by 5 inches with 110 pixels per inch.
+    with Image.open(tmp_path / "summary.png") as picture:
+        assert picture.size == pytest.approx((990, 3 * 550), rel=0.15)
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:secret@far:1/x?password=secret", "sqlite:///x.db", "mysql://far/x"])
