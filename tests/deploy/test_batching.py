@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nin.data.decoding import ImageTooLargeError
+from nin.deploy import batching
 from nin.deploy.batching import Batcher, OverloadedError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 
@@ -51,6 +52,38 @@ def test_an_overloaded_batcher_refuses_and_recovers() -> None:
     assert isinstance(found[11], ImageTooLargeError)  # answered with 413
     assert float(found[12].probabilities[0]) == 3  # type: ignore[attr-defined]
     assert sizes == [1, 7, 1, 1, 1]  # the seven that waited while the first was computed are scored together
+
+
+@pytest.mark.parametrize(("limit", "value"), [("BATCH_IMAGES", 3), ("BATCH_PIXELS", 15)])
+def test_a_batch_has_a_largest_size_and_no_image_that_nobody_waits_for(
+    limit: str, value: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, limit, value)  # 15 pixels are those of three images of 2x2
+    computed: list[list[int]] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        computed.append(images[:, 0, 0].tolist())
+        begun.set()
+        assert go.wait(60)
+        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
+        return Scores(values, values)
+
+    async def play() -> None:
+        batcher = Batcher(TrainedNetwork(Description(["a"], 1, 2, 2, False, "gap", {}), compute), 9, 1000)
+        batcher.start()
+        images = [np.full((2, 2), i, np.uint8) for i in range(9)]
+        tasks = [asyncio.create_task(batcher.score(images[0], False))]
+        assert await asyncio.to_thread(begun.wait, 60)
+        tasks += [asyncio.create_task(batcher.score(image, False)) for image in images[1:]]
+        await asyncio.sleep(0)  # they wait now
+        tasks[5].cancel()  # as when its client has gone
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(batcher.close)
+
+    asyncio.run(play())
+    assert computed == [[0], [1, 2, 3], [4, 6, 7], [8]]
 
 
 def test_a_request_that_has_timed_out_leaves_the_others_of_its_batch_answered() -> None:

@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -233,6 +234,28 @@ def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path: 
         second.write(b"second")
     assert path.read_text() == "first"  # it ended last
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_on_disk_before_it_replaces_another_and_its_name_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another order a loss of power could leave an empty file in the place of the one before it."""
+    events: list[tuple[str, int]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(descriptor: int) -> None:
+        state = os.fstat(descriptor)
+        events.append(("folder", state.st_ino) if stat.S_ISDIR(state.st_mode) else ("file", state.st_size))
+        fsync(descriptor)
+
+    def record_replace(source: Path, target: Path) -> None:
+        events.append(("replace", Path(source).stat().st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    write_atomically(tmp_path / "result.json", "text")
+    assert events == [("file", 4), ("replace", 4), ("folder", tmp_path.stat().st_ino)]
 
 
 def test_what_a_killed_process_was_writing_is_removed_an_hour_later(tmp_path: Path) -> None:
