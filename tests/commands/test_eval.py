@@ -3,7 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from nin import cli
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.commands import eval as eval_command
 from nin.config.schema import Settings, UserError
+from nin.data.sources import describe
 from nin.deploy import onnx_model
 from nin.training import evaluation
 from nin.training.classifier import Classifier
@@ -23,8 +24,8 @@ from nin.training.classifier import Classifier
 PLACES = ("data.mirrors=[https://example.org]", "data.root=/foreign", "trainer.profiler=pytorch")
 
 
-def save(path: Path, settings: dict[str, Any]) -> Path:
-    hyper_parameters = {"settings": settings, "class_names": ["a", "b"], "in_channels": 1}
+def save(path: Path, settings: dict[str, Any], class_names: Sequence[str] = ("a", "b")) -> Path:
+    hyper_parameters = {"settings": settings, "class_names": list(class_names), "in_channels": 1}
     content = {"state_dict": {}, "hyper_parameters": hyper_parameters, "global_step": 1, "epoch": 0}
     AtomicCheckpointIO().save_checkpoint(content, path)
     return path
@@ -87,18 +88,45 @@ def test_a_missing_gpu_is_reported_as_by_nin_train_before_data_are_written(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_several_processes_trained_is_tested_by_one(
+    settings: Callable[..., Settings], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several processes each would test a part of the images and report its own accuracy."""
+
+    def stop(tested: Settings, *_: Any) -> None:
+        used.append(tested)
+        raise UserError("tested")
+
+    used: list[Settings] = []
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    monkeypatch.setattr(evaluation, "build_trainer", stop)
+    stored = settings("trainer.strategy=ddp", "trainer.devices=2")
+    path = save(tmp_path / "x.ckpt", stored.model_dump(mode="json"), describe(stored.data).class_names)
+    with pytest.raises(UserError, match=r"^tested$"):
+        eval_command.main([str(path)])
+    (tested,) = used
+    assert (tested.trainer.strategy, tested.trainer.devices, tested.trainer.num_nodes) == ("auto", 1, 1)
+
+
 def test_a_test_ends_though_nobody_reads_its_result(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     metrics = {"test/acc": 1.0, "test/loss": 0.0, "test/acc_by_class": {"ä" * 9000: 1.0}}
-    monkeypatch.setattr(eval_command, "evaluate_checkpoint", lambda *_: (settings(), metrics, np.eye(1, dtype=int)))
+    tested: list[Path] = []
+
+    def test(path: Path, *_: Any) -> tuple[Settings, dict[str, Any], np.ndarray]:
+        tested.append(path)
+        return settings(), metrics, np.eye(1, dtype=int)
+
+    monkeypatch.setattr(eval_command, "evaluate_checkpoint", test)
     reader, writer = os.pipe()
     os.close(reader)
     (tmp_path / "x.ckpt").touch()
     with os.fdopen(writer, "w", encoding="ascii") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
-        eval_command.main([str(tmp_path / "x.ckpt")])
+        assert cli.run("eval", [str(tmp_path / "x.ckpt")]) == 0
         sys.stdout.flush()
+    assert tested == [tmp_path / "x.ckpt"]
 
 
 def test_ctrl_c_ends_it_with_130(run_folder: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

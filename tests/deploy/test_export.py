@@ -23,7 +23,7 @@ from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter
 from nin.deploy.onnx_model import load_onnx, metadata_of
-from nin.deploy.scoring import MappedImages
+from nin.deploy.scoring import MappedImages, load_part
 from pictures import folder_data, write_folder
 
 onnx = pytest.importorskip("onnx")
@@ -60,7 +60,7 @@ def test_batch_height_and_width_are_dynamic(run_folder: Path, export: Path, shap
     np.testing.assert_allclose(nin.load(export).predict(images), nin.load(run_folder).predict(images), atol=1e-5)
 
 
-def test_the_metadata_says_where_the_file_comes_from(run_folder: Path, export: Path) -> None:
+def test_the_metadata_says_where_the_file_comes_from(run_folder: Path, export: Path, data_root: Path) -> None:
     known, model = nin.load(export).description, onnx.load(export)
     found = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(found["class_names"]) == list(known.class_names) == nin.load(run_folder).description.class_names
@@ -70,7 +70,8 @@ def test_the_metadata_says_where_the_file_comes_from(run_folder: Path, export: P
     assert 0 <= known.more["check"]["largest_difference"] <= 1e-5
     assert 0.5 < known.more["check"]["accuracy"] <= 1
     # No path of this machine, and no operator beyond the standard's.
-    assert str(Path(nin.__file__).parent).encode() not in export.read_bytes()
+    for place in (Path(nin.__file__).parent, data_root, run_folder):
+        assert str(place).encode() not in export.read_bytes()
     assert {node.domain for node in model.graph.node} == {""}
 
 
@@ -117,12 +118,23 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nin.deploy import export as module
+    from nin.deploy import quantize as quantize_module
 
+    calibrated: list[np.ndarray] = []
+    quantize = quantize_module.quantize
+
+    def record(source: Path, path: Path, images: np.ndarray) -> None:
+        calibrated.append(images)
+        quantize(source, path, images)
+
+    monkeypatch.setattr(quantize_module, "quantize", record)
     exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", None, lambda *_: None)
     monkeypatch.setattr(module, "images_per_second", lambda *_, **__: 1.0)
     monkeypatch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
     path = tmp_path / "m.int8.onnx"
     measured = exporter.export_int8(export, path)
+    # Not with the test images, on which its accuracy is then found.
+    np.testing.assert_array_equal(calibrated[0], load_part(exporter.local_settings, "train")[0])
     noted = load_onnx(path).description.more["int8"]
     assert measured["accuracy"] == {"float": noted["accuracy_of_float"], "int8": noted["accuracy"]}
     assert noted["images"] == 2000

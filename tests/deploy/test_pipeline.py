@@ -21,6 +21,7 @@ from nin.deploy.loading import default_export, find_checkpoint
 from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
+from pictures import folder_data
 
 
 def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_computes(
@@ -110,6 +111,16 @@ def test_weights_that_are_not_finite_classify_nothing(tmp_path: Path, run_folder
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="has values that are NaN or infinite"):
         nin.load(tmp_path / "x.ckpt")
+
+
+def test_a_description_names_no_place_of_the_machine_that_trained(tmp_path: Path, run_folder: Path) -> None:
+    """It becomes part of every export."""
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    folder = folder_data(Path("/home/me/photos"), cache="/home/me/decoded", image_size=28)
+    checkpoint["hyper_parameters"]["settings"]["data"] = folder.model_dump(mode="json")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    described = nin.load(tmp_path / "x.ckpt").description.settings["data"]
+    assert described == folder.model_dump(mode="json") | {"root": "data", "cache": None}
 
 
 def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder: Path) -> None:

@@ -7,10 +7,11 @@ import os
 import select
 import signal
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -28,9 +29,12 @@ def png(image: np.ndarray, form: str = "png", **options: object) -> bytes:
     return file.getvalue()
 
 
+LIMITS = ("--max-megabytes", "2", "--max-megapixels", "4")
+
+
 @pytest.fixture(scope="module")
 def server(export: Path) -> Iterator[Server]:
-    with serve(export, "--max-megabytes", "2", "--max-megapixels", "4", "--timeout", "3") as running:
+    with serve(export, *LIMITS, "--timeout", "60") as running:  # no request is too slow, however busy the machine is
         yield running
 
 
@@ -112,16 +116,17 @@ def send_for_ever(client: socket.socket) -> None:
         client.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
 
 
-def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(server: Server) -> None:
-    address = ("127.0.0.1", server.port)
-    with socket.create_connection(address, 30) as slow, socket.create_connection(address, 30) as endless:
-        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab")
-        endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-        with pytest.raises((BrokenPipeError, ConnectionResetError)):
-            send_for_ever(endless)
-        assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
-        with slow.makefile("rb") as answer:  # to the end: the server closes the connection
-            assert answer.read().startswith(b"HTTP/1.1 408")
+def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(export: Path) -> None:
+    with serve(export, *LIMITS, "--timeout", "3") as server:
+        address = ("127.0.0.1", server.port)
+        with socket.create_connection(address, 30) as slow, socket.create_connection(address, 30) as endless:
+            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab")
+            endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                send_for_ever(endless)
+            assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
+            with slow.makefile("rb") as answer:  # to the end: the server closes the connection
+                assert answer.read().startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_that_reads_after_it_has_sent_all_gets_the_413(server: Server) -> None:
@@ -138,8 +143,7 @@ def test_a_client_that_reads_after_it_has_sent_all_gets_the_413(server: Server) 
 @pytest.mark.long
 def test_large_uploads_fill_no_more_memory_than_allowed_and_small_ones_are_answered(export: Path) -> None:
     head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n"
-    limits = ("--max-megabytes", "2", "--max-megapixels", "4", "--timeout", "60")  # no upload is too slow here
-    with serve(export, *limits) as server, contextlib.ExitStack() as clients:
+    with serve(export, *LIMITS, "--timeout", "60") as server, contextlib.ExitStack() as clients:
         large = [clients.enter_context(socket.create_connection(("127.0.0.1", server.port), 30)) for _ in range(20)]
         for client in large:  # 38 MB of bodies that never end; the limit is 16 times 2 MB
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -171,6 +175,39 @@ def test_an_endless_head_is_refused(server: Server) -> None:
                 if select.select([client], [], [], 0)[0]:
                     break
         assert client.recv(1000).startswith(b"HTTP/1.1 431")
+
+
+def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
+    from uvicorn import Config
+    from uvicorn.server import ServerState
+
+    from nin.deploy.server import HEAD_SECONDS, TimedProtocol
+
+    timers: list[Mock] = []
+
+    def call_later(*_: object) -> Mock:
+        timers.append(Mock())
+        return timers[-1]
+
+    def cancelled() -> list[bool]:
+        return [timer.cancel.called for timer in timers]
+
+    loop, transport = Mock(), Mock()
+    loop.call_later.side_effect = call_later
+    loop.create_task.side_effect = lambda coroutine, **_: coroutine.close() or Mock()  # no request is answered
+    transport.get_extra_info.return_value = None
+    protocol = TimedProtocol(Config(Mock(), ws="none", log_config=None), ServerState(), {}, loop)
+    protocol.connection_made(transport)
+    assert cancelled() == [False]
+    protocol.data_received(b"GET / HTTP/1.1\r\n")
+    assert cancelled() == [True, False]  # a head has the whole time from its first byte on
+    protocol.data_received(b"Host: x\r\n\r\n")
+    assert cancelled() == [True, True]
+    protocol.data_received(b"GET /")
+    assert cancelled() == [True, True, False]
+    protocol.connection_lost(None)
+    assert cancelled() == [True, True, True]
+    assert loop.call_later.call_args_list == [call(HEAD_SECONDS, transport.close)] * 3
 
 
 def test_clients_that_vanish_leave_nothing_behind(server: Server, test_images: np.ndarray) -> None:
@@ -242,14 +279,15 @@ def test_a_signal_before_the_server_has_its_own_handlers_ends_it(export: Path, m
 
     monkeypatch.setattr(module.gc, "freeze", lambda: os.kill(os.getpid(), signal.SIGTERM))
     service = Service(load(export), Limits(2_000_000, 4_000_000, 256, 3), None)
-    late = threading.Timer(20, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    late.start()
-    try:
-        with module.listen("127.0.0.1", 0) as listener:
-            assert module.run(service, listener) == 143
-        assert late.is_alive()
-    finally:
-        late.cancel()
+    serves: list[bool] = []
+
+    async def main_loop(server: Any) -> None:
+        serves.append(not server.should_exit)
+
+    monkeypatch.setattr(module.uvicorn.Server, "main_loop", main_loop)
+    with module.listen("127.0.0.1", 0) as listener:
+        assert module.run(service, listener) == 143
+    assert True not in serves
 
 
 def test_a_wrong_argument_and_a_port_in_use_are_one_line(server: Server, export: Path) -> None:
