@@ -384,20 +384,21 @@ def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
 
 
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "steps"),
     [
-        "trainer.precision=bf16-true callbacks=default",
-        "trainer.precision=bf16-mixed",
-        "trainer.max_time=00:00:00:01 trainer.max_epochs=-1 trainer.limit_train_batches=1.0 schedule=constant",
-        "trainer.val_check_interval=4",
-        "trainer.fast_dev_run=true",
-        "trainer.max_steps=2",
-        "schedule=one_cycle schedule.warmup=0.0",
-        "schedule=cosine schedule.warmup=0.99",
-        "model=lenet optimizer.lr=0.01",
+        ("trainer.precision=bf16-true callbacks=default", 12),
+        ("trainer.precision=bf16-mixed", 12),
+        # As many as a second allows.
+        ("trainer.max_time=00:00:00:01 trainer.max_epochs=-1 trainer.limit_train_batches=1.0 schedule=constant", None),
+        ("trainer.val_check_interval=4", 12),
+        ("trainer.fast_dev_run=true", 1),
+        ("trainer.max_steps=2", 2),
+        ("schedule=one_cycle schedule.warmup=0.0", 12),
+        ("schedule=cosine schedule.warmup=0.99", 12),
+        ("model=lenet optimizer.lr=0.01", 12),
     ],
 )
-def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overrides: str) -> None:
+def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overrides: str, steps: int | None) -> None:
     words = ["callbacks=none", *overrides.split()]
     small = [word for word in SMALL if not ("model=lenet" in words and word.startswith("model."))]
     result = run_experiment(
@@ -407,6 +408,7 @@ def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overri
     assert result["metrics"]["test/acc"] is not None
     last = checkpoint_files.read(RunFolder(tmp_path).last)
     assert last["global_step"] == result["steps"] > 0
+    assert steps in (None, result["steps"])
 
 
 def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
