@@ -175,8 +175,11 @@ if __name__ == "__main__":
     parser.add_argument("kills", type=int, help="of each scenario")
     parser.add_argument("--scenarios", default=",".join(map(str, range(len(SCENARIOS)))), help="as in 0,4")
     parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--seed", type=int, default=random.getrandbits(32), help="of the kills")
     parser.add_argument("--data", type=Path, help="a folder with the garments; default: they are generated")
     args = parser.parse_args()
+    random.seed(args.seed)
+    print("seed", args.seed, file=sys.stderr)
     with tempfile.TemporaryDirectory() as generated:
         from nin.config.composition import compose_settings
 

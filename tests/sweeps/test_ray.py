@@ -40,30 +40,35 @@ def kill_node(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
+def has_nodes(address: str, count: int, node: subprocess.Popen[bytes]) -> bool:
+    """Waits until the cluster has ``count`` nodes; whether it has, or ``node`` has ended or is too slow."""
+    status = [str(RAY), "status", f"--address={address}"]
+    until = time.monotonic() + 90
+    while node.poll() is None and time.monotonic() < until:
+        done = subprocess.run(status, capture_output=True, text=True, env=ENVIRONMENT)
+        if done.stdout.count(" node_") >= count:
+            return True
+        time.sleep(1)
+    return False
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The address of a cluster of two nodes, and the second node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"127.0.0.1:{port}"
-    nodes = [
-        start_node(tmp_path, "--head", f"--port={port}", "--node-ip-address=127.0.0.1", "--include-dashboard=false")
-    ]
-    status = [str(RAY), "status", f"--address={address}"]
-
-    def count_nodes() -> int:
-        done = subprocess.run(status, capture_output=True, text=True, env=ENVIRONMENT)
-        return done.stdout.count(" node_")
-
+    nodes: list[subprocess.Popen[bytes]] = []
     try:
-        for number in (1, 2):
-            until = time.monotonic() + 90
-            while count_nodes() < number:
-                assert time.monotonic() < until, [path.read_text() for path in tmp_path.glob("node*")]
-                time.sleep(1)
-            if number == 1:
-                nodes.append(start_node(tmp_path, f"--address={address}"))
+        for _ in range(3):  # another process may take the port before Ray does
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            address, options = f"127.0.0.1:{port}", ("--node-ip-address=127.0.0.1", "--include-dashboard=false")
+            nodes.append(start_node(tmp_path, "--head", f"--port={port}", *options))
+            if has_nodes(address, 1, nodes[-1]):
+                break
+            kill_node(nodes.pop())
+        assert nodes, [path.read_text() for path in tmp_path.glob("node*")]
+        nodes.append(start_node(tmp_path, f"--address={address}"))
+        assert has_nodes(address, 2, nodes[1]), [path.read_text() for path in tmp_path.glob("node*")]
         yield address, nodes[1]
     finally:
         for node in nodes:

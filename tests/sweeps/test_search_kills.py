@@ -19,9 +19,9 @@ def count_kills(script: str, *arguments: str) -> list[dict[str, int]]:
     command = [sys.executable, str(HERE / script), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    print(done.stderr)  # the seed, with which a failure can be repeated
     if script == "kill_runs.py":
         return [counts for line in done.stdout.splitlines() for counts in json.loads(line).values()]
-    print(done.stderr)  # the seed, with which a failure can be repeated
     return list(json.loads(done.stdout).values())
 
 
