@@ -252,8 +252,17 @@ def test_hydra_internal_basic_sweeper() -> None:
     assert BasicSweeper.split_arguments(overrides, None) == [[["seed=1", "name=a"], ["seed=2", "name=a"]]]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace")  # deprecated; TensorBoard's graph is made with it
 def test_torch_jit_clear_class_registry() -> None:
+    def name_of_trace() -> str:
+        graph = str(torch.jit.trace(torch.nn.Linear(3, 4), torch.zeros(1, 3)).graph)
+        return re.search(r"%self : (\S+),", graph)[1]  # type: ignore[index]
+
     torch._C._jit_clear_class_registry()
+    assert name_of_trace() == "__torch__.torch.nn.modules.linear.Linear"
+    assert name_of_trace() != "__torch__.torch.nn.modules.linear.Linear"  # the name is taken while the trace is kept
+    torch._C._jit_clear_class_registry()
+    assert name_of_trace() == "__torch__.torch.nn.modules.linear.Linear"
 
 
 def test_torch_nn_modules_batchnorm_batch_norm() -> None:

@@ -68,7 +68,7 @@ def test_a_checkpoint_of_another_version_says_so(tmp_path: Path) -> None:
         )
 
 
-def test_a_save_that_fails_leaves_the_file_before_it(tmp_path: Path) -> None:
+def test_a_state_that_can_not_be_saved_leaves_the_file_before_it(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint({"state_dict": {}, "hyper_parameters": {}}, path)
     before = path.read_bytes()

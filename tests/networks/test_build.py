@@ -15,10 +15,13 @@ from nin.config.hydra_options import open_hydra
 from nin.config.networks import NETWORKS
 from nin.config.schema import CONF, UserError
 from nin.networks.build import build_network, require_buildable
+from nin.runs.folder import RunFolder
+from nin.runs.request import RunRequest
+from nin.training.run import execute_run
 
 
-def refused(*overrides: str, config_dir: Path | None = None) -> str:
-    with pytest.raises(UserError) as caught, open_hydra(str(config_dir) if config_dir else None):
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
         require_buildable(compose_settings(list(overrides)))
     return str(caught.value)
 
@@ -68,8 +71,11 @@ def test_arguments_that_do_not_fit_each_other(override: str, message: str) -> No
 def test_a_class_that_can_not_be_imported_is_named_before_data_are_prepared(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("_target_: nowhere.Net\ninput_size: 28\n")
-    message = refused("model=mine", config_dir=tmp_path)
-    assert message.startswith("model._target_=nowhere.Net: can't be imported (")
+    with open_hydra(str(tmp_path)):
+        settings = compose_settings(["model=mine", "data=garments", f"data.root={tmp_path / 'data'}", "trainer=cpu"])
+    with pytest.raises(UserError, match=r"^model\._target_=nowhere\.Net: can't be imported \("):
+        execute_run(RunRequest(settings, RunFolder(tmp_path / "run")))
+    assert not (tmp_path / "data").exists()
 
 
 def test_every_network_has_a_yaml_file_of_its_name() -> None:

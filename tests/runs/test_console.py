@@ -30,6 +30,8 @@ def test_output_that_can_not_be_written_is_ignored(
     monkeypatch: pytest.MonkeyPatch, output: Callable[[], int], name: str
 ) -> None:
     with os.fdopen(output(), "w") as stream:
+        with pytest.raises(OSError, match=r"Broken pipe|No space left"):
+            os.write(stream.fileno(), b"x")
         monkeypatch.setattr(sys, name, stream)
         tolerate_output_errors()
         for _ in range(3):
