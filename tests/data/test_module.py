@@ -51,18 +51,18 @@ def test_without_a_seed_the_order_of_the_images_is_kept() -> None:
 
 
 def test_processes_share_every_batch_and_train_on_no_empty_one() -> None:
-    one = [label for batch in labels_of(Batches(*numbered(9), batch_size=2, seed=0)) for label in batch]
-    shares = [Batches(*numbered(9), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    one = [label for batch in labels_of(TensorDataLoader(*numbered(9), batch_size=2, seed=0)) for label in batch]
+    shares = [TensorDataLoader(*numbered(9), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
     assert [len(share) for share in shares] == [2, 2]  # of the ninth image, one process would have none
     assert [labels_of(share) for share in shares] == [[one[0:4:2], one[4:8:2]], [one[1:4:2], one[5:8:2]]]
     # Without a seed, as in a validation, no image is left out.
-    shares = [Batches(*numbered(9), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
+    shares = [TensorDataLoader(*numbered(9), batch_size=2, rank=rank, world_size=2) for rank in (0, 1)]
     assert [len(share) for share in shares] == [3, 3]
     assert [labels_of(share) for share in shares] == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], []]]
 
 
 def test_the_last_training_batch_is_kept_if_every_process_has_an_image_of_it() -> None:
-    shares = [Batches(*numbered(10), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    shares = [TensorDataLoader(*numbered(10), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
     assert [[len(batch) for batch in labels_of(share)] for share in shares] == [[2, 2, 1], [2, 2, 1]]
 
 
