@@ -59,7 +59,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
     for is_terminal in (True, False):
         screen = io.StringIO()
         with bench.show_progress(Console(file=screen, force_terminal=is_terminal, width=80)) as progress:
-            progress("loading …")
+            progress("loading …", "", 0, None)
             for done in range(4):
                 progress(f"round {done // 2 + 1} of 2", ("training", "data")[done % 2], done, 4)
         if is_terminal:

@@ -199,7 +199,7 @@ def _warn_of_few_cores(used: float) -> None:
         # The cause is another program, or a container with fewer cores than the machine has.
         log.warning(
             "training gets %.1f CPU cores for its %d threads, which wait for each other: are other programs running? "
-            "It may be faster with threads=%d, with which a stopped run can be resumed.",
+            "Stopped, and resumed with threads=%d, the run may be faster.",
             used, threads, max(1, int(used)),
         )  # fmt: skip
 
