@@ -430,7 +430,7 @@ def test_claims_in_a_database_are_those_of_one_search(database_locks: dict[tuple
 def test_a_search_in_a_database_has_its_claims_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, database_locks: dict[tuple[int, int], object]
 ) -> None:
-    """Machines that share a search need not share its folder, and locks of files say nothing to the others."""
+    """Machines that share a database need not share a folder: locks of files would not keep a trial from the others."""
     storage = optuna.storages.InMemoryStorage()
     monkeypatch.setattr("nin.sweeps.study.RDBStorage", lambda *_, **__: storage)
     url = "postgresql://me@far/x"
