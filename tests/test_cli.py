@@ -1,5 +1,6 @@
 """The program as a person runs it, in few processes of its own: each takes seconds to start."""
 
+import contextlib
 import errno
 import io
 import json
@@ -102,6 +103,23 @@ def test_a_file_that_can_not_be_written_is_not_taken_for_standard_output(monkeyp
     with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as raised:
         cli.main()
     assert raised.value.filename is None
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
+def test_long_output_that_can_not_be_written_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops what is longer than its buffer when a write fails: writing again would succeed."""
+    with open("/dev/full", "w") as output:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stdout", output)
+        monkeypatch.setattr(cli, "dispatch", lambda: print("x" * 100_000))
+        monkeypatch.setattr(os, "dup2", lambda *_: None)  # pytest's own standard error stays open
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        with contextlib.suppress(OSError):
+            output.close()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == f"nin: standard output can't be written ({os.strerror(errno.ENOSPC)})\n"
 
 
 @pytest.mark.parametrize("is_error_closed", [False, True])

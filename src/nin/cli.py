@@ -56,7 +56,7 @@ def main() -> None:
 
 def _cannot_flush(stream: TextIO) -> bool:
     try:
-        stream.flush()
+        print(file=stream, flush=True)  # what failed is no longer in the buffer, if it was long
     except OSError:
         return True
     return False

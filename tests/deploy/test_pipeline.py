@@ -107,7 +107,7 @@ def test_an_export_has_the_name_of_its_checkpoint(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_classify_nothing(tmp_path: Path, run_folder: Path) -> None:
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
-    next(iter(checkpoint["state_dict"].values())).fill_(torch.nan)
+    checkpoint["state_dict"]["network.0.0.weight"].fill_(torch.nan)
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(UserError, match="has values that are NaN or infinite"):
         nin.load(tmp_path / "x.ckpt")
@@ -150,6 +150,15 @@ def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> Non
     assert known.more["run"] == "small"
     assert len(known.more["weights_sha256"]) == 64
     json.dumps(known.more)
+
+
+def test_what_training_metrics_have_accumulated_is_not_needed(tmp_path: Path, run_folder: Path) -> None:
+    """As in checkpoints of a version with other metrics."""
+    checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
+    checkpoint["state_dict"]["train_acc.tp"] = checkpoint["state_dict"].pop("train_acc.mean_value")
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    loaded, expected = nin.load(tmp_path / "x.ckpt"), nin.load(run_folder)
+    assert loaded.description.more["weights_sha256"] == expected.description.more["weights_sha256"]
 
 
 def test_a_job_of_a_sweep_has_a_name_of_its_own(tmp_path: Path, run_folder: Path) -> None:

@@ -314,7 +314,7 @@ class Interrupted(Streams):
     ("epoch", "message"),
     [
         (0, "no checkpoint is saved yet; start again from the beginning"),
-        (1, "last.ckpt has step 6 of 8; resume with: nin resume "),
+        (1, "last.ckpt has step 6 of 8; resume with: the same command and name=quickstart\n"),
     ],
 )
 def test_a_stop_says_what_is_saved(

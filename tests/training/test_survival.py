@@ -664,7 +664,7 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
     output = third.communicate(timeout=60)[0]
     assert third.returncode == 130, output
     assert "resuming from epoch" in output
-    assert "last.ckpt is saved; resume with: nin resume outputs/runs/killed\n" in output
+    assert "last.ckpt is saved; resume with: the same command and name=killed\n" in output
 
     last = nin("resume", "outputs/runs/killed", f"callbacks.gate.path={gate}", "--allow", "gate", **there)
     assert last.returncode == 0, last.stderr

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from nin.config.schema import UserError
 
+TRAINING_METRICS = ("train_loss.", "train_acc.")  # tensors of a checkpoint that only a resumed run needs
+
 
 def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Checks that a checkpoint has the weights of ``module``, with their shapes and types, all finite.
@@ -39,13 +41,15 @@ def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Loads a checkpoint's weights into ``module``; raises as `require_matching_weights` does.
 
-    Tensors of a loss of the user's own are ignored where ``module`` has none, as outside of training.
+    Only training needs the other tensors of a checkpoint: those of a loss of the user's own, which are ignored where
+    ``module`` has none, and what the training metrics have accumulated.
     """
     current = module.state_dict()
-    weights = {
+    metrics = {name: value for name, value in current.items() if name.startswith(TRAINING_METRICS)}
+    weights = metrics | {
         name: value
         for name, value in checkpoint["state_dict"].items()
-        if name in current or not str(name).startswith("loss.")
+        if not str(name).startswith(TRAINING_METRICS) and (name in current or not str(name).startswith("loss."))
     }
     require_matching_weights(module, {"state_dict": weights})
     module.load_state_dict(weights)

@@ -40,9 +40,15 @@ def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "t
                 tensor.data = tensor.data.to(memory_format=torch.channels_last)
     if isinstance(settings.model, OwnModel):
         # Of the user's own module it is not known whether a batch may be split, and where its dropout and ReLUs are.
-        log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
-        may_split = isinstance(options.micro_batch, int) and not _has_batch_norm(network)
-        return (options.micro_batch if may_split else None), []  # type: ignore[return-value]
+        if not isinstance(options.micro_batch, int):
+            log.info("speed: of a network of your own, batches are not split unless speed.micro_batch is a number")
+            return None, []
+        if _has_batch_norm(network):
+            log.warning(
+                "speed.micro_batch is ignored: the network has batch norm, whose statistics are of a full batch"
+            )
+            return None, []
+        return options.micro_batch, []
     shapes = output_shapes(network, in_channels, settings.data.image_size)
     micro_batch = micro_batch_size(network, shapes)
     if micro_batch and options.micro_batch != "auto":

@@ -101,8 +101,9 @@ class RunFolder:
             lock.release()
 
     def _cannot_write(self, error: OSError) -> UserError:
-        remedy = "free some space" if error.errno == errno.ENOSPC else "change its permissions"
-        return UserError(f"{self.path}: can't be written ({error.strerror}); {remedy}, or give another name")
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free some space" if is_full else "change its permissions, or give another name"
+        return UserError(f"{self.path}: can't be written ({error.strerror}); {remedy}")
 
     def _acquire(self, lock: FileLock, wait: Callable[[str], None] | None) -> None:
         while True:

@@ -23,7 +23,7 @@ from nin.config.keys import split_override
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_path, name_override
-from nin.runs.files import write_atomically
+from nin.runs.files import require_no_link, write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
@@ -87,8 +87,7 @@ class Sweep:
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
         require_launcher(config.hydra.launcher._target_)
         remove_left_over_ranks()  # before lightning is imported; no job has several processes
-        if (request := self.folder / "multirun.yaml").is_symlink():
-            raise UserError(f"{request}: a symbolic link, which would be written through; replace it by its target")
+        require_no_link(self.folder / "multirun.yaml")
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         self.task: list[str] = task
         if (sweeper := config.hydra.sweeper._target_) not in (_GRID, _SEARCH):
@@ -237,7 +236,7 @@ class Sweep:
 
     def _remedy(self) -> str:
         # Without a name=… the command would start another sweep, whose name is the time.
-        return f"the same command with {shlex.quote(name_override(self.config.name))} resumes the sweep"
+        return f"the same command with {shlex.quote(name_override(str(self.config.name)))} resumes the sweep"
 
     def _run_jobs(self, launcher: Launcher) -> None:
         """Runs all jobs. Raises what stopped one, and at the end the error of one that failed, which has been printed.

@@ -111,7 +111,7 @@ class Classifier(LightningModule):
 
     def on_fit_start(self) -> None:
         # With precision=bf16-true the module is bfloat16, in which a sum over many images loses digits.
-        for metric in (self.train_loss, self.eval_loss):
+        for metric in (self.train_loss, self.train_acc, self.eval_loss):
             metric.set_dtype(torch.float32)
 
     on_validation_start = on_test_start = on_fit_start

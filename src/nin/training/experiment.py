@@ -14,12 +14,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
 from nin.config.schema import Settings, UserError, is_single_process
+from nin.config.trust import require_trusted_targets
 from nin.data.module import ImageDataModule
 from nin.runs.console import format_path, name_override
 from nin.runs.request import RunRequest
 from nin.runs.results import never_predicted
 from nin.system import devices
-from nin.system.processes import convert_worker_exit_to_stop
+from nin.system.processes import convert_worker_exit_to_stop, multi_process_launcher
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -223,12 +224,19 @@ class Experiment:
         saved, step = self.checkpoint_callback.saved_step, self.trainer.global_step
         if not self.folder.last.exists():
             return "no checkpoint is saved yet; start again from the beginning"
-        # The same command without a name=… would start another run or sweep, whose name is the time.
-        command = shlex.join(["nin", "resume", format_path(self.folder.path)])
-        if self.settings.sweep.keys:
-            command = f"the sweep's command and {shlex.quote(name_override(self.settings.name))}"
         state = "last.ckpt is saved" if saved == step else f"last.ckpt has step {saved} of {step}"
-        return f"{state}; resume with: {command}"
+        return f"{state}; resume with: {self._resume_command()}"
+
+    def _resume_command(self) -> str:
+        # Without a name=… the same command would start another run or sweep, whose name is the time.
+        same = f"the same command and {shlex.quote(name_override(self.settings.name))}"
+        if self.settings.sweep.keys or multi_process_launcher():
+            return same
+        try:
+            require_trusted_targets(self.settings, [])
+        except UserError:  # nin resume would need --allow
+            return same
+        return shlex.join(["nin", "resume", format_path(self.folder.path)])
 
     def _build_result(self, final_weights: str, tested: dict[str, Any], test_images: int | None) -> dict[str, Any]:
         best, logger = self.checkpoint_callback.best, self.metrics_logger

@@ -226,8 +226,8 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
 def _undo_if_refused(folder: RunFolder) -> Iterator[None]:
     """Undoes what this start has written if the run is refused before anything is trained.
 
-    A new folder is emptied. In an existing one, config, overrides, state and result of the earlier start are written
-    back, unless a checkpoint has been saved since.
+    From a new folder all that this start has written is removed. In an existing one, config, overrides, state and
+    result of the earlier start are written back, unless a checkpoint has been saved since.
     """
     before, is_new = set(folder.path.iterdir()), not folder.config.exists()
     replaced = (folder.overrides, folder.config, folder.state, folder.result)

@@ -17,6 +17,7 @@ from nin.checkpoints.complete_state import describe_structure, require_complete_
 from nin.checkpoints.files import rotate_checkpoints
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import random_state, set_random_state
+from nin.checkpoints.weights import TRAINING_METRICS
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
@@ -86,8 +87,8 @@ class ResumableCheckpoint(Checkpoint):
     def _restore(self, trainer: Trainer, pl_module: Classifier, state: dict[str, Any]) -> None:
         """Restores what Lightning does not.
 
-        The order matters: the state is checked before anything is changed, the iterator is made from a loader that has
-        its position, and the random state is set after the iterator, which draws random numbers.
+        The order matters: the position and the metrics are checked before anything is changed, the iterator is made
+        from a loader that has its position, and the random state is set after the iterator, which draws random numbers.
         """
         loader: Any = trainer.train_dataloader
         position, own = state["batches"], state["processes"][trainer.global_rank]
@@ -277,7 +278,7 @@ def _warn_of_random_workers(trainer: Trainer, position: dict[str, Any] | None) -
 def _train_metrics(pl_module: Classifier) -> dict[str, Tensor]:
     """The state of the training metrics of this process since the last logging, on the CPU."""
     state = pl_module.state_dict()
-    return {name: state[name].cpu() for name in state if name.startswith(("train_loss.", "train_acc."))}
+    return {name: state[name].cpu() for name in state if name.startswith(TRAINING_METRICS)}
 
 
 def _averages(trainer: Trainer) -> list[WeightAveraging]:

@@ -185,7 +185,7 @@ class MetricsLogger(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the sums and scores.
+        """Restores the sums, and the metrics of the last validation.
 
         Raises:
             TypeError, KeyError: if a part is missing or of another type.
@@ -197,14 +197,14 @@ class MetricsLogger(Callback):
             raise KeyError("epoch of MetricsLogger lacks a sum")
         parts = [state_dict[name] for name in ("epoch", "scores", "latest")]
         if not all(type(value) in (int, float) for part in parts for value in part.values()):
-            raise TypeError("a sum or a score of MetricsLogger is not a number")
+            raise TypeError("a sum or a metric of MetricsLogger is not a number")
         if not all(map(_is_row, state_dict["rows"])):
             raise TypeError("a row of MetricsLogger lacks a column, or has one of another type")
         self.__dict__.update(state_dict)
 
 
 def _is_row(row: dict[str, Any]) -> bool:
-    """Whether a row has all columns of ``metrics.csv``, the scores of a validation or a test only together."""
+    """Whether a row has all columns of ``metrics.csv``, the metrics of a validation or a test only together."""
     scored = [part for part in ("val/", "test/") if f"{part}loss" in row or f"{part}acc" in row]
     columns = [name for name in COLUMNS if not name.startswith(("val/", "test/")) or name.startswith(tuple(scored))]
     types = {name: int if name in ("epoch", "step") else float for name in columns}
