@@ -497,7 +497,7 @@ def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "message"),
-    [("joblib", "a worker process was killed; run"), ("submitit_local", "a job was lost (")],
+    [("joblib", "a worker process was killed; the same command"), ("submitit_local", "a job was lost (")],
 )
 def test_a_killed_job_ends_the_sweep_with_one_line(
     tmp_path: Path, data_root: Path, launcher: str, message: str
