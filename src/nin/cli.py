@@ -42,7 +42,7 @@ def main() -> None:
         sys.stdout.flush()
     except OSError as error:
         # A full disk and a removed working directory are no errors of standard output.
-        if not (isinstance(error, BrokenPipeError) or _cannot_flush(sys.stdout)):
+        if not (isinstance(error, BrokenPipeError) or _cannot_write(sys.stdout)):
             raise
         status = 141 if isinstance(error, BrokenPipeError) else 1  # nin report … | head
         if status == 1:
@@ -54,9 +54,10 @@ def main() -> None:
     sys.exit(status)
 
 
-def _cannot_flush(stream: TextIO) -> bool:
+def _cannot_write(stream: TextIO) -> bool:
     try:
-        print(file=stream, flush=True)  # what failed is no longer in the buffer, if it was long
+        # flush() alone may succeed: text that is longer than the buffer is dropped when writing it fails.
+        print(file=stream, flush=True)
     except OSError:
         return True
     return False

@@ -12,6 +12,12 @@ from nin.deploy.batching import Batcher, OverloadedError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
+def first_pixels(images: np.ndarray) -> Scores:
+    """By its first pixel a test knows which image an answer is of."""
+    values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
+    return Scores(values, values)
+
+
 def test_an_overloaded_batcher_refuses_and_recovers() -> None:
     sizes: list[int] = []
     begun, go = threading.Event(), threading.Event()
@@ -23,8 +29,7 @@ def test_an_overloaded_batcher_refuses_and_recovers() -> None:
             raise ValueError("a bad batch")
         if images.max() == 254:
             raise MemoryError
-        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
-        return Scores(values, values)
+        return first_pixels(images)
 
     known = Description(["a"], 1, 2, 2, False, "gap", {})
 
@@ -58,7 +63,7 @@ def test_an_overloaded_batcher_refuses_and_recovers() -> None:
 def test_a_batch_has_a_largest_size_and_no_image_that_nobody_waits_for(
     limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, limit, value)  # 15 pixels are those of three images of 2x2
+    monkeypatch.setattr(batching, limit, value)  # 15 pixels hold three images of 2x2
     computed: list[list[int]] = []
     begun, go = threading.Event(), threading.Event()
 
@@ -66,8 +71,7 @@ def test_a_batch_has_a_largest_size_and_no_image_that_nobody_waits_for(
         computed.append(images[:, 0, 0].tolist())
         begun.set()
         assert go.wait(60)
-        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
-        return Scores(values, values)
+        return first_pixels(images)
 
     async def play() -> None:
         batcher = Batcher(TrainedNetwork(Description(["a"], 1, 2, 2, False, "gap", {}), compute), 9, 1000)
@@ -92,8 +96,7 @@ def test_a_request_that_has_timed_out_leaves_the_others_of_its_batch_answered() 
     def compute(images: np.ndarray, maps: bool) -> Scores:
         begun.release()
         assert go.acquire(timeout=60)
-        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
-        return Scores(values, values)
+        return first_pixels(images)
 
     async def play() -> Scores:
         batcher = Batcher(TrainedNetwork(Description(["a"], 1, 2, 2, False, "gap", {}), compute), 8, 1000)
@@ -123,8 +126,7 @@ def test_the_images_of_a_batch_have_one_size_and_too_many_pixels_are_refused() -
         shapes.append(images.shape)
         begun.set()
         assert go.wait(60)
-        values = images.reshape(len(images), -1)[:, :1].astype(np.float32)
-        return Scores(values, values)
+        return first_pixels(images)
 
     async def play() -> list[float]:
         batcher = Batcher(TrainedNetwork(Description(["a"], 1, 2, 2, False, "gap", {}), compute), 8, 30)
