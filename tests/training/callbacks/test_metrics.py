@@ -91,6 +91,28 @@ def test_images_per_second_are_images_by_seconds(
     assert rates == pytest.approx([0.32] * 4, rel=0.05)
 
 
+def test_the_rate_of_a_window_counts_the_time_in_which_a_gpu_computes_the_metrics(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+
+    class OnGpu(torch.Tensor):
+        """Computed without waiting for it; reading it takes 5 s."""
+
+        def __float__(self) -> float:
+            nonlocal now
+            now += 5.0
+            return 0.5
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    metrics = MetricsLogger(Path())
+    metrics.window_images, metrics.window_started = 100, 0.0
+    metric = SimpleNamespace(compute=lambda: OnGpu())
+    module = SimpleNamespace(train_loss=metric, train_acc=metric)
+    read = metrics.read_window(SimpleNamespace(world_size=2), module)  # type: ignore[arg-type]
+    assert read == {"train/loss": 0.5, "train/acc": 0.5, "images_per_second": 20.0}
+
+
 class OwnScore(Callback):
     """Logs a metric of its own in every validation; stops the run in the second one."""
 

@@ -113,11 +113,13 @@ class MetricsLogger(Callback):
 
     def read_window(self, trainer: Trainer, pl_module: Classifier) -> dict[str, float]:
         """The training metrics since the last logging, of all processes. On a GPU this waits for its kernels."""
-        metrics = {"train/loss": pl_module.train_loss.compute(), "train/acc": pl_module.train_acc.compute()}
-        seconds = time.perf_counter() - self.window_started
-        return {name: float(value) for name, value in metrics.items()} | {
-            "images_per_second": self.window_images * trainer.world_size / seconds
+        metrics = {
+            "train/loss": float(pl_module.train_loss.compute()),
+            "train/acc": float(pl_module.train_acc.compute()),
         }
+        # Read after the values, for which a GPU first has to compute.
+        seconds = time.perf_counter() - self.window_started
+        return metrics | {"images_per_second": self.window_images * trainer.world_size / seconds}
 
     def on_validation_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self.validation_started = time.perf_counter()
