@@ -71,6 +71,26 @@ def test_dead_counts_are_what_every_relu_gives(norm: str) -> None:
     assert not any(module._forward_hooks for module in network.modules())
 
 
+def test_dead_classes_of_batch_norm_that_is_synchronized_between_gpus() -> None:
+    network = NiN(image_size=67, widths=(8, 16, 16), norm="batch")
+    with torch.no_grad():
+        network[7][-2].bias[[2, 9]] = -1e3
+    images = torch.rand(6, 1, 67, 67)
+    found = count_dead(network, iter([images]))[1]
+    assert {2, 9} <= set(found)
+    assert count_dead(nn.SyncBatchNorm.convert_sync_batchnorm(network), iter([images]))[1] == found
+
+
+def test_a_check_takes_no_larger_batches_than_training_on_a_gpu(settings: Callable[..., Settings]) -> None:
+    chosen = settings("data.batch_size=16", "speed.micro_batch=null")  # a GPU has no micro-batches
+    module = Classifier(chosen, [str(i) for i in range(10)])
+    data = ImageDataModule(chosen.data)
+    data.prepare_data()
+    data.setup("fit")
+    sample = DeadUnitMonitor(images=40)._sample(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
+    assert [len(images) for images in sample] == [16, 16, 8]
+
+
 def test_what_is_counted_in_other_networks() -> None:
     images = torch.rand(2, 1, 67, 67)
     assert count_dead(NiN(image_size=67, final_relu=False), iter([images]))[1] == []
@@ -153,7 +173,7 @@ def test_the_sample_of_a_folder_has_all_classes(tmp_path: Path, settings: Callab
     module.setup("fit")
     classifier = Classifier(settings("data.test_time_flip=false").model_copy(update={"data": data}), ["r", "g", "b"], 3)
     trainer: Any = SimpleNamespace(datamodule=module)
-    (images,) = DeadUnitMonitor(images=6)._sample(trainer, classifier)
+    images = torch.cat(list(DeadUnitMonitor(images=6)._sample(trainer, classifier)))
     # The channel that is largest in each class's color: blue, green, red.
     assert images.mean((2, 3)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]
 

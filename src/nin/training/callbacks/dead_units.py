@@ -99,11 +99,13 @@ class DeadUnitMonitor(Callback):
         return classes or []
 
     def _sample(self, trainer: Trainer, pl_module: Classifier) -> Iterator[Tensor]:
-        """The images of the sample as the network receives them, in micro-batches where training uses them."""
+        """The images of the sample as the network receives them, in batches or micro-batches like those of training."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
         of_folder = isinstance(pl_module.settings.data, FolderData)
         sample = data.train[0][data.spread(self.images) if of_folder else slice(self.images)]
-        for images in sample.to(pl_module.device).split(pl_module.micro_batch(self.images)):
+        # Not more at once than in training: a GPU may not have the memory.
+        size = min(pl_module.micro_batch(self.images), pl_module.settings.data.batch_size)
+        for images in sample.to(pl_module.device).split(size):
             yield data.prepare_images(images)
 
     def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:
@@ -190,7 +192,8 @@ def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[
         counts[block] = counts.get(block, 0) + int((largest[layer] <= 0).sum())
     if not isinstance(list(network)[-1], nn.Flatten):
         return counts, None
-    last_maps = next(m for m in reversed(list(network.modules())) if isinstance(m, nn.Conv2d | nn.BatchNorm2d))
+    kinds = nn.Conv2d | nn.BatchNorm2d | nn.SyncBatchNorm
+    last_maps = next(module for module in reversed(list(network.modules())) if isinstance(module, kinds))
     dead = (largest[last_maps] <= 0).nonzero().flatten().tolist() if last_maps in before else []
     return counts, dead
 
