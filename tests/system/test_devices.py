@@ -13,6 +13,7 @@ from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.runs.request import RunRequest
 from nin.system.devices import add_remedy, own_gpu, require_accelerator, require_working_gpu
+from nin.system.processes import remove_left_over_ranks
 from nin.training.run import execute_run
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
@@ -55,6 +56,12 @@ def test_the_gpu_whose_abilities_count_is_the_processs_own(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", str(process))
     assert own_gpu(devices) == gpu
+    monkeypatch.delenv("LOCAL_RANK")
+    monkeypatch.setenv("SLURM_LOCALID", str(process))  # srun's
+    monkeypatch.setenv("SLURM_PROCID", str(process + 2))
+    assert own_gpu(devices) == gpu
+    remove_left_over_ranks()  # a run of one process, in a shell that srun started
+    assert own_gpu("auto") == 0
 
 
 @without_gpu

@@ -121,7 +121,9 @@ def resolve_precision(trainer: Trainer) -> int | str | None:
 
 def own_gpu(devices: int | str | list[int]) -> int:
     """The index of the GPU that this process will use, of those that ``trainer.devices`` selects."""
-    process = int(os.environ.get("LOCAL_RANK", 0))
+    # srun's variable counts only beside its rank, which a run of one process removes where another program left it.
+    of_srun = os.environ.get("SLURM_LOCALID", 0) if "SLURM_PROCID" in os.environ else 0
+    process = int(os.environ.get("LOCAL_RANK", of_srun))
     if isinstance(devices, str) and "," in devices:
         devices = [int(index) for index in devices.split(",") if index.strip()]
     return devices[process % len(devices)] if isinstance(devices, list) and devices else process
