@@ -38,9 +38,17 @@ def build_optimizer(
     # Lightning can't clip the gradients of a fused optimizer in mixed precision.
     clipped = settings.trainer.gradient_clip_val is not None
     fused = settings.speed.fused_optimizer and device.type in ("cpu", "cuda", "mps") and not clipped
-    if "fused" in inspect.signature(kind).parameters:  # only a few of torch's optimizers have it
-        arguments["fused"] = fused
-    return kind(parameters, **arguments)
+    if "fused" not in inspect.signature(kind).parameters:  # only a few of torch's optimizers have it
+        return kind(parameters, **arguments)
+    optimizer = kind(parameters, **arguments | {"fused": fused})
+
+    def keep_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        # `fused` is no part of the experiment: that of a checkpoint would replace it, in some parts of the optimizer.
+        for group in state["param_groups"]:
+            group["fused"] = fused
+
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
+    return optimizer
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:

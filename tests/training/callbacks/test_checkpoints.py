@@ -41,6 +41,20 @@ def test_among_equal_accuracies_the_lowest_loss_is_best(tmp_path: Path, monkeypa
     assert callback.best == {"val/acc": 0.91, "val/loss": 0.9}
 
 
+@pytest.mark.parametrize(("own", "signum"), [(None, signal.SIGUSR1), (signal.SIGTERM, signal.SIGTERM)])
+def test_processes_of_a_run_stop_by_the_signal_that_the_first_of_them_received(
+    own: int | None, signum: int, tmp_path: Path
+) -> None:
+    # SLURM requeues a job if rank 0 stops by its signal, which may reach rank 0 last.
+    chosen = CheckpointSettings(every_n_steps=None, every_n_minutes=None, keep=0)
+    callback = ResumableCheckpoint(RunFolder(tmp_path), chosen, MetricsLogger(tmp_path / "metrics.csv"), StopRequest())
+    callback.stop.signum = own
+    strategy = SimpleNamespace(root_device="cpu", reduce=lambda own, reduce_op: max(own, torch.tensor(signal.SIGUSR1)))
+    with pytest.raises(StoppedError) as stopped:
+        callback._raise_if_requested(SimpleNamespace(world_size=2, strategy=strategy))  # type: ignore[arg-type]
+    assert stopped.value.signum == signum
+
+
 class Rprop(Section):
     """An optimizer that is added as CONTRIBUTING.md says: torch has no fused form of it, and it has no momentum."""
 
@@ -50,6 +64,24 @@ class Rprop(Section):
 
 class MoreSettings(Settings):
     optimizer: Annotated[SGD | AdamW | Rprop, Field(discriminator="name")]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_resumed_run_computes_its_steps_as_its_own_settings_say(
+    before: bool, settings: Callable[..., Settings]
+) -> None:
+    def build(fused: bool) -> torch.optim.Optimizer:
+        chosen = settings(f"speed.fused_optimizer={fused}", "optimizer=adamw")
+        return optimizers.build_optimizer(chosen, layer.parameters(), torch.device("cpu"))
+
+    layer = torch.nn.Linear(2, 2)
+    layer(torch.ones(1, 2)).sum().backward()
+    saved, resumed = build(before), build(not before)
+    saved.step()
+    resumed.load_state_dict(saved.state_dict())
+    assert [group["fused"] for group in resumed.param_groups] == [not before]
+    assert resumed.state_dict()["state"][0]["step"] == 1
+    resumed.step()
 
 
 def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(

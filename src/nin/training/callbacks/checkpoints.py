@@ -2,7 +2,6 @@
 
 import logging
 import math
-import signal
 import time
 from typing import Any
 
@@ -189,11 +188,17 @@ class ResumableCheckpoint(Checkpoint):
         return due and trainer.global_step != self.saved_step
 
     def _stop_requested(self, trainer: Trainer) -> bool:
-        """Whether any of the processes received a signal; then all of them stop."""
-        requested = trainer.strategy.reduce_boolean_decision(self.stop.signum is not None, all=False)
-        if requested and self.stop.signum is None:
-            self.stop.signum = signal.SIGTERM
-        return requested
+        """Whether any of the processes received a signal; then all of them stop, each by the same signal.
+
+        Rank 0, which has SLURM run the job again, may be the last that the signal reaches.
+        """
+        if trainer.world_size == 1:  # nothing is read from a GPU
+            return self.stop.signum is not None
+        own = torch.tensor(self.stop.signum or 0, device=trainer.strategy.root_device)
+        signum = int(trainer.strategy.reduce(own, reduce_op="max"))
+        if signum and self.stop.signum is None:
+            self.stop.signum = signum
+        return signum > 0  # the same in all processes, also if a signal has come in between
 
     def _raise_if_requested(self, trainer: Trainer) -> None:
         if self._stop_requested(trainer):
