@@ -1,6 +1,7 @@
-"""A callback that holds training, so that a signal finds a run at work on every machine, however late it comes."""
+"""Callbacks that hold, slow down or fail a run, so that what follows is the same on every machine, however fast."""
 
 import contextlib
+import errno
 import time
 from pathlib import Path
 from typing import Any
@@ -22,3 +23,21 @@ class Gate(Callback):
         with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
             return int(self.path.read_text())
         return 0
+
+
+class SlowEnd(Callback):
+    """Rank 0 takes longer to end a stopped run than Lightning takes to see that the other processes have ended."""
+
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:
+            time.sleep(12)
+
+
+class FailingRank(Callback):
+    """Rank 0 fails in the fourth batch; the other processes are at work for a long time."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            if trainer.is_global_zero:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            time.sleep(150)

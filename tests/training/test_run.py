@@ -1,6 +1,7 @@
 """A run from request to result, with training replaced by a function that does nothing."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
@@ -363,6 +364,38 @@ def test_too_little_memory_of_a_gpu_fails_with_its_remedy(
     for text in (started.folder.log.read_text(), capsys.readouterr().err, started.folder.read_result()["error"]):
         assert "Tried to allocate 20.00 GiB." in text
         assert "start another run with a smaller data.batch_size" in text
+
+
+def test_another_rank_than_the_first_fails_with_its_traceback(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Let out, an OSError would be taken for one of the run's folder.
+    monkeypatch.setitem(globals(), "during_training", lambda: Path("images_of_node_2").read_bytes())
+    request = dataclasses.replace(request_of(), rank=1)
+    request.folder.checkpoints.mkdir(parents=True)  # by rank 0
+    with pytest.raises(run.RunFailedError):
+        run.execute_run(request)
+    printed = capsys.readouterr().err
+    assert "rank 1 failed" in printed
+    assert "FileNotFoundError: [Errno 2] No such file or directory: 'images_of_node_2'" in printed
+
+
+@pytest.mark.parametrize(("variables", "status"), [({}, 0), ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, 143)])
+def test_another_rank_that_lightning_started_ends_well_after_a_stop(
+    variables: dict[str, str], status: int, request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With a status other than 0, Lightning would kill rank 0, which may still be writing. torchrun gives the status on.
+    def stop() -> None:
+        raise StoppedError(signal.SIGTERM)
+
+    monkeypatch.setitem(globals(), "during_training", stop)
+    request = dataclasses.replace(request_of(), rank=1)
+    request.folder.checkpoints.mkdir(parents=True)  # by rank 0
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StoppedError) as stopped:
+        run.execute_run(request)
+    assert stopped.value.exit_status == status
 
 
 def test_a_view_of_maps_in_the_channels_last_format_fails_with_its_remedy(

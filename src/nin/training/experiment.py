@@ -3,12 +3,14 @@
 import contextlib
 import logging
 import shlex
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nin.checkpoints import files as checkpoint_files
@@ -20,7 +22,7 @@ from nin.runs.console import format_path, name_override
 from nin.runs.request import RunRequest
 from nin.runs.results import never_predicted
 from nin.system import devices
-from nin.system.processes import convert_worker_exit_to_stop, multi_process_launcher
+from nin.system.processes import StoppedError, convert_worker_exit_to_stop, multi_process_launcher
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -149,7 +151,13 @@ class Experiment:
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
             self.resume_checkpoint = None  # frees its memory: Lightning reads the file itself
+            # Lightning sets these for the process, in which the next job of a sweep runs too.
+            if self.settings.trainer.deterministic:
+                cleanup.callback(torch.use_deterministic_algorithms, False)
+            if self.settings.trainer.benchmark:
+                cleanup.callback(setattr, torch.backends.cudnn, "benchmark", False)
             cleanup.enter_context(self.request.stop)
+            cleanup.push(self._end_other_processes)
             self._fit()
             final_weights = weights_sha256(self.module.network)
             # If best.ckpt is missing or damaged, no other weights are tested instead.
@@ -158,6 +166,12 @@ class Experiment:
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics_logger)
             return result
+
+    def _end_other_processes(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Ends the processes that Lightning started, if this one fails: they would wait for it, and keep their GPUs."""
+        launcher = self.trainer.strategy.launcher
+        if launcher is not None and kind is not None and not issubclass(kind, StoppedError):
+            launcher.kill(signal.SIGKILL)
 
     def _prepare_folder(self, resumes: int) -> None:
         """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""

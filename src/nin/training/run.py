@@ -21,7 +21,7 @@ from nin.runs.results import PRINTED, print_result
 from nin.runs.versions import git_commit, versions
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
-from nin.system.processes import StoppedError
+from nin.system.processes import StoppedError, multi_process_launcher
 
 if TYPE_CHECKING:
     from nin.training.experiment import Experiment
@@ -63,7 +63,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     with without_garbage_collection():
         from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
-        from nin.training.experiment import Experiment
+        from nin.training.experiment import Experiment  # noqa: F401  # what imports it later finds it loaded
         from nin.training.loss import require_known_loss
 
     require_buildable(settings)  # all before data are downloaded or decoded
@@ -72,8 +72,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     prepare(settings.data)
     require_training_images(settings.data, settings.seed)
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
-        with log_to(None):
-            return Experiment(request).run()
+        return _train_other_rank(request)
     with folder.claim(_waiting(request) if request.wait else None):
         # Another process may have ended it in the meantime.
         result = read_finished_result(folder, settings)
@@ -83,6 +82,25 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         result = result or _train_and_record(request)
     print_result(folder, result)
     return result
+
+
+def _train_other_rank(request: RunRequest) -> dict[str, Any]:
+    from nin.training.experiment import Experiment
+
+    with log_to(None):
+        try:
+            return Experiment(request).run()
+        except (UserError, KeyboardInterrupt):
+            raise
+        except StoppedError as stopped:
+            if multi_process_launcher() is None:
+                # Lightning started this process: with another status it would kill rank 0, which may still be writing.
+                stopped.exit_status = 0
+            raise
+        except Exception as error:
+            add_remedy(error, request.settings)
+            log.exception("rank %d failed", request.rank)
+            raise RunFailedError from error
 
 
 def _require_folder_of_a_run(folder: RunFolder) -> None:
