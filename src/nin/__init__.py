@@ -7,7 +7,7 @@ A package imports only from the packages below it:
     commands/       one file per command: arguments in, exit status out
     sweeps/         start a sweep, its workers, its jobs, their summary
     deploy/         predict, score maps, export, serve
-    bench/          how fast training is, beside the notebooks' loop and the machine's limit
+    bench/          how fast training is, compared with the notebooks' loop and a matrix product
     training/       one run: claim the folder, train, test, write the result; the LightningModule and its callbacks
     checkpoints/    checkpoint files: atomic, checksummed, data only; the state that makes resuming exact
     data/           the LightningDataModule, data sets, resizing and augmentation

@@ -13,15 +13,15 @@ import sys
 from typing import TextIO
 
 COMMANDS = {
-    "train": "train a network, then test its best checkpoint once; with -m a sweep",
-    "resume": "continue the run in a folder, to the result that it would have had",
-    "eval": "test metrics of a run's folder, a .ckpt file or an export",
-    "predict": "class probabilities of your own images; with --maps, where each class is recognized",
-    "export": "a file for deployment with its preprocessing inside, checked on the whole test set",
-    "serve": "a trained network as an HTTP service, with a page to try it",
-    "bench": "images per second, beside the notebooks' own loop and the machine's limit",
-    "report": "the table and the chart of a sweep, also of an unfinished one",
-    "inspect": "a network without training it: layers, parameters, multiply-adds",
+    "train": "train a network, then test the best checkpoint once; with -m a sweep",
+    "resume": "continue a run as if it had not been interrupted",
+    "eval": "test a run, a checkpoint or an exported file",
+    "predict": "classify your own images; --maps also draws where each class is recognized",
+    "export": "write a file for deployment that includes the preprocessing, and check it on the test set",
+    "serve": "serve a trained network over HTTP, with a page to try it",
+    "bench": "measure images per second, compared with the notebooks' loop and a matrix product",
+    "report": "print the table and draw the chart of a sweep, also an unfinished one",
+    "inspect": "print a network's layers, parameters and multiply-adds",
 }
 
 
@@ -93,14 +93,16 @@ def usage() -> str:
         "Network in Network on Fashion-MNIST: an experiment you can trust.\n\n"
         f"{rows}\n\n"
         "Start with:  nin train experiment=quickstart\n"
-        "More on each with --help, as in:  nin train --help"
+        "More on each with --help, as in:  nin train --help\n"
+        "Documentation: README.md and docs/"
     )
 
 
 def run(name: str, arguments: list[str]) -> int:
-    """Runs one command; the exit status is 0 if it is done, 2 for an error of the user, 1 if the work failed.
+    """Runs one command; returns its exit status.
 
-    128 and more: a signal ended it, as in a shell.
+    0: it is done; 1: the work failed; 2: it was refused, because of the command, the data or the machine; 128 and more:
+    a signal ended it, as in a shell.
     """
     if sys.platform == "win32":  # no POSIX signals, and no folder can be flushed to disk
         print(f"nin {name}: needs Linux or macOS; on Windows start it in WSL (wsl --install)", file=sys.stderr)

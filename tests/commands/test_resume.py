@@ -63,7 +63,11 @@ def test_of_a_sweep_its_command_is_run_again(run: RunFolder, capsys: pytest.Capt
 
 
 def test_a_missing_run_is_the_only_missing_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    for command, argument in (("resume", "run"), ("eval", "network"), ("export", "run_or_checkpoint")):
+    for command, argument in (
+        ("resume", "RUN"),
+        ("eval", "RUN_OR_CHECKPOINT_OR_EXPORT"),
+        ("export", "RUN_OR_CHECKPOINT"),
+    ):
         with pytest.raises(SystemExit):
             cli.run(command, [])
         assert capsys.readouterr().err.endswith(f"the following arguments are required: {argument}\n")

@@ -1,4 +1,4 @@
-"""Training speed beside the notebooks' loop, the overhead of a training step, and its memory.
+"""Training speed compared with the notebooks' loop, the overhead of a training step, and its memory.
 
 A module imports only from the modules below it:
 

@@ -1,4 +1,4 @@
-"""``nin bench [overrides]``: images per second beside the notebooks' loop and the machine's limit, in one run."""
+"""``nin bench [overrides]``: images per second, compared with the notebooks' loop and a matrix product, in one run."""
 
 import argparse
 import contextlib
@@ -81,16 +81,19 @@ def main(arguments: list[str]) -> int:
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nin bench",
-        description="Train for a minute and a half, in turns with the notebooks' loop and with matrix products, so "
-        "that the ratios hold while other programs use the machine. The results are written as JSON.",
+        description="Measure images per second of training for a minute and a half, alternating with the notebooks' "
+        "loop and with matrix products, so that the ratios hold while other programs use the machine. The results are "
+        "written as JSON.",
         epilog="example: nin bench model=nin_small data.batch_size=256 trainer=cpu",
         allow_abbrev=False,
     )
     parser.add_argument(
         "overrides", nargs="*", help="key=value as for nin train: model, data.batch_size, trainer.precision, …"
     )
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement; default: 4")
-    parser.add_argument("--rounds", type=int, default=3, help="of measurements; medians are reported; default: 3")
+    parser.add_argument("--seconds", type=float, default=4, help="seconds of each measurement; default: 4")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of rounds, whose medians are reported; default: 3"
+    )
     parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
     add_config_options(parser)
     args = parser.parse_intermixed_args(arguments)  # overrides may follow an option

@@ -40,12 +40,22 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nin eval",
         allow_abbrev=False,
-        description="Test loss and accuracy, also per class, and the confusion matrix. Of a run's folder, best.ckpt is "
-        "tested, as in result.json; before the end of the first epoch, last.ckpt.",
+        description="Print test loss and accuracy, also per class, and the confusion matrix. For a run's folder, "
+        "best.ckpt is tested, as for result.json; before the first epoch has ended, last.ckpt.",
         epilog="example: nin eval outputs/runs/first trainer=cpu",
     )
-    parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
-    parser.add_argument("overrides", nargs="*", default=[], help=f"key=value; may change: {', '.join(MAY_CHANGE)}")
+    parser.add_argument(
+        "network",
+        metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
+        type=Path,
+        help="a run's folder, a .ckpt file or an exported .onnx file",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        default=[],
+        help=f"key=value; may change: {', '.join(MAY_CHANGE)} (for an exported file only data.… and threads)",
+    )
     add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 

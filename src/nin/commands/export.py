@@ -51,11 +51,16 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nin export",
         allow_abbrev=False,
-        description="Writes a trained network with its preprocessing: uint8 images of any size in, probabilities and "
+        description="Write a trained network with its preprocessing: uint8 images of any size in, probabilities and "
         "score maps out. The file is kept only if it classifies every test image as the checkpoint does.",
         epilog="example: nin export outputs/runs/first --int8",
     )
-    parser.add_argument("run_or_checkpoint", type=Path, help="a run's folder (its best.ckpt counts), or a .ckpt file")
+    parser.add_argument(
+        "run_or_checkpoint",
+        metavar="RUN_OR_CHECKPOINT",
+        type=Path,
+        help="a run's folder (its best.ckpt is exported), or a .ckpt file",
+    )
     parser.add_argument(
         "--format",
         choices=FORMATS,

@@ -5,9 +5,13 @@ import argparse
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
     """Adds Hydra's options for other configs than ``conf/train.yaml``."""
-    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="of your own configs, beside those in conf/")
-    parser.add_argument("--config-name", "-cn", default="train", metavar="NAME", help="of the config to start from")
-    parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="replaces conf/")
+    parser.add_argument(
+        "--config-dir", "-cd", metavar="FOLDER", help="folder of your own configs, searched in addition to conf/"
+    )
+    parser.add_argument(
+        "--config-name", "-cn", default="train", metavar="NAME", help="name of the primary config; default: train"
+    )
+    parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="folder that replaces conf/")
 
 
 def add_allow_option(parser: argparse.ArgumentParser) -> None:

@@ -45,11 +45,17 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="nin predict",
         allow_abbrev=False,
-        description="Class probabilities of images. They are preprocessed as the test images were: gray or color as "
-        "the network needs them, resized, and scored mirrored too if the run was tested so.",
+        description="Print class probabilities of images. They are preprocessed as the test images were: gray or color "
+        "as the network needs them, resized, and, if the run used data.test_time_flip, classified together with their "
+        "flipped copies.",
         epilog="example: nin predict outputs/runs/first shirt.jpg photos/ --maps maps",
     )
-    parser.add_argument("network", type=Path, help="a run's folder, a .ckpt file or an exported .onnx file")
+    parser.add_argument(
+        "network",
+        metavar="RUN_OR_CHECKPOINT_OR_EXPORT",
+        type=Path,
+        help="a run's folder, a .ckpt file or an exported .onnx file",
+    )
     parser.add_argument("images", type=Path, nargs="+", help="image files, folders, IDX files, or - for standard input")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="classes in the table; default: 3")
     parser.add_argument(

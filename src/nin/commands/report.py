@@ -17,14 +17,16 @@ def main(arguments: list[str]) -> None:
         epilog="examples: nin report outputs/sweeps/lr; nin report outputs/runs --metric test/acc",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="a sweep's folder, as in outputs/sweeps/lr, or outputs/runs")
+    parser.add_argument(
+        "folder", metavar="SWEEP", type=Path, help="a sweep's folder, as in outputs/sweeps/lr, or outputs/runs"
+    )
     parser.add_argument(
         "--metric", default="val/acc", choices=jobs.METRICS, help="to sort by and to draw; default: val/acc"
     )
     parser.add_argument("--x", default="epochs", choices=chart.X_AXES, help="x axis of the curves; default: epochs")
     parser.add_argument(
-        "--storage", metavar="URL", help="the database of a search with hydra.sweeper.storage=URL; no file decides "
-        "where to connect to",
+        "--storage", metavar="URL", help="the database of a search with hydra.sweeper.storage=URL; the URL in the "
+        "search's files is not used, because they may come from elsewhere",
     )  # fmt: skip
     args = parser.parse_args(arguments)
     silence_known_warnings()  # matplotlib warns of characters that its fonts lack

@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "the number of steps.",
         epilog=f"may change: {', '.join(_MAY_CHANGE)}; of the callbacks those that only observe the training",
     )
-    parser.add_argument("run", type=Path, help="a run's folder, as in outputs/runs/first")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, as in outputs/runs/first")
     parser.add_argument(
         "overrides", nargs="*", default=[], help="key=value for what may change, as in trainer.max_epochs=20"
     )

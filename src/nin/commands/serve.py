@@ -17,12 +17,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="nin serve",
         allow_abbrev=False,
-        description="Serves an export with onnxruntime: POST an image to /predict, or open the page at /. A run "
+        description="Serve an export with onnxruntime: POST an image to /predict, or open the page at /. A run "
         f"without an export of its best.ckpt is exported first. Where the variable {KEY} is set, clients must send its "
         "value.",
         epilog="example: nin serve outputs/runs/first --port 8000",
     )
-    parser.add_argument("network", type=Path, help="a run's folder, or an exported .onnx file")
+    parser.add_argument("network", metavar="RUN_OR_EXPORT", type=Path, help="a run's folder, or an exported .onnx file")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: 127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--threads", type=int, help="CPU threads; default: all that this process may use")

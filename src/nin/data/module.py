@@ -107,8 +107,8 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         class_names: one per class; the label of an image is the index of its class.
         channels: of the images.
-        notes: for the result: a folder's fingerprint, the number of images in its parts, and which were split off its
-            training images. Empty for the published data sets.
+        notes: entries for result.json: a folder's fingerprint, the number of images in its parts, and which parts were
+            split off its training images. Empty for the published data sets.
     """
 
     def __init__(self, settings: Data | FolderData, seed: int = 0, is_prepared: bool = False):

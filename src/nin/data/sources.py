@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
-# SHA-256 of the unpacked files of Fashion-MNIST (published by Zalando Research) and MNIST (by LeCun et al.), and of the
-# archive of CIFAR-10 (by Krizhevsky), which stays packed.
+# SHA-256 of the published files, unpacked: of Fashion-MNIST (by Zalando Research) and MNIST (by LeCun et al.); and of
+# the archive of CIFAR-10 (by Krizhevsky), which stays packed.
 PUBLISHED = {
     "fashion_mnist": {
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",

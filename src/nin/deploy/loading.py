@@ -16,7 +16,7 @@ def load(path: str | Path, allow: Sequence[str] = ()) -> "TrainedNetwork":
     """A trained network, ready to classify images.
 
     Args:
-        path: a run's folder (its best.ckpt counts), a checkpoint, or an ``.onnx`` file written by `nin export`.
+        path: a run's folder (its best.ckpt is loaded), a checkpoint, or an ``.onnx`` file written by `nin export`.
         allow: Python modules of yours whose classes a checkpoint may name: a network of your own is imported from them.
 
     Returns:
@@ -45,7 +45,9 @@ def is_export(path: Path) -> bool:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that a run's folder is judged by, or ``path`` itself if it is a file.
+    """The checkpoint to use from a run's folder: best.ckpt, or last.ckpt before the first epoch has ended.
+
+    If ``path`` is a file, it is returned itself.
 
     Raises:
         UserError: if there is none, or the file is an export in another format than ONNX.

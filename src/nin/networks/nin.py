@@ -49,7 +49,7 @@ class NiNBlock(Network):
 
 
 class NiN(Network):
-    """Blocks with 3x3 max pooling between them; the last block has one map per class, and its mean is the logit.
+    """Blocks with 3x3 max pooling between them; the mean of each of the last block's maps is the logit of that class.
 
     With the default arguments it is the notebooks' network: the same layers and parameters in the same order as in
     their ``nn.Sequential``. Input: ``(batch, in_channels, image_size, image_size)``; output: logits

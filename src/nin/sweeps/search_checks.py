@@ -76,7 +76,7 @@ def check_search(
         UserError: lists every error that is found.
     """
     if config.sweep.fail_fast:
-        raise UserError("sweep.fail_fast=true: of a search, give hydra.sweeper.max_failures=1 instead")
+        raise UserError("sweep.fail_fast=true: for a search, set hydra.sweeper.max_failures=1 instead")
     space, fixed = read_space(config.hydra.sweeper.params, task)
     if not space:
         raise UserError(
