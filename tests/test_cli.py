@@ -32,6 +32,16 @@ def test_help_on_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith("usage: nin report ")
 
 
+def test_help_on_train_ends_with_the_documentation_and_the_line_for_completion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):  # Hydra's help ends the process
+        dispatch(monkeypatch, "train", "--help")
+    footer = capsys.readouterr().out[-500:]
+    assert "docs/config.md" in footer
+    assert 'eval "$(nin train -sc install=bash)"' in footer
+
+
 def dispatch(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """The exit status of the program, run in this process."""
     monkeypatch.setattr(sys, "argv", ["nin", *arguments])
