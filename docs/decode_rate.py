@@ -1,4 +1,4 @@
-"""The rate at which data=folder decodes images, beside a plain loop of Pillow on one core, in turns.
+"""The rate at which data=folder decodes images, compared with a plain loop of Pillow on one core, alternating.
 
     python docs/decode_rate.py FOLDER [TURNS]
 

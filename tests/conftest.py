@@ -1,4 +1,7 @@
-"""Shared by all tests: settings in one process, the garments generated once, the real data where NIN_DATA has it."""
+"""Fixtures that all tests share: settings of a small run, the garments, generated once, and Fashion-MNIST.
+
+The last is used if NIN_DATA names its folder.
+"""
 
 import functools
 import gc
@@ -99,7 +102,7 @@ def real_root() -> Path:
     """Holds Fashion-MNIST; never the repository's own data/, which a test must not depend on."""
     root = os.environ.get("NIN_DATA")
     if not root or not (Path(root) / "FashionMNIST" / "raw").is_dir():
-        pytest.skip("NIN_DATA does not point at Fashion-MNIST")
+        pytest.skip("NIN_DATA is not a folder that has FashionMNIST/raw")
     return Path(root)
 
 
@@ -120,7 +123,7 @@ def settings(data_root: Path) -> Callable[..., Settings]:
 
 @pytest.fixture(scope="session")
 def run_folder(shared_folder: Path, settings: Callable[..., Settings]) -> Path:
-    """A run's folder with best.ckpt: a small network trained for a moment, scored mirrored too."""
+    """A run's folder with best.ckpt: a small network trained for 80 steps, with data.test_time_flip."""
     folder = shared_folder / "runs" / "small"
     folder.mkdir(parents=True, exist_ok=True)
     best = folder / "checkpoints" / "best.ckpt"
