@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nin.config.schema import UserError
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
-from nin.networks.score_maps import ends_with_pooling, forward_with_maps, grad_cam, has_score_maps
+from nin.networks.score_maps import find_map_kind, forward_with_maps, grad_cam
 
 SMALL = {"image_size": 28, "widths": (8, 12), "kernel_sizes": (3, 3, 3), "first_stride": 2, "first_padding": 2}
 
@@ -21,7 +21,7 @@ def images() -> Tensor:
 
 def test_with_global_average_pooling_the_mean_of_the_map_is_the_logit(images: Tensor) -> None:
     network = NiN(**SMALL, final_relu=False).eval()
-    assert has_score_maps(network)
+    assert find_map_kind(network) == "gap"
     logits, maps = forward_with_maps(network, images)
     assert maps.shape == (3, 10, 3, 3)
     assert torch.equal(logits, network(images))
@@ -30,7 +30,7 @@ def test_with_global_average_pooling_the_mean_of_the_map_is_the_logit(images: Te
 
 def test_with_a_fully_connected_layer_mean_and_bias_are_the_logit(images: Tensor) -> None:
     network = NiN(**SMALL, head="fc").eval()
-    assert has_score_maps(network)
+    assert find_map_kind(network) == "fc"
     logits, maps = forward_with_maps(network, images)
     assert torch.equal(logits, network(images))
     torch.testing.assert_close(maps.mean((2, 3)) + network[-1].bias, logits, rtol=1e-5, atol=1e-5)
@@ -55,24 +55,23 @@ def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
         return nn.Sequential(OrderedDict(normalize=nn.Identity(), own=kind(*layers))).eval()
 
     pooled = as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    assert ends_with_pooling(pooled)
+    assert find_map_kind(pooled) == "gap"
     logits, maps = forward_with_maps(pooled, images)
     torch.testing.assert_close(maps.mean((2, 3)), pooled(images))
     assert torch.equal(logits, pooled(images))
     deep = as_built(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 26 * 26, 8), nn.ReLU(), nn.Linear(8, 5))
-    assert not has_score_maps(deep)
+    assert find_map_kind(deep) is None
     assert grad_cam(deep, images).shape == (3, 5, 26, 26)
-    assert not has_score_maps(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), kind=Doubled))
+    assert find_map_kind(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), kind=Doubled)) is None
     # Means of four quarters are no logits of one class each.
-    assert not has_score_maps(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten()))
+    assert find_map_kind(as_built(nn.Conv2d(1, 5, 3), nn.AdaptiveAvgPool2d(2), nn.Flatten())) is None
 
 
 def test_maps_are_those_before_a_global_average_pooling(images: Tensor) -> None:
     pytest.importorskip("captum")
     features = (nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network = nn.Sequential(*features, nn.Linear(4, 5)).eval()
-    assert has_score_maps(network)
-    assert not ends_with_pooling(network)
+    assert find_map_kind(network) == "fc"
     logits, maps = forward_with_maps(network, images)
     assert torch.equal(logits, network(images))
     assert maps.shape == (3, 5, 26, 26)
@@ -95,7 +94,7 @@ def test_grad_cam_is_exact_where_one_linear_layer_follows_average_pooling() -> N
 def test_grad_cam_of_lenet_has_a_map_for_each_class(images: Tensor) -> None:
     pytest.importorskip("captum")
     network = LeNet().eval().requires_grad_(False)
-    assert not has_score_maps(network)
+    assert find_map_kind(network) is None
     with torch.no_grad():
         maps = grad_cam(network, images)
     assert maps.shape == (3, 10, 5, 5)

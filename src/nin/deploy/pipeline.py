@@ -15,7 +15,7 @@ from nin.checkpoints.weights import load_weights, weights_sha256
 from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
-from nin.networks.score_maps import ends_with_pooling, forward_with_maps, grad_cam, has_score_maps
+from nin.networks.score_maps import find_map_kind, forward_with_maps, grad_cam
 from nin.runs.folder import RunFolder
 from nin.runs.versions import versions
 from nin.training.classifier import Classifier
@@ -33,7 +33,7 @@ class Pipeline(nn.Module):
         self.network = network
         self.channels, self.stored_size, self.image_size = channels, stored_size, image_size
         self.test_time_flip = test_time_flip
-        self.has_maps = kind_of_maps(network, channels, image_size) != "grad_cam"
+        self.has_maps = choose_maps(network, channels, image_size) != "grad_cam"
 
     def prepare(self, images: Tensor) -> Tensor:
         """The network's input ``(batch, channels, image_size, image_size)``, float32 from 0 to 1.
@@ -69,13 +69,14 @@ class Pipeline(nn.Module):
         return (maps + grad_cam(self.network, pixels.flip(-1)).flip(-1)) / 2 if self.test_time_flip else maps
 
 
-def kind_of_maps(network: nn.Module, channels: int, image_size: int) -> str:
+def choose_maps(network: nn.Module, channels: int, image_size: int) -> str:
     """ "gap" or "fc" where `forward_with_maps` finds score maps, else "grad_cam"; the network is in evaluation mode."""
-    if not has_score_maps(network):
+    kind = find_map_kind(network)
+    if kind is None:
         return "grad_cam"
     with torch.no_grad():
         maps = forward_with_maps(network, torch.zeros(1, channels, image_size, image_size))[1]
-    return "grad_cam" if maps is None else "gap" if ends_with_pooling(network) else "fc"
+    return "grad_cam" if maps is None else kind  # features without height and width are no maps
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
@@ -129,7 +130,7 @@ def read_checkpoint(
         fit=data.fit if isinstance(data, FolderData) else None,
         image_size=settings.data.image_size,
         test_time_flip=settings.data.test_time_flip,
-        maps=kind_of_maps(module.network, in_channels, settings.data.image_size),
+        maps=choose_maps(module.network, in_channels, settings.data.image_size),
         settings=_portable(settings),
         more={
             # All jobs of a sweep have the sweep's name.

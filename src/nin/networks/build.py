@@ -15,7 +15,7 @@ from nin.config.networks import NETWORKS, Model, OwnModel
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Init
 from nin.networks.normalize import Normalize
-from nin.networks.score_maps import has_score_maps
+from nin.networks.score_maps import find_map_kind
 
 _LARGEST = 1024  # pixels per side; the maximum of data.image_size
 
@@ -172,7 +172,7 @@ def initialize(network: nn.Module, init: str) -> None:
     if init in ("kaiming_dirac", "kaiming_dirac_pca"):
         for layer in filter(_keeps_channels, layers):
             nn.init.dirac_(layer.weight)
-        if has_score_maps(network):
+        if find_map_kind(network):
             *_, score_maps, _, last = network.children()
             _init_near_one(score_maps)
             _init_as_average(last)

@@ -6,33 +6,25 @@ from torch import Tensor, nn
 from nin.config.schema import UserError
 
 
-def has_score_maps(network: nn.Module) -> bool:
-    """Whether the layers end as those whose logits are a linear function of the last maps.
+def find_map_kind(network: nn.Module) -> str | None:
+    """How the logits follow from the last maps, if they are a linear function of them.
 
-    `forward_with_maps` is exact then, unless what it finds there are no maps.
+    Returns:
+        "gap": they are the means of the maps. "fc": one fully connected layer follows the maps, or their means. None:
+        neither, and `forward_with_maps` is not for this network.
     """
-    return ends_with_pooling(network) or _ends_with(network, nn.Flatten, nn.Linear)
-
-
-def ends_with_pooling(network: nn.Module) -> bool:
-    """Whether the logits are the means of the last maps."""
     layers = _layers(network)
-    return _ends_with(network, nn.AdaptiveAvgPool2d, nn.Flatten) and _pools_to_one(layers[-2])
+    if len(layers) < 3 or any(isinstance(layer, nn.Flatten | nn.Linear) for layer in layers[:-2]):
+        return None
+    before, last = layers[-2:]
+    if isinstance(last, nn.Flatten):
+        return "gap" if _pools_to_one(before) else None
+    return "fc" if isinstance(before, nn.Flatten) and isinstance(last, nn.Linear) else None
 
 
 def _pools_to_one(layer: nn.Module) -> bool:
     """Whether ``layer`` is a global average pooling."""
     return isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
-
-
-def _ends_with(network: nn.Module, *kinds: type[nn.Module]) -> bool:
-    layers = _layers(network)
-    if len(layers) <= len(kinds):
-        return False
-    last = layers[-len(kinds) :]
-    return all(isinstance(layer, kind) for layer, kind in zip(last, kinds, strict=True)) and not any(
-        isinstance(layer, nn.Flatten | nn.Linear) for layer in layers[: -len(kinds)]
-    )
 
 
 def _layers(network: nn.Module) -> list[nn.Module]:
@@ -47,7 +39,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
 
 
 def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits and score maps of a network for which `has_score_maps` is true.
+    """Logits and score maps of a network for which `find_map_kind` finds a kind.
 
     With global average pooling the last block has one map per class, and the logit is its mean (Lin et al. 2013,
     section 3.2). With a fully connected layer on the maps, or on their means, a class's score map is the sum of all

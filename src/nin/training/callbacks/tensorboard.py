@@ -27,7 +27,7 @@ from nin.config.composition import compose_settings
 from nin.config.errors import first_line
 from nin.config.keys import flatten, split_override
 from nin.config.schema import Settings, UserError
-from nin.networks.score_maps import forward_with_maps, has_score_maps
+from nin.networks.score_maps import find_map_kind, forward_with_maps
 from nin.runs.console import markdown_table
 from nin.training.callbacks.figures import CURVES, Mistake, draw_confusion, draw_curves, draw_wrong
 from nin.training.callbacks.metrics import MetricsLogger
@@ -186,7 +186,7 @@ def _drawable(images: Tensor) -> Tensor:
 
 def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
     """Score maps ``(batch, classes, height, width)`` on the CPU, or None for a network that has none."""
-    if not len(images) or not has_score_maps(pl_module.network):
+    if not len(images) or not find_map_kind(pl_module.network):
         return None
     maps = forward_with_maps(pl_module.network, images)[1]
     return None if maps is None else maps.float().cpu()
