@@ -53,7 +53,7 @@ def test_all_test_images_have_one_class_and_one_set_of_probabilities(
 
     mapped, labels = load_part(settings, "test")
     images = mapped[:]
-    module, description = read_checkpoint(checkpoint)
+    module, _, description = read_checkpoint(checkpoint)
     with torch.no_grad():
         pixels = torch.tensor(images).reshape(*images.shape[:3], -1).permute(0, 3, 1, 2) / 255
         expected = np.concatenate([module.predict_logits(part).softmax(-1).numpy() for part in pixels.split(128)])

@@ -49,7 +49,7 @@ def test_places_that_a_checkpoint_names_are_not_followed(
     data = checkpoint["hyper_parameters"]["settings"]["data"]
     data |= {"root": str(tmp_path / "foreign"), "mirrors": ["https://example.org"]}
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
-    here = Exporter(tmp_path / "x.ckpt", None, lambda *_: None).local_settings
+    here = Exporter(tmp_path / "x.ckpt", lambda *_: None).local_settings
     assert (here.data.root, "https://example.org" in here.data.mirrors) == (str(data_root), False)
     assert not (tmp_path / "foreign").exists()
 
@@ -128,7 +128,7 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
         quantize(source, path, images)
 
     monkeypatch.setattr(quantize_module, "quantize", record)
-    exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", None, lambda *_: None)
+    exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", lambda *_: None)
     monkeypatch.setattr(module, "images_per_second", lambda *_, **__: 1.0)
     monkeypatch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
     path = tmp_path / "m.int8.onnx"
@@ -267,7 +267,7 @@ def test_labels_of_other_classes_are_not_compared_with_predictions(
             shutil.move(root / "test", tmp_path)
         for test in (
             lambda: evaluate_export(exported, here),
-            lambda: Exporter(checkpoint, None, lambda *_: None, here),
+            lambda: Exporter(checkpoint, lambda *_: None, here),
             lambda: evaluate_checkpoint(checkpoint, here, []),
         ):
             with pytest.raises(UserError, match=message):

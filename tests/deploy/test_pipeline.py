@@ -28,7 +28,7 @@ def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_compute
     run_folder: Path, test_images: np.ndarray
 ) -> None:
     network = nin.load(run_folder)
-    module, _ = read_checkpoint(run_folder / "checkpoints" / "best.ckpt")
+    module, _, _ = read_checkpoint(run_folder / "checkpoints" / "best.ckpt")
     with torch.no_grad():
         seen = module.predict_logits(resize(torch.tensor(test_images[:64]), 28)).softmax(-1).numpy()
     pictures = []
@@ -141,7 +141,7 @@ def test_a_data_module_of_ones_own_is_not_needed_to_classify(tmp_path: Path, run
     assert network.description.stored_size == 28
     assert network.predict(np.zeros((1, 28, 28), np.uint8)).shape == (1, 10)
     with pytest.raises(UserError, match=r"data: nowhere.Data makes its images itself, so no export"):
-        Exporter(tmp_path / "x.ckpt", None, lambda *_: None)
+        Exporter(tmp_path / "x.ckpt", lambda *_: None)
 
 
 def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> None:
@@ -150,6 +150,23 @@ def test_the_description_is_plain_and_names_the_weights(run_folder: Path) -> Non
     assert known.more["run"] == "small"
     assert len(known.more["weights_sha256"]) == 64
     json.dumps(known.more)
+
+
+def test_the_test_accuracy_is_that_of_the_best_checkpoint_of_a_run(run_folder: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(run_folder / "checkpoints", run.checkpoints)
+    shutil.copy(run.best, run.last)
+    shutil.copy(run.best, tmp_path / "best.ckpt")
+
+    def found(path: Path) -> object:
+        return nin.load(path).description.more["test_accuracy"]
+
+    assert found(run.path) is None  # the run has not ended
+    run.write_result({"status": "finished", "metrics": {"test/acc": 0.75}})
+    assert found(run.path) == found(run.best) == 0.75
+    assert found(run.last) is found(tmp_path / "best.ckpt") is None
+    run.result.write_text("{")
+    assert found(run.path) is found(run.best) is None
 
 
 def test_what_training_metrics_have_accumulated_is_not_needed(tmp_path: Path, run_folder: Path) -> None:

@@ -460,7 +460,7 @@ def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., S
     best = checkpoint_files.read(RunFolder(tmp_path / "bf16-true").best)
     tested, _ = evaluate_weights(settings(*requested, "trainer.precision=bf16-true"), best)
     assert tested == {name: value for name, value in half["metrics"].items() if name.startswith("test/")}
-    module, _ = read_checkpoint(RunFolder(tmp_path / "bf16-true").best)
+    module, _, _ = read_checkpoint(RunFolder(tmp_path / "bf16-true").best)
     weight = next(module.network.parameters())
     assert weight.dtype == torch.float32
     assert torch.equal(weight, best["state_dict"]["network.0.0.weight"].float())

@@ -11,7 +11,6 @@ from nin.commands.options import add_allow_option
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, log_to, silence_known_warnings
 from nin.runs.files import require_no_link
-from nin.runs.folder import RunFolder
 from nin.system.imports import without_garbage_collection
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ def main(arguments: list[str]) -> int:
     silence_known_warnings()
     args = parse_arguments(arguments)
     checkpoint, out = choose_files(args)
-    run = RunFolder(args.run_or_checkpoint) if args.run_or_checkpoint.is_dir() else None
     errors = Console(stderr=True, highlight=False)
     with log_to(None), open_progress(errors) as progress:
         with without_garbage_collection():
@@ -33,7 +31,6 @@ def main(arguments: list[str]) -> int:
         bar = progress.add_task("loading", total=None)
         exporter = Exporter(
             checkpoint,
-            run,
             lambda what, done, all_: progress.update(bar, description=what, completed=done, total=all_),
             args.overrides,
             args.allow,

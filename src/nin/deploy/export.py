@@ -22,10 +22,9 @@ from nin.data.sources import describe, prepare
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
-from nin.deploy.pipeline import Pipeline, pipeline_of, read_checkpoint
+from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.deploy.scoring import evaluate_network, load_part
 from nin.deploy.trained import BATCH_IMAGES, Description, TrainedNetwork
-from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
 
 # Largest difference of a probability between the checkpoint and its export.
@@ -46,7 +45,6 @@ class Exporter:
 
     Args:
         path: the checkpoint.
-        run: the folder whose best checkpoint it is.
         progress: called with what is done, the number of images done, and of all.
         overrides: where the data set is: `MAY_CHANGE`.
         allow: modules whose classes the checkpoint may name.
@@ -58,14 +56,12 @@ class Exporter:
     def __init__(
         self,
         path: Path,
-        run: RunFolder | None,
         progress: ReportImages,
         overrides: Sequence[str] = (),
         allow: Sequence[str] = (),
     ):
         require_packages()
-        self.module, self.description = read_checkpoint(path, run, allow)
-        self.pipeline = pipeline_of(self.module, self.description)
+        self.module, self.pipeline, self.description = read_checkpoint(path, allow)
         self.progress = progress
         # The settings of the run, with the place of the data on this machine.
         self.local_settings = apply_overrides(without_training_parts(self.module.settings), list(overrides), MAY_CHANGE)

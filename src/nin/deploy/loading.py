@@ -36,7 +36,7 @@ def load(path: str | Path, allow: Sequence[str] = ()) -> "TrainedNetwork":
     checkpoint = find_checkpoint(path)
     from nin.deploy.pipeline import load_checkpoint
 
-    return load_checkpoint(checkpoint, RunFolder(path) if path.is_dir() else None, allow)
+    return load_checkpoint(checkpoint, allow)
 
 
 def is_export(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """A checkpoint as one PyTorch module with all preprocessing, for `nin predict` and for every export."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,8 @@ class Pipeline(nn.Module):
         self.network = network
         self.channels, self.stored_size, self.image_size = channels, stored_size, image_size
         self.test_time_flip = test_time_flip
-        self.has_maps = choose_maps(network, channels, image_size) != "grad_cam"
+        self.maps = _choose_maps(network, channels, image_size)
+        self.has_maps = self.maps != "grad_cam"
 
     def prepare(self, images: Tensor) -> Tensor:
         """The network's input ``(batch, channels, image_size, image_size)``, float32 from 0 to 1.
@@ -69,7 +71,7 @@ class Pipeline(nn.Module):
         return (maps + grad_cam(self.network, pixels.flip(-1)).flip(-1)) / 2 if self.test_time_flip else maps
 
 
-def choose_maps(network: nn.Module, channels: int, image_size: int) -> str:
+def _choose_maps(network: nn.Module, channels: int, image_size: int) -> str:
     """ "gap" or "fc" where `forward_with_maps` finds score maps, else "grad_cam"; the network is in evaluation mode."""
     kind = find_map_kind(network)
     if kind is None:
@@ -90,13 +92,12 @@ def _stored_size(data: Data | FolderData | OwnData) -> int:
     return data.image_size if isinstance(data, OwnData) else describe(data).stored_size
 
 
-def read_checkpoint(
-    path: Path, run: RunFolder | None = None, allow: Sequence[str] = ()
-) -> tuple[Classifier, Description]:
-    """The module of a checkpoint with its weights, in evaluation mode, and its description.
+def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, Pipeline, Description]:
+    """The module of a checkpoint with its weights, the pipeline around its network, and the description of both.
+
+    Both are in evaluation mode, and share the network.
 
     Args:
-        run: the folder that the checkpoint is the best of, whose result.json has the test accuracy.
         allow: modules whose classes the checkpoint may name.
 
     Raises:
@@ -119,30 +120,38 @@ def read_checkpoint(
     module = Classifier(settings.model_copy(update={"loss": None}), class_names, in_channels)
     load_weights(module, checkpoint)
     module = module.float().eval().requires_grad_(False)
-    data = settings.data
-    file = path.absolute()
-    folder = run.path if run else file.parents[1] if file.parent.name == "checkpoints" else None
-    result = (run.read_result() if run else None) or {}
-    return module, Description(
+    data, file = settings.data, path.absolute()
+    pipeline = Pipeline(module.network, in_channels, _stored_size(data), data.image_size, data.test_time_flip).eval()
+    run = RunFolder(file.parents[1]) if file.parent.name == "checkpoints" else None
+    description = Description(
         class_names=class_names,
-        channels=in_channels,
-        stored_size=_stored_size(data),
+        channels=pipeline.channels,
+        stored_size=pipeline.stored_size,
         fit=data.fit if isinstance(data, FolderData) else None,
-        image_size=settings.data.image_size,
-        test_time_flip=settings.data.test_time_flip,
-        maps=choose_maps(module.network, in_channels, settings.data.image_size),
+        image_size=pipeline.image_size,
+        test_time_flip=pipeline.test_time_flip,
+        maps=pipeline.maps,
         settings=_portable(settings),
         more={
             # All jobs of a sweep have the sweep's name.
-            "run": f"{settings.name}/{folder.resolve().name}" if folder and settings.sweep.keys else settings.name,
+            "run": f"{settings.name}/{run.path.resolve().name}" if run and settings.sweep.keys else settings.name,
             "checkpoint": path.name,
             "checkpoint_sha256": checksum,
             "weights_sha256": weights_sha256(module.network),
             "images_sha256": checkpoint_files.images_sha256(checkpoint),
-            "test_accuracy": result.get("metrics", {}).get("test/acc"),
+            "test_accuracy": _read_test_accuracy(run) if run and file == run.best else None,
             "versions": versions(),
         },
     )
+    return module, pipeline, description
+
+
+def _read_test_accuracy(run: RunFolder) -> Any:
+    """The test accuracy of the run's best checkpoint; None if the run has not ended, or result.json is damaged."""
+    # The accuracy is a note: a checkpoint can be used without it.
+    with contextlib.suppress(UserError):
+        return (run.read_result() or {}).get("metrics", {}).get("test/acc")
+    return None
 
 
 def _portable(settings: Settings) -> dict[str, Any]:
@@ -152,26 +161,13 @@ def _portable(settings: Settings) -> dict[str, Any]:
     return plain | {"data": plain["data"] | places}
 
 
-def pipeline_of(module: Classifier, description: Description) -> Pipeline:
-    """The pipeline around a module's own network, which the module and the pipeline share."""
-    pipeline = Pipeline(
-        module.network,
-        description.channels,
-        description.stored_size,
-        description.image_size,
-        description.test_time_flip,
-    )
-    return pipeline.eval()
-
-
-def load_checkpoint(path: Path, run: RunFolder | None = None, allow: Sequence[str] = ()) -> TrainedNetwork:
+def load_checkpoint(path: Path, allow: Sequence[str] = ()) -> TrainedNetwork:
     """A checkpoint ready to classify images, in float32 on the CPU.
 
     Raises:
         UserError: as `read_checkpoint`.
     """
-    module, description = read_checkpoint(path, run, allow)
-    pipeline = pipeline_of(module, description)
+    _, pipeline, description = read_checkpoint(path, allow)
 
     def compute(images: np.ndarray, maps: bool) -> Scores:
         batch = torch.from_numpy(np.ascontiguousarray(images))
