@@ -109,7 +109,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     Raises:
         UserError: if there are no images.
     """
-    from nin.data.decoding import ImageError, silence_pillow
+    from nin.data.decoding import silence_pillow
     from nin.deploy.images import has_light_border, iterate
 
     silence_pillow()
@@ -135,22 +135,17 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     ) as progress:
         bar = progress.add_task("", total=None)
         form = replace(description.form, invert=args.invert)
-        for window in _windows(iterate(args.images, form, sys.stdin.buffer)):
-            images = [image for _, image in window if not isinstance(image, ImageError)]
-            light += sum(map(has_light_border, images))
-            scores = network.score(images, maps=bool(names))
-            place = 0
-            for name, image in window:
-                if isinstance(image, ImageError):
-                    broken += 1
-                    errors.print(f"nin predict: {printable(name)}: {printable(str(image))}", markup=False)
-                    writer.add_error(name, str(image))
-                    continue
-                writer.add(name, scores.probabilities[place])
+        images = iterate(args.images, form, sys.stdin.buffer)
+        for found, (name, image, scores) in enumerate(_score_each(network, images, maps=bool(names)), start=1):
+            if scores is None:
+                broken += 1
+                errors.print(f"nin predict: {printable(name)}: {printable(str(image))}", markup=False)
+                writer.add_error(name, str(image))
+            else:
+                light += has_light_border(image)
+                writer.add(name, scores.probabilities)
                 if names:
-                    _write_picture(names.next(name), images[place], network, scores, place, args.top)
-                place += 1
-            found += len(window)
+                    _write_picture(names.next(name), image, classes, scores, args.top)
             progress.update(bar, completed=found)
     if not found:
         raise UserError(f"{', '.join(map(str, args.images))}: no images there")
@@ -166,6 +161,19 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def _score_each(
+    network: "TrainedNetwork", images: "Iterator[tuple[str, np.ndarray | ImageError]]", maps: bool
+) -> "Iterator[tuple[str, Any, Scores | None]]":
+    """Yields the name, the image and its scores without the batch dimension; None for an ImageError."""
+    from nin.data.decoding import ImageError
+
+    for window in _windows(images):
+        arrays = [image for _, image in window if not isinstance(image, ImageError)]
+        scores = iter(network.score(arrays, maps).each())
+        for name, image in window:
+            yield name, image, None if isinstance(image, ImageError) else next(scores)
+
+
 def _windows(images: "Iterator[tuple[str, np.ndarray | ImageError]]") -> "Iterator[list[Any]]":
     """Lists of images that fit in memory together."""
     window, pixels = [], 0
@@ -179,13 +187,12 @@ def _windows(images: "Iterator[tuple[str, np.ndarray | ImageError]]") -> "Iterat
         yield window
 
 
-def _write_picture(path: Path, image: Any, network: "TrainedNetwork", scores: "Scores", place: int, top: int) -> None:
+def _write_picture(path: Path, image: Any, class_names: list[str], scores: "Scores", top: int) -> None:
     from nin.deploy.map_figures import write_maps
 
     assert scores.maps is not None
-    names = network.description.class_names
     try:
-        write_maps(path, image, names, scores.probabilities[place], scores.logits[place], scores.maps[place], top)
+        write_maps(path, image, class_names, scores.probabilities, scores.logits, scores.maps, top)
     except OSError as error:
         raise UserError(f"--maps {path.parent}: can't be written ({error.strerror})") from error
 

@@ -130,11 +130,7 @@ class Batcher:
 
     def _compute(self, batch: list[_Waiting]) -> list[Scores]:
         maps = any(one.maps for one in batch)
-        scores = self.network.compute(np.stack([one.image for one in batch]), maps)
-        return [
-            Scores(scores.probabilities[i], scores.logits[i], scores.maps[i] if scores.maps is not None else None)
-            for i in range(len(batch))
-        ]
+        return self.network.compute(np.stack([one.image for one in batch]), maps).each()
 
     def _answer(self, batch: list[_Waiting], scores: list[Scores] | Exception) -> None:
         self.observe(len(batch))

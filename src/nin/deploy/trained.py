@@ -28,6 +28,11 @@ class Scores:
     logits: np.ndarray
     maps: np.ndarray | None = None
 
+    def each(self) -> list["Scores"]:
+        """The scores of each image, without the batch dimension."""
+        maps = [None] * len(self.logits) if self.maps is None else self.maps
+        return [Scores(*row) for row in zip(self.probabilities, self.logits, maps, strict=True)]
+
 
 @dataclass(frozen=True)
 class Description:
