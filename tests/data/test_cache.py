@@ -13,7 +13,7 @@ from nin.config.schema import UserError
 from nin.data import cache as cache_module
 from nin.data import parallel
 from nin.data.cache import Cache, _places, open_cache
-from nin.data.decoding import open_image, to_array
+from nin.data.decoding import open_image, to_pixels
 from pictures import folder_data, write_folder
 
 
@@ -36,7 +36,7 @@ def test_the_cache_has_the_images_as_they_are_decoded(tmp_path: Path) -> None:
     assert cache.labels().tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2]
     assert list(cache.rows("test")) == [6, 7, 8]
     for row, name in ((0, "train/blue/0.png"), (3, "train/green/1.png"), (8, "test/red/0.png")):
-        assert np.array_equal(pixels(cache)[row], to_array(open_image(root / name), 3, size=12))
+        assert np.array_equal(pixels(cache)[row], to_pixels(open_image(root / name), size=12))
     assert cache.path.parent == tmp_path / "root.cache"
     assert (cache.path.parent / ".gitignore").read_text() == "*\n"
 
@@ -208,8 +208,8 @@ def test_broken_files_can_be_left_out(tmp_path: Path) -> None:
     assert list(cache.broken) == ["train/blue/2.png", "train/lost.png", "train/red/1.png"]
     assert cache.counts == {"train": 7, "test": 3}
     assert cache.labels().tolist() == [0, 0, 1, 1, 1, 2, 2, 0, 1, 2]
-    assert np.array_equal(pixels(cache)[6], to_array(open_image(root / "train/red/2.png"), 3))
-    assert np.array_equal(pixels(cache)[9], to_array(open_image(root / "test/red/0.png"), 3))
+    assert np.array_equal(pixels(cache)[6], to_pixels(open_image(root / "train/red/2.png")))
+    assert np.array_equal(pixels(cache)[9], to_pixels(open_image(root / "test/red/0.png")))
 
 
 def test_a_class_whose_images_are_all_broken_is_named(tmp_path: Path) -> None:

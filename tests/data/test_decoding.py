@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nin.data.decoding import ImageError, ImageTooLargeError, formats, has_color, open_image, to_array, to_pixels
+from nin.data.decoding import ImageError, ImageTooLargeError, formats, has_color, open_image, to_pixels
+from nin.deploy.images import ImageForm
 
 RED = (250, 10, 20)
 SCAN = b"\xff\xda"
 
 
 def decode(content: bytes | Path | str, channels: int, **options: Any) -> np.ndarray:
-    return to_array(open_image(content), channels, **options)
+    return ImageForm(channels, **options).read(open_image(content))
 
 
 def content_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

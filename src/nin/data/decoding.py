@@ -9,7 +9,6 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -41,8 +40,8 @@ def silence_pillow() -> None:
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def open_image(content: bytes | BinaryIO | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads the header of an image; `to_array` reads its pixels.
+def open_image(content: bytes | Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads the header of an image; `to_pixels` reads its pixels.
 
     Raises:
         ImageTooLargeError: if it has more than ``max_pixels`` pixels.
@@ -77,7 +76,7 @@ def _tag(image: Image.Image, tag: int) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _is_empty(content: bytes | BinaryIO | Path | str) -> bool:
+def _is_empty(content: bytes | Path | str) -> bool:
     if isinstance(content, str | Path):
         path = Path(content)
         return path.is_file() and not path.stat().st_size
@@ -125,30 +124,21 @@ def formats() -> list[str]:
     return [name for name in Image.ID if name not in excluded]
 
 
-def to_array(
-    image: Image.Image, channels: int, size: int | None = None, fit: str = "crop", invert: bool = False
-) -> np.ndarray:
-    """The pixels of an opened image, ``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3; closes it.
+def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", padding: int = 0) -> Image.Image:
+    """The pixels of an opened image, in mode "L" if its own mode has no color, otherwise "RGB"; closes it.
 
-    The EXIF orientation is applied, transparency is composited over black, 16 bits are scaled to 8, colors become gray
-    by their luminance (ITU-R 601). Of several frames the first is decoded.
+    The EXIF orientation is applied, transparency is composited over ``padding``, 16 bits are scaled to 8. Of several
+    frames the first is decoded.
 
     Args:
         size: height and width of the result in pixels; None keeps those of the image.
-        fit: how the image is brought to ``size``: "crop" (the centered square), "pad" (with black) or "stretch".
-        invert: whether light and dark are swapped; the padding, and what is transparent, is black all the same.
+        fit: how the image is brought to ``size``: "crop" (the centered square), "pad" or "stretch".
+        padding: the gray level around a padded image, and behind what is transparent.
 
     Raises:
         ImageTooLargeError: if it does not fit in memory.
         ImageError: if it is damaged.
     """
-    if invert:
-        return 255 - convert(to_pixels(image, size, fit, padding=255), channels)
-    return convert(to_pixels(image, size, fit), channels)
-
-
-def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", padding: int = 0) -> Image.Image:
-    """An opened image in mode "L" if its own mode has no color, otherwise "RGB", brought to ``size``; closes it."""
     try:
         with image:
             if size and min(image.size) >= 4 * size:
@@ -162,12 +152,6 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
             return _fit(image, size, fit, padding) if size else image
     except Exception as error:
         raise _name_error(error) from error
-
-
-def convert(image: Image.Image, channels: int) -> np.ndarray:
-    """An image in mode "L" or "RGB" as ``(height, width)`` uint8 for 1 channel, ``(height, width, 3)`` for 3."""
-    mode = "L" if channels == 1 else "RGB"
-    return np.array(image if image.mode == mode else image.convert(mode))
 
 
 def has_color(image: Image.Image) -> bool:
@@ -239,7 +223,7 @@ class Chunk:
         images: the file to which the pixels are written, ``(size, size, channels)`` for each name; None: nowhere.
         start: the row of ``images`` that is the first one's.
         size: height and width to which images are brought, in pixels.
-        fit: "crop", "pad" or "stretch", as in `to_array`.
+        fit: "crop", "pad" or "stretch", as in `to_pixels`.
         channels: 1 or 3.
         search: the number of images, the first ones, that are searched for color.
     """

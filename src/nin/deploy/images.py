@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from nin.data import idx
-from nin.data.decoding import ImageError, formats, open_image, to_array
+from nin.data.decoding import ImageError, formats, open_image, to_pixels
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class ImageForm:
         channels: 1 (gray) or 3 (color).
         size: pixels per side to which files are brought, as those of `data=folder` were; None keeps their size.
         fit: "crop", "pad" or "stretch".
-        invert: whether light and dark are swapped; padding stays black.
+        invert: whether light and dark are swapped; the padding, and what is transparent, is black all the same.
     """
 
     channels: int
@@ -33,8 +33,14 @@ class ImageForm:
         return self.read(open_image(content))
 
     def read(self, image: Image.Image) -> np.ndarray:
-        """The pixels of an opened image, as `decode` returns them; closes it."""
-        return to_array(image, self.channels, self.size, self.fit, self.invert)
+        """The pixels of an opened image, as `decode` returns them; closes it.
+
+        Colors become gray by their luminance (ITU-R 601). `to_pixels` describes the rest.
+        """
+        pixels = to_pixels(image, self.size, self.fit, padding=255 if self.invert else 0)  # black when it is inverted
+        mode = "L" if self.channels == 1 else "RGB"
+        array = np.array(pixels if pixels.mode == mode else pixels.convert(mode))
+        return 255 - array if self.invert else array
 
 
 def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tuple[str, np.ndarray | ImageError]]:
