@@ -3,7 +3,7 @@
 from torch import nn
 
 from nin.config.types import Share
-from nin.networks.sequential import Network
+from nin.networks.sequential import Network, build_fully_connected_head
 
 
 class AlexNet(Network):
@@ -40,12 +40,5 @@ class AlexNet(Network):
             nn.Conv2d(384, 256, kernel_size=3, padding=1),
             nn.ReLU(inplace=True),
             nn.MaxPool2d(3, stride=2),  # (batch, 256, 5, 5)
-            nn.Flatten(),
-            nn.Linear(256 * size * size, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, num_classes),
+            *build_fully_connected_head(256 * size * size, 4096, num_classes, dropout),
         )

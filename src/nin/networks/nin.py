@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import nn
 
 from nin.config.types import NonNegative, Pixels, Share, Width
-from nin.networks.sequential import Network
+from nin.networks.sequential import Network, build_fully_connected_head
 
 
 class NiNBlock(Network):
@@ -109,7 +109,8 @@ class NiN(Network):
             size = (size - 3) // 2 + 1  # (batch, 96, 26, 26), (batch, 256, 12, 12), (batch, 384, 5, 5)
             in_channels = each[-1]
         if head == "mlp":
-            layers += _fully_connected_head(in_channels * size * size, head_width, num_classes, dropout)
+            # From features (batch, 384, 5, 5): (batch, 9600), (batch, 4096), (batch, 4096), (batch, 10).
+            layers += build_fully_connected_head(in_channels * size * size, head_width, num_classes, dropout)
         else:
             last = kernel_sizes[-1]
             each = [last_width or num_classes] * conv1x1_layers + [num_classes]
@@ -143,17 +144,3 @@ def _require_fitting_blocks(
             f"widths has {list(other[0])} for a block of {layers} layers (the convolution and conv1x1_layers="
             f"{conv1x1_layers}): give one width per layer, or one number for all"
         )
-
-
-def _fully_connected_head(features: int, width: int, num_classes: int, dropout: float) -> list[nn.Module]:
-    """Layers that map ``features`` values to logits, as in AlexNet (Krizhevsky et al. 2012, section 3.5)."""
-    return [
-        nn.Flatten(),
-        nn.Linear(features, width),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout),
-        nn.Linear(width, width),
-        nn.ReLU(inplace=True),
-        nn.Dropout(dropout),
-        nn.Linear(width, num_classes),
-    ]

@@ -3,7 +3,7 @@
 from torch import nn
 
 from nin.config.types import Share
-from nin.networks.sequential import Network
+from nin.networks.sequential import Network, build_fully_connected_head
 
 
 class VGG(Network):
@@ -32,12 +32,5 @@ class VGG(Network):
         size = image_size // 32
         super().__init__(
             *layers,
-            nn.Flatten(),
-            nn.Linear(512 * size * size, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, 4096),
-            nn.ReLU(inplace=True),
-            nn.Dropout(dropout),
-            nn.Linear(4096, num_classes),
+            *build_fully_connected_head(512 * size * size, 4096, num_classes, dropout),
         )
