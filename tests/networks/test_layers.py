@@ -10,6 +10,7 @@ from nin.config.validation import validate
 from nin.networks.build import build_network
 from nin.networks.layers import first_fully_connected_weights, layers
 from nin.networks.nin import NiN
+from nin.networks.sequential import list_layers
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,11 @@ def test_a_sequence_with_a_forward_of_its_own_is_one_layer() -> None:
 
     (row,) = layers(nn.Sequential(Repeated(nn.Conv2d(3, 4, 3))), in_channels=1, image_size=8)
     assert (row.name, row.output_shape, row.multiply_adds) == ("Repeated", (4,), 6 * 6 * 4 * 3 * 9)
+
+
+def test_a_layer_that_occurs_twice_is_listed_twice() -> None:
+    relu, convolution = nn.ReLU(), nn.Conv2d(1, 1, 3)
+    assert list_layers(nn.Sequential(relu, convolution, relu)) == [relu, convolution, relu]
 
 
 @pytest.mark.parametrize(

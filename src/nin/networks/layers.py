@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from nin.networks.sequential import list_layers
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -38,11 +40,7 @@ def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[La
     with torch.no_grad():
         for layer in network:
             with FlopCounterMode(display=False) as counter:
-                parts = [layer]
-                # A subclass with a forward of its own may do more than call its layers.
-                if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
-                    parts = list(layer)
-                for part in parts:
+                for part in list_layers(layer):
                     x = part(x)
                     extents = _extents_after(part, extents)
             multiply_adds = counter.get_total_flops() // 2

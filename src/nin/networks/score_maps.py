@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.config.schema import UserError
+from nin.networks.sequential import list_layers
 
 
 def find_map_kind(network: nn.Module) -> str | None:
@@ -32,10 +33,7 @@ def _layers(network: nn.Module) -> list[nn.Module]:
     if not isinstance(network, nn.Sequential):
         return []
     *before, last = list(network)
-    # A subclass with a forward of its own may do more than call its layers.
-    if isinstance(last, nn.Sequential) and type(last).forward is nn.Sequential.forward:
-        return [*before, *last]
-    return [*before, last]
+    return [*before, *list_layers(last)]
 
 
 def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""The base class of all networks, and the fully connected layers in which several end."""
+"""The base class of all networks; the layers of a sequence; the fully connected layers in which several end."""
 
 from collections import OrderedDict
 from typing import Any
@@ -17,6 +17,14 @@ class Network(nn.Sequential):
         if isinstance(idx, slice):
             return nn.Sequential(OrderedDict(list(self.named_children())[idx]))  # the layers keep their names
         return super().__getitem__(idx)
+
+
+def list_layers(layer: nn.Module) -> list[nn.Module]:
+    """The layers of an ``nn.Sequential``, in order; of any other module, the module itself."""
+    # A subclass with a forward of its own may do more than call its layers.
+    if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward:
+        return list(layer)
+    return [layer]
 
 
 def build_fully_connected_head(features: int, width: int, num_classes: int, dropout: float) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nin.config.networks import OwnModel
 from nin.config.schema import FolderData, OwnData
+from nin.networks.sequential import list_layers
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
@@ -200,7 +201,7 @@ def count_dead(network: nn.Sequential, batches: Iterator[Tensor]) -> tuple[dict[
 
 def _layers_before_relus(network: nn.Sequential) -> dict[nn.Module, int]:
     """Each layer whose output is the input of a ReLU, and the number of its block."""
-    leaves = [(leaf, i) for i, child in enumerate(network) for leaf in _parts(child)]
+    leaves = [(leaf, i) for i, child in enumerate(network) for leaf in list_layers(child)]
     # `speed.move_relu_after_pooling` leaves an Identity in the place of the ReLU.
     found = {
         layer: i
@@ -209,7 +210,3 @@ def _layers_before_relus(network: nn.Sequential) -> dict[nn.Module, int]:
     }
     number = {i: n for n, i in enumerate(dict.fromkeys(found.values()), start=1)}
     return {layer: number[i] for layer, i in found.items()}
-
-
-def _parts(layer: nn.Module) -> list[nn.Module]:
-    return list(layer) if isinstance(layer, nn.Sequential) else [layer]
