@@ -1,7 +1,6 @@
 """Exports for PyTorch without this project: torch.export for Python, an AOTInductor package for C++."""
 
 import contextlib
-import dataclasses
 import logging
 import shutil
 import warnings
@@ -41,10 +40,10 @@ def export_pt2(exporter: Exporter, path: Path) -> list[tuple[Path, str]]:
     with open_checked(exported) as temporary:
         _save_program(program, temporary, description)
         found = exporter.check(_trained(exporter, torch.export.load(temporary).module()))
-        _save_program(program, temporary, _add(description, check=found))
+        _save_program(program, temporary, description.with_more(check=found))
     with open_checked(path) as temporary:
         # The metadata is compiled in, before the package can be checked: it has the check of its program.
-        _compile_package(program, temporary, _add(description, check_of_program=found))
+        _compile_package(program, temporary, description.with_more(check_of_program=found))
         found_of_package = exporter.check(_trained(exporter, aoti_load_package(str(temporary))))
     return [
         (exported, _describe(found, "torch.export.load() in Python")),
@@ -61,10 +60,6 @@ def trace_program(pipeline: Pipeline) -> torch.export.ExportedProgram:
     # in a network of the user's own; torch.onnx.export tries both too.
     except Exception:  # noqa: BLE001
         return torch.export.export(pipeline, example_images(pipeline), dynamic_shapes=(sizes,), strict=True)
-
-
-def _add(description: Description, **more: Any) -> Description:
-    return dataclasses.replace(description, more=description.more | more)
 
 
 def _describe(found: dict[str, Any], how_to_load: str) -> str:

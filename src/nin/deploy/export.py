@@ -1,7 +1,6 @@
 """Exports a checkpoint to one file with all preprocessing inside, and checks it against the checkpoint."""
 
 import contextlib
-import dataclasses
 import tempfile
 import time
 import uuid
@@ -84,7 +83,7 @@ class Exporter:
             _save(program.model_proto, temporary, self.description)
             found = self.check(load_onnx(temporary))
             # Written again with the results of the check; weights and operators stay those that were checked.
-            description = dataclasses.replace(self.description, more=self.description.more | {"check": found})
+            description = self.description.with_more(check=found)
             _save(program.model_proto, temporary, description)
         return description
 
@@ -115,7 +114,7 @@ class Exporter:
                     f"{lost:.4f}, more than {INT8_LOSS:g}; not kept"
                 )
             found = {"images": len(self.labels), "accuracy": accuracy["int8"], "accuracy_of_float": accuracy["float"]}
-            description = dataclasses.replace(self.description, more=self.description.more | {"int8": found})
+            description = self.description.with_more(int8=found)
             _save(onnx.load(temporary), temporary, description)
             sizes = {"float": source.stat().st_size, "int8": temporary.stat().st_size}
             rates = {"float": self._rate(source), "int8": self._rate(temporary)}

@@ -1,7 +1,7 @@
 """A trained network as Python code uses it, whatever computes it: PyTorch or onnxruntime. Imports neither."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,10 @@ class Description:
     def light_on_dark(self) -> bool:
         """Whether its data set's images are light on dark, as those of Fashion-MNIST's format are."""
         return self.settings["data"].get("name") in IDX_FORMAT
+
+    def with_more(self, **values: Any) -> "Description":
+        """This description with ``values`` added to ``more``."""
+        return replace(self, more=self.more | values)
 
 
 class TrainedNetwork:
