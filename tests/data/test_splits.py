@@ -1,10 +1,11 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from nin.config.schema import UserError
+from nin.config.schema import Settings, UserError
 from nin.data.cache import Cache, open_cache
 from nin.data.splits import (
     describe_split,
@@ -92,10 +93,14 @@ def test_without_validation_images_the_test_images_can_be_scored(cache: Cache) -
     require_enough_images(cache, folder_data(Path("/"), val_size=0, score_each_epoch="test"))
 
 
-def test_the_images_of_another_folder_have_the_channels_of_the_network(tmp_path: Path) -> None:
+def test_the_images_of_another_folder_have_the_channels_of_the_network(
+    tmp_path: Path, settings: Callable[..., Settings]
+) -> None:
     gray = folder_data(write_folder(tmp_path, {"train": 4}, {"dark": (9, 9, 9), "light": (99, 99, 99)}))
     for path in tmp_path.rglob("*.png"):
         Image.open(path).convert("L").save(path)
     assert open_folder(gray).channels == 1
-    assert with_channels(gray, 1) is gray
-    assert open_folder(with_channels(gray, 3)).shape == (8, 12, 12, 3)
+    chosen = settings().model_copy(update={"data": gray})
+    assert with_channels(chosen, 1) is chosen
+    assert open_folder(with_channels(chosen, 3).data).shape == (8, 12, 12, 3)
+    assert with_channels(settings(), 3) is settings()  # garments, which are gray

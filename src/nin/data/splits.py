@@ -6,7 +6,7 @@ import numpy as np
 
 from nin.config.data_sets import Data, FolderData, OwnData
 from nin.config.errors import printable
-from nin.config.schema import UserError
+from nin.config.schema import Settings, UserError
 from nin.data.cache import Cache, open_cache
 
 log = logging.getLogger(__name__)
@@ -32,13 +32,17 @@ def open_folder(data: FolderData, again: bool = False) -> Cache:
     return _opened[data]
 
 
-def with_channels(data: FolderData, channels: int) -> FolderData:
-    """``data`` with images of ``channels``, those of a trained network; another folder may have only gray ones."""
-    if open_folder(data).channels == channels:
-        return data
+def with_channels(settings: Settings, channels: int) -> Settings:
+    """``settings`` whose folder has images of ``channels``, those of a trained network.
+
+    Another folder than that of the training may have only gray images. Other data sets stay as they are.
+    """
+    data = settings.data
+    if not isinstance(data, FolderData) or open_folder(data).channels == channels:
+        return settings
     data = data.model_copy(update={"channels": channels})
     open_folder(data, again=True)
-    return data
+    return settings.model_copy(update={"data": data})
 
 
 def require_enough_images(cache: Cache, data: FolderData) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nin.config.composition import apply_overrides
-from nin.config.schema import FolderData, Settings, UserError
+from nin.config.schema import Settings, UserError
 from nin.config.trust import without_training_parts
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
@@ -65,9 +65,7 @@ class Exporter:
         # The settings of the run, with the place of the data on this machine.
         self.local_settings = apply_overrides(without_training_parts(self.module.settings), list(overrides), MAY_CHANGE)
         prepare(self.local_settings.data)
-        if isinstance(data := self.local_settings.data, FolderData):
-            data = with_channels(data, self.description.channels)
-            self.local_settings = self.local_settings.model_copy(update={"data": data})
+        self.local_settings = with_channels(self.local_settings, self.description.channels)
         warn_of_other_images(self.local_settings.data, self.description.more["images_sha256"])
         self.images, self.labels = load_part(self.local_settings, "test")
         require_same_classes(describe(self.local_settings.data).class_names, self.description.class_names)

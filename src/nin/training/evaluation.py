@@ -13,7 +13,7 @@ from torch import Tensor
 from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
 from nin.config.rules import format_empty_share
-from nin.config.schema import FolderData, OwnData, Settings, UserError, is_single_process
+from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.classes import require_same_classes
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
@@ -37,9 +37,7 @@ def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[di
     """
     set_threads(settings)
     warn_of_other_images(settings.data, images_sha256(checkpoint))
-    if isinstance(settings.data, FolderData):
-        channels = with_channels(settings.data, checkpoint["hyper_parameters"]["in_channels"])
-        settings = settings.model_copy(update={"data": channels})
+    settings = with_channels(settings, checkpoint["hyper_parameters"].get("in_channels"))
     data = build_data(settings)
     require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))
     module = Classifier(settings, data.class_names, data.channels)
