@@ -1,5 +1,6 @@
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,20 +60,37 @@ def test_the_users_own_config_dir(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == f"nin inspect: --config-dir {tmp_path / 'nowhere'}: no such folder\n"
 
 
+@pytest.mark.parametrize(
+    ("layers", "counts"),
+    [
+        ("nn.Sequential(nn.Conv2d(in_channels, 10, 7)), nn.MaxPool2d(22)", ["500", "237,160"]),
+        ("nn.Conv2d(in_channels, 10, 7, padding='same'), nn.MaxPool2d(28)", ["500", "384,160"]),
+        # After the fully connected layer a window is larger than what is left of a receptive field's positions.
+        (
+            "nn.Flatten(), nn.Linear(784, 64), nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 10, 7), nn.MaxPool2d(2)",
+            ["50,740", "52,136"],
+        ),
+    ],
+    ids=["valid", "same", "unflatten"],
+)
 def test_no_receptive_field_is_made_up_for_a_network_of_ones_own(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    layers: str,
+    counts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "seven_by_seven.py").write_text(
-        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self, in_channels, num_classes):\n"
-        "        conv = nn.Sequential(nn.Conv2d(in_channels, num_classes, 7))\n"
-        "        super().__init__(conv, nn.MaxPool2d(22), nn.Flatten())\n"
+    (tmp_path / "own_layers.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Sequential):\n    def __init__(self, in_channels):\n"
+        f"        super().__init__({layers}, nn.Flatten())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_layers", raising=False)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "own.yaml").write_text("_target_: seven_by_seven.Net\ninput_size: 28\n")
+    (tmp_path / "model" / "own.yaml").write_text("_target_: own_layers.Net\ninput_size: 28\n")
     assert cli.run("inspect", ["--config-dir", str(tmp_path), "model=own", "data=garments"]) == 0
     output = capsys.readouterr().out
-    assert cells(output)["Net"] == ["10", "500", "237,160"]
+    assert cells(output)["Net"] == ["10", *counts]
     assert "not known of a network of your own" in output
 
 

@@ -52,18 +52,20 @@ def _build(settings: Settings) -> "nn.Sequential":
 
 
 def _layers_table(settings: Settings) -> Table:
-    from nin.networks.layers import layers
+    from nin.networks.layers import find_receptive_fields, layers
 
     size = settings.data.image_size
-    rows = layers(_build(settings), describe(settings.data).channels, size)
+    network = _build(settings)
+    rows = layers(network, describe(settings.data).channels, size)
+    # In a class of the user's own the operations are counted; how it connects them is not known.
+    is_own = isinstance(settings.model, OwnModel)
+    fields = [""] * len(rows) if is_own else list(map(str, find_receptive_fields(network, size)))
     table = Table(title=f"{settings.model.name} at {size}x{size}", **_STYLE)
     for column in ("layer", "output shape", "parameters", "multiply-adds", "receptive field"):
         table.add_column(column, justify="left" if column == "layer" else "right")
-    for row in rows:
+    for row, field in zip(rows, fields, strict=True):
         shape = " x ".join(map(str, row.output_shape))
         counts = (f"{n:,}" if n else "" for n in (row.parameters, row.multiply_adds))
-        # In a class of the user's own the operations are counted; how it connects them is not known.
-        field = "" if isinstance(settings.model, OwnModel) else str(row.receptive_field)
         table.add_row(row.name, shape, *counts, field)
     table.add_section()
     total = (sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows))

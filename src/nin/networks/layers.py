@@ -18,37 +18,46 @@ class Layer:
         output_shape: without the batch dimension.
         parameters: their number.
         multiply_adds: per image; biases are not counted.
-        receptive_field: pixels per side of the smallest square of the input that contains every pixel on which one
-            output value can depend; of the output value for which it is largest. Padding is not counted, nor are
-            pixels at the right and bottom border that no window of a strided layer reaches.
     """
 
     name: str
     output_shape: tuple[int, ...]
     parameters: int
     multiply_adds: int
-    receptive_field: int
 
 
 def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[Layer]:
     """Returns one row for each layer of ``network``, in order. The network may be on the "meta" device."""
     device = next(network.parameters()).device
     x = torch.empty(1, in_channels, image_size, image_size, device=device)
-    rows, extents = [], [(i, i) for i in range(image_size)]
+    rows = []
     was_training = network.training
     network.eval()
     with torch.no_grad():
         for layer in network:
             with FlopCounterMode(display=False) as counter:
-                for part in list_layers(layer):
-                    x = part(x)
-                    extents = _extents_after(part, extents)
+                x = layer(x)
             multiply_adds = counter.get_total_flops() // 2
             parameters = sum(p.numel() for p in layer.parameters())
-            field = max(last - first + 1 for first, last in extents)
-            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds, max(field, 0)))
+            rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds))
     network.train(was_training)
     return rows
+
+
+def find_receptive_fields(network: nn.Sequential, image_size: int) -> list[int]:
+    """Pixels per side of the receptive field after each layer of one of the project's networks.
+
+    That is the smallest square of the input that contains every pixel on which one output value can depend; of the
+    output value for which it is largest. Padding is not counted, nor are pixels at the right and bottom border that no
+    window of a strided layer reaches. The windows of these networks are square and without dilation, and their padding
+    is a number; a network of the user's own may have any others.
+    """
+    fields, extents = [], [(i, i) for i in range(image_size)]
+    for layer in network:
+        for part in list_layers(layer):
+            extents = _extents_after(part, extents)
+        fields.append(max(0, *(last - first + 1 for first, last in extents)))
+    return fields
 
 
 def _extents_after(layer: nn.Module, extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -61,7 +70,6 @@ def _extents_after(layer: nn.Module, extents: list[tuple[int, int]]) -> list[tup
         return [_union(extents)]
     if not isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         return extents
-    # All windows of these networks are square.
     kernel, stride, padding = (
         v if isinstance(v, int) else int(v[0]) for v in (layer.kernel_size, layer.stride, layer.padding)
     )
