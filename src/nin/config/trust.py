@@ -31,16 +31,8 @@ def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Ite
         UserError: names each ``_target_`` that is neither a callback of this project or Lightning nor a logger for
             TensorBoard or CSV files, and each path or address that leads out of the run's folder.
     """
-    errors = list(_refused_classes(stored, allowed, _OWN_CLASSES))
     given = [split_override(word)[0] for word in overrides]
-    for group in ("logger", "callbacks"):
-        for name, config in getattr(stored, group).items():
-            for key, value in _leaves(config, f"{group}.{name}"):
-                if key.endswith("._target_"):
-                    if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
-                        errors.append(_refusal(key, str(value)))
-                elif isinstance(value, str) and value and key not in given and _leads_out(key, value):
-                    errors.append(f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it")
+    errors = [*_refused_classes(stored, allowed, _OWN_CLASSES), *_refused_entries(stored, allowed, given)]
     if errors:
         raise UserError(*errors)
 
@@ -58,17 +50,7 @@ def _leads_out(key: str, value: str) -> bool:
 
 
 def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...] = _OWN_CLASSES) -> None:
-    """Checks the user's own classes that a stored config names.
-
-    Losses, optimizers and schedules of torch need no permission.
-
-    Args:
-        allowed: names of modules whose classes the config may name.
-        groups: the sections whose classes are going to be imported.
-
-    Raises:
-        UserError: names each ``_target_`` that is in none of these modules.
-    """
+    """Raises UserError if a section in ``groups`` names a class of the user's own outside the modules ``allowed``."""
     if errors := list(_refused_classes(stored, allowed, groups)):
         raise UserError(*errors)
 
@@ -80,6 +62,16 @@ def _refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ..
             continue
         if group not in _OF_TORCH or not re.fullmatch(_OF_TORCH[group], section.target):
             yield _refusal(f"{group}._target_", section.target)
+
+
+def _refused_entries(stored: Settings, allowed: list[str], given: list[str]) -> Iterator[str]:
+    for group in ("logger", "callbacks"):
+        for key, value in _leaves(getattr(stored, group), group):
+            if key.endswith("._target_"):
+                if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
+                    yield _refusal(key, str(value))
+            elif isinstance(value, str) and value and key not in given and _leads_out(key, value):
+                yield f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it"
 
 
 def _refusal(key: str, target: str) -> str:

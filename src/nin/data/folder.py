@@ -58,11 +58,7 @@ class Listing:
 
 
 def list_images(data: FolderData) -> Listing:
-    """Lists the images of ``data.root`` and the faults of its layout.
-
-    Raises:
-        UserError: if there is no such folder, or no ``train/`` in it.
-    """
+    """Lists the images of ``data.root`` and the faults of its layout; raises UserError if it has no ``train/``."""
     return _Scan(Path(data.root)).run()
 
 

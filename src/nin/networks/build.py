@@ -200,9 +200,6 @@ def _keeps_channels(layer: nn.Module) -> bool:
 
 
 def counting_device(model: Model | OwnModel) -> torch.device:
-    """Returns the device on which a network is built if only its layers and operations are counted.
-
-    That is the "meta" device, where nothing is computed, except for a class of the user's own: it may read values of
-    tensors, which do not exist there.
-    """
+    """Returns the device on which a network is built if only its layers and operations are counted."""
+    # A class of the user's own may read values of tensors, which do not exist on the "meta" device.
     return torch.device("cpu" if isinstance(model, OwnModel) else "meta")
