@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import http.client
 import io
+import json
 import os
 import select
 import signal
@@ -10,7 +12,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from unittest.mock import Mock, call
 
 import numpy as np
@@ -164,6 +166,43 @@ def test_large_uploads_fill_no_more_memory_than_allowed_and_small_ones_are_answe
         while (status := server.request("POST", "/predict", bytes(1_900_000))[0]) == 503:  # until that is noticed
             assert time.monotonic() < deadline
         assert status == 400  # no image, but there is room for it
+
+
+def read_answer(reader: BinaryIO) -> tuple[int, Any]:
+    status = int(reader.readline().split()[1])
+    return status, json.loads(reader.read(int(http.client.parse_headers(reader)["content-length"])))
+
+
+def test_an_offered_upgrade_is_ignored(server: Server, test_images: np.ndarray) -> None:
+    image, hidden = png(test_images[0]), b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n"
+    expected = (200, server.request("POST", "/predict", image)[1])
+    offer = (
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAM\r\nUpgrade: "
+    )
+    head = offer + b"h2c\r\nContent-Length: %d\r\n\r\n" % len(image)
+    chunked = offer + b"h2c\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(image)
+    get = b"GET /health HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+    no_image = server.request("POST", "/predict", hidden)[:2]
+    requests = [
+        ([head + image], [expected]),
+        ([head, image], [expected]),
+        ([head[:150], head[150:] + image[:99], image[99:]], [expected]),
+        ([chunked + image + b"\r\n", b"0\r\n\r\n"], [expected]),
+        ([get + head + image + get], [(200, {"status": "ok"}), expected, (200, {"status": "ok"})]),
+        # A proxy that forwards the offer takes this for a body, which must not become a request of its own.
+        ([offer + b"x\r\nContent-Length: %d\r\n\r\n" % len(hidden), hidden], [no_image]),
+        ([head.replace(b": Up", b": close, Up"), image], [expected]),
+    ]
+    with socket.create_connection(("127.0.0.1", server.port), 30) as client, client.makefile("rb") as reader:
+        for parts, answers in requests:  # all on one connection, which stays open
+            for part in parts:
+                client.sendall(part)
+                time.sleep(0.05)  # so that the parts arrive one by one
+            assert [read_answer(reader) for _ in answers] == answers
+        assert reader.read() == b""
+    with socket.create_connection(("127.0.0.1", server.port), 30) as client, client.makefile("rb") as reader:
+        client.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x:1\r\n\r\n" + hidden)  # asks for a tunnel
+        assert reader.read().startswith(b"HTTP/1.1 400 Bad Request")
 
 
 def test_an_endless_head_is_refused(server: Server) -> None:

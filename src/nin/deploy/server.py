@@ -7,6 +7,7 @@ import signal
 import socket
 from typing import Any
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -21,7 +22,9 @@ SHUTDOWN_SECONDS = 30
 
 
 class TimedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which closes a connection whose next request's head is slow or endless."""
+    """uvicorn's HTTP protocol, which ignores an offered upgrade, and closes a connection whose next request's head is
+    slow or endless.
+    """
 
     deadline: Any = None
     head_bytes = 0
@@ -35,7 +38,12 @@ class TimedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
+        # Not uvicorn's method, which takes the body of a request that offers an upgrade for the next request.
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(memoryview(data))
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
         if self.deadline is None:  # the head is complete
             return
         self.head_bytes += len(data)
@@ -51,7 +59,32 @@ class TimedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
-        super().on_headers_complete()
+        if not self.parser.should_upgrade():  # otherwise the head is parsed again
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
+
+    def _parse(self, data: memoryview) -> None:
+        """Parses what arrived; a head that offers an upgrade is parsed again without the offer (RFC 9110, 7.8).
+
+        Raises:
+            httptools.HttpParserError: if it is no HTTP, or asks for a tunnel.
+        """
+        while data:
+            try:
+                return self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as offer:
+                data = data[offer.args[0] :]
+            method, version = self.parser.get_method(), self.parser.get_http_version().encode()
+            if method == b"CONNECT":
+                raise httptools.HttpParserError
+            kept = [b"%s: %s\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+            # The old parser would ignore all that follows a head with "Connection: close".
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+            self.parser.feed_data(b"%s %s HTTP/%s\r\n%s\r\n" % (method, self.url, version, b"".join(kept)))
 
     def _start_timer(self) -> None:
         self.deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
