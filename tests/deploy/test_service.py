@@ -216,27 +216,38 @@ def test_an_endless_head_is_refused(server: Server) -> None:
         assert client.recv(1000).startswith(b"HTTP/1.1 431")
 
 
+class Connection:
+    """A connection of the server's protocol in this process, with no answers; its timers never end."""
+
+    def __init__(self) -> None:
+        from uvicorn import Config
+        from uvicorn.server import ServerState
+
+        from nin.deploy.server import TimedProtocol
+
+        self.timers: list[Mock] = []
+        self.loop, self.transport = Mock(), Mock()
+        self.loop.call_later.side_effect = self.call_later
+        self.loop.create_task.side_effect = lambda coroutine, **_: coroutine.close() or Mock()
+        self.transport.get_extra_info.return_value = None
+        self.transport.is_closing.return_value = False
+        config = Config(Mock(), ws="none", log_config=None)
+        self.protocol = TimedProtocol(config, ServerState(), {}, self.loop)
+        self.protocol.connection_made(self.transport)
+
+    def call_later(self, *_: object) -> Mock:
+        self.timers.append(Mock())
+        return self.timers[-1]
+
+    def cancelled(self) -> list[bool]:
+        return [timer.cancel.called for timer in self.timers]
+
+
 def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
-    from uvicorn import Config
-    from uvicorn.server import ServerState
+    from nin.deploy.server import HEAD_SECONDS
 
-    from nin.deploy.server import HEAD_SECONDS, TimedProtocol
-
-    timers: list[Mock] = []
-
-    def call_later(*_: object) -> Mock:
-        timers.append(Mock())
-        return timers[-1]
-
-    def cancelled() -> list[bool]:
-        return [timer.cancel.called for timer in timers]
-
-    loop, transport = Mock(), Mock()
-    loop.call_later.side_effect = call_later
-    loop.create_task.side_effect = lambda coroutine, **_: coroutine.close() or Mock()  # no request is answered
-    transport.get_extra_info.return_value = None
-    protocol = TimedProtocol(Config(Mock(), ws="none", log_config=None), ServerState(), {}, loop)
-    protocol.connection_made(transport)
+    connection = Connection()
+    protocol, cancelled = connection.protocol, connection.cancelled
     assert cancelled() == [False]
     protocol.data_received(b"GET / HTTP/1.1\r\n")
     assert cancelled() == [True, False]  # a head has the whole time from its first byte on
@@ -246,7 +257,32 @@ def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
     assert cancelled() == [True, True, False]
     protocol.connection_lost(None)
     assert cancelled() == [True, True, True]
-    assert loop.call_later.call_args_list == [call(HEAD_SECONDS, transport.close)] * 3
+    assert connection.loop.call_later.call_args_list == [call(HEAD_SECONDS, connection.transport.close)] * 3
+
+
+@pytest.mark.parametrize(
+    ("head", "begun", "ended"),
+    [
+        (b"\r\n", b"\r\n", b""),
+        (b"Content-Length: 10\r\n\r\n", b"x", b"x" * 9),
+        (b"Transfer-Encoding: chunked\r\n\r\n", b"5", b"\r\n12345\r\n0\r\n\r\n"),
+    ],
+)
+def test_only_the_next_request_keeps_an_answered_connection_open(head: bytes, begun: bytes, ended: bytes) -> None:
+    connection = Connection()
+    protocol, cancelled = connection.protocol, connection.cancelled
+    protocol.data_received(b"GET / HTTP/1.1\r\nHost: x\r\n" + head)
+    protocol.cycle.response_complete = True
+    protocol.on_response_complete()
+    handler = connection.loop.call_later.call_args.args[1]
+    assert handler == protocol.timeout_keep_alive_handler
+    protocol.data_received(begun)
+    protocol.data_received(ended)
+    assert cancelled() == [True, True, False]
+    protocol.data_received(b"GET /")
+    assert cancelled() == [True, True, True, False]
+    handler()
+    connection.transport.close.assert_called_once_with()
 
 
 def test_clients_that_vanish_leave_nothing_behind(server: Server, test_images: np.ndarray) -> None:

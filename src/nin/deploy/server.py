@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 import resource
 import signal
 import socket
@@ -15,7 +16,7 @@ from nin.config.schema import UserError
 from nin.data.decoding import silence_pillow
 from nin.deploy.service import Service
 
-# A request's head has this long to arrive; a connection that is kept open without requests, as long.
+# A request's head has this long to arrive.
 HEAD_SECONDS = 15
 HEAD_BYTES = 65_536  # checked after each chunk that arrives, so that a head may be larger by one chunk
 SHUTDOWN_SECONDS = 30
@@ -38,8 +39,8 @@ class TimedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # Not uvicorn's method, which takes the body of a request that offers an upgrade for the next request.
-        self._unset_keepalive_if_required()
+        # Not uvicorn's method, which takes the body of a request that offers an upgrade for the next request, and lets
+        # any byte after an answer, not only the next request, stop the timer of a connection without requests.
         try:
             self._parse(memoryview(data))
         except httptools.HttpParserError:
@@ -90,6 +91,7 @@ class TimedProtocol(HttpToolsProtocol):
         self.deadline = self.loop.call_later(HEAD_SECONDS, self.transport.close)
 
     def _stop_timer(self) -> None:
+        self._unset_keepalive_if_required()  # uvicorn's timer, which runs from an answer on
         if self.deadline is not None:
             self.deadline.cancel()
             self.deadline = None
@@ -125,7 +127,8 @@ def run(service: Service, listener: socket.socket) -> int:
         ws="none",
         log_level="critical",
         access_log=False,
-        timeout_keep_alive=HEAD_SECONDS,
+        # From an answer until the next request. A refused request's body may still arrive, which takes its time.
+        timeout_keep_alive=max(HEAD_SECONDS, math.ceil(service.limits.seconds)),
         timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         # Connections; those above are answered with 503 while file descriptors are left.
         limit_concurrency=max(16, min(files - 64, 4096)),
