@@ -260,6 +260,17 @@ def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
     assert connection.loop.call_later.call_args_list == [call(HEAD_SECONDS, connection.transport.close)] * 3
 
 
+def test_a_body_does_not_count_as_the_next_head_that_begins_behind_it() -> None:
+    connection = Connection()
+    protocol, write = connection.protocol, connection.transport.write
+    protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(100_000))
+    protocol.data_received(bytes(100_000) + b"GET /")
+    protocol.data_received(b" HTTP/1.1\r\nX-Long: " + b"a" * 60_000)
+    write.assert_not_called()
+    protocol.data_received(b"a" * 60_000)
+    assert write.call_args.args[0].startswith(b"HTTP/1.1 431")
+
+
 @pytest.mark.parametrize(
     ("head", "begun", "ended"),
     [

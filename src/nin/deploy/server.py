@@ -18,7 +18,7 @@ from nin.deploy.service import Service
 
 # A request's head has this long to arrive.
 HEAD_SECONDS = 15
-HEAD_BYTES = 65_536  # checked after each chunk that arrives, so that a head may be larger by one chunk
+HEAD_BYTES = 65_536  # without the chunk in which it begins, which may hold another request's body
 SHUTDOWN_SECONDS = 30
 
 
@@ -39,16 +39,14 @@ class TimedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self.head_bytes += len(data)  # set to 0 if a head begins in this chunk
         # Not uvicorn's method, which takes the body of a request that offers an upgrade for the next request, and lets
         # any byte after an answer, not only the next request, stop the timer of a connection without requests.
         try:
             self._parse(memoryview(data))
         except httptools.HttpParserError:
             self.send_400_response("Invalid HTTP request received.")
-        if self.deadline is None:  # the head is complete
-            return
-        self.head_bytes += len(data)
-        if self.head_bytes > HEAD_BYTES:
+        if self.deadline is not None and self.head_bytes > HEAD_BYTES:  # the head is not complete
             self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nconnection: close\r\n\r\n")
             self.transport.close()
 
