@@ -179,3 +179,11 @@ def test_a_parameter_among_the_fields_of_a_form_is_refused() -> None:
     request = Request({"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]})
     with pytest.raises(RefusedError, match=r"^400: invert: is a field of the form; give it in the address: /predict"):
         asyncio.run(read_file(request, field + file))
+
+
+def test_a_charset_that_no_text_can_have_is_refused() -> None:
+    field = b'--x\r\nContent-Disposition: form-data; name="\xe9"\r\n\r\nhi\r\n--x--\r\n'
+    content_type = b"multipart/form-data; charset=undefined; boundary=x"
+    request = Request({"type": "http", "headers": [(b"content-type", content_type)]})
+    with pytest.raises(RefusedError, match=r"^400: the form is malformed$"):
+        asyncio.run(read_file(request, field))
