@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import io
 import json
+import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -187,3 +188,13 @@ def test_a_charset_that_no_text_can_have_is_refused() -> None:
     request = Request({"type": "http", "headers": [(b"content-type", content_type)]})
     with pytest.raises(RefusedError, match=r"^400: the form is malformed$"):
         asyncio.run(read_file(request, field))
+
+
+def test_a_key_may_be_any_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environb, b"NIN_API_KEY", b"k\xff")
+    description = Description(["a"], 1, 28, 28, False, "gap", {})
+    service = Service(TrainedNetwork(description, brightness), LIMITS, os.environ["NIN_API_KEY"])
+    known, unknown = (Request({"type": "http", "headers": [(b"x-api-key", key)]}) for key in (b"k\xff", b"k\xc3\xbf"))
+    assert asyncio.run(service.metrics(known)).status_code == 200
+    with pytest.raises(RefusedError, match=r"^401"):
+        asyncio.run(service.metrics(unknown))

@@ -5,6 +5,7 @@ import contextlib
 import hmac
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Callable
@@ -226,7 +227,8 @@ class Service:
         # The scheme's case does not matter (RFC 9110, 11.1), as that of the content type.
         authorization = re.sub("^bearer ", "", request.headers.get("authorization", ""), flags=re.IGNORECASE)
         given = request.headers.get("x-api-key") or authorization
-        if not hmac.compare_digest(given.encode("latin-1"), self.key.encode()):
+        # The key's bytes as they are in the environment, where they may be no UTF-8.
+        if not hmac.compare_digest(given.encode("latin-1"), os.fsencode(self.key)):
             raise RefusedError(401, "a key is needed: Authorization: Bearer …", {"www-authenticate": "Bearer"})
 
     async def health(self, _: Request) -> Response:
