@@ -330,7 +330,7 @@ def test_health_metrics_description_and_pages(server: Server, test_images: np.nd
 
 
 def test_a_key_is_demanded_where_it_is_set(export: Path, test_images: np.ndarray) -> None:
-    with serve(export, NIN_API_KEY="secret-ü") as server:
+    with serve(export, NIN_API_KEY="secret-ü\n") as server:  # as a file holds it
         for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer"}):
             assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 401
             assert server.request("GET", "/metrics", None, headers)[0] == 401
@@ -338,6 +338,19 @@ def test_a_key_is_demanded_where_it_is_set(export: Path, test_images: np.ndarray
         for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}, {"Authorization": f"bearer {key}"}):
             assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 200
         assert server.request("GET", "/health")[0] == 200
+
+
+@pytest.mark.parametrize("key", ["", " \n"])
+def test_an_empty_key_is_no_permission_to_serve_without_one(
+    export: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    from nin.commands.serve import main
+    from nin.config.schema import UserError
+
+    monkeypatch.setenv("NIN_API_KEY", key)
+    monkeypatch.setattr("nin.deploy.server.run", lambda *_: pytest.fail("it serves"))
+    with pytest.raises(UserError, match=r"^NIN_API_KEY is empty: set it to a key, or remove it"):
+        main([str(export), "--port", "0"])
 
 
 def test_sigterm_answers_what_has_begun_and_ends_with_143(export: Path, test_images: np.ndarray) -> None:

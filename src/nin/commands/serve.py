@@ -37,6 +37,9 @@ def main(arguments: list[str]) -> int:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    key = os.environ.get(KEY)
+    if key is not None and not (key := key.strip()):  # a key from a file ends in a line break, which no client can send
+        raise UserError(f"{KEY} is empty: set it to a key, or remove it to serve without one")
     try:
         from nin.deploy import server
         from nin.deploy.service import Limits, Service
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> int:
             waiting_images=args.max_waiting,
             seconds=args.timeout,
         )
-        service = Service(load_onnx(export, args.threads or count_cores()), limits, os.environ.get(KEY) or None)
+        service = Service(load_onnx(export, args.threads or count_cores()), limits, key)
         address = f"[{args.host}]" if ":" in args.host else args.host
         print(f"{format_path(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         return server.run(service, listener)
