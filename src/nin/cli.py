@@ -29,8 +29,10 @@ def main() -> None:
     """Entry point of ``nin`` and ``python -m nin``."""
     # Processes that are started from here import nothing from the working directory, which may come from elsewhere.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    if sys.stdin is None:  # closed by the caller, as in: nin … <&-
+        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115  # open to the end
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller, as in: nin … >&-
+        if getattr(sys, name) is None:  # >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open to the end
         with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
             getattr(sys, name).reconfigure(errors="replace")  # characters that ASCII or Latin-1 lacks

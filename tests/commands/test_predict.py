@@ -94,7 +94,7 @@ def test_json_goes_to_a_file_while_the_bar_is_on_a_terminal(export: Path, pictur
     os.close(terminal)
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_a_closed_stream_is_no_error(export: Path, pictures: Path, closed: str) -> None:
     command = [sys.executable, "-m", "nin", "predict", str(export), str(pictures), "--csv"]
     run = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, timeout=120)
