@@ -57,6 +57,8 @@ def test_images_of_several_sizes_keep_their_order(run_folder: Path, test_images:
     np.testing.assert_allclose(mixed[[0, 2, 3]], alone[[0, 2, 3]], atol=1e-6)
     np.testing.assert_allclose(mixed[1], network.predict([large])[0], atol=1e-6)
     assert network.predict([]).shape == (0, 10)
+    with pytest.raises(ValueError, match=r"^images: there are none"):
+        network.maps([])
 
 
 def test_an_image_of_one_pixel_and_one_of_another_shape(run_folder: Path) -> None:

@@ -102,9 +102,11 @@ class TrainedNetwork:
 
         Raises:
             UserError: if this network has none: an export of a network whose maps need gradients.
+            ValueError: if there are no images: the maps' size is known from those of an image.
         """
         maps = self.score(images, maps=True).maps
-        assert maps is not None
+        if maps is None:
+            raise ValueError("images: there are none, so that the size of their score maps is unknown")
         return maps
 
     def score(self, images: Any, maps: bool = False) -> Scores:
