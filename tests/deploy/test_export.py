@@ -22,7 +22,7 @@ from nin.commands import predict
 from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.config.schema import UserError
 from nin.deploy.export import Exporter
-from nin.deploy.onnx_model import load_onnx, metadata_of
+from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.scoring import MappedImages, load_part
 from pictures import folder_data, write_folder
 
@@ -222,6 +222,21 @@ def test_an_export_without_maps_says_so(export: Path, tmp_path: Path, capsys: py
         predict.main([str(tmp_path / "m.onnx"), str(tmp_path / "a.png"), "--csv", "--maps", str(tmp_path / "maps")])
     assert not (tmp_path / "maps").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_class_names_are_readable_in_the_metadata(export: Path, tmp_path: Path) -> None:
+    """As the C++ program of docs/deploy.md shows them."""
+    names = ["日本", "Füße", 'a "b"', *map(str, range(7))]
+
+    def rename(model: "onnx.ModelProto") -> None:
+        changed = dataclasses.replace(nin.load(export).description, class_names=names)
+        onnx.helper.set_model_props(model, metadata_of(changed))
+
+    path = _change(export, tmp_path / "m.onnx", rename)
+    assert load_onnx(path).description.class_names == names
+    written = open_session(path).get_modelmeta().custom_metadata_map["class_names"]
+    assert written.startswith('["日本", "Füße", ')
+    assert json.loads(written) == names
 
 
 def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_path: Path) -> None:

@@ -109,7 +109,8 @@ def metadata_of(description: Description) -> dict[str, str]:
     more = {key: value for key, value in description.more.items() if value is not None}
     plain = {key: value if isinstance(value, str) else json.dumps(value) for key, value in more.items()}
     return {
-        "class_names": json.dumps(description.class_names),
+        # Programs may show it as it is.
+        "class_names": json.dumps(description.class_names, ensure_ascii=False),
         **plain,
         METADATA_KEY: json.dumps(dataclasses.asdict(description)),
     }
