@@ -54,6 +54,36 @@ def test_the_bar_of_a_run_that_is_resumed_within_an_epoch_ends_complete(
     assert shown == [(12, 12)]
 
 
+@pytest.mark.parametrize(("is_global_zero", "lines"), [(True, ["epoch 1/2", ""]), (False, [])])
+def test_the_first_process_alone_draws_a_bar_and_ends_it_once(
+    is_global_zero: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    # A terminal without a cursor, where the bar is printed when it is stopped.
+    console = Console(file=screen, force_terminal=True, _environ={"TERM": "dumb"})
+    monkeypatch.setattr(progress, "Console", lambda: console)
+    monkeypatch.setattr(progress, "count_batches", lambda trainer: (12, 0))
+    trainer = SimpleNamespace(
+        is_global_zero=is_global_zero,
+        num_training_batches=6,
+        num_val_batches=[1],
+        num_test_batches=[1],
+        current_epoch=0,
+    )
+    bar = TrainingProgressBar()
+    bar.on_exception(trainer, None, ValueError())  # before its setup
+    bar.setup(trainer, None, "fit")
+    bar.on_train_start(trainer, None)
+    bar.on_train_batch_end(trainer, None)
+    bar.on_validation_start(trainer, None)
+    bar.on_validation_batch_end(trainer, None)
+    bar.on_validation_end(trainer, None)
+    bar.on_train_epoch_end(trainer, None)
+    bar.teardown(trainer, None, "fit")
+    bar.on_exception(trainer, None, ValueError())  # in the teardown of another callback
+    assert [line[:9] for line in screen.getvalue().splitlines()] == lines
+
+
 def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
     settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

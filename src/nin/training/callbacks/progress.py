@@ -37,15 +37,12 @@ class TrainingProgressBar(Callback):
     def __init__(self, metrics: MetricsLogger | None = None):
         self.metrics = metrics
         self.console = Console()
-        self.progress: Progress | None = None
-        self.training: TaskID | None = None
-        self.evaluation: TaskID | None = None
+        self.progress = Progress(disable=True)  # draws nothing
+        self.training = self.evaluation = TaskID(0)
         self.epochs = ""
         self.updated_at = -math.inf
 
     def setup(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
-        if not trainer.is_global_zero:
-            return
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -54,31 +51,30 @@ class TrainingProgressBar(Callback):
             console=self.console,
             expand=True,
             refresh_per_second=5,
+            disable=not trainer.is_global_zero,
         )
         self.progress.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        if self.progress:
-            total, done = count_batches(trainer)
-            epochs = math.ceil(total / trainer.num_training_batches) if 0 < total < math.inf else 0
-            self.epochs = f"/{epochs}" if epochs else ""
-            self.training = self.progress.add_task(
-                "training", total=total if total < math.inf else None, completed=done, metrics="first batch"
-            )
-            # The start of the first batch is a sample for rich's estimate, which so exists after that batch.
-            self.progress.advance(self.training, 0)
+        total, done = count_batches(trainer)
+        epochs = math.ceil(total / trainer.num_training_batches) if 0 < total < math.inf else 0
+        self.epochs = f"/{epochs}" if epochs else ""
+        self.training = self.progress.add_task(
+            "training", total=total if total < math.inf else None, completed=done, metrics="first batch"
+        )
+        # The start of the first batch is a sample for rich's estimate, which so exists after that batch.
+        self.progress.advance(self.training, 0)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
-        if self.progress and self.training is not None:
-            epoch = f"epoch {trainer.current_epoch + 1}{self.epochs}"
-            self.progress.update(self.training, advance=1, description=epoch)
-            # Updated once a second, because reading the metrics synchronizes a GPU.
-            now = time.monotonic()
-            if self.metrics and self.metrics.window_images and now > self.updated_at + 1:
-                self.updated_at = now
-                # Several processes would have to read them at the same time: those that were logged last are shown.
-                current = self.metrics.read_window(trainer, pl_module) if trainer.world_size == 1 else {}
-                self.progress.update(self.training, metrics=_format(self.metrics.latest | current))
+        epoch = f"epoch {trainer.current_epoch + 1}{self.epochs}"
+        self.progress.update(self.training, advance=1, description=epoch)
+        # Updated once a second, because reading the metrics synchronizes a GPU.
+        now = time.monotonic()
+        if self.metrics and self.metrics.window_images and now > self.updated_at + 1:
+            self.updated_at = now
+            # Several processes would have to read them at the same time: those that were logged last are shown.
+            current = self.metrics.read_window(trainer, pl_module) if trainer.world_size == 1 else {}
+            self.progress.update(self.training, metrics=_format(self.metrics.latest | current))
 
     def on_validation_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         self._start_evaluation("validating", trainer.num_val_batches)
@@ -87,29 +83,25 @@ class TrainingProgressBar(Callback):
         self._start_evaluation("testing", trainer.num_test_batches)
 
     def _start_evaluation(self, name: str, batches: list[int | float]) -> None:
-        if self.progress:
-            total = sum(batches)
-            self.evaluation = self.progress.add_task(name, total=total if total < math.inf else None, metrics="")
+        total = sum(batches)
+        self.evaluation = self.progress.add_task(name, total=total if total < math.inf else None, metrics="")
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        if self.progress and self.evaluation is not None:
-            self.progress.advance(self.evaluation)
+        self.progress.advance(self.evaluation)
 
     def on_test_batch_end(self, *_: Any) -> None:
         self.on_validation_batch_end()
 
     def on_validation_end(self, *_: Any) -> None:
-        if self.progress and self.evaluation is not None:
-            self.progress.remove_task(self.evaluation)
+        self.progress.remove_task(self.evaluation)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        if self.progress and self.training is not None and self.metrics:
+        if self.metrics:
             self.progress.update(self.training, metrics=_format(self.metrics.latest))
 
     def teardown(self, trainer: Trainer, pl_module: Classifier, stage: str) -> None:
-        if self.progress:
-            self.progress.stop()
-            self.progress = None
+        self.progress.stop()
+        self.progress.disable = True  # where TERM=dumb rich prints an empty line at every stop
 
     def on_exception(self, trainer: Trainer, pl_module: Classifier, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "")
