@@ -10,7 +10,7 @@ from typing import Any
 
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
+from nin.training.request import RunRequest
 
 # A whole run in a second or two: two epochs of six batches of the garments at 28x28.
 SMALL = (

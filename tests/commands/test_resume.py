@@ -9,7 +9,7 @@ from nin import cli
 from nin.commands import resume
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
+from nin.training.request import RunRequest
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from nin.commands import train
 from nin.commands.train import compose, parse_arguments
 from nin.config.hydra_options import open_hydra
 from nin.config.schema import UserError
-from nin.runs.request import RunRequest
 from nin.sweeps import launch
+from nin.training.request import RunRequest
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from nin.config.networks import NETWORKS
 from nin.config.schema import CONF, UserError
 from nin.networks.build import build_network, require_buildable
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
+from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
 

@@ -36,13 +36,13 @@ from nin.config.hydra_options import open_hydra
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.sweeps import checks, gpus, launch, summary
 from nin.sweeps.jobs import requested_names
 from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
+from nin.training.request import RunRequest
 
 
 def results(sweep: Path) -> dict[str, dict[str, Any]]:

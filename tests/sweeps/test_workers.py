@@ -13,9 +13,9 @@ from helpers import ENVIRONMENT, SMALL
 from nin import cli
 from nin.config.schema import UserError
 from nin.runs.folder import RunClaimedError, RunFolder
-from nin.runs.request import RunRequest
 from nin.sweeps import workers
 from nin.system.processes import StoppedError, StopRequest
+from nin.training.request import RunRequest
 from nin.training.run import RunFailedError
 
 PROGRAM = r"""

@@ -11,9 +11,9 @@ from nin import cli
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.system.devices import add_remedy, own_gpu, require_accelerator, require_working_gpu
 from nin.system.processes import remove_left_over_ranks
+from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")

@@ -33,13 +33,13 @@ from nin.data.transforms import resize
 from nin.deploy.pipeline import read_checkpoint
 from nin.runs.console import silence_known_warnings
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.training import experiment
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter
 from nin.training.classifier import Classifier
 from nin.training.evaluation import evaluate_weights
 from nin.training.loss import NonFiniteLossError, require_finite
+from nin.training.request import RunRequest
 from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
 

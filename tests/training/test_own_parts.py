@@ -25,12 +25,12 @@ from nin.config.changes import differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
 from nin.training import experiment
 from nin.training.classifier import Classifier
 from nin.training.experiment import Experiment
 from nin.training.loss import build_loss
+from nin.training.request import RunRequest
 from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
 from pictures import folder_data, write_folder

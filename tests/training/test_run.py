@@ -20,9 +20,9 @@ from nin.data import splits
 from nin.data.splits import open_folder
 from nin.runs import versions
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
 from nin.training import experiment, run
+from nin.training.request import RunRequest
 from pictures import folder_data, write_folder
 
 

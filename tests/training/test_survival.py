@@ -31,9 +31,9 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate, validate_plain
 from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
+from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from nin.config.validation import validate_plain
 from nin.data.sources import raw_folder
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.sweeps.checks import require_search_packages
 from nin.system.processes import StoppedError, global_rank, require_matching_start
+from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
 
 _MAY_CHANGE = tuple(key for key in MAY_CHANGE if key != "resume")  # resuming is what this command does

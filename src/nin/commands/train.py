@@ -25,8 +25,8 @@ from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunFolder, job_folder
-from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError, broadcast_run_dir, global_rank, receive_run_dir, require_matching_start
+from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
 
 

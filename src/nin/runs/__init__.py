@@ -3,7 +3,6 @@
 A module imports only from the modules below it:
 
     results          the result as a table
-    request          what is to be run, and where
     folder, console  names of the files, and lock; terminal and nin.log
     files, versions  reading of files that may come from elsewhere, atomic writes; versions of the code
 """

@@ -20,10 +20,10 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunClaimedError, RunFolder
-from nin.runs.request import RunRequest
 from nin.sweeps.gpus import acquire_gpu
 from nin.sweeps.jobs import own_overrides, requested_names
 from nin.system.processes import StoppedError, StopRequest, global_rank, is_requeued
+from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
 
 # A worker sends it to the sweep's first process if `sweep.fail_fast` ends the sweep.

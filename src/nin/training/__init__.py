@@ -11,4 +11,5 @@ A module imports only from the modules below it:
     optimizers          the optimizer, and the learning rate of every step
     initial_statistics  what the network takes from its training images: their mean and deviation, its first filters
     loss                the loss of a batch: cross-entropy or one's own, in micro-batches, among processes, finite
+    request             what is to be run, and where
 """

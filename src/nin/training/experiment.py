@@ -19,7 +19,6 @@ from nin.config.schema import Settings, UserError, is_single_process
 from nin.config.trust import require_trusted_targets
 from nin.data.module import ImageDataModule
 from nin.runs.console import format_path, name_override
-from nin.runs.request import RunRequest
 from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import StoppedError, convert_worker_exit_to_stop, multi_process_launcher
@@ -30,6 +29,7 @@ from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_
 from nin.training.callbacks.training_control import TrainingControl
 from nin.training.classifier import Classifier
 from nin.training.evaluation import build_data, require_test_batches, test
+from nin.training.request import RunRequest
 from nin.training.trainer import build_trainer
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,12 @@ from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.runs.results import PRINTED, print_result
 from nin.runs.versions import git_commit, versions
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError, multi_process_launcher
+from nin.training.request import RunRequest
 
 if TYPE_CHECKING:
     from nin.training.experiment import Experiment

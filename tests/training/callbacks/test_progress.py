@@ -13,11 +13,11 @@ from rich.console import Console
 from helpers import ENVIRONMENT, SMALL, run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.runs.request import RunRequest
 from nin.system.processes import StoppedError
 from nin.training.callbacks import progress
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.experiment import Experiment
+from nin.training.request import RunRequest
 
 
 def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
