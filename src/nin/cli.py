@@ -112,7 +112,9 @@ def run(name: str, arguments: list[str]) -> int:
     command = importlib.import_module(f"nin.commands.{name}")
     from nin.config.errors import printable_lines
     from nin.config.schema import UserError
+    from nin.runs.console import silence_known_warnings
 
+    silence_known_warnings()
     try:
         return command.main(arguments) or 0
     except UserError as error:

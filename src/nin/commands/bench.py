@@ -21,7 +21,7 @@ from nin.config.hydra_options import open_hydra
 from nin.config.keys import split_override
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.runs.console import Console, format_path, log_to, silence_known_warnings
+from nin.runs.console import Console, format_path, log_to
 from nin.runs.files import write_atomically
 from nin.runs.versions import versions
 from nin.system.devices import require_accelerator
@@ -43,7 +43,6 @@ _FIXED = [
 
 
 def main(arguments: list[str]) -> int:
-    silence_known_warnings()
     args = parse_arguments(arguments)
     with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = read_settings(args.overrides, args.config_name)

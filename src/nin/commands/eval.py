@@ -14,7 +14,7 @@ from nin.config.trust import without_training_parts
 from nin.data.classes import require_same_classes
 from nin.data.sources import describe, prepare
 from nin.deploy.loading import find_checkpoint, is_export
-from nin.runs.console import Console, log_to, silence_known_warnings, tolerate_output_errors
+from nin.runs.console import Console, log_to, tolerate_output_errors
 from nin.runs.results import print_test
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
@@ -25,7 +25,6 @@ MAY_CHANGE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "tra
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     tolerate_output_errors()
-    silence_known_warnings()
     if is_export(args.network):
         path, (settings, metrics, confusion) = args.network, evaluate_export(args.network, args.overrides)
     else:

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from nin.commands.options import add_allow_option
 from nin.config.schema import UserError
-from nin.runs.console import Console, format_path, log_to, silence_known_warnings
+from nin.runs.console import Console, format_path, log_to
 from nin.runs.files import require_no_link
 from nin.system.imports import without_garbage_collection
 
@@ -20,7 +20,6 @@ FORMATS = ("onnx", "pt2", "triton")
 
 
 def main(arguments: list[str]) -> int:
-    silence_known_warnings()
     args = parse_arguments(arguments)
     checkpoint, out = choose_files(args)
     errors = Console(stderr=True, highlight=False)

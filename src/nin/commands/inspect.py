@@ -12,7 +12,7 @@ from nin.config.hydra_options import open_hydra
 from nin.config.networks import OwnModel
 from nin.config.schema import Settings
 from nin.data.sources import describe
-from nin.runs.console import Console, silence_known_warnings
+from nin.runs.console import Console
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +32,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value and group=option as for nin train: model, data, …")
     add_config_options(parser)
     args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
-    silence_known_warnings()
     with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = compose_settings(args.overrides, args.config_name)
     console = Console(highlight=False)

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from nin.commands.options import add_allow_option
 from nin.config.errors import printable
 from nin.config.schema import UserError
-from nin.runs.console import Console, log_to, silence_known_warnings
+from nin.runs.console import Console, log_to
 from nin.system.imports import without_garbage_collection
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ WINDOW = 256
 
 
 def main(arguments: list[str]) -> int:
-    silence_known_warnings()
     args = parse_arguments(arguments)
     with log_to(None):
         from nin.deploy.loading import load

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from nin.config.hydra_options import open_hydra
-from nin.runs.console import silence_known_warnings
 from nin.sweeps import chart, checks, jobs, summary
 
 
@@ -29,7 +28,6 @@ def main(arguments: list[str]) -> None:
         "search's files is not used, because they may come from elsewhere",
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    silence_known_warnings()  # matplotlib warns of characters that its fonts lack
     if (args.folder / "search.json").exists():
         checks.require_search_packages()
     with open_hydra():  # a sweep over glob(*) takes its values from the options of a group

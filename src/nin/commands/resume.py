@@ -10,7 +10,7 @@ from nin.config.schema import Data, Settings, UserError
 from nin.config.trust import require_trusted_targets, with_local_defaults, with_local_root
 from nin.config.validation import validate_plain
 from nin.data.sources import raw_folder
-from nin.runs.console import silence_known_warnings, tolerate_output_errors
+from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.sweeps.checks import require_search_packages
 from nin.system.processes import StoppedError, global_rank, require_matching_start
@@ -23,7 +23,6 @@ _MAY_CHANGE = tuple(key for key in MAY_CHANGE if key != "resume")  # resuming is
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     tolerate_output_errors()
-    silence_known_warnings()
     folder = RunFolder(args.run)
     settings, overrides = read_settings(folder, args.overrides, args.allow)
     require_matching_start(settings.trainer)

@@ -23,7 +23,7 @@ from nin.config.hydra_options import open_hydra, parse_arguments, unwrap_job_res
 from nin.config.keys import is_within, split_override
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
-from nin.runs.console import silence_known_warnings, tolerate_output_errors
+from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder, job_folder
 from nin.system.processes import StoppedError, broadcast_run_dir, global_rank, receive_run_dir, require_matching_start
 from nin.training.request import RunRequest
@@ -35,7 +35,6 @@ def main(arguments: list[str]) -> int:
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return show(arguments, args)
     tolerate_output_errors()
-    silence_known_warnings()
     args.overrides += receive_run_dir()
     with open_hydra(args.config_dir, args.config_path, args.overrides) as app:
         is_sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
