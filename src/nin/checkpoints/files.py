@@ -71,8 +71,7 @@ def read(path: Path) -> dict[str, Any]:
     if hashlib.sha256(memoryview(content)[:end]).hexdigest().encode() != content[end:]:  # no copy
         raise _damaged(path, "damaged: its content does not match its checksum")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns about other pickle protocols before it refuses them
+        with warnings.catch_warnings(action="ignore"):  # about other pickle protocols, which torch then refuses
             checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamagedError(

@@ -57,8 +57,8 @@ def _accepts(model: Model, image_size: int) -> bool:
     Raises:
         UserError: if the constructor refuses its arguments.
     """
-    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about layers without weights
+    # Warnings are about layers without weights.
+    with torch.device("meta"), torch.no_grad(), warnings.catch_warnings(action="ignore"):
         try:
             network = _construct(model, image_size, in_channels=1, num_classes=10).eval()
             return network(torch.empty(1, 1, image_size, image_size)).shape == (1, 10)

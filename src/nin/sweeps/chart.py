@@ -185,8 +185,8 @@ def draw_study(study: "optuna.Study", path: Path) -> None:
     )
     parts = []
     pyplot.switch_backend("Agg")
-    with warnings.catch_warnings(), rc_context():  # they change matplotlib's style
-        warnings.simplefilter("ignore")  # Optuna's pictures are marked experimental
+    # Optuna's pictures are marked experimental, and change matplotlib's style.
+    with warnings.catch_warnings(action="ignore"), rc_context():
         for place, plot in enumerate(plots):
             with contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError, IndexError):  # too few trials
                 figure = plot().get_figure(root=True)

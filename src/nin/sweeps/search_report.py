@@ -254,8 +254,7 @@ def _importances(study: optuna.Study) -> dict[str, float]:
     """The importance of each key by fANOVA; empty if there are too few trials."""
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
-    with warnings.catch_warnings(), contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(ValueError, RuntimeError, ZeroDivisionError):
         return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
     return {}
 

@@ -80,8 +80,7 @@ def build_sampler(plan: Plan, number: int) -> BaseSampler:
         case "cmaes":
             return CmaEsSampler(seed=seed, warn_independent_sampling=False)
         case "qmc":  # one sequence, of which trial n is the n-th point
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ExperimentalWarning)
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
                 return QMCSampler(seed=plan.seed, warn_independent_sampling=False)
         case "grid":  # one order of the grid's points
             return GridSampler({k: enumerate_values(k, v) for k, v in plan.space.items()}, seed=plan.seed)
