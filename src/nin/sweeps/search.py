@@ -25,7 +25,7 @@ from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SEARCH_PATH_KEY
-from nin.sweeps.search_checks import check_search, count_points, count_trials, experiment_words, read_settings
+from nin.sweeps.search_checks import check_search, count_points, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial, test_best
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import WITHOUT_VALUE, Store, hide_concurrent_values, propose, trial_name
@@ -53,7 +53,8 @@ class Search:
         self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
         # The search itself sets which of its jobs are tested, and which may be pruned.
         self.job_words = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]
-        self.total = count_trials(self.plan, self.settings)
+        self.points = count_points(self.plan) if self.plan.sampler == "grid" else None
+        self.total = min(self.settings.n_trials, self.points or self.settings.n_trials)
         group_options = GlobalHydra.instance().config_loader().get_group_options
         self.selects_configs = any("@" in key or group_options(key) for key in self.plan.space)
 
@@ -73,7 +74,7 @@ class Search:
         self._write_description()
         if self.total < self.settings.n_trials:
             print(f"the grid has {self.total} points, so there are {self.total} trials")
-        elif self.plan.sampler == "grid" and (points := count_points(self.plan)) > self.total:
+        elif (points := self.points) and points > self.total:
             print(f"the grid has {points} points; {self.total} are tried, all with hydra.sweeper.n_trials={points}")
         self._run_trials()
         self._finish()

@@ -135,15 +135,6 @@ def experiment_words(words: Iterable[str]) -> list[str]:
     return sorted(w for w, key in keys.items() if key == "sweep" or not is_within(key, [*SAME_EXPERIMENT, "hydra"]))
 
 
-def count_trials(plan: Plan, settings: SearchSettings) -> int:
-    """The number of trials; of a grid, at most as many as it has points.
-
-    Raises:
-        UserError: if a grid has infinitely many points, or more than Optuna can list.
-    """
-    return min(settings.n_trials, count_points(plan)) if plan.sampler == "grid" else settings.n_trials
-
-
 def count_points(plan: Plan) -> int:
     """The number of points of a grid. Raises UserError if they are infinitely many, or more than `_MAX_POINTS`."""
     count = math.prod(len(enumerate_values(key, values)) for key, values in plan.space.items())
