@@ -11,8 +11,7 @@ from nin.config.composition import apply_overrides
 from nin.config.keys import split_override
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import without_training_parts
-from nin.data.classes import require_same_classes
-from nin.data.sources import describe, prepare
+from nin.data.sources import describe, prepare, require_same_classes
 from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, tolerate_output_errors
 from nin.runs.results import print_test

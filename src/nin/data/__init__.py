@@ -3,7 +3,6 @@
 A module imports only from the modules below it:
 
     module                the LightningDataModule: data in memory, held-out images, batches
-    classes               whether a data set's classes are those of a network
     sources               the files of a data set: download, checksums, classes and channels
     own                   a LightningDataModule of the user's own
     garments, transforms  synthetic clothing silhouettes; augmentation and resizing of a batch

@@ -10,7 +10,7 @@ import hashlib
 import http.client
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from nin.config.data_sets import DATA_SETS
+from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, OwnData, UserError
 
 if TYPE_CHECKING:
@@ -90,6 +91,23 @@ def describe(data: Data | FolderData | OwnData) -> DatasetInfo:
         return DatasetInfo(found.class_names, found.channels, found.stored_size)
     known = DATA_SETS[data.name]
     return DatasetInfo(known.class_names, known.channels, known.stored_size)
+
+
+def require_same_classes(found: Iterable[str], trained: object) -> None:
+    """Checks that labels mean the same to a data set and to a network, which a folder given later need not fulfil.
+
+    Args:
+        found: the class names of the data set.
+        trained: the class names that are stored with the network.
+
+    Raises:
+        UserError: names both.
+    """
+    names = list(found)
+    if names != trained:
+        stored = trained if isinstance(trained, list) else []
+        ours, theirs = (", ".join(printable(str(name)) for name in each) for each in (names, stored))
+        raise UserError(f"data: its classes are {ours}; the network was trained for {theirs or 'others'}")
 
 
 def prepare(data: Data | FolderData | OwnData) -> None:

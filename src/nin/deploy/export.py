@@ -16,8 +16,7 @@ from torch import Tensor
 from nin.config.composition import apply_overrides
 from nin.config.schema import Settings, UserError
 from nin.config.trust import without_training_parts
-from nin.data.classes import require_same_classes
-from nin.data.sources import describe, prepare
+from nin.data.sources import describe, prepare, require_same_classes
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session

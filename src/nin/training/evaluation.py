@@ -14,9 +14,9 @@ from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
 from nin.config.rules import format_empty_share
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
-from nin.data.classes import require_same_classes
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
+from nin.data.sources import require_same_classes
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.system.devices import set_threads
 from nin.training.callbacks.metrics import rounded
