@@ -112,6 +112,18 @@ def test_an_altered_or_incomplete_cache_is_written_again(tmp_path: Path) -> None
         assert (open_cache(data).labels().tolist(), open_cache(data).counts) == ([0, 0, 1, 1, 2, 2], {"train": 6})
 
 
+def test_a_cache_that_is_altered_with_its_size_and_time_as_they_were_is_written_again(tmp_path: Path) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}))
+    first = open_cache(data)
+    right, images = pixels(open_cache(data)), first.path / "images.bin"
+    before, probe = images.stat(), tmp_path / "probe"
+    while not probe.exists() or probe.stat().st_ctime_ns <= before.st_ctime_ns:  # the kernel's clock has steps
+        probe.write_bytes(b"")
+    images.write_bytes(b"\x01" * right.size)
+    os.utime(images, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert np.array_equal(pixels(open_cache(data)), right)
+
+
 class Command:
     """Its pickle creates a file when it is loaded."""
 

@@ -6,7 +6,6 @@ times of the files, the settings, and the version of Pillow.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -23,7 +22,7 @@ from filelock import FileLock
 
 from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
-from nin.data.folder import PARTS, ImageFile, Listing, folder_error, list_images, require_usable
+from nin.data.folder import PARTS, ImageFile, Listing, folder_error, hash_file, hash_once, list_images, require_usable
 from nin.data.parallel import decode_folder
 
 _FORMAT = 2  # the version of a cache; a change of the decoding needs another number
@@ -164,17 +163,14 @@ def _read(path: Path) -> Cache | None:
         if not (path / "about.json").is_file():  # reading a pipe would wait for its writer
             return None
         about = json.loads((path / "about.json").read_text())
-        state = (path / "images.bin").stat()
+        size = (path / "images.bin").stat().st_size
         cache = Cache(path, tuple(about["class_names"]), *(about[name] for name in _STORED))
         labels = cache.labels().tolist()
         if (
-            state.st_size != int(np.prod(cache.shape))
+            size != int(np.prod(cache.shape))
             or len(labels) != cache.shape[0]
             or _fingerprint(about["sha256"], labels, about["class_names"]) != cache.fingerprint
-            or (
-                state.st_size <= _HASHED
-                and _sha256_of(path / "images.bin", state.st_size, state.st_mtime_ns) != about["sha256"]
-            )
+            or (size <= _HASHED and hash_once(path / "images.bin") != about["sha256"])
         ):
             return None
     except (OSError, EOFError, AttributeError, ValueError, KeyError, TypeError, RecursionError):
@@ -194,12 +190,6 @@ def _remove_unused(place: Path, key: str) -> None:
             for name in own:
                 (place / name).unlink(missing_ok=True)
             place.rmdir()
-
-
-@functools.lru_cache(maxsize=16)
-def _sha256_of(path: Path, size: int, modified_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
@@ -222,7 +212,7 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
         if len(rows) < len(every):
             _keep_rows(images, rows, data.stored_size**2 * channels)
         np.save(Path(new) / "labels.npy", np.array(labels, dtype=np.int64))
-        sha256 = _sha256_of(images, images.stat().st_size, images.stat().st_mtime_ns)
+        sha256 = hash_file(images)
         fingerprint = _fingerprint(sha256, labels, listing.class_names)
         values = (channels, counts, broken, fingerprint, data.stored_size)
         about: dict[str, Any] = dict(zip(_STORED, values, strict=True))

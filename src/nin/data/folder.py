@@ -4,6 +4,8 @@ The layout is that of torchvision's ImageFolder: ``train/<class>/``, and ``val/<
 they exist. Folders within a class's folder belong to that class.
 """
 
+import functools
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -224,3 +226,20 @@ def _is_utf8(name: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def hash_file(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_once(path: Path) -> str:
+    """The SHA-256 of a file, computed once per process while it is unchanged: each job of a sweep asks for it."""
+    state = path.stat()
+    return _hash_file_in_state(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _hash_file_in_state(path: Path, size: int, modified_ns: int, changed_ns: int) -> str:
+    return hash_file(path)

@@ -5,8 +5,6 @@ within a second.
 """
 
 import contextlib
-import functools
-import hashlib
 import http.client
 import tempfile
 import zlib
@@ -20,6 +18,7 @@ from filelock import FileLock
 from nin.config.data_sets import DATA_SETS
 from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, OwnData, UserError
+from nin.data.folder import hash_file, hash_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,7 +135,7 @@ def prepare(data: Data | FolderData | OwnData) -> None:
                 elif missing:
                     _download(missing, new, data)
                 if missing and data.name not in PUBLISHED:
-                    sums = "".join(f"{_sha256(new / name)}  {name}\n" for name in FILES)
+                    sums = "".join(f"{hash_file(new / name)}  {name}\n" for name in FILES)
                     (new / RECORDED).write_text(sums)
         _verify(folder, data)
     except OSError as error:
@@ -237,11 +236,11 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
         for mirror in data.mirrors:
             try:
                 download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
-                if data.name in PUBLISHED_PACKED and _sha256(packed) != PUBLISHED_PACKED[data.name][name]:
+                if data.name in PUBLISHED_PACKED and hash_file(packed) != PUBLISHED_PACKED[data.name][name]:
                     raise ValueError(f"sent a {packed.name} that is not the published one")
                 if packed != file:
                     extract_archive(str(packed), str(folder), remove_finished=True)
-                if data.name in PUBLISHED and _sha256(file) != PUBLISHED[data.name][name]:
+                if data.name in PUBLISHED and hash_file(file) != PUBLISHED[data.name][name]:
                     raise ValueError(f"sent a {name} that is not the published one")
                 break
             # No network, a refusal, no address, a transfer that was cut off, and what is no gzip file.
@@ -268,10 +267,9 @@ def _verify(folder: Path, data: Data) -> None:
     known = PUBLISHED.get(data.name) or _read_recorded(folder / RECORDED)
     kind = "published" if data.name in PUBLISHED else "recorded"
     for name in _files_of(data):
-        state = (folder / name).stat()
-        if _sha256_of(folder / name, state.st_size, state.st_mtime_ns, state.st_ctime_ns) != known.get(name):
+        if hash_once(folder / name) != known.get(name):
             raise UserError(
-                f"{folder / name}: not the {kind} file ({state.st_size:,} bytes, its SHA-256 is not "
+                f"{folder / name}: not the {kind} file ({(folder / name).stat().st_size:,} bytes, its SHA-256 is not "
                 f"{known.get(name, 'known')[:12]}…): it was cut off or altered; remove it and run the command again, "
                 "which restores it, or copy an intact one there"
             )
@@ -280,14 +278,3 @@ def _verify(folder: Path, data: Data) -> None:
 def _read_recorded(path: Path) -> dict[str, str]:
     lines = path.read_text(errors="replace").splitlines()
     return {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256_of(path: Path, size: int, modified: int, changed: int) -> str:
-    """The sum of a file in this state, computed once per process: a sweep prepares the data of all its jobs."""
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
