@@ -30,6 +30,9 @@ COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, AssertionError
 )  # fmt: skip
 
+# The keys of the group trainer that decide where a run trains.
+_DEVICE = ("trainer.accelerator", "trainer.strategy", "trainer.devices")
+
 
 def compose_settings(overrides: list[str], config_name: str = "train") -> Settings:
     """Returns the settings that a command line requests.
@@ -92,22 +95,18 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
         raise collect_errors(error, words) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
-    refused: dict[str, None] = {}
-    for override in parsed:
-        device = [f"trainer.{key}" for key in ("accelerator", "strategy", "devices")]
-        for key in device if override.key_or_group == "trainer" else [override.key_or_group]:
-            if not is_within(key, may_change):
-                refused[f"{override.input_line}: can't be changed here"] = None
-            elif override.is_delete():
-                parent, _, last = key.rpartition(".")
-                section = OmegaConf.select(config, parent) if parent else config
-                if section:  # the earlier run may not have it
-                    section.pop(last, None)
-            else:
-                OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
-    if refused:
-        *before, last = refused
+    changes = [(key, o) for o in parsed for key in (_DEVICE if o.key_or_group == "trainer" else (o.key_or_group,))]
+    if refused := dict.fromkeys(o.input_line for key, o in changes if not is_within(key, may_change)):
+        *before, last = (f"{word}: can't be changed here" for word in refused)
         raise UserError(*before, f"{last}; these can: {', '.join(may_change)}")
+    for key, override in changes:
+        if override.is_delete():
+            parent, _, last = key.rpartition(".")
+            section = OmegaConf.select(config, parent) if parent else config
+            if section:  # the earlier run may not have it
+                section.pop(last, None)
+        else:
+            OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
     return validate(config)
 
 
