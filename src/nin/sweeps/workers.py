@@ -52,11 +52,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         ReportedError, RunFailedError, StoppedError: what ended the job, where the sweep continues with other jobs.
         SweepInterrupt: if the sweep ends with this job.
     """
-    # The objects of Lightning refer to each other: without this the previous job would still hold its memory.
-    gc.collect()
-    if "lightning" in sys.modules and not gc.get_freeze_count():
-        gc.freeze()  # the modules, which stay: the next collections take 0.01 s and not 0.2 s
-        atexit.register(gc.unfreeze)  # some libraries report objects that are left at the end as leaks
+    _free_previous_job()
     hydra = HydraConfig.get()
     os.chdir(hydra.runtime.cwd)  # Ray's processes start where the cluster was started
     silence_known_warnings()
@@ -65,23 +61,9 @@ def run_sweep_job(config: DictConfig) -> float | None:
     in_turn = not in_worker and not is_cluster(hydra.launcher._target_)
     if in_worker:
         this_worker().require_running()
-    try:
-        settings = validate(config)
-    except UserError as error:
-        _report_refusal(error, folder)
-        if in_turn and config.sweep.fail_fast is True:
-            raise SweepInterrupt(2) from None
-        raise ReportedError(*error.errors) from None
-    request = RunRequest(
-        settings,
-        RunFolder(folder),
-        own_overrides(hydra.overrides.task),
-        label="" if in_turn else f"{folder.name}  ",
-        rank=global_rank(settings.trainer),
-        wait=settings.sweep.wait,
-    )
+    request = _build_request(config, folder, in_turn)
     if in_turn or in_worker:
-        print(f"{request.label}{_progress(folder, hydra.job.num, settings)}", flush=True)
+        print(f"{request.label}{_progress(folder, hydra.job.num, request.settings)}", flush=True)
     try:
         result = this_worker().run(request) if in_worker else execute_run(request)
         if in_turn and request.stop.signum is not None:  # the job is done, and the next one does not start
@@ -90,25 +72,63 @@ def run_sweep_job(config: DictConfig) -> float | None:
     except RunClaimedError as error:  # the sweep comes back to it when its other jobs are done
         print(f"{request.label}{error}", flush=True)
         return None
-    except UserError as error:
-        _report_refusal(error, folder)
-        status = 2
-        ended: Exception = ReportedError(*error.errors)
-    except RunFailedError:
-        status, ended = 1, RunFailedError()
-    except StoppedError as stopped:
-        stopped.requeue()
-        status, ended = stopped.exit_status, StoppedError(stopped.signum)
-    if in_turn and status < 128 and request.stop.signum is not None:  # the next job would not receive the signal
-        stop = StoppedError(request.stop.signum)
-        stop.requeue()
-        raise SweepInterrupt(stop.exit_status)
-    if in_turn and (status > 128 or settings.sweep.fail_fast):
-        raise SweepInterrupt(status)
+    except (UserError, RunFailedError, StoppedError) as error:
+        status, ended = _end_job(error, folder)
+    if in_turn:
+        if status < 128 and request.stop.signum is not None:  # the next job would not receive the signal
+            stop = StoppedError(request.stop.signum)
+            stop.requeue()
+            status = stop.exit_status
+        if status > 128 or request.settings.sweep.fail_fast:
+            raise SweepInterrupt(status)
     if status > 128 and is_requeued():
         sys.exit(status)  # SLURM runs this job again: the waiting sweep must not take it for ended
-    # Hydra keeps the exception until the end of the sweep: a new one, whose traceback holds no network.
     raise ended
+
+
+def _free_previous_job() -> None:
+    """Frees the memory of the previous job, which the objects of Lightning hold: they refer to each other."""
+    gc.collect()
+    if "lightning" in sys.modules and not gc.get_freeze_count():
+        gc.freeze()  # the modules, which stay: the next collections take 0.01 s and not 0.2 s
+        atexit.register(gc.unfreeze)  # some libraries report objects that are left at the end as leaks
+
+
+def _build_request(config: DictConfig, folder: Path, in_turn: bool) -> RunRequest:
+    """Validates the job's config.
+
+    Raises:
+        ReportedError, SweepInterrupt: if it is refused.
+    """
+    try:
+        settings = validate(config)
+    except UserError as error:
+        _report_refusal(error, folder)
+        if in_turn and config.sweep.fail_fast is True:
+            raise SweepInterrupt(2) from None
+        raise ReportedError(*error.errors) from None
+    return RunRequest(
+        settings,
+        RunFolder(folder),
+        own_overrides(HydraConfig.get().overrides.task),
+        label="" if in_turn else f"{folder.name}  ",
+        rank=global_rank(settings.trainer),
+        wait=settings.sweep.wait,
+    )
+
+
+def _end_job(error: Exception, folder: Path) -> tuple[int, Exception]:
+    """The exit status of a job that ``error`` has ended, and the error with which its task ends.
+
+    Hydra keeps the latter until the end of the sweep: it is a new one, whose traceback holds no network.
+    """
+    if isinstance(error, UserError):
+        _report_refusal(error, folder)
+        return 2, ReportedError(*error.errors)
+    if isinstance(error, StoppedError):
+        error.requeue()
+        return error.exit_status, StoppedError(error.signum)
+    return 1, RunFailedError()
 
 
 def _report_refusal(error: UserError, folder: Path) -> None:
