@@ -96,20 +96,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
     Raises:
         UserError: with the errors of all jobs.
     """
-    errors: dict[str, None] = {}
-    checked: list[Settings] = []
-    for job in jobs:
-        # A key that is unknown is reported once. To look for it in each job again would take a second per job.
-        unknown = {key for error in errors if (key := _unknown_key(error))}
-        try:
-            words = [word for word in job if word.partition("=")[0] not in unknown]
-            settings = compose_settings(words, config_name=config_name)
-            _require_one_process(settings.trainer)
-            checked.append(settings)
-        except UserError as error:
-            errors |= dict.fromkeys(error.errors)
-    if errors:
-        raise UserError(*once_per_unknown_key(errors))
+    checked = _compose_jobs(jobs, config_name)
     if not jobs:
         raise UserError("a key of the sweep has no values, so there are no jobs")
     with without_garbage_collection():
@@ -127,7 +114,8 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
         checks.append((_try_trainer, lambda job: (job.trainer, job.logger, job.callbacks)))
     for check, parts_of in checks:
         tried: list[Any] = []
-        for settings in checked if not errors else []:
+        errors: dict[str, None] = {}
+        for settings in checked:
             if (parts := parts_of(settings)) in tried:
                 continue
             tried.append(parts)
@@ -135,9 +123,27 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
                 check(settings)
             except UserError as error:
                 errors |= dict.fromkeys(error.errors)
-    if errors:
-        raise UserError(*errors)
+        if errors:
+            raise UserError(*errors)
     return checked
+
+
+def _compose_jobs(jobs: list[list[str]], config_name: str) -> list[Settings]:
+    errors: dict[str, None] = {}
+    composed: list[Settings] = []
+    for job in jobs:
+        # A key that is unknown is reported once. To look for it in each job again would take a second per job.
+        unknown = {key for error in errors if (key := _unknown_key(error))}
+        try:
+            words = [word for word in job if word.partition("=")[0] not in unknown]
+            settings = compose_settings(words, config_name=config_name)
+            _require_one_process(settings.trainer)
+            composed.append(settings)
+        except UserError as error:
+            errors |= dict.fromkeys(error.errors)
+    if errors:
+        raise UserError(*once_per_unknown_key(errors))
+    return composed
 
 
 def once_per_unknown_key(errors: Iterable[str]) -> list[str]:
