@@ -97,28 +97,9 @@ def report_search(folder: Path, url: str | None = None) -> None:
     Raises:
         UserError: if the storage can't be read, or its ``url`` is missing.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     description = _read_description(folder)
-    named = description.get("storage")
-    if not url and named:
-        raise UserError(
-            f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
-            f"connects to: add --storage postgresql://user@{database_name(named)}"
-        )
-    journal = folder / JOURNAL
-    if not url and not journal.exists():
-        raise UserError(f"{journal}: missing; the search's own command, run again, makes it from the trials' folders")
-    storage = open_database(url) if url else open_journal(journal)
-    try:
-        study = optuna.load_study(study_name=description["name"], storage=storage)
-    except KeyError:
-        raise UserError(f"{folder}: its storage has no study {description['name']}") from None
-    trials = fail_without_value(study.get_trials(deepcopy=False))
-    study = optuna.create_study(study_name=study.study_name, direction="maximize")  # in memory, with the checked trials
-    try:
-        study.add_trials(trials)
-    except ValueError as error:
-        raise UserError(f"{folder}: its study can't be read ({error}); run the search under another name=…") from error
+    study = _load_study(folder, description, url)
+    trials = study.get_trials(deepcopy=False)
     title = f"{printable(description['name'])}: {_count(trials, description['n_trials'])}; best val/acc first"
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)
@@ -158,6 +139,30 @@ def _read_description(folder: Path) -> dict[str, Any]:
         raise ValueError("not the description of a search")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
+
+
+def _load_study(folder: Path, description: dict[str, Any], url: str | None) -> optuna.Study:
+    """The study with its trials, in memory. Raises UserError if its storage can't be read, or ``url`` is missing."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not url and (named := description.get("storage")):
+        raise UserError(
+            f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
+            f"connects to: add --storage postgresql://user@{database_name(named)}"
+        )
+    journal = folder / JOURNAL
+    if not url and not journal.exists():
+        raise UserError(f"{journal}: missing; the search's own command, run again, makes it from the trials' folders")
+    storage = open_database(url) if url else open_journal(journal)
+    try:
+        stored = optuna.load_study(study_name=description["name"], storage=storage)
+    except KeyError:
+        raise UserError(f"{folder}: its storage has no study {description['name']}") from None
+    study = optuna.create_study(study_name=stored.study_name, direction="maximize")
+    try:
+        study.add_trials(fail_without_value(stored.get_trials(deepcopy=False)))
+    except ValueError as error:
+        raise UserError(f"{folder}: its study can't be read ({error}); run the search under another name=…") from error
+    return study
 
 
 def _count(trials: Sequence[FrozenTrial], total: int) -> str:
