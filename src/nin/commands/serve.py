@@ -14,29 +14,7 @@ KEY = "NIN_API_KEY"
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nin serve",
-        allow_abbrev=False,
-        description="Serve an export with onnxruntime: POST an image to /predict, or open the page at /. A run "
-        f"without an export of its best.ckpt is exported first. Where the variable {KEY} is set, clients must send its "
-        "value.",
-        epilog="example: nin serve outputs/runs/first --port 8000",
-    )
-    parser.add_argument("network", metavar="RUN_OR_EXPORT", type=Path, help="a run's folder, or an exported .onnx file")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: 127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: all that this process may use")
-    parser.add_argument("--max-megabytes", type=float, default=20, help="largest request body; default: 20")
-    parser.add_argument("--max-megapixels", type=float, default=25, help="largest image; default: 25")
-    parser.add_argument("--max-waiting", type=int, default=256, help="images that may wait to be scored; default: 256")
-    parser.add_argument(
-        "--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30"
-    )
-    args = parser.parse_args(arguments)
-    for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    args = parse_arguments(arguments)
     key = os.environ.get(KEY)
     if key is not None and not (key := key.strip()):  # a key from a file ends in a line break, which no client can send
         raise UserError(f"{KEY} is empty: set it to a key, or remove it to serve without one")
@@ -62,6 +40,33 @@ def main(arguments: list[str]) -> int:
         address = f"[{args.host}]" if ":" in args.host else args.host
         print(f"{format_path(export)} at http://{address}:{listener.getsockname()[1]}  (Ctrl-C ends it)", flush=True)
         return server.run(service, listener)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="nin serve",
+        allow_abbrev=False,
+        description="Serve an export with onnxruntime: POST an image to /predict, or open the page at /. A run "
+        f"without an export of its best.ckpt is exported first. Where the variable {KEY} is set, clients must send its "
+        "value.",
+        epilog="example: nin serve outputs/runs/first --port 8000",
+    )
+    parser.add_argument("network", metavar="RUN_OR_EXPORT", type=Path, help="a run's folder, or an exported .onnx file")
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 serves other machines too; default: 127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all that this process may use")
+    parser.add_argument("--max-megabytes", type=float, default=20, help="largest request body; default: 20")
+    parser.add_argument("--max-megapixels", type=float, default=25, help="largest image; default: 25")
+    parser.add_argument("--max-waiting", type=int, default=256, help="images that may wait to be scored; default: 256")
+    parser.add_argument(
+        "--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30"
+    )
+    args = parser.parse_args(arguments)
+    for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be a number above 0")
+    return args
 
 
 def find_export(path: Path) -> Path:
