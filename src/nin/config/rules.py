@@ -25,13 +25,29 @@ _SHARES = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", 
 _DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
 _BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
 
+Rule = Callable[[Settings], Iterator[str]]
+# Each rule with the keys that it reads: keys, or sections with all their keys.
+RULES: list[tuple[tuple[str, ...], Rule]] = []
 
+
+def reads(*keys: str) -> Callable[[Rule], Rule]:
+    """Adds a rule, which reads these keys, to `RULES`; it runs if all of them are valid."""
+
+    def add(rule: Rule) -> Rule:
+        RULES.append((keys, rule))
+        return rule
+
+    return add
+
+
+@reads("data.name", "data.val_size")
 def require_training_images(settings: Settings) -> Iterator[str]:
     data = settings.data  # how many images a folder has is known when it is read
     if isinstance(data, Data) and data.val_size >= (images := DATA_SETS[data.name].training_images):
         yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"
 
 
+@reads("data.name", "data.val_size", "data.batch_size")
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
     data = settings.data
     if (
@@ -44,6 +60,7 @@ def require_one_full_batch(settings: Settings) -> Iterator[str]:
         )
 
 
+@reads("data.val_size", "data.score_each_epoch")
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
     data = settings.data
     if isinstance(data, Data) and not data.val_size and data.score_each_epoch == "val":
@@ -53,6 +70,7 @@ def require_images_for_selection(settings: Settings) -> Iterator[str]:
         )
 
 
+@reads(*_SHARES)
 def require_valid_limits(settings: Settings) -> Iterator[str]:
     """Lightning's convention: an int is a number of batches, a float is a share of all batches."""
     for key in _SHARES:
@@ -61,6 +79,7 @@ def require_valid_limits(settings: Settings) -> Iterator[str]:
             yield (f"{key}={value:g}: must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
 
 
+@reads(*_BATCH_KEYS)
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
     if not (batches := count_batches(settings)):
@@ -79,6 +98,7 @@ def format_empty_share(key: str, share: float, batches: int) -> str:
     return f"{key}={share:g}: leaves none of {batches} batches; {rest}"
 
 
+@reads(*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch"))
 def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
     interval = settings.trainer.val_check_interval
     if interval is None or not isinstance(interval, int | float):
@@ -116,6 +136,7 @@ def count_batches(settings: Settings) -> dict[str, int]:
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
 
 
+@reads(*_trainer_keys("max_epochs", "max_steps", "max_time"), "schedule")
 def require_an_end_of_training(settings: Settings) -> Iterator[str]:
     trainer, schedule = settings.trainer, settings.schedule
     if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
@@ -127,6 +148,7 @@ def require_an_end_of_training(settings: Settings) -> Iterator[str]:
         yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
 
 
+@reads(*_trainer_keys("min_epochs", "max_epochs", "min_steps", "max_steps"))
 def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
     trainer = settings.trainer
     for unit in ("epochs", "steps"):
@@ -135,6 +157,7 @@ def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
             yield f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, which is {most}"
 
 
+@reads(*_trainer_keys("max_epochs", "max_steps", "max_time", "barebones"), *_LIMITS)
 def require_work_and_results(settings: Settings) -> Iterator[str]:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(settings.trainer, key) == 0:
@@ -150,6 +173,7 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
         yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
 
 
+@reads("trainer.strategy")
 def require_separate_processes(settings: Settings) -> Iterator[str]:
     """The metrics and the state of a run are known to the processes that train, and to none that started them."""
     strategy = settings.trainer.strategy
@@ -157,6 +181,7 @@ def require_separate_processes(settings: Settings) -> Iterator[str]:
         yield f"trainer.strategy={strategy}: starts its processes as copies of one that does not train; choose ddp"
 
 
+@reads(*_trainer_keys("sync_batchnorm", "accelerator"), *_DEVICES)
 def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
     if not settings.trainer.sync_batchnorm:
         return
@@ -166,6 +191,7 @@ def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
         yield "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize; set it to false"
 
 
+@reads("callbacks", "data.score_each_epoch", "trainer.limit_val_batches")
 def require_monitored_metrics(settings: Settings) -> Iterator[str]:
     """A callback that monitors a metric needs one that is computed, and computed on held-out images."""
     unscored = settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0
@@ -187,25 +213,8 @@ def require_monitored_metrics(settings: Settings) -> Iterator[str]:
             )
 
 
+@reads("optimizer")
 def require_momentum(settings: Settings) -> Iterator[str]:
     optimizer = settings.optimizer
     if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:
         yield ("optimizer: nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false")
-
-
-# Each rule with the keys that it reads: keys, or sections with all their keys.
-RULES: tuple[tuple[tuple[str, ...], Callable[[Settings], Iterator[str]]], ...] = (
-    (("data.name", "data.val_size"), require_training_images),
-    (("data.name", "data.val_size", "data.batch_size"), require_one_full_batch),
-    (("data.val_size", "data.score_each_epoch"), require_images_for_selection),
-    (_SHARES, require_valid_limits),
-    (_BATCH_KEYS, require_batches_within_limits),
-    ((*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch")), require_scoring_within_epochs),
-    ((*_trainer_keys("max_epochs", "max_steps", "max_time"), "schedule"), require_an_end_of_training),
-    (_trainer_keys("min_epochs", "max_epochs", "min_steps", "max_steps"), require_minimum_below_maximum),
-    ((*_trainer_keys("max_epochs", "max_steps", "max_time", "barebones"), *_LIMITS), require_work_and_results),
-    (("trainer.strategy",), require_separate_processes),
-    ((*_trainer_keys("sync_batchnorm", "accelerator"), *_DEVICES), require_devices_to_synchronize),
-    (("callbacks", "data.score_each_epoch", "trainer.limit_val_batches"), require_monitored_metrics),
-    (("optimizer",), require_momentum),
-)
