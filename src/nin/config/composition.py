@@ -81,8 +81,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     Raises:
         UserError: lists every error, or every key that is not among ``may_change``.
     """
-    # In JSON all keys are texts, but a class of the user's own may have numbers as keys.
-    config = OmegaConf.create(settings.model_dump())
+    config = OmegaConf.create(settings.to_plain())
     words = overrides
     try:
         parsed = parse_overrides(overrides)

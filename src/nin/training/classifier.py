@@ -65,12 +65,7 @@ class Classifier(LightningModule):
         self.settings = settings
         self.class_names, self.in_channels = tuple(class_names), in_channels
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
-        plain = {
-            # In JSON all keys are texts, but a class of the user's own may have numbers as keys, as {6: 2.0}.
-            "settings": self.settings.model_dump(),
-            "class_names": list(class_names),
-            "in_channels": in_channels,
-        }
+        plain = {"settings": self.settings.to_plain(), "class_names": list(class_names), "in_channels": in_channels}
         self.save_hyperparameters(plain, logger=False)
         self.loss = build_loss(self.settings, self.class_names)
         # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;

@@ -294,8 +294,7 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
     # Paths in it are absolute, so that the run can be resumed from any working directory.
-    # In JSON all keys are texts, but GradientAccumulationScheduler has the numbers of epochs as keys.
-    folder.write_request(experiment.settings.model_dump(), request.overrides)
+    folder.write_request(experiment.settings.to_plain(), request.overrides)
     state = folder.read_state()
     starts = [*state.get("starts", []), code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
