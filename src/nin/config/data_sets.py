@@ -105,3 +105,6 @@ class OwnData(OwnClass):
     test_time_flip: bool = False
 
     normalize: ClassVar[bool] = False
+
+
+AnyData = Data | FolderData | OwnData

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nin.config.composition import compose_settings
+from nin.config.data_sets import AnyData
 from nin.config.keys import is_within, split_override
-from nin.config.schema import Data, FolderData, OwnClass, OwnData, Settings, UserError
+from nin.config.schema import Data, FolderData, OwnClass, Settings, UserError
 
 _TRUSTED = ("nin", "lightning")
 # The sections that may name a class of the user's own, and those of them that a trained network needs.
@@ -120,7 +121,7 @@ def with_local_defaults(stored: Settings) -> Settings:
     """
     if found := [f"{key}={value}" for key, value in _leaves(stored.model_dump(mode="json"), "") if "${" in str(value)]:
         raise UserError(*(f"{entry[1:]}: an interpolation; a stored config has plain values only" for entry in found))
-    data: Data | FolderData | OwnData = stored.data
+    data: AnyData = stored.data
     if isinstance(data, FolderData):
         data = data.model_copy(update={"cache": None})
     elif isinstance(data, Data):
@@ -140,7 +141,7 @@ def with_local_root(stored: Settings) -> Settings:
 
     A folder of images has no default place: the stored one is kept, unless another is given.
     """
-    data: Data | FolderData | OwnData = stored.data
+    data: AnyData = stored.data
     if not isinstance(data, Data):
         return stored
     return stored.model_copy(update={"data": data.model_copy(update={"root": _default_data(data.name).root})})

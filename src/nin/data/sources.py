@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from nin.config.data_sets import DATA_SETS
+from nin.config.data_sets import DATA_SETS, AnyData
 from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, OwnData, UserError
 from nin.data.folder import hash_file, hash_once
@@ -72,7 +72,7 @@ class DatasetInfo:
     stored_size: int
 
 
-def describe(data: Data | FolderData | OwnData) -> DatasetInfo:
+def describe(data: AnyData) -> DatasetInfo:
     """The classes and images of the data set that ``data`` names.
 
     Reads no file, except of ``data=folder``, whose images are decoded if they have not been. A data module of the
@@ -109,7 +109,7 @@ def require_same_classes(found: Iterable[str], trained: object) -> None:
         raise UserError(f"data: its classes are {ours}; the network was trained for {theirs or 'others'}")
 
 
-def prepare(data: Data | FolderData | OwnData) -> None:
+def prepare(data: AnyData) -> None:
     """Downloads or generates the missing files of ``data``, and verifies the SHA-256 of all; decodes a folder's images.
 
     Raises:
