@@ -78,7 +78,7 @@ def test_an_interpolation_in_a_stored_config_is_not_resolved(
 ) -> None:
     monkeypatch.setenv("SECRET", "resolved")
     config = run.config.read_text()
-    for given, key in (("data.root", "  root: "), ("trainer.accelerator", "  accelerator: ")):
+    for given, key in (("data.root", "  root: "), ("trainer.devices", "  devices: ")):
         before, _, after = config.partition(key)
         run.config.write_text(f"{before}{key}${{oc.env:SECRET}}\n{after.partition(chr(10))[2]}")
         assert cli.run("resume", [str(run.path)]) == 2

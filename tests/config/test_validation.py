@@ -1,17 +1,22 @@
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning
 import pytest
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
-from nin.config import rules, validation
+from nin.config import rules, schema, validation
 from nin.config.changes import MAY_CHANGE, differences
 from nin.config.composition import compose_config
 from nin.config.keys import flatten, is_within
 from nin.config.schema import Settings, Trainer, UserError
 from nin.config.types import Section
 from nin.config.validation import validate, validate_plain
+from nin.training.callbacks.dead_units import DeadUnitMonitor
+from nin.training.callbacks.tensorboard import ImageLogger
 
 
 def refused(*overrides: str) -> tuple[str, ...]:
@@ -144,6 +149,42 @@ def test_errors_of_early_stopping_are_reported_together() -> None:
         "log_rank_zero_only",
         "callbacks.early_stopping.monitor=val/foo: no such metric; there are: val/loss, val/acc",
     )
+
+
+def test_errors_of_the_projects_callbacks_and_of_the_trainer_are_reported_together() -> None:
+    assert refused(
+        *("trainer.accelerator=gpuu", "trainer.strategy=dpd", "optimizer.lr=-1", "callbacks.dead_units.images=0"),
+        *("callbacks.dead_units.checks_per_epoch=x", "callbacks.images.wrong_images=-1", "+callbacks.images.samples=1"),
+    ) == (
+        "optimizer.lr=-1: must be greater than 0",
+        "callbacks.images.wrong_images=-1: must be greater than or equal to 0",
+        "callbacks.images.samples: no such key; did you mean sample_images? There are: wrong_images, sample_images",
+        "callbacks.dead_units.images=0: must be greater than or equal to 1",
+        'callbacks.dead_units.checks_per_epoch="x": must be a valid integer',
+        "trainer.accelerator=gpuu: no such accelerator; did you mean gpu? There are: auto, cpu, gpu, cuda, mps, tpu",
+        "trainer.strategy=dpd: no such strategy; did you mean ddp? There are: " + ", ".join(rules.STRATEGIES),
+    )
+
+
+def test_a_class_of_the_user_may_register_accelerators_and_strategies() -> None:
+    names = ["trainer.accelerator=npu", "trainer.strategy=npu_ddp"]
+    assert validate(compose_config([*names, "+callbacks.own._target_=my.Own"])).trainer.strategy == "npu_ddp"
+    assert validate(compose_config([*names, "+logger.own._target_=my.Logger"])).trainer.accelerator == "npu"
+    assert len(refused(*names, "+callbacks.lr._target_=lightning.pytorch.callbacks.LearningRateMonitor")) == 2
+
+
+def test_the_names_of_accelerators_and_strategies_are_lightnings() -> None:
+    assert {*rules.ACCELERATORS} == {"auto", "gpu", *AcceleratorRegistry.available_accelerators()}
+    separate = {name for name in StrategyRegistry.available_strategies() if not re.search(rules._COPIES, name)}
+    assert {*rules.STRATEGIES} == {"auto", *separate}
+
+
+def test_the_sections_of_the_projects_callbacks_have_their_arguments_and_defaults() -> None:
+    for section, callback in ((schema.DeadUnitMonitor, DeadUnitMonitor), (schema.ImageLogger, ImageLogger)):
+        target = f"{callback.__module__}.{callback.__qualname__}"
+        assert validation._section_of_callback(target) is section
+        parameters = list(inspect.signature(callback).parameters.values())
+        assert section().model_dump() == {parameter.name: parameter.default for parameter in parameters}
 
 
 def test_a_monitored_metric_of_another_type_is_reported_once() -> None:

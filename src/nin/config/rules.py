@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 
 from nin.config.changes import depends_on_steps
 from nin.config.data_sets import DATA_SETS, Data
+from nin.config.errors import did_you_mean
+from nin.config.keys import is_within
 from nin.config.schema import SGD, Settings, is_single_process
+from nin.config.types import OwnClass
 
 
 def _trainer_keys(*keys: str) -> tuple[str, ...]:
@@ -24,6 +27,17 @@ _LIMITS = _trainer_keys("limit_train_batches", "limit_val_batches", "limit_test_
 _SHARES = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
 _DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
 _BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
+
+# Lightning's names, without the strategies that `require_separate_processes` refuses.
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+STRATEGIES = (
+    "auto", "single_device", "ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true", "fsdp",
+    "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload",
+    "deepspeed_stage_3", "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme", "single_tpu", "single_xla",
+    "xla", "xla_debug",
+)  # fmt: skip
+# Strategies that start processes as copies of their own.
+_COPIES = "_(spawn|fork|notebook)"
 
 Rule = Callable[[Settings], Iterator[str]]
 # Each rule with the keys that it reads: keys, or sections with all their keys.
@@ -173,11 +187,28 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
         yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
 
 
+@reads(*_trainer_keys("accelerator", "strategy"), "loss", "logger", "callbacks")
+def require_known_accelerator_and_strategy(settings: Settings) -> Iterator[str]:
+    sections = (settings.model, settings.data, settings.loss, settings.optimizer, settings.schedule)
+    targets = [section.target for section in sections if isinstance(section, OwnClass)]
+    targets += [
+        str(entry.get("_target_")) for group in (settings.logger, settings.callbacks) for entry in group.values()
+    ]
+    # Lightning lets other modules register more names when they are imported.
+    is_open = not all(is_within(target, ("nin", "lightning", "torch")) for target in targets)
+    accelerator, strategy = settings.trainer.accelerator, settings.trainer.strategy
+    if not is_open and accelerator not in ACCELERATORS:
+        yield f"trainer.accelerator={accelerator}: no such accelerator; {did_you_mean(accelerator, [*ACCELERATORS])}"
+    name = strategy.lower()  # as Lightning reads it
+    if not is_open and name not in STRATEGIES and not re.search(_COPIES, name):
+        yield f"trainer.strategy={strategy}: no such strategy; {did_you_mean(name, [*STRATEGIES])}"
+
+
 @reads("trainer.strategy")
 def require_separate_processes(settings: Settings) -> Iterator[str]:
     """The metrics and the state of a run are known to the processes that train, and to none that started them."""
     strategy = settings.trainer.strategy
-    if re.search("_(spawn|fork|notebook)", strategy):
+    if re.search(_COPIES, strategy):
         yield f"trainer.strategy={strategy}: starts its processes as copies of one that does not train; choose ddp"
 
 

@@ -183,6 +183,21 @@ class EarlyStopping(Section):
     log_rank_zero_only: bool = False
 
 
+class DeadUnitMonitor(Section):
+    """The arguments of this project's ``DeadUnitMonitor``."""
+
+    images: Positive = 512
+    checks_per_epoch: Positive = 4
+    patience_steps: NonNegative = 200
+
+
+class ImageLogger(Section):
+    """The arguments of this project's ``ImageLogger``."""
+
+    wrong_images: NonNegative = 30
+    sample_images: NonNegative = 32
+
+
 # Which member of a union a section of the config is: a class of the user's own, or a typed one.
 OWN_OR_TYPED = Discriminator(
     lambda v: "_target_" if isinstance(v, OwnClass) or (isinstance(v, dict) and "_target_" in v) else "typed"

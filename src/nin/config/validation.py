@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from nin.config.errors import construct_unchecked, did_you_mean, first_line, format_errors, shorten
 from nin.config.keys import is_within
 from nin.config.rules import RULES
-from nin.config.schema import CONF, EarlyStopping, Settings, UserError
+from nin.config.schema import CONF, DeadUnitMonitor, EarlyStopping, ImageLogger, Settings, UserError
+from nin.config.types import Section
 
 # Hydra would merge several options into one.
 _ONE_OPTION = ("model", "data", "loss", "optimizer", "schedule", "trainer")
@@ -80,25 +81,36 @@ def validate_plain(plain: Any) -> Settings:
         errors |= format_errors(error, Settings, plain)
     # One invalid key must not hide the errors of others, so the rules also get the valid keys of invalid settings.
     combinations = find_errors(settings or construct_unchecked(plain), errors)
-    errors |= _early_stopping_errors(plain)
+    errors |= _callback_errors(plain)
     if errors or combinations or settings is None:
         raise UserError(*dict.fromkeys([*errors.values(), *combinations]))
     return settings
 
 
-def _early_stopping_errors(plain: dict) -> dict[str, str]:
+def _callback_errors(plain: dict) -> dict[str, str]:
     errors: dict[str, str] = {}
     callbacks = plain.get("callbacks")
     for name, entry in (callbacks if isinstance(callbacks, dict) else {}).items():
-        target = str(entry.get("_target_")) if isinstance(entry, dict) else ""
-        if not (target.startswith("lightning.pytorch.callbacks.") and target.endswith(".EarlyStopping")):
+        section = _section_of_callback(str(entry.get("_target_"))) if isinstance(entry, dict) else None
+        if section is None:
             continue
         arguments = {key: value for key, value in entry.items() if not key.startswith("_")}
         try:
-            EarlyStopping.model_validate(arguments)
+            section.model_validate(arguments)
         except ValidationError as error:
-            errors |= format_errors(error, EarlyStopping, arguments, f"callbacks.{name}.")
+            errors |= format_errors(error, section, arguments, f"callbacks.{name}.")
     return errors
+
+
+def _section_of_callback(target: str) -> type[Section] | None:
+    """The types and ranges of a callback's arguments; None for one that checks its arguments itself."""
+    if target.startswith("lightning.pytorch.callbacks.") and target.endswith(".EarlyStopping"):
+        return EarlyStopping
+    own: dict[str, type[Section]] = {
+        "nin.training.callbacks.dead_units.DeadUnitMonitor": DeadUnitMonitor,
+        "nin.training.callbacks.tensorboard.ImageLogger": ImageLogger,
+    }
+    return own.get(target)
 
 
 def find_errors(settings: Settings, invalid: Collection[str]) -> list[str]:

@@ -100,15 +100,9 @@ class ImageLogger(Callback):
     Args:
         wrong_images: number of wrongly classified test images, the first in the order of the files.
         sample_images: number of training images.
-
-    Raises:
-        ValueError: if one of them is no integer, or negative.
     """
 
     def __init__(self, wrong_images: int = 30, sample_images: int = 32):
-        for name, value in (("wrong_images", wrong_images), ("sample_images", sample_images)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name}={value!r}: must be an integer, 0 or more")
         self.wrong_images, self.sample_images = wrong_images, sample_images
         self.wrong: list[Mistake] = []
 
