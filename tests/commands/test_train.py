@@ -33,6 +33,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         ),
         (["--multirn", "seed=1,2"], "--multirn: no such option; settings are given without dashes, as in multirn=…; "
                                     "did you mean --multirun?"),
+        (["-m", "seed=1,2", "--cfg", "job"], "--cfg and -m exclude each other; leave out -m, and give each swept key"),
         (["--experimental-rerun", "x"], "--experimental-rerun: not supported; use nin resume RUN"),
         ([*JOBLIB, "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of"),
         ([*JOBLIB, "hydra.launcher.backend=foo"], "hydra.launcher.backend=foo: must be loky or null; jobs can't share"),

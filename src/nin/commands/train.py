@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> int:
 
 def show(arguments: list[str], args: argparse.Namespace) -> int:
     """Hydra's own ``--help``, ``--cfg``, ``--info`` and shell completion."""
+    if args.cfg and args.multirun and not (args.help or args.hydra_help):
+        raise UserError("--cfg and -m exclude each other; leave out -m, and give each swept key one value")
     # Hydra's parser refuses overrides that follow an option.
     sys.argv = [sys.argv[0], *args.overrides, *(word for word in arguments if word not in args.overrides)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise exceptions instead of printing them
