@@ -90,6 +90,12 @@ def test_a_refused_command_line_is_one_message_and_leaves_nothing(
     assert (printed.out, list(tmp_path.iterdir())) == ("", [])
 
 
+def test_a_wrong_value_of_an_option_is_reported_with_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run("train", ["--cfg", "jobb"])
+    assert capsys.readouterr().err.startswith("usage: nin train [")
+
+
 def test_a_refused_run_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
     (folder := tmp_path / "outputs" / "runs" / "x").mkdir(parents=True)
     assert cli.run("train", [*SMALL, "name=x", "trainer.devices=0"]) == 2

@@ -29,6 +29,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         UserError: on an unknown option.
     """
     parser = get_args_parser()
+    parser.prog = "nin train"  # for the usage in its messages
     parser.allow_abbrev = False  # `--experiment cpu` would be read as --experimental-rerun
     args, unknown = parser.parse_known_args(arguments)
     if wrong := [word for word in unknown if word.startswith("-")]:
