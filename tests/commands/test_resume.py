@@ -62,6 +62,15 @@ def test_of_a_sweep_its_command_is_run_again(run: RunFolder, capsys: pytest.Capt
     assert capsys.readouterr().err.endswith("holds several runs; to resume a sweep, run its command again\n")
 
 
+def test_a_folder_that_is_missing_and_one_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, message in (
+        (tmp_path / "none", "no such folder; runs are folders in outputs/runs"),
+        (tmp_path, "not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs"),
+    ):
+        assert cli.run("resume", [str(folder)]) == 2
+        assert capsys.readouterr().err == f"nin resume: {folder}: {message}\n"
+
+
 def test_a_missing_run_is_the_only_missing_argument(capsys: pytest.CaptureFixture[str]) -> None:
     for command, argument in (
         ("resume", "RUN"),

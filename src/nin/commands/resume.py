@@ -67,6 +67,8 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
     if config is None:
         if any(folder.path.glob("*/.hydra/overrides.yaml")):
             raise UserError(f"{folder.path}: holds several runs; to resume a sweep, run its command again")
+        if not folder.path.exists():
+            raise UserError(f"{folder.path}: no such folder; runs are folders in outputs/runs")
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = with_local_defaults(validate_plain(config))
     require_trusted_targets(stored, allowed, overrides)
