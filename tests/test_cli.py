@@ -189,7 +189,10 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
         (["train", "data.image_size=40"], "nin train: data.image_size=40: nin needs at least 67 pixels per side"),
         (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),
-        (["eval", "nowhere"], "nin eval: nowhere: no such run or checkpoint"),
+        (
+            ["eval", "nowhere"],
+            "nin eval: nowhere: no such file or folder; give a run's folder, as in outputs/runs/first",
+        ),
         (["eval", "a" * 300], f"nin eval: {'a' * 300}: File name too long"),
         (
             ["inspect", "model=resnet"],

@@ -92,7 +92,7 @@ def test_colour_networks_take_colour_images() -> None:
 
 
 def test_load_says_what_a_path_is_not(tmp_path: Path, run_folder: Path) -> None:
-    with pytest.raises(UserError, match="no such run or checkpoint"):
+    with pytest.raises(UserError, match=r"no such file or folder; give .* or a \.ckpt or an \.onnx file$"):
         nin.load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no checkpoint in it yet"):
         nin.load(tmp_path)

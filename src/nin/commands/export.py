@@ -88,7 +88,7 @@ def choose_files(args: argparse.Namespace) -> tuple[Path, Path]:
 
     if is_export(args.run_or_checkpoint):
         raise UserError(f"{args.run_or_checkpoint}: is an export already; nin predict, nin eval and nin serve take it")
-    checkpoint = find_checkpoint(args.run_or_checkpoint)
+    checkpoint = find_checkpoint(args.run_or_checkpoint, "a .ckpt file")
     suffix = {"onnx": ".onnx", "pt2": ".pt2", "triton": ""}[args.format]
     default = default_export(args.run_or_checkpoint, suffix)
     out = args.out or (default if suffix else default.with_name("triton"))

@@ -80,7 +80,7 @@ def find_export(path: Path) -> Path:
 
     if is_export(path):
         return path
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, "an exported .onnx file")
     if path.is_file():
         if path.suffix != ".ckpt":
             raise UserError(

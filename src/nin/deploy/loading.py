@@ -44,10 +44,13 @@ def is_export(path: Path) -> bool:
     return path.suffix == ".onnx"
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, files: str = "a .ckpt or an .onnx file") -> Path:
     """The checkpoint to use from a run's folder: best.ckpt, or last.ckpt before the first epoch has ended.
 
     If ``path`` is a file, it is returned itself.
+
+    Args:
+        files: what the command takes beside a run's folder, for the message.
 
     Raises:
         UserError: if there is none, or the file is an export in another format than ONNX.
@@ -59,7 +62,7 @@ def find_checkpoint(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: no such run or checkpoint; runs are folders in outputs/runs")
+        raise UserError(f"{path}: no such file or folder; give a run's folder, as in outputs/runs/first, or {files}")
     folder = RunFolder(path)
     for checkpoint in (folder.best, folder.last):
         if checkpoint.exists():
