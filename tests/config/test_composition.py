@@ -85,6 +85,10 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         f"model=../nin_smal: no such model; did you mean nin_small? There are: {MODELS}",
         "seed: has two values, 1 and 2; give it once",
     )
+    assert errors_of("logger=[tensorboard,wandb]") == (
+        "logger=[tensorboard,wandb]: no such logger: wandb; there are: csv, none, tensorboard; another logger "
+        "is named by its _target_ (docs/extending.md)",
+    )
     (error,) = errors_of("seed=interval(1)")
     assert error.endswith("key=value (TypeError while evaluating 'interval(1)': missing a required argument: 'end')")
     assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(

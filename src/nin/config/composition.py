@@ -235,10 +235,13 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if not key:
         return f"{given}: not of the form key=value"
     first = first_line(error)
-    if "Could not find" in str(error):
+    missing = re.search(rf"Could not load '{re.escape(key)}/(.+)'", first)  # one of a list of options
+    if missing or "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
-        return f"{given}: no such {key}; {did_you_mean(override.partition('=')[2], options or list_options(key))}"
+        close = did_you_mean(missing[1] if missing else override.partition("=")[2], options or list_options(key))
+        other = "; another logger is named by its _target_ (docs/extending.md)" if key == "logger" else ""
+        return f"{given}: no such {key}{f': {missing[1]}' if missing else ''}; {close}{other}"
     if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
     if isinstance(error, ValueError) and "Config group override" in first:
