@@ -101,7 +101,7 @@ def test_a_network_needs_an_input_size_and_a_class() -> None:
     with pytest.raises(UserError) as raised:
         settings_with(model={"_target_": "print", "width": 3})
     assert 'model._target_="print": must be a module and a class in it, as in my_net.Net' in raised.value.errors
-    assert any(error.startswith("model.input_size: missing") for error in raised.value.errors)
+    assert any(error.startswith("model.input_size: has no value") for error in raised.value.errors)
 
 
 def test_a_stored_class_is_called_only_if_its_module_is_allowed() -> None:

@@ -65,7 +65,7 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("model.dropout=1", "model.dropout=1: must be less than 1"),
         ("+data.bath_size=3", "data.bath_size: no such key; did you mean batch_size?"),
         ("+model.depth=3", "model.depth: no such key; there are: name, input_size"),
-        ("~optimizer.momentum", "optimizer.momentum: missing"),
+        ("~optimizer.momentum", "optimizer.momentum: has no value; set optimizer.momentum=…, or do not delete it"),
         ("name=a/b", 'name="a/b": must be one plain word'),
         ("name=..", 'name="..": must be one plain word'),
         ("data.val_size=60000", "data.val_size=60000: fashion_mnist has 60000 training images"),

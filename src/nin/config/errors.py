@@ -53,7 +53,7 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             known = _known_keys(section, first["loc"][:-1])
             return f"{key}: no such key; {did_you_mean(str(first['loc'][-1]), known)}"
         case "missing":
-            return f"{key}: missing; conf/ has a value for every key, give it one or leave it as it was"
+            return f"{key}: has no value; set {key}=…, or do not delete it"
         case "model_type" | "dict_type" if key in Settings.model_fields:
             given = shorten(json.dumps(first["input"]))
             return f"{key}={given}: has keys of its own; set one of them, as in {key}.<key>=…"
