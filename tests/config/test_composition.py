@@ -105,7 +105,7 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
 
 def test_text_with_special_characters_is_to_be_quoted() -> None:
     assert errors_of("name=a (2)", "data.root=ph=1", "model.widths=[1,2") == (
-        "name=a (2): must be one plain word that can name a folder: letters, digits and _-=,+@, and . not in front",
+        "name=a (2): must consist of letters, digits and the characters _-=,+@. and not begin with a dot",
         """data.root=ph=1: has characters that must be quoted, as in 'data.root="ph=1"'""",
         "model.widths=[1,2: not of the form key=value (no viable alternative at input '[1,2')",
     )

@@ -225,7 +225,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         # A list, a dictionary, a quoted text or a sweep such as range(1,3) with a mistake is not to be quoted.
         is_text = not re.match(r"""[\[{"'(]|\w+\(""", value) or lexer_failed
         if key == "name" and not re.match(NAME, value):  # refused also where it is quoted
-            return f"{given}: must be {NAME_RULE}"
+            return f"{given}: must {NAME_RULE}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
         reason = f" ({first_line(parser_error)})" if value and not lexer_failed else ""

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from nin.config.schema import Settings
 from nin.config.types import OwnClass, Section
 
-NAME_RULE = "one plain word that can name a folder: letters, digits and _-=,+@, and . not in front"
+NAME_RULE = "consist of letters, digits and the characters _-=,+@. and not begin with a dot"
 
 
 def first_line(error: BaseException) -> str:
@@ -64,7 +64,7 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
         case "string_pattern_mismatch" if key.endswith("_target_"):
             rule = "be a module and a class in it, as in my_net.Net"
         case "string_pattern_mismatch":
-            rule = f"be {NAME_RULE}"
+            rule = NAME_RULE
         case _:
             rules = list(dict.fromkeys(map(_expectation, errors)))
             if all(rule.startswith("be ") for rule in rules):
