@@ -122,6 +122,11 @@ def test_an_error_has_the_key_its_value_and_the_rule(override: str, message: str
     assert error.startswith(message)
 
 
+def test_a_folder_of_images_must_be_given() -> None:
+    message = "data.root: must be given: the folder that holds train/<class>/, as in data.root=photos"
+    assert refused("data=folder") == (message,)
+
+
 def test_a_duration_below_zero_is_named() -> None:
     assert "trainer.max_time.hours=-1: must be greater than or equal to 0" in refused("+trainer.max_time={hours:-1}")
 

@@ -54,6 +54,10 @@ def validate(config: DictConfig) -> Settings:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         if isinstance(error, MissingMandatoryValue):
+            if error.full_key == "data.root":
+                raise UserError(
+                    "data.root: must be given: the folder that holds train/<class>/, as in data.root=photos"
+                ) from error
             raise UserError(f"{error.full_key}: must be given, as in {error.full_key}=…") from error
         if isinstance(error, InterpolationKeyError) and "model.input_size" in str(error):
             raise UserError(
