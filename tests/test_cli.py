@@ -187,7 +187,7 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
     [
         (["train", "data.batch_size=0", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
         (["train", "data.image_size=40"], "nin train: data.image_size=40: nin needs at least 67 pixels per side"),
-        (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean lr?"),
+        (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean optimizer.lr?"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: "),
         (
             ["eval", "nowhere"],

@@ -50,8 +50,9 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
          "model.hidden_width: Hydra composes a sweep also without what it varies, and that config has no such key; "
          "write ++model.hidden_width=…\n"),
         (["-m", "hydra.sweeper._target_=my.Sweeper"], "hydra.sweeper: my.Sweeper is not supported; a sweep trains"),
-        ([*JOBLIB, "hydra.launcher.n_job=2"], "hydra.launcher.n_job=2: no such key; did you mean n_jobs? There are:"),
-        (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean dir? There are: dir\n"),
+        ([*JOBLIB, "hydra.launcher.n_job=2"],
+         "hydra.launcher.n_job=2: no such key; did you mean hydra.launcher.n_jobs? There are:"),
+        (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean hydra.run.dir? There are: dir\n"),
         (["-m", "hydra.launcher.n_jobs=2"],
          "hydra.launcher.n_jobs=2: no such key, because the jobs run one after another; add hydra/launcher=joblib for"),
         (["-m", "sweep.jobs=null"], "sweep.jobs: is set by the sweep; leave it out"),
@@ -157,7 +158,7 @@ def test_errors_are_those_of_the_config_that_the_command_names(tmp_path: Path) -
     mine = "# @package _global_\ndefaults: [train, {override model: mlp}, _self_]\n"
     (tmp_path / "mine.yaml").write_text(mine)
     assert error_of("mine", "model.hidden_with=16").startswith(
-        "model.hidden_with=16: no such key; did you mean hidden_width?"
+        "model.hidden_with=16: no such key; did you mean model.hidden_width?"
     )
     (tmp_path / "bad.yaml").write_text(f"{mine}seed: -1\n")
     assert error_of("bad", "foo=1").startswith("2 errors\n  foo=1: no such key")

@@ -246,7 +246,7 @@ def test_keys_that_are_numbers_hide_no_other_mistake() -> None:
     callback = (
         "+callbacks.acc={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {4: 2}}"
     )
-    with pytest.raises(UserError, match=r"^optimizer.lrr=0.1: no such key; did you mean lr\?") as refused:
+    with pytest.raises(UserError, match=r"^optimizer.lrr=0.1: no such key; did you mean optimizer.lr\?") as refused:
         compose_settings([callback, "optimizer.lrr=0.1"])
     assert len(refused.value.errors) == 1
 

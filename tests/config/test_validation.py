@@ -63,7 +63,7 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("model.widths=[96,256,0]", "model.widths.2"),
         ("model.conv1x1_layers=-1", "model.conv1x1_layers=-1: must be greater than or equal to 0"),
         ("model.dropout=1", "model.dropout=1: must be less than 1"),
-        ("+data.bath_size=3", "data.bath_size: no such key; did you mean batch_size?"),
+        ("+data.bath_size=3", "data.bath_size: no such key; did you mean data.batch_size?"),
         ("+model.depth=3", "model.depth: no such key; there are: name, input_size"),
         ("~optimizer.momentum", "optimizer.momentum: has no value; set optimizer.momentum=…, or do not delete it"),
         ("name=a/b", 'name="a/b": must consist of letters, digits and the characters _-=,+@.'),
@@ -149,9 +149,9 @@ def test_errors_of_early_stopping_are_reported_together() -> None:
     ) == (
         'callbacks.early_stopping.patience="abc": must be a valid integer',
         "callbacks.early_stopping.mode=\"most\": must be 'min' or 'max'",
-        "callbacks.early_stopping.delta: no such key; did you mean min_delta? There are: monitor, min_delta, patience, "
-        "verbose, mode, strict, check_finite, stopping_threshold, divergence_threshold, check_on_train_epoch_end, "
-        "log_rank_zero_only",
+        "callbacks.early_stopping.delta: no such key; did you mean callbacks.early_stopping.min_delta? There are: "
+        "monitor, min_delta, patience, verbose, mode, strict, check_finite, stopping_threshold, divergence_threshold, "
+        "check_on_train_epoch_end, log_rank_zero_only",
         "callbacks.early_stopping.monitor=val/foo: no such metric; there are: val/loss, val/acc",
     )
 
@@ -163,7 +163,8 @@ def test_errors_of_the_projects_callbacks_and_of_the_trainer_are_reported_togeth
     ) == (
         "optimizer.lr=-1: must be greater than 0",
         "callbacks.images.wrong_images=-1: must be greater than or equal to 0",
-        "callbacks.images.samples: no such key; did you mean sample_images? There are: wrong_images, sample_images",
+        "callbacks.images.samples: no such key; did you mean callbacks.images.sample_images? There are: wrong_images, "
+        "sample_images",
         "callbacks.dead_units.images=0: must be greater than or equal to 1",
         'callbacks.dead_units.checks_per_epoch="x": must be a valid integer',
         "trainer.accelerator=gpuu: no such accelerator; did you mean gpu? There are: auto, cpu, gpu, cuda, mps, tpu",

@@ -123,7 +123,7 @@ def test_a_network_is_added_with_two_files(tmp_path: Path) -> None:
     *wrong, too_small = run.stderr.splitlines()
     assert wrong == [
         "nin inspect: 3 errors",
-        "  model.widht=3: no such key; did you mean width? There are: name, input_size, width, end, init",
+        "  model.widht=3: no such key; did you mean model.width? There are: name, input_size, width, end, init",
         "  model.width=0: must be greater than or equal to 1",
         "  model.end=\"min\": must be 'mean' or 'max'",
     ]

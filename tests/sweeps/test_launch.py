@@ -104,7 +104,7 @@ trainer: {max_epochs: 1}
     [
         (["model.hidden_width=16,32"], None),
         (["hydra/sweeper=optuna", "model.hidden_width=16,32"], None),
-        (["model.hidden_with=16,32"], "model.hidden_with=16: no such key; did you mean hidden_width?"),
+        (["model.hidden_with=16,32"], "model.hidden_with=16: no such key; did you mean model.hidden_width?"),
         (["trainer.min_epochs=5,6"], "trainer.min_epochs=5"),  # more than max_epochs of this config
         (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'interval(1)'}"], "seed=interval(1): not of the form"),
         (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'[1,[2'}"], "seed=[1,[2: not of the form key=value"),

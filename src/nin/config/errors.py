@@ -26,7 +26,7 @@ def first_line(error: BaseException) -> str:
 def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:
     """One message per key, from the errors that pydantic found in ``plain``, the values of ``section``."""
     return {
-        prefix + key: prefix + _format_error(key, list(errors), section)
+        prefix + key: _format_error(prefix + key, list(errors), section)
         for key, errors in itertools.groupby(error.errors(), lambda e: _key(e, plain))
     }
 
@@ -50,8 +50,8 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
     first = errors[0]
     match first["type"]:
         case "extra_forbidden":
-            known = _known_keys(section, first["loc"][:-1])
-            return f"{key}: no such key; {did_you_mean(str(first['loc'][-1]), known)}"
+            known, name = _known_keys(section, first["loc"][:-1]), str(first["loc"][-1])
+            return f"{key}: no such key; {did_you_mean(name, known, key.removesuffix(name))}"
         case "missing":
             return f"{key}: has no value; set {key}=…, or do not delete it"
         case "model_type" | "dict_type" if key in Settings.model_fields:
@@ -120,11 +120,15 @@ def names_of(section: type[Section]) -> tuple[str, ...]:
     return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
 
 
-def did_you_mean(word: str, known: list[str]) -> str:
-    """The end of a message about an unknown ``word``: the most similar ``known`` word, if any, and all of them."""
+def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
+    """The end of a message about an unknown ``word``: the most similar ``known`` word, if any, and all of them.
+
+    Args:
+        prefix: of the suggested word, for the key of a section as it is typed.
+    """
     close = difflib.get_close_matches(word, known, n=1)
     there_are = f"here are: {', '.join(known)}"
-    return f"did you mean {close[0]}? T{there_are}" if close else f"t{there_are}"
+    return f"did you mean {prefix}{close[0]}? T{there_are}" if close else f"t{there_are}"
 
 
 def construct_unchecked(plain: dict) -> Settings:
