@@ -44,7 +44,7 @@ def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
     errors = errors_of("optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2")
     assert [error.split(";")[0] for error in errors] == [
         "model=nin_smal: no such model",
-        "a=[: not of the form key=value (no viable alternative at input '[')",
+        "a=[: must have the form key=value, as in experiment=cpu (no viable alternative at input '[')",
         "optimizer.lrr=1: no such key",
         "seed=-1: must be greater than or equal to 0",
         "model.dropout=2: must be less than 1",
@@ -90,14 +90,17 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         "is named by its _target_ (docs/extending.md)",
     )
     (error,) = errors_of("seed=interval(1)")
-    assert error.endswith("key=value (TypeError while evaluating 'interval(1)': missing a required argument: 'end')")
+    assert error.endswith(
+        "experiment=cpu (TypeError while evaluating 'interval(1)': missing a required argument: 'end')"
+    )
     assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(
-        f"{word}: not of the form key=value" for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
+        f"{word}: must have the form key=value, as in experiment=cpu"
+        for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
     )
     (error,) = errors_of(str(Path(__file__).parent))
     assert ": a folder, and not of the form key=value; nin resume, eval, predict, export and serve take one" in error
     (error,) = errors_of("model.widths=[" + 400 * "16,")  # no file has so long a name
-    assert "not of the form key=value" in error
+    assert "must have the form key=value" in error
     (error,) = errors_of("callbacks.dead_units.image=1")
     assert error.endswith("; to add an argument of nin.training.callbacks.dead_units.DeadUnitMonitor: "
                           "+callbacks.dead_units.image=…")  # fmt: skip
@@ -107,7 +110,7 @@ def test_text_with_special_characters_is_to_be_quoted() -> None:
     assert errors_of("name=a (2)", "data.root=ph=1", "model.widths=[1,2") == (
         "name=a (2): must consist of letters, digits and the characters _-=,+@. and not begin with a dot",
         """data.root=ph=1: has characters that must be quoted, as in 'data.root="ph=1"'""",
-        "model.widths=[1,2: not of the form key=value (no viable alternative at input '[1,2')",
+        "model.widths=[1,2: must have the form key=value, as in experiment=cpu (no viable alternative at input '[1,2')",
     )
     settings = validate(compose_config([]))
     with pytest.raises(UserError) as caught:

@@ -106,8 +106,8 @@ trainer: {max_epochs: 1}
         (["hydra/sweeper=optuna", "model.hidden_width=16,32"], None),
         (["model.hidden_with=16,32"], "model.hidden_with=16: no such key; did you mean model.hidden_width?"),
         (["trainer.min_epochs=5,6"], "trainer.min_epochs=5"),  # more than max_epochs of this config
-        (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'interval(1)'}"], "seed=interval(1): not of the form"),
-        (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'[1,[2'}"], "seed=[1,[2: not of the form key=value"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'interval(1)'}"], "seed=interval(1): must have the form"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'[1,[2'}"], "seed=[1,[2: must have the form key=value"),
     ],
 )
 def test_a_sweep_of_the_users_own_config_is_checked_as_its_jobs_are_composed(

@@ -229,11 +229,11 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
         reason = f" ({first_line(parser_error)})" if value and not lexer_failed else ""
-        return f"{given}: not of the form key=value{reason}"
+        return f"{given}: must have the form key=value, as in experiment=cpu{reason}"
     except ValueError:
         return f"{given}: a number of too many digits"
     if not key:
-        return f"{given}: not of the form key=value"
+        return f"{given}: must have the form key=value, as in experiment=cpu"
     first = first_line(error)
     missing = re.search(rf"Could not load '{re.escape(key)}/(.+)'", first)  # one of a list of options
     if missing or "Could not find" in str(error):
