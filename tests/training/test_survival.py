@@ -359,7 +359,7 @@ def test_another_number_of_processes_is_another_experiment(
     content = checkpoint_files.read(folder.last)
     content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
     AtomicCheckpointIO().save_checkpoint(content, folder.last)
-    with pytest.raises(UserError, match=r"trainer.devices: the run has 2 processes.* now there would be 1"):
+    with pytest.raises(UserError, match=r"trainer.devices: the run was started with 2 processes and would now have 1,"):
         run_experiment(requested, folder, [])
 
 

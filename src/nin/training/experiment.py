@@ -119,9 +119,8 @@ class Experiment:
         saved = len(self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
         if saved != self.trainer.world_size:
             raise UserError(
-                f"trainer.devices: the run has {saved} process{'es' * (saved > 1)}, which share every batch, and now "
-                f"there would be {self.trainer.world_size}: other batches, so another experiment; start as many, or "
-                "give another name"
+                f"trainer.devices: the run was started with {saved} process{'es' * (saved > 1)} and would now have "
+                f"{self.trainer.world_size}, so that its batches would differ; start {saved}, or give another name=…"
             )
 
     def describe_start(self) -> str:
