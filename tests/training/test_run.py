@@ -180,9 +180,8 @@ def test_a_folder_with_files_of_another_program_is_refused(request_of: Callable[
     names = ("metrics.csv", "events.out.tfevents.1.other", ".draft.tmp")
     for name in names:
         (request.folder.path / name).write_text("mine")
-    with pytest.raises(
-        UserError, match=r"run: has metrics.csv, events.out.tfevents.1.other and no run, which would be"
-    ):
+    found = r"run: contains metrics.csv, events.out.tfevents.1.other but no run; a new run would overwrite them"
+    with pytest.raises(UserError, match=found):
         run.execute_run(request)
     assert {path.name: path.read_text() for path in request.folder.path.iterdir()} == dict.fromkeys(names, "mine")
     for name in names[:2]:

@@ -107,9 +107,10 @@ def _require_folder_of_a_run(folder: RunFolder) -> None:
     if folder.config.exists() or folder.has_progress():
         return
     if replaced := [path.name for path in (folder.metrics, *folder.event_files()) if path.exists()]:
+        it, files = ("it", "the file") if len(replaced) == 1 else ("them", "the files")
         raise UserError(
-            f"{folder.path}: has {', '.join(replaced)} and no run, which would be replaced; give another name=…, or "
-            "remove them"
+            f"{folder.path}: contains {', '.join(replaced)} but no run; a new run would overwrite {it}; give another "
+            f"name=…, or remove {files}"
         )
 
 
