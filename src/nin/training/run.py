@@ -142,7 +142,9 @@ def read_settings(folder: RunFolder) -> Settings:
 
     found = load_newest_valid(folder, rename=False)
     if found is None:
-        raise UserError(f"{folder.path}: has a result and neither {folder.config} nor a checkpoint; remove it")
+        raise UserError(
+            f"{folder.path}: has a result and neither {folder.config} nor a checkpoint; remove the run's folder"
+        )
     return read_checkpoint_settings(found[1], found[0])
 
 
