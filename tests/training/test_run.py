@@ -131,11 +131,11 @@ def test_a_result_that_lacks_a_part_is_named(request_of: Callable[..., RunReques
     request.folder.write_result({"status": "finished", "metrics": {"test/acc": 0.5}, "epochs": "2"})
     with pytest.raises(UserError) as refused:
         run.execute_run(request)
-    wrong = "epochs, steps, train_seconds, parameters, weights_sha256 missing or of another type"
-    assert str(refused.value) == f"{request.folder.result}: {wrong}; remove it and run the command again"
+    wrong = "these entries are missing or have the wrong type: epochs, steps, train_seconds, parameters, weights_sha256"
+    assert str(refused.value) == f"{request.folder.result}: {wrong}; remove the file and run the command again"
     metrics = result["metrics"] | {"test/acc": "0.5", "val/loss": [1.0]}
     request.folder.write_result(result | {"metrics": metrics, "best_weights_sha256": 5, "images_per_second": "7"})
-    wrong = "best_weights_sha256, images_per_second, metrics.test/acc, metrics.val/loss missing or of another type"
+    wrong = "wrong type: best_weights_sha256, images_per_second, metrics.test/acc, metrics.val/loss; remove the file"
     with pytest.raises(UserError, match=re.escape(wrong)):
         run.execute_run(request)
 

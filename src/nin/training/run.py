@@ -166,7 +166,8 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
         wrong += [f"metrics.{name}" for name in PRINTED if not isinstance(metrics.get(name), int | float | None)]
     if wrong:
         raise UserError(
-            f"{folder.result}: {', '.join(wrong)} missing or of another type; remove it and run the command again"
+            f"{folder.result}: these entries are missing or have the wrong type: {', '.join(wrong)}; remove the file "
+            "and run the command again"
         )
     untested = result["status"] == "finished" and result["metrics"].get("test/acc") is None
     if untested and settings.sweep.test:
