@@ -351,8 +351,8 @@ def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Ca
         *("trainer.max_epochs", "trainer.num_sanity_val_steps"),
     }
     assert differences(settings(), settings("data.batch_size=64", "seed=3", "threads=1")) == [
-        "seed: 0 there, 3 now",
-        "data.batch_size: 32 there, 64 now",
+        "seed: 0 in the existing run, 3 in this command",
+        "data.batch_size: 32 in the existing run, 64 in this command",
     ]
 
 
@@ -360,8 +360,11 @@ def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings:
     monitor = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
     for observers in (["callbacks=none"], ["~callbacks.images"], ["callbacks.dead_units.images=7"], [monitor]):
         assert differences(settings(), settings(*observers)) == []
-    average = 'callbacks.ema._target_: null there, "lightning.pytorch.callbacks.EMAWeightAveraging" now'
-    assert differences(settings(), settings("callbacks=ema")) == [average, "callbacks.ema.decay: null there, 0.99 now"]
+    average = '"lightning.pytorch.callbacks.EMAWeightAveraging"'
+    assert differences(settings(), settings("callbacks=ema")) == [
+        f"callbacks.ema._target_: null in the existing run, {average} in this command",
+        "callbacks.ema.decay: null in the existing run, 0.99 in this command",
+    ]
     for words in (
         ["callbacks=early_stopping"],
         ["+callbacks.x._target_=ninja.X"],
@@ -382,7 +385,10 @@ def test_a_folder_of_a_user_whom_the_machine_does_not_know_is_a_relative_path(
 def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_them(
     settings: Callable[..., Settings],
 ) -> None:
-    refused = "trainer.max_epochs: 2 there, 3 now (schedule=one_cycle: the learning rate of every step depends on it)"
+    refused = (
+        "trainer.max_epochs: 2 in the existing run, 3 in this command (schedule=one_cycle: the learning rate of every "
+        "step depends on it)"
+    )
     for schedule, expected in (("one_cycle", [refused]), ("constant", [])):
         requested = (f"schedule={schedule}", "schedule.warmup=0" if schedule == "constant" else "schedule.warmup=0.3")
         assert differences(settings(*requested), settings(*requested, "trainer.max_epochs=3")) == expected
@@ -395,5 +401,5 @@ def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_t
         assert ("depends on the number of steps" in message) == expected
     # The schedule is what differs: the number of epochs is the same, whether or not it may change.
     constant, cosine = settings("schedule=constant"), settings("schedule=cosine", "schedule.warmup=0")
-    assert differences(constant, cosine) == ['schedule.name: "constant" there, "cosine" now']
-    assert differences(cosine, constant) == ['schedule.name: "cosine" there, "constant" now']
+    assert differences(constant, cosine) == ['schedule.name: "constant" in the existing run, "cosine" in this command']
+    assert differences(cosine, constant) == ['schedule.name: "cosine" in the existing run, "constant" in this command']

@@ -219,14 +219,14 @@ def test_another_base_config_is_another_search(tmp_path: Path) -> None:
     mine = dataclasses.replace(plan(), config_name="mine")
     storage = Store(mine, tmp_path, None).storage
     require_same_plan(storage, mine, tmp_path)
-    with pytest.raises(UserError, match=r"--config-name: mine there, train now$"):
+    with pytest.raises(UserError, match=r"--config-name: mine in the existing search, train in this command$"):
         require_same_plan(storage, plan(), tmp_path)
 
 
 def test_other_configs_in_the_place_of_conf_are_another_search(tmp_path: Path) -> None:
     mine = dataclasses.replace(plan(), config_path="/my/conf")
     storage = Store(mine, tmp_path, None).storage
-    with pytest.raises(UserError, match=r"--config-path: /my/conf there, "):
+    with pytest.raises(UserError, match=r"--config-path: /my/conf in the existing search, "):
         require_same_plan(storage, plan(), tmp_path)
 
 

@@ -131,8 +131,14 @@ def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
     assert list(trials()) == ["trial-0000", "trial-0001"]
     assert first.items() <= trials().items()
     for words, difference in (
-        ([space, "hydra.sweeper.sampler=random"], "hydra.sweeper.sampler: tpe there, random now"),
-        (["optimizer.lr=interval(1,2)"], "optimizer.lr: tag(log, interval(0.001, 0.1)) there, interval(1"),
+        (
+            [space, "hydra.sweeper.sampler=random"],
+            "hydra.sweeper.sampler: tpe in the existing search, random in this command",
+        ),
+        (
+            ["optimizer.lr=interval(1,2)"],
+            "optimizer.lr: tag(log, interval(0.001, 0.1)) in the existing search, interval(1",
+        ),
     ):
         status, printed = search(capfd, data_root, *words, "hydra.sweeper.n_trials=3")
         assert status == 2

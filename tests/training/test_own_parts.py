@@ -177,7 +177,9 @@ def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_modu
         [validate_plain(settings(*keys, f"trainer.use_distributed_sampler={given}").model_dump() | {"data": own})
          for given in ("false", "null")] for keys in (["trainer.strategy=ddp", "trainer.devices=2"], [])
     )  # fmt: skip
-    assert differences(before, now) == ["trainer.use_distributed_sampler: false there, true now"]
+    assert differences(before, now) == [
+        "trainer.use_distributed_sampler: false in the existing run, true in this command"
+    ]
     assert differences(*one) == []
 
 

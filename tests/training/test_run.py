@@ -219,7 +219,9 @@ def test_a_folder_without_its_hidden_files_is_not_continued_by_another_experimen
     hyper_parameters = {"settings": first.settings.model_dump(mode="json")}
     checkpoint = {"state_dict": {}, "hyper_parameters": hyper_parameters, "global_step": 1, "epoch": 0}
     AtomicCheckpointIO().save_checkpoint(checkpoint, first.folder.last)
-    with pytest.raises(UserError, match=r"belongs to another experiment; (?s:.*)seed: 0 there, 3 now"):
+    with pytest.raises(
+        UserError, match=r"belongs to another experiment; (?s:.*)seed: 0 in the existing run, 3 in this command"
+    ):
         run.execute_run(other)
     assert not first.folder.config.exists()
     assert run.execute_run(first)["resumes"] == 1

@@ -494,7 +494,7 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
         ({f"{state}__event_files": {"events": 1.5}}, "callbacks.ResumableCheckpoint.event_files"),
         ({f"{state}__best": {"val/acc": 0.5}}, "callbacks.ResumableCheckpoint.best"),
         ({"callbacks__MetricsLogger__rows": []}, "callbacks.MetricsLogger.rows has 0 entries instead of 1"),
-        ({"hyper_parameters__settings__seed": 5}, "seed: 5 there, 0 now"),
+        ({"hyper_parameters__settings__seed": 5}, "seed: 5 in the existing run, 0 in this command"),
         ({f"{state}__run_id": "b" * 32}, "was saved by another run (id bbbbbbbb…, the folder has aaaaaaaa…)"),
     ]
     folder.update_state(run_id="a" * 32)
@@ -651,7 +651,8 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
 
     # Another experiment under the same name is refused, with the keys.
     other = compose_config([*words, "name=killed", "optimizer.lr=0.001", "seed=3"])
-    with pytest.raises(UserError, match=r"seed: 0 there, 3 now\n  optimizer.lr: 0.005 there, 0.001 now"):
+    seed = r"seed: 0 in the existing run, 3 in this command"
+    with pytest.raises(UserError, match=rf"{seed}\n  optimizer.lr: 0.005 in the existing run, 0.001 in this command"):
         execute_run(RunRequest(validate(other), RunFolder(runs / "killed")))
 
     # Requested to stop, it does at once, with a checkpoint of that step.

@@ -83,7 +83,8 @@ def differences(before: Settings, now: Settings) -> list[str]:
     there, here = fixed_values(before), fixed_values(now)
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}
     return [
-        f"{key}: {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} now{reasons.get(key, '')}"
+        f"{key}: {json.dumps(there.get(key))} in the existing run, {json.dumps(here.get(key))} in this command"
+        f"{reasons.get(key, '')}"
         for key in dict.fromkeys([*there, *here])
         if there.get(key) != here.get(key)
     ]

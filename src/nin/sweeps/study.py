@@ -243,7 +243,10 @@ def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
     now = plan.describe()
     differing = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
     if differing:
-        lines = [f"{key}: {there.get(key, 'not given')} there, {now.get(key, 'not given')} now" for key in differing]
+        lines = [
+            f"{key}: {there.get(key, 'not given')} in the existing search, {now.get(key, 'not given')} in this command"
+            for key in differing
+        ]
         header = f"{plan.name}: another search has this name; give another name=…, or what it has:"
         raise UserError("\n  ".join([header, *lines]))
 
