@@ -62,7 +62,7 @@ def test_what_a_file_from_elsewhere_names_is_not_followed(
     [
         (
             {"model": {"_target_": "this.s", "input_size": 28}},
-            "model._target_=this.s: this run's config is not allowed",
+            "model._target_=this.s: a stored config may not import this class",
         ),
         ({"callbacks": {"x": {"_target_": "${oc.env:HOME}"}}}, "an interpolation; a stored config has plain values"),
     ],

@@ -43,8 +43,8 @@ def test_a_config_from_elsewhere_is_refused_until_its_module_is_allowed(
     assert cli.run("resume", [str(run.path)]) == 2
     printed = capsys.readouterr()
     assert printed.err == (
-        "nin resume: callbacks.x._target_=this.s: this run's config is not allowed to call it; if you trust it, add "
-        "--allow this\n"
+        "nin resume: callbacks.x._target_=this.s: a stored config may not import this class; if you trust its module, "
+        "add --allow this\n"
     )
     assert (printed.out, requests) == ("", [])
     assert cli.run("resume", [str(run.path), "--allow", "this"]) == 0

@@ -45,8 +45,8 @@ def test_only_callbacks_of_trusted_packages_are_imported(settings: Callable[...,
     module = str(target).partition(".")[0]
     message = refusal(stored(settings, _target_=target))
     assert message == (
-        f"callbacks.x._target_={target}: this run's config is not allowed to call it; if you trust it, add "
-        f"--allow {module}"
+        f"callbacks.x._target_={target}: a stored config may not import this class; if you trust its module, "
+        f"add --allow {module}"
     )
     assert "this" not in sys.modules  # its import prints a poem
 
@@ -69,7 +69,7 @@ def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(setting
     require_trusted_targets(settings(), [])  # the defaults
     # It sends what is logged to another machine.
     sends = stored(settings, "logger", _target_="lightning.pytorch.loggers.WandbLogger", project="p")
-    assert "WandbLogger: this run's config is not allowed to call it" in refusal(sends)
+    assert "WandbLogger: a stored config may not import this class" in refusal(sends)
     require_trusted_targets(sends, ["lightning"])
     require_trusted_targets(stored(settings, _target_="my_package.part.Callback"), ["my_package"])
     assert "my_package_of_another" in refusal(stored(settings, _target_="my_package_of_another.X"), "my_package")
@@ -103,8 +103,8 @@ def test_classes_of_the_network_and_the_data_need_permission(
     foreign = validate_plain(settings().model_dump(mode="json") | {group: entry})
     module = entry["_target_"].partition(".")[0]
     assert refusal(foreign) == (
-        f"{group}._target_={entry['_target_']}: this run's config is not allowed to call it; if you trust it, add "
-        f"--allow {module}"
+        f"{group}._target_={entry['_target_']}: a stored config may not import this class; if you trust its module, "
+        f"add --allow {module}"
     )
     require_trusted_targets(foreign, [module])
 
@@ -127,7 +127,8 @@ def test_torchs_losses_optimizers_and_schedules_need_none(
 
 def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -> None:
     nested = {"_target_": CLASS, "_args_": [{"_target_": CLASS}]}
-    assert refusal(stored(settings, **nested)).startswith(f"callbacks.x._args_.0._target_={CLASS}: this run's config")
+    refused = f"callbacks.x._args_.0._target_={CLASS}: a stored config may not import this class"
+    assert refusal(stored(settings, **nested)).startswith(refused)
 
 
 @pytest.mark.parametrize(

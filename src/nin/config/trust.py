@@ -77,7 +77,7 @@ def _refused_entries(stored: Settings, allowed: list[str], given: list[str]) -> 
 
 def _refusal(key: str, target: str) -> str:
     return (
-        f"{key}={target}: this run's config is not allowed to call it; if you trust it, add "
+        f"{key}={target}: a stored config may not import this class; if you trust its module, add "
         f"--allow {target.partition('.')[0]}"
     )
 
