@@ -86,7 +86,10 @@ def find_export(path: Path) -> Path:
             raise UserError(
                 f"{path}: not an exported .onnx file; give one, or a run's folder, as in outputs/runs/first"
             )
-        raise UserError(f"{path}: a checkpoint is exported first: nin export {path}")
+        raise UserError(
+            f"{path}: nin serve takes a run's folder or an exported .onnx file; export the checkpoint with: nin export "
+            f"{path}"
+        )
     export = default_export(path, ".onnx")
     # Checksums are compared, not times of modification: copying a folder changes these, and best.ckpt may have been
     # replaced during an export.
