@@ -131,7 +131,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_warned_of_once(
     (warning,) = [
         record.getMessage() for record in caplog.records if record.name == "nin.training.callbacks.dead_units"
     ]
-    assert "training is at chance at step 3 (epoch 1): the loss is 2.3" in warning
+    assert "after step 3 (epoch 1) the network does no better than guessing: train/loss is 2.3" in warning
     assert f"{silent} of 10 classes are dead on these 2 training images, in eval mode (" in warning
     assert "Try experiment=robust" in warning
 
@@ -148,7 +148,7 @@ def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, ca
     for _ in range(2):  # the second check in a row warns
         monitor._warn(trainer, module, [2])
     (warning,) = caplog.messages
-    assert warning.startswith("training is at chance at step 300")
+    assert warning.startswith("after step 300 (epoch ")
     assert ("model.final_relu=false" in warning) == named
     assert "1 of 10 classes is dead on these 200 training images, in eval mode (c)" in warning
 

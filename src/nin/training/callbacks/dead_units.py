@@ -112,7 +112,8 @@ class DeadUnitMonitor(Callback):
         if chance and self.suspects["chance"] and not self.warned["chance"]:
             self.warned["chance"] = True
             log.warning(
-                "training is at chance at %s: the loss is %.4f, and guessing has ln %d = %.4f.%s %s",
+                "after %s the network does no better than guessing: train/loss is %.4f, and equal probabilities for "
+                "all classes give ln %d = %.4f.%s %s",
                 where, latest["train/loss"], pl_module.num_classes, math.log(pl_module.num_classes),
                 _describe(classes, pl_module.class_names, images), remedy,
             )  # fmt: skip
