@@ -210,6 +210,11 @@ def test_names_of_maps_have_the_index_in_an_idx_file_and_fit_a_file_system(tmp_p
     path.with_name(f".{path.name}.tmp").write_bytes(b"")  # as a picture is written, under a temporary name first
 
 
+def test_a_missing_network_and_missing_images_are_reported_together() -> None:
+    with pytest.raises(UserError, match=r"^no/run, no/shirt.png: no such file or folder$"):
+        main(["no/run", "no/shirt.png"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

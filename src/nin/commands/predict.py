@@ -69,6 +69,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     if args.top < 1:
         raise UserError(f"--top {args.top}: must be 1 or more")
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:
+        if not args.network.exists():
+            missing.insert(0, str(args.network))
         raise UserError(f"{', '.join(missing)}: no such file or folder")
     if args.maps:
         _require_folder(args.maps)
