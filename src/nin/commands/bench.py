@@ -179,7 +179,8 @@ def print_results(results: dict[str, Any]) -> None:
     console.print(
         f"limit: {rates['matrix product'] / 1e9:,.0f} GFLOP/s in a large matrix product of the same precision"
     )
-    console.print(f"data: {100 * rates['training'] / rates['data']:.1f} percent of a training step\n")
+    percent = 100 * rates["training"] / rates["data"]
+    console.print(f"data: taking and resizing the images is {percent:.1f} percent of a training step\n")
     console.print(_overhead_table(results["milliseconds_per_step"]))
     console.print(_memory_table(results["memory"]))
     console.print(
