@@ -115,10 +115,12 @@ def test_a_missing_file_is_named_with_the_ways_to_bring_it(
     raw = put(tmp_path, published)
     (raw / NAMES[3]).unlink()
     with pytest.raises(UserError) as caught:
-        files.prepare(data(tmp_path, "http://127.0.0.1:1/"))
+        files.prepare(data(tmp_path, "http://127.0.0.1:1/", "http://127.0.0.1:1/x/"))
     assert str(caught.value).startswith(f"{NAMES[3]} of fashion_mnist is not in {raw}")
-    for remedy in ("Connection refused", "copy the unpacked files", "NIN_DATA", "data=garments"):
+    for remedy in ("Connection refused", "copy these unpacked files", "NIN_DATA", "data=garments"):
         assert remedy in str(caught.value)
+    assert "  http://127.0.0.1:1/, http://127.0.0.1:1/x/: " in str(caught.value)
+    assert str(caught.value).count("Connection refused") == 1  # the reason of both
 
 
 def test_what_could_not_be_fetched_leaves_nothing_behind(tmp_path: Path, data: Callable[..., Data]) -> None:

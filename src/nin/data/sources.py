@@ -232,7 +232,7 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
     for name in names:
         file = folder / name
         packed = file if file.suffix == ".gz" else folder / f"{name}.gz"
-        failures = []
+        failures: dict[str, list[str]] = {}  # the mirrors with each reason
         for mirror in data.mirrors:
             try:
                 download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
@@ -245,17 +245,19 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
                 break
             # No network, a refusal, no address, a transfer that was cut off, and what is no gzip file.
             except (OSError, RuntimeError, EOFError, ValueError, http.client.HTTPException, zlib.error) as error:
-                failures.append(f"{mirror}: {error}")
+                failures.setdefault(str(error), []).append(mirror)
             for rest in (file, packed):  # torchvision would take it for the next mirror's file
                 rest.unlink(missing_ok=True)
         else:
-            tried = "\n  ".join(failures) or "data.mirrors is empty"
+            reasons = [f"{', '.join(mirrors)}: {reason}" for reason, mirrors in failures.items()]
+            tried = "\n  ".join(reasons) or "data.mirrors is empty"
             sums = [] if data.name in PUBLISHED else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
             needed, raw = "\n  ".join([*_files_of(data), *sums]), raw_folder(data)
             raise UserError(
-                f"{name} of {data.name} is not in {raw} and could not be downloaded:\n  {tried}\nWithout network: copy "
-                f"the {'' if packed == file else 'unpacked '}files\n  {needed}\ninto {raw}, or set NIN_DATA to the "
-                f"folder that holds {raw.parent.name}/raw; or use data=garments, which needs no download."
+                f"{name} of {data.name} is not in {raw} and could not be downloaded:\n  {tried}\nWithout a network "
+                f"connection, copy these {'' if packed == file else 'unpacked '}files\n  {needed}\ninto {raw}, or set "
+                f"NIN_DATA to the folder that holds {raw.parent.name}/raw; or use data=garments, which needs no "
+                "download."
             )
 
 
