@@ -11,7 +11,7 @@ from nin.config.networks import read_networks
 SIGNATURE = "in_channels: int, num_classes: int, image_size: int"
 FILES = {
     "my_net.py": f"import torch_is_not_imported\n\n\nclass MyNet:\n    def __init__(self, {SIGNATURE}, *, "
-    "depth: Positive, share: Share | None, sizes: Annotated[Sequence[Pixels], Field(max_length=2)], "
+    "depth: Positive, share: Fraction | None, sizes: Annotated[Sequence[Pixels], Field(max_length=2)], "
     "kind: Literal['a', 'b'] = 'a'):\n        pass\n",
     "layers.py": "class Layers:\n    def __init__(self, width):\n        pass\n",
     "other.py": f"class NotItsName:\n    def __init__(self, {SIGNATURE}):\n        pass\n",

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from nin.config.types import NonNegative, OwnClass, Pixels, Positive, Section, Share
+from nin.config.types import Fraction, NonNegative, OwnClass, Pixels, Positive, Section
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class FolderData(Images):
 
     name: Literal["folder"]
     # Training images that are held out, where the folder has no val/ or no test/: a number, or a share of them.
-    val_size: NonNegative | Share
-    test_size: NonNegative | Share
+    val_size: NonNegative | Fraction
+    test_size: NonNegative | Fraction
     stored_size: Pixels
     fit: Literal["crop", "pad", "stretch"]
     # "auto": 3 if any training image has color.

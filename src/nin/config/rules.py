@@ -23,8 +23,8 @@ def _trainer_keys(*keys: str) -> tuple[str, ...]:
 
 _DEVICES = _trainer_keys("devices", "num_nodes", "strategy")
 _LIMITS = _trainer_keys("limit_train_batches", "limit_val_batches", "limit_test_batches")
-# Numbers or shares of batches.
-_SHARES = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
+# Numbers or fractions of batches.
+_FRACTIONS = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
 _DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
 _BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
 
@@ -84,32 +84,34 @@ def require_images_for_selection(settings: Settings) -> Iterator[str]:
         )
 
 
-@reads(*_SHARES)
+@reads(*_FRACTIONS)
 def require_valid_limits(settings: Settings) -> Iterator[str]:
-    """Lightning's convention: an int is a number of batches, a float is a share of all batches."""
-    for key in _SHARES:
+    """Lightning's convention: an int is a number of batches, a float is a fraction of all batches."""
+    for key in _FRACTIONS:
         value = getattr(settings.trainer, key.removeprefix("trainer."))
         if isinstance(value, int | float) and (value < 0 or (isinstance(value, float) and value > 1)):
-            yield (f"{key}={value:g}: must be a number of batches (0, 1, 2, …) or a share of all batches (0.0 to 1.0)")
+            yield (
+                f"{key}={value:g}: must be a number of batches (0, 1, 2, …) or a fraction of all batches (0.0 to 1.0)"
+            )
 
 
 @reads(*_BATCH_KEYS)
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
-    """Lightning rounds a share of the batches down, and refuses 0 batches when training has begun."""
+    """Lightning rounds a fraction of the batches down, and refuses 0 batches when training has begun."""
     if not (batches := count_batches(settings)):
         return
     limits = {key: (getattr(settings.trainer, key.removeprefix("trainer.")), batches[key]) for key in _LIMITS}
     limits["trainer.overfit_batches"] = (settings.trainer.overfit_batches, batches["trainer.limit_train_batches"])
     for key, (limit, available) in limits.items():
         if isinstance(limit, float) and limit > 0 and available > 0 and int(available * limit) == 0:
-            yield format_empty_share(key, limit, available)
+            yield format_empty_fraction(key, limit, available)
 
 
-def format_empty_share(key: str, share: float, batches: int) -> str:
-    """The message about a ``share`` that leaves none of ``batches``, with the smallest one that leaves a batch."""
+def format_empty_fraction(key: str, fraction: float, batches: int) -> str:
+    """The message about a ``fraction`` that leaves none of ``batches``, with the smallest one that leaves a batch."""
     smallest = math.ceil(1e4 / batches) / 1e4
     rest = f"choose {smallest:g} or more, or a number of batches, as in 1"
-    return f"{key}={share:g}: leaves none of {batches} batches; {rest}"
+    return f"{key}={fraction:g}: leaves none of {batches} batches; {rest}"
 
 
 @reads(*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch"))
@@ -119,8 +121,8 @@ def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
         return
     if interval == 0:
         yield (
-            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a share of an epoch (above 0.0, up "
-            "to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
+            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a fraction of an epoch (above 0.0, "
+            "up to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off"
         )
     batches = count_training_batches(settings) if settings.trainer.check_val_every_n_epoch else None
     if isinstance(interval, int) and batches and interval > batches:

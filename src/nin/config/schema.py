@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from nin.config.data_sets import Data, FolderData, OwnData
 from nin.config.networks import OwnModel, TypedModel
-from nin.config.types import NonNegative, OwnClass, Positive, Precision, Section, Share
+from nin.config.types import Fraction, NonNegative, OwnClass, Positive, Precision, Section
 
 _PACKAGE = Path(__file__).parents[1]
 # The directory of the config groups: inside the installed package, or at the top of a checkout.
@@ -37,7 +37,7 @@ class UserError(Exception):
 class SGD(Section):
     name: Literal["sgd"]
     lr: Annotated[float, Field(gt=0)]
-    momentum: Share
+    momentum: Fraction
     nesterov: bool
     weight_decay: Annotated[float, Field(ge=0)]
 
@@ -45,7 +45,7 @@ class SGD(Section):
 class AdamW(Section):
     name: Literal["adamw"]
     lr: Annotated[float, Field(gt=0)]
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)]
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)]
     weight_decay: Annotated[float, Field(ge=0)]
 
 
@@ -70,8 +70,8 @@ class OwnSchedule(OwnClass):
 
 class Schedule(Section):
     name: Literal["constant", "cosine", "one_cycle"]
-    # The share of all steps in which the learning rate rises to optimizer.lr.
-    warmup: Share
+    # The fraction of all steps in which the learning rate rises to optimizer.lr.
+    warmup: Fraction
 
     @property
     def is_constant(self) -> bool:
@@ -79,7 +79,7 @@ class Schedule(Section):
         return self.name == "constant" and not self.warmup
 
 
-# Lightning's convention: an int is a number of batches, a float is a share of all batches.
+# Lightning's convention: an int is a number of batches, a float is a fraction of all batches.
 Limit = int | float | None
 
 
@@ -232,8 +232,8 @@ class Settings(Section):
         OWN_OR_TYPED,
     ]
     schedule: Annotated[Annotated[Schedule, Tag("typed")] | Annotated[OwnSchedule, Tag("_target_")], OWN_OR_TYPED]
-    # The share of each label that is divided among all classes.
-    label_smoothing: Share
+    # The fraction of each label that is divided among all classes.
+    label_smoothing: Fraction
     # None: cross-entropy.
     loss: OwnLoss | None
     trainer: Trainer

@@ -31,7 +31,7 @@ class OwnClass(Section):
 
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 # Kernel size, stride or image size in pixels. The limit refuses absurd values before they cost time and memory.
 Pixels = Annotated[int, Field(ge=1, le=1024)]
 # The number of channels or features of a layer.

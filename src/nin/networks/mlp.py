@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from nin.config.types import Positive, Share
+from nin.config.types import Fraction, Positive
 from nin.networks.sequential import Network
 
 
@@ -23,7 +23,7 @@ class MLP(Network):
         num_classes: int = 10,
         image_size: int = 28,
         hidden_width: Positive = 4096,
-        dropout: Share = 0.0,
+        dropout: Fraction = 0.0,
     ):
         super().__init__(
             nn.Flatten(),  # (batch, 784) at 28x28

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from nin.config.types import NonNegative, Pixels, Share, Width
+from nin.config.types import NonNegative, Pixels, Fraction, Width
 from nin.networks.sequential import Network, build_fully_connected_head
 
 
@@ -90,7 +90,7 @@ class NiN(Network):
         conv1x1_relu: bool = True,
         head: Literal["gap", "fc", "mlp"] = "gap",
         head_width: Width = 4096,
-        dropout: Share = 0.5,
+        dropout: Fraction = 0.5,
         dropout_between: bool = False,
         norm: Literal["none", "batch"] = "none",
         final_relu: bool = True,

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from nin.config.types import Share
+from nin.config.types import Fraction
 from nin.networks.sequential import Network, build_fully_connected_head
 
 
@@ -21,7 +21,7 @@ class VGG(Network):
         in_channels: int = 1,
         num_classes: int = 10,
         image_size: int = 224,
-        dropout: Share = 0.5,
+        dropout: Fraction = 0.5,
     ):
         layers: list[nn.Module] = []
         for convolutions, width in ((1, 64), (1, 128), (2, 256), (2, 512), (2, 512)):

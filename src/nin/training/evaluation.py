@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nin.checkpoints.files import images_sha256
 from nin.checkpoints.weights import load_weights
-from nin.config.rules import format_empty_share
+from nin.config.rules import format_empty_fraction
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
@@ -87,7 +87,7 @@ def require_test_batches(settings: Settings, data: Any, trainer: lightning.Train
         rule = "a share of batches whose number is not known; give a number of batches, as in 1"
         raise UserError(f"{key}={limit:g}: {rule}")
     if empty := [count for count in lengths if count and int(count * limit) == 0]:
-        raise UserError(format_empty_share(key, limit, empty[0]))
+        raise UserError(format_empty_fraction(key, limit, empty[0]))
 
 
 def test(
