@@ -52,9 +52,9 @@ def main(arguments: list[str]) -> int:
         raise UserError("data: nin bench measures this project's own data modules; choose data=garments")
     require_accelerator(settings.trainer)
     prepare(settings.data)
-    errors = Console(stderr=True, highlight=False)
+    stderr_console = Console(stderr=True, highlight=False)
     try:
-        with show_progress(errors) as progress:
+        with show_progress(stderr_console) as progress:
             progress("loading torch and Lightning …", "", 0, None)
             with without_garbage_collection():
                 import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
             with log_to(None):
                 results = run_benchmarks(settings, args.seconds, args.rounds, progress)
     except StoppedError as stopped:
-        errors.print(f"{stopped}; nothing is written")
+        stderr_console.print(f"{stopped}; nothing is written")
         return stopped.exit_status
     out = args.out or Path("outputs/bench") / time.strftime("%Y-%m-%d_%H-%M-%S.json")
     try:

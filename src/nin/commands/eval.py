@@ -106,8 +106,8 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     images, labels = load_part(settings, "test")
     network = load_onnx(path, settings.threads)
     require_same_classes(describe(settings.data).class_names, network.description.class_names)
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    stderr_console = Console(stderr=True)
+    with Progress(console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as progress:
         bar = progress.add_task("testing", total=len(labels))
         metrics, confusion = evaluate_network(
             network, images, labels, lambda done, _: progress.update(bar, completed=done)

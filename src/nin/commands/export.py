@@ -22,8 +22,8 @@ FORMATS = ("onnx", "pt2", "triton")
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     checkpoint, out = choose_files(args)
-    errors = Console(stderr=True, highlight=False)
-    with log_to(None), open_progress(errors) as progress:
+    stderr_console = Console(stderr=True, highlight=False)
+    with log_to(None), open_progress(stderr_console) as progress:
         with without_garbage_collection():
             from nin.deploy.export import Exporter, ExportError
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         try:
             return export(exporter, out, args.format, args.int8)
         except ExportError as error:
-            errors.print(f"nin export: {error}", markup=False, soft_wrap=True)
+            stderr_console.print(f"nin export: {error}", markup=False, soft_wrap=True)
             return 1
         except OSError as error:
             raise UserError(f"{out}: can't be written ({error.strerror})") from error

@@ -124,11 +124,11 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     )
     names = _MapNames(args.maps) if args.maps else None
     found, broken, light = 0, 0, 0
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr_console = Console(stderr=True, highlight=False, soft_wrap=True)
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
     with Progress(
         *columns,
-        console=errors,
+        console=stderr_console,
         transient=True,
         # Rows of a program's format that appear on the same terminal show the progress.
         disable=not sys.stderr.isatty() or ((args.json or args.csv) and sys.stdout.isatty()),
@@ -140,7 +140,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         for found, (name, image, scores) in enumerate(_score_each(network, images, maps=bool(names)), start=1):
             if scores is None:
                 broken += 1
-                errors.print(f"nin predict: {printable(name)}: {printable(str(image))}", markup=False)
+                stderr_console.print(f"nin predict: {printable(name)}: {printable(str(image))}", markup=False)
                 writer.add_error(name, str(image))
             else:
                 light += has_light_border(image)
@@ -152,13 +152,13 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         raise UserError(f"{', '.join(map(str, args.images))}: no images there")
     writer.finish()
     if not args.invert and light > 0 and description.light_on_dark:
-        errors.print(
+        stderr_console.print(
             f"nin predict: images with a light border: {light} of {found - broken}; the network was trained on light "
             "objects on a dark background: if they are dark on light, add --invert",
             markup=False,
         )
     if broken:
-        errors.print(f"nin predict: {broken} of {found} could not be read", markup=False)
+        stderr_console.print(f"nin predict: {broken} of {found} could not be read", markup=False)
     return 1 if broken else 0
 
 

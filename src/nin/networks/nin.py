@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from nin.config.types import NonNegative, Pixels, Fraction, Width
+from nin.config.types import Fraction, NonNegative, Pixels, Width
 from nin.networks.sequential import Network, build_fully_connected_head
 
 
