@@ -143,7 +143,7 @@ def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path
     module.setup()
     images, labels = next(iter(module.train_dataloader()))
     assert (images.shape, images.dtype, labels.dtype) == ((5, 12, 12, 3), torch.uint8, torch.int64)
-    assert module.prepare_images(images).shape == (5, 3, 6, 6)
+    assert module.transform_images(images).shape == (5, 3, 6, 6)
     assert [len(part[1]) for part in (module.train, module.val, module.test)] == [18, 6, 6]
     assert module.notes == {
         "test_split": "6 of 24 training images, chosen by seed 0",

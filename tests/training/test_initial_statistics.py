@@ -29,7 +29,7 @@ def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
     data.setup("fit")
     images = data.train[0]
     spread = torch.tensor([i * len(images) // 256 for i in range(256)])
-    mean, std = data.statistics()
+    mean, std = data.compute_statistics()
     convolution = nn.Conv2d(1, 8, 3, stride=2)
     start_from_components(convolution, (images[spread].unsqueeze(1) / 255 - mean) / std)
     assert torch.allclose(filters, convolution.weight, atol=1e-5)

@@ -97,7 +97,7 @@ class ImageDataModule(LightningDataModule):
     """Training, validation and test images of one data set, in memory, or of a large folder read by batch.
 
     Also works without a Trainer: ``prepare_data()``, ``setup("fit")``, then iterate over ``train_dataloader()`` and
-    pass the images of each batch through `prepare_images`. All tensors are then on the CPU.
+    pass the images of each batch through `transform_images`. All tensors are then on the CPU.
 
     Args:
         settings: the config's section ``data``: the data set, the size of images and batches.
@@ -199,7 +199,7 @@ class ImageDataModule(LightningDataModule):
                 "parts, so it can't be resumed exactly; restore them, or give another name=…"
             )
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
+    def compute_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation of each channel over the training images, from 0 to 1: float32 ``(channels,)``."""
         counts = torch.zeros(self.channels, 256, dtype=torch.int64)
         images = self.train[0]
@@ -218,7 +218,7 @@ class ImageDataModule(LightningDataModule):
 
         Float32 ``(count, channels, image_size, image_size)``.
         """
-        return self.prepare_images(self.train[0][self.spread(count)]).cpu().float()
+        return self.transform_images(self.train[0][self.spread(count)]).cpu().float()
 
     def spread(self, count: int) -> Tensor:
         """Indices ``(count,)`` of at most ``count`` training images at equal distances.
@@ -260,9 +260,9 @@ class ImageDataModule(LightningDataModule):
         """Augments training images, and converts all images to the input of the network."""
         images, labels = batch
         is_training = self.trainer is not None and self.trainer.training
-        return self.prepare_images(images, self.settings.augment if is_training else "none"), labels
+        return self.transform_images(images, self.settings.augment if is_training else "none"), labels
 
-    def prepare_images(self, images: Tensor, augmentation: str = "none") -> Tensor:
+    def transform_images(self, images: Tensor, augmentation: str = "none") -> Tensor:
         """Augments images, and converts ``(batch, height, width)`` uint8 to ``(batch, 1, image_size, image_size)``.
 
         In color, ``(batch, height, width, 3)`` to ``(batch, 3, image_size, image_size)``. Values are from 0 to 1.

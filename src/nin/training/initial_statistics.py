@@ -28,7 +28,7 @@ def start_from_training_images(network: nn.Sequential, data: Any, has_components
         raise TypeError("data.normalize=true and model.init=kaiming_dirac_pca need an ImageDataModule as datamodule")
     with torch.no_grad():
         if normalize:
-            normalize.set_statistics(*data.statistics())
+            normalize.set_statistics(*data.compute_statistics())
         if has_components:
             images = data.sample(_IMAGES)
             start_from_components(network, normalize(images) if normalize else images)

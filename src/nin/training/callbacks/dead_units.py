@@ -97,7 +97,7 @@ class DeadUnitMonitor(Callback):
         # Not more at once than in training: a GPU may not have the memory.
         size = min(pl_module.micro_batch(self.images), pl_module.settings.data.batch_size)
         for images in sample.to(pl_module.device).split(size):
-            yield data.prepare_images(images)
+            yield data.transform_images(images)
 
     def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:
         latest = next(c for c in trainer.callbacks if isinstance(c, MetricsLogger)).latest  # type: ignore[attr-defined]
