@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from helpers import SMALL, run_experiment
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.weights import weights_sha256
+from nin.checkpoints.weights import hash_weights
 from nin.commands.eval import find_checkpoint
 from nin.config.composition import compose_config
 from nin.config.schema import Data, Settings, UserError
@@ -83,7 +83,7 @@ def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, di
     last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
     module = Classifier(checkpoint_files.read_checkpoint_settings(last, folder.last), CLASSES)
     module.load_state_dict(last["state_dict"])
-    assert weights_sha256(module.network) == result["weights_sha256"]
+    assert hash_weights(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
     assert scores["val/acc"] == result["metrics"]["val/acc"]
     assert last["callbacks"][checkpoint_files.CALLBACK]["run_id"] == "a" * 32

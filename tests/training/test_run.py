@@ -299,8 +299,8 @@ def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(
     request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commits = SimpleNamespace(current="first")
-    monkeypatch.setattr(run, "git_commit", lambda: commits.current)
-    monkeypatch.setattr(run, "versions", dict)
+    monkeypatch.setattr(run, "read_git_commit", lambda: commits.current)
+    monkeypatch.setattr(run, "read_versions", dict)
 
     def change() -> None:
         commits.current = "changed while training"
@@ -341,15 +341,15 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = tmp_path / "versions.py"
     source.write_text("1")
     monkeypatch.setattr(versions, "__file__", str(source))
-    assert versions.git_commit() is None  # no checkout
+    assert versions.read_git_commit() is None  # no checkout
     git("init")
     git("commit", "--allow-empty", "-m", "theirs")
-    assert versions.git_commit() is None  # installed inside somebody else's checkout
+    assert versions.read_git_commit() is None  # installed inside somebody else's checkout
     git("add", ".")
     git("commit", "-m", "x")
-    assert versions.git_commit() == git("rev-parse", "HEAD")
+    assert versions.read_git_commit() == git("rev-parse", "HEAD")
     source.write_text("2")
-    assert versions.git_commit() == git("rev-parse", "HEAD") + "+"
+    assert versions.read_git_commit() == git("rev-parse", "HEAD") + "+"
 
 
 def test_too_little_memory_of_a_gpu_fails_with_its_remedy(

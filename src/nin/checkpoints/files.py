@@ -240,7 +240,7 @@ def _require_few_values(settings: Any) -> None:
                 waiting.extend(values)
 
 
-def images_sha256(checkpoint: Mapping[str, Any]) -> Any:
+def read_images_sha256(checkpoint: Mapping[str, Any]) -> Any:
     """The fingerprint of the folder of images that the run had; None if it had none."""
     return _select(checkpoint, (DATA, "fingerprint"))
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 
-def random_state(device: torch.device, loader: Any) -> dict[str, Any]:
+def get_random_state(device: torch.device, loader: Any) -> dict[str, Any]:
     """The states of the generators that training on ``device`` uses, as tensors and plain values.
 
     Args:
@@ -28,7 +28,7 @@ def random_state(device: torch.device, loader: Any) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device, loader: Any) -> None:
-    """Restores the generators from `random_state`; that of ``device`` only if ``state`` is of the same device type."""
+    """Restores the generators from `get_random_state`; that of ``device`` only if ``state`` is of its type."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]

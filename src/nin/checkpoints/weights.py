@@ -63,7 +63,7 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def weights_sha256(network: nn.Module) -> str:
+def hash_weights(network: nn.Module) -> str:
     """SHA-256 of all weights and buffers, as little-endian bytes in state-dict order."""
     digest = hashlib.sha256()
     for tensor in network.state_dict().values():

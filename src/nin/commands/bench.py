@@ -23,7 +23,7 @@ from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to
 from nin.runs.files import write_atomically
-from nin.runs.versions import versions
+from nin.runs.versions import read_versions
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
@@ -149,7 +149,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     from nin.bench.turns import count_operations, measure_rates
     from nin.deploy.export import measure_untrained
     from nin.networks.build import require_buildable
-    from nin.system.devices import device_name, set_threads
+    from nin.system.devices import describe_device, set_threads
     from nin.training.trainer import build_trainer
 
     require_buildable(settings)
@@ -161,8 +161,8 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
         log.warning("the export is left out: %s", first_line(error))
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
-        "device": device_name(build_trainer(settings, None, []).strategy.root_device),
-        "versions": versions(),
+        "device": describe_device(build_trainer(settings, None, []).strategy.root_device),
+        "versions": read_versions(),
         "settings": settings.model_dump(mode="json"),
         "operations": count_operations(settings),
         "rates": measure_rates(settings, seconds, rounds, progress, more),

@@ -12,13 +12,13 @@ from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checksum import read_checksum
-from nin.checkpoints.weights import load_weights, weights_sha256
+from nin.checkpoints.weights import hash_weights, load_weights
 from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import find_map_kind, forward_with_maps, grad_cam
 from nin.runs.folder import RunFolder
-from nin.runs.versions import versions
+from nin.runs.versions import read_versions
 from nin.training.classifier import Classifier
 
 
@@ -137,10 +137,10 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
             "run": f"{settings.name}/{run.path.resolve().name}" if run and settings.sweep.keys else settings.name,
             "checkpoint": path.name,
             "checkpoint_sha256": checksum,
-            "weights_sha256": weights_sha256(module.network),
-            "images_sha256": checkpoint_files.images_sha256(checkpoint),
+            "weights_sha256": hash_weights(module.network),
+            "images_sha256": checkpoint_files.read_images_sha256(checkpoint),
             "test_accuracy": _read_test_accuracy(run) if run and file == run.best else None,
-            "versions": versions(),
+            "versions": read_versions(),
         },
     )
     return module, pipeline, description

@@ -10,13 +10,13 @@ from typing import Any
 _PACKAGES = ("network-in-network", "torch", "torchvision", "lightning", "hydra-core", "torchmetrics", "numpy")
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """The versions of Python and of the packages that compute."""
     packages = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return {"python": platform.python_version()} | packages
 
 
-def git_commit() -> str | None:
+def read_git_commit() -> str | None:
     """The commit of the checkout that this code runs from, followed by "+" if files differ; None outside a checkout."""
     try:
         here: dict[str, Any] = {"cwd": Path(__file__).parent, "capture_output": True, "text": True, "timeout": 10}

@@ -158,7 +158,7 @@ def missing_for_compile(device: "torch.device") -> str | None:
     return None
 
 
-def device_name(device: "torch.device") -> str:
+def describe_device(device: "torch.device") -> str:
     """The name of a GPU, or the processor and its number of threads."""
     import torch
 

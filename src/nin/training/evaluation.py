@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from nin.checkpoints.files import images_sha256
+from nin.checkpoints.files import read_images_sha256
 from nin.checkpoints.weights import load_weights
 from nin.config.rules import format_empty_fraction
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
@@ -36,7 +36,7 @@ def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[di
             there are no batches to test.
     """
     set_threads(settings)
-    warn_of_other_images(settings.data, images_sha256(checkpoint))
+    warn_of_other_images(settings.data, read_images_sha256(checkpoint))
     settings = with_channels(settings, checkpoint["hyper_parameters"].get("in_channels"))
     data = build_data(settings)
     require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))

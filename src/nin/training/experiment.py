@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.weights import load_weights, require_matching_weights, weights_sha256
+from nin.checkpoints.weights import hash_weights, load_weights, require_matching_weights
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.config.trust import require_trusted_targets
 from nin.data.module import ImageDataModule
@@ -68,7 +68,7 @@ class Experiment:
         if self.trainer.precision == "64-true":  # as Lightning names it, also if the setting is 64
             self.module.double()  # Lightning does so after it has loaded a checkpoint, which float32 would round
         devices.require_working_gpu(self.trainer.strategy.root_device)
-        self.device_name = devices.device_name(self.trainer.strategy.root_device)
+        self.device_name = devices.describe_device(self.trainer.strategy.root_device)
         self._require_resumable()
         if self.settings.sweep.test:
             require_test_batches(self.settings, self.datamodule, self.trainer)
@@ -158,7 +158,7 @@ class Experiment:
             cleanup.enter_context(self.request.stop)
             cleanup.push(self._end_other_processes)
             self._fit()
-            final_weights = weights_sha256(self.module.network)
+            final_weights = hash_weights(self.module.network)
             # If best.ckpt is missing or damaged, no other weights are tested instead.
             load_weights(self.module, checkpoint_files.read(self.folder.best))
             result = self._build_result(final_weights, *self._test())
@@ -262,10 +262,10 @@ class Experiment:
             "images_per_second": round(logger.images / logger.step_seconds, 1) if logger.step_seconds else None,
             "parameters": sum(p.numel() for p in self.module.network.parameters()),
             "weights_sha256": final_weights,
-            "best_weights_sha256": weights_sha256(self.module.network),
+            "best_weights_sha256": hash_weights(self.module.network),
             "seed": self.settings.seed,
             # Read again after training: with several processes, Lightning chooses the number of threads.
-            "device": devices.device_name(self.trainer.strategy.root_device),
+            "device": devices.describe_device(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
         }
         if test_images is not None:

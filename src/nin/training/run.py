@@ -17,7 +17,7 @@ from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
 from nin.runs.results import PRINTED, print_result
-from nin.runs.versions import git_commit, versions
+from nin.runs.versions import read_git_commit, read_versions
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError, multi_process_launcher
@@ -294,7 +294,7 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
         ``resumes``, and ``resumed_with`` for resumes with other code.
     """
     folder, resumed = request.folder, experiment.resume_checkpoint is not None
-    code = {"versions": versions(), "git_commit": git_commit()}
+    code = {"versions": read_versions(), "git_commit": read_git_commit()}
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
     # Paths in it are absolute, so that the run can be resumed from any working directory.

@@ -15,7 +15,7 @@ from torch import Tensor
 from nin.checkpoints.complete_state import describe_structure, require_complete_state
 from nin.checkpoints.files import rotate_checkpoints
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
-from nin.checkpoints.random_state import random_state, set_random_state
+from nin.checkpoints.random_state import get_random_state, set_random_state
 from nin.checkpoints.weights import TRAINING_METRICS
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.runs.folder import RunFolder
@@ -128,7 +128,7 @@ class ResumableCheckpoint(Checkpoint):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         # The iterator of torch's validation loader draws a random number before `on_validation_start`.
         if has_position(trainer) and validation_follows(trainer):
-            self._random_before_validation = random_state(pl_module.device, trainer.train_dataloader)
+            self._random_before_validation = get_random_state(pl_module.device, trainer.train_dataloader)
         # Gradients that are being accumulated are not part of a checkpoint. After the last batch, `on_train_epoch_end`
         # saves.
         if is_accumulating(trainer) or trainer.is_last_batch or is_stopping(trainer):
@@ -233,7 +233,7 @@ class ResumableCheckpoint(Checkpoint):
             elif isinstance(logger, CSVLogger):
                 logger.save()  # without this, it writes every hundred rows
         loader: Any = trainer.train_dataloader
-        random = random_state(pl_module.device, loader)
+        random = get_random_state(pl_module.device, loader)
         if self._save_point is SavePoint.BEFORE_VALIDATION and self._random_before_validation:
             random = self._random_before_validation
         # Lightning saves the state of rank 0 only; each process has its own.
