@@ -73,7 +73,7 @@ def dispatch() -> int:
     if name == "help" and arguments[:1] and arguments[0] in COMMANDS:
         name, arguments = arguments[0], ["--help"]
     if name in ("-h", "--help", "help"):
-        print(usage())
+        print(format_usage())
         return 0
     if name == "--version":
         from importlib.metadata import version
@@ -83,12 +83,12 @@ def dispatch() -> int:
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         suggestion = f"; did you mean nin {close[0]}?" if close else ""
-        print(f"nin: no command '{name}'{suggestion}\n\n{usage()}", file=sys.stderr)
+        print(f"nin: no command '{name}'{suggestion}\n\n{format_usage()}", file=sys.stderr)
         return 2
     return run(name, arguments)
 
 
-def usage() -> str:
+def format_usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  nin {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
     return (

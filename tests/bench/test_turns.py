@@ -18,7 +18,7 @@ from nin.config.composition import compose_settings
 from nin.config.hydra_options import open_hydra
 from nin.data.module import ImageDataModule
 from nin.networks.build import build_network
-from nin.networks.layers import layers
+from nin.networks.layers import describe_layers
 from pictures import folder_data, write_folder
 
 
@@ -106,7 +106,7 @@ def test_operations_are_two_per_multiply_add(overrides: list[str]) -> None:
     settings = compose_settings(overrides)
     with torch.device("meta"):
         network = build_network(settings, in_channels=1, num_classes=10)
-    rows = layers(network, in_channels=1, image_size=settings.data.image_size)
+    rows = describe_layers(network, in_channels=1, image_size=settings.data.image_size)
     forward = 2 * sum(row.multiply_adds for row in rows)
     # The backward pass computes the gradients of weights and of inputs, but not of the images.
     first = next(m for m in network.modules() if isinstance(m, torch.nn.Conv2d))

@@ -9,7 +9,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from nin.config import rules, schema, validation
-from nin.config.changes import MAY_CHANGE, differences
+from nin.config.changes import MAY_CHANGE, find_differences
 from nin.config.composition import compose_config
 from nin.config.keys import flatten, is_within
 from nin.config.schema import Settings, Trainer, UserError
@@ -350,7 +350,7 @@ def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Ca
         *(f"trainer.{key}" for key in ("enable_progress_bar", "enable_model_summary", "log_every_n_steps")),
         *("trainer.max_epochs", "trainer.num_sanity_val_steps"),
     }
-    assert differences(settings(), settings("data.batch_size=64", "seed=3", "threads=1")) == [
+    assert find_differences(settings(), settings("data.batch_size=64", "seed=3", "threads=1")) == [
         "seed: 0 in the existing run, 3 in this command",
         "data.batch_size: 32 in the existing run, 64 in this command",
     ]
@@ -359,9 +359,9 @@ def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Ca
 def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings: Callable[..., Settings]) -> None:
     monitor = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
     for observers in (["callbacks=none"], ["~callbacks.images"], ["callbacks.dead_units.images=7"], [monitor]):
-        assert differences(settings(), settings(*observers)) == []
+        assert find_differences(settings(), settings(*observers)) == []
     average = '"lightning.pytorch.callbacks.EMAWeightAveraging"'
-    assert differences(settings(), settings("callbacks=ema")) == [
+    assert find_differences(settings(), settings("callbacks=ema")) == [
         f"callbacks.ema._target_: null in the existing run, {average} in this command",
         "callbacks.ema.decay: null in the existing run, 0.99 in this command",
     ]
@@ -371,9 +371,9 @@ def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings:
         ["+callbacks.x._target_=my.ModelSummary"],
     ):
         chosen = settings(*words)
-        assert differences(chosen, chosen) == []
-        assert differences(settings(), chosen)
-        assert differences(chosen, settings())
+        assert find_differences(chosen, chosen) == []
+        assert find_differences(settings(), chosen)
+        assert find_differences(chosen, settings())
 
 
 def test_a_folder_of_a_user_whom_the_machine_does_not_know_is_a_relative_path(
@@ -391,15 +391,19 @@ def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_t
     )
     for schedule, expected in (("one_cycle", [refused]), ("constant", [])):
         requested = (f"schedule={schedule}", "schedule.warmup=0" if schedule == "constant" else "schedule.warmup=0.3")
-        assert differences(settings(*requested), settings(*requested, "trainer.max_epochs=3")) == expected
+        assert find_differences(settings(*requested), settings(*requested, "trainer.max_epochs=3")) == expected
     for name, argument, expected in (("ExponentialLR", {"gamma": 0.9}, 0), ("LinearLR", {"total_iters": "steps"}, 1)):
         own = {"schedule": {"_target_": f"torch.optim.lr_scheduler.{name}", **argument}}
         short, long = (validate_plain(settings(*words).model_dump() | own) for words in ([], ["trainer.max_epochs=3"]))
-        assert len(differences(short, long)) == expected
+        assert len(find_differences(short, long)) == expected
         endless = long.model_copy(update={"trainer": long.trainer.model_copy(update={"max_epochs": -1})})
         (message,) = rules.require_an_end_of_training(endless)
         assert ("depends on the number of steps" in message) == expected
     # The schedule is what differs: the number of epochs is the same, whether or not it may change.
     constant, cosine = settings("schedule=constant"), settings("schedule=cosine", "schedule.warmup=0")
-    assert differences(constant, cosine) == ['schedule.name: "constant" in the existing run, "cosine" in this command']
-    assert differences(cosine, constant) == ['schedule.name: "cosine" in the existing run, "constant" in this command']
+    assert find_differences(constant, cosine) == [
+        'schedule.name: "constant" in the existing run, "cosine" in this command'
+    ]
+    assert find_differences(cosine, constant) == [
+        'schedule.name: "cosine" in the existing run, "constant" in this command'
+    ]

@@ -8,7 +8,7 @@ from nin.config.composition import compose_config
 from nin.config.networks import NETWORKS
 from nin.config.validation import validate
 from nin.networks.build import build_network
-from nin.networks.layers import find_receptive_fields, first_fully_connected_weights, layers
+from nin.networks.layers import describe_layers, find_receptive_fields, first_fully_connected_weights
 from nin.networks.nin import NiN
 from nin.networks.sequential import list_layers
 
@@ -46,7 +46,7 @@ def test_lenets_multiply_adds_by_hand() -> None:
     settings = validate(compose_config(["model=lenet"]))
     with torch.device("meta"):
         network = build_network(settings, in_channels=1, num_classes=10)
-        rows = layers(network, in_channels=1, image_size=28)
+        rows = describe_layers(network, in_channels=1, image_size=28)
     convolutions = [28 * 28 * 6 * 25, 10 * 10 * 16 * 6 * 25]
     connected = [400 * 120, 120 * 84, 84 * 10]
     assert [row.multiply_adds for row in rows if row.multiply_adds] == convolutions + connected
@@ -56,7 +56,7 @@ def test_lenets_multiply_adds_by_hand() -> None:
 def test_shapes_parameters_and_counts_of_the_notebooks_network() -> None:
     with torch.device("meta"):
         network = NiN()
-        rows = layers(network, in_channels=1, image_size=224)
+        rows = describe_layers(network, in_channels=1, image_size=224)
     assert [row.output_shape for row in rows] == [
         (96, 54, 54), (96, 26, 26), (256, 26, 26), (256, 12, 12), (384, 12, 12), (384, 5, 5), (384, 5, 5),
         (10, 5, 5), (10, 1, 1), (10,),
@@ -71,7 +71,7 @@ def test_a_sequence_with_a_forward_of_its_own_is_one_layer() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return super().forward(images.repeat(1, 3, 1, 1)).mean((2, 3))
 
-    (row,) = layers(nn.Sequential(Repeated(nn.Conv2d(3, 4, 3))), in_channels=1, image_size=8)
+    (row,) = describe_layers(nn.Sequential(Repeated(nn.Conv2d(3, 4, 3))), in_channels=1, image_size=8)
     assert (row.name, row.output_shape, row.multiply_adds) == ("Repeated", (4,), 6 * 6 * 4 * 3 * 9)
 
 

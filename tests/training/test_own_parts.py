@@ -21,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
-from nin.config.changes import differences
+from nin.config.changes import find_differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.runs.folder import RunFolder
@@ -177,10 +177,10 @@ def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_modu
         [validate_plain(settings(*keys, f"trainer.use_distributed_sampler={given}").model_dump() | {"data": own})
          for given in ("false", "null")] for keys in (["trainer.strategy=ddp", "trainer.devices=2"], [])
     )  # fmt: skip
-    assert differences(before, now) == [
+    assert find_differences(before, now) == [
         "trainer.use_distributed_sampler: false in the existing run, true in this command"
     ]
-    assert differences(*one) == []
+    assert find_differences(*one) == []
 
 
 def test_a_plateau_schedule_follows_the_validation_loss_and_is_resumed(

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from nin.checkpoints.checksum import DIGITS
-from nin.config.changes import differences
-from nin.config.errors import first_line
+from nin.config.changes import find_differences
+from nin.config.errors import read_first_line
 from nin.config.schema import Settings, UserError
 from nin.config.trust import OF_TRAINED, require_allowed_classes
 from nin.config.validation import validate_plain
@@ -81,7 +81,7 @@ def read(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises many types on a file with a valid checksum of other content
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise UserError(f"{path}: can't be read: not enough memory") from error
-        raise DamagedError(f"{path}: not a checkpoint: {first_line(error)}") from error
+        raise DamagedError(f"{path}: not a checkpoint: {read_first_line(error)}") from error
     _require_layout(checkpoint, path)
     return checkpoint
 
@@ -185,7 +185,7 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
             wrong.append(f"callbacks.{CALLBACK}.best")
     if wrong:
         raise UserError(f"{path}: can't be resumed: {', '.join(wrong)} (missing or wrong)")
-    if different := differences(read_checkpoint_settings(checkpoint, path), settings):
+    if different := find_differences(read_checkpoint_settings(checkpoint, path), settings):
         raise UserError(
             f"{path} was saved by another experiment; give another name=…, or its settings:\n  "
             + "\n  ".join(different)

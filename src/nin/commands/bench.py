@@ -16,7 +16,7 @@ from rich.table import Table
 
 from nin.commands.options import add_config_options
 from nin.config.composition import compose_settings
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.hydra_options import open_hydra
 from nin.config.keys import split_override
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
@@ -158,7 +158,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     try:
         more["export"] = measure_untrained(settings, seconds)
     except Exception as error:  # noqa: BLE001  # of the exporter, about a network of the user's own
-        log.warning("the export is left out: %s", first_line(error))
+        log.warning("the export is left out: %s", read_first_line(error))
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
         "device": describe_device(build_trainer(settings, None, []).strategy.root_device),

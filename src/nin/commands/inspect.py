@@ -51,11 +51,11 @@ def _build(settings: Settings) -> "nn.Sequential":
 
 
 def _layers_table(settings: Settings) -> Table:
-    from nin.networks.layers import find_receptive_fields, layers
+    from nin.networks.layers import describe_layers, find_receptive_fields
 
     size = settings.data.image_size
     network = _build(settings)
-    rows = layers(network, describe(settings.data).channels, size)
+    rows = describe_layers(network, describe(settings.data).channels, size)
     # In a class of the user's own the operations are counted; how it connects them is not known.
     is_own = isinstance(settings.model, OwnModel)
     fields = [""] * len(rows) if is_own else list(map(str, find_receptive_fields(network, size)))
@@ -73,7 +73,7 @@ def _layers_table(settings: Settings) -> Table:
 
 
 def _comparison_table() -> Table:
-    from nin.networks.layers import first_fully_connected_weights, layers
+    from nin.networks.layers import describe_layers, first_fully_connected_weights
 
     table = Table(title="the first fully connected layer after the convolutions", **_STYLE)
     for column in ("network", "input", "weights", "total parameters", "multiply-adds"):
@@ -84,7 +84,7 @@ def _comparison_table() -> Table:
         counts = (
             first_fully_connected_weights(network),
             sum(p.numel() for p in network.parameters()),
-            sum(row.multiply_adds for row in layers(network, describe(settings.data).channels, size)),
+            sum(row.multiply_adds for row in describe_layers(network, describe(settings.data).channels, size)),
         )
         table.add_row(name, f"{size}x{size}", *(f"{n:,}" if n else "none" for n in counts))
     return table

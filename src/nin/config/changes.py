@@ -66,7 +66,7 @@ def depends_on_steps(schedule: Schedule | OwnSchedule) -> bool:
     return not schedule.is_constant
 
 
-def differences(before: Settings, now: Settings) -> list[str]:
+def find_differences(before: Settings, now: Settings) -> list[str]:
     """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
 
     # A difference of two schedules has a line of its own.

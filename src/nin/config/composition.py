@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.errors import NAME_RULE, did_you_mean, first_line, shorten
+from nin.config.errors import NAME_RULE, did_you_mean, read_first_line, shorten
 from nin.config.keys import flatten, is_within
 from nin.config.schema import CONF, NAME, Settings, UserError
 from nin.config.validation import find_override_errors, list_options, validate
@@ -138,10 +138,10 @@ def collect_errors(
 
     if isinstance(error := composed(), Exception):
         if str(error) != str(first):  # a config that needs an override, as in model: ???
-            return UserError(first_line(first))
+            return UserError(read_first_line(first))
         given = {"--config-dir": config_dir, "--config-name": config_name if config_name != "train" else None}
         options = " ".join(f"{option} {value}" for option, value in given.items() if value)
-        return UserError(f"{options}{': ' if options else ''}{first_line(error)}")
+        return UserError(f"{options}{': ' if options else ''}{read_first_line(error)}")
     errors: list[str] = []
     valid: list[str] = []
     # Groups first: whether a key exists depends on the chosen options.
@@ -167,7 +167,7 @@ def collect_errors(
             f"{unknown[1]}: Hydra composes a sweep also without what it varies, and that config has no such key; write "
             f"++{unknown[1]}=…"
         ]
-    return UserError(*(errors or [first_line(first)]))
+    return UserError(*(errors or [read_first_line(first)]))
 
 
 def first_job_overrides(overrides: list[str]) -> list[str]:
@@ -228,13 +228,13 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
             return f"{given}: must {NAME_RULE}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
-        reason = f" ({first_line(parser_error)})" if value and not lexer_failed else ""
+        reason = f" ({read_first_line(parser_error)})" if value and not lexer_failed else ""
         return f"{given}: must have the form key=value, as in experiment=cpu{reason}"
     except ValueError:
         return f"{given}: a number of too many digits"
     if not key:
         return f"{given}: must have the form key=value, as in experiment=cpu"
-    first = first_line(error)
+    first = read_first_line(error)
     missing = re.search(rf"Could not load '{re.escape(key)}/(.+)'", first)  # one of a list of options
     if missing or "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
@@ -257,7 +257,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
-    return f"{given}: {first_line(error.__cause__ or error)}"
+    return f"{given}: {read_first_line(error.__cause__ or error)}"
 
 
 def quote_value(text: str) -> str:

@@ -16,7 +16,7 @@ from nin.config.types import OwnClass, Section
 NAME_RULE = "consist of letters, digits and the characters _-=,+@. and not begin with a dot"
 
 
-def first_line(error: BaseException) -> str:
+def read_first_line(error: BaseException) -> str:
     """The first line of its message, or the name of its class if it has none."""
     if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
         return " ".join(str(error).split())

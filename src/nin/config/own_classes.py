@@ -7,7 +7,7 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import get_class
 
-from nin.config.errors import did_you_mean, first_line
+from nin.config.errors import did_you_mean, read_first_line
 from nin.config.schema import UserError
 from nin.config.types import OwnClass
 
@@ -30,7 +30,7 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
             raise UserError(f"{key}._target_={config.target}: is no class; write one that calls it") from error
         if module in sys.modules:
             raise UserError(f"{key}._target_={config.target}: {module} has no class {name}") from error
-        reason = first_line(error.__cause__ or error)
+        reason = read_first_line(error.__cause__ or error)
         raise UserError(
             f"{key}._target_={config.target}: can't be imported ({reason}); is the folder of its file in PYTHONPATH?"
         ) from error

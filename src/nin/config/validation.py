@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nin.config.errors import construct_unchecked, did_you_mean, first_line, format_errors, shorten
+from nin.config.errors import construct_unchecked, did_you_mean, format_errors, read_first_line, shorten
 from nin.config.keys import is_within
 from nin.config.rules import RULES
 from nin.config.schema import CONF, DeadUnitMonitor, EarlyStopping, ImageLogger, Settings, UserError
@@ -64,7 +64,7 @@ def validate(config: DictConfig) -> Settings:
                 "model.input_size: missing; the YAML of a network gives the image size that it is made for, as in "
                 "input_size: 32"
             ) from error
-        raise UserError(f"{error.full_key}: {first_line(error)}") from error
+        raise UserError(f"{error.full_key}: {read_first_line(error)}") from error
     return validate_plain(plain)
 
 

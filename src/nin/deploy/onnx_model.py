@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.schema import Settings, UserError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.runs.files import read_bytes
@@ -73,7 +73,7 @@ def open_session(path: Path, threads: int | None = None) -> Any:
             return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         # onnxruntime's exceptions share no base class but Exception.
         except Exception as error:
-            reason = first_line(error)[:300]
+            reason = read_first_line(error)[:300]
             raise UserError(f"{path}: refused: damaged, or not a self-contained ONNX file ({reason})") from error
 
 

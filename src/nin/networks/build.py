@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nin.config import own_classes
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.networks import NETWORKS, Model, OwnModel
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Init
@@ -130,7 +130,7 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     except UserError:  # raised by this package, which the class calls
         raise
     except Exception as error:  # raised by the user's own class
-        reason = first_line(error)
+        reason = read_first_line(error)
         raise UserError(
             f"model: {model.target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
             "data.image_size"

@@ -26,7 +26,7 @@ class Layer:
     multiply_adds: int
 
 
-def layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[Layer]:
+def describe_layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[Layer]:
     """Returns one row for each layer of ``network``, in order. The network may be on the "meta" device."""
     device = next(network.parameters()).device
     x = torch.empty(1, in_channels, image_size, image_size, device=device)

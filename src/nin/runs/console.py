@@ -143,7 +143,7 @@ def format_path(path: Path) -> str:
     return str(path.relative_to(working_directory)) if path.is_relative_to(working_directory) else str(path)
 
 
-def name_override(name: str) -> str:
+def format_name_override(name: str) -> str:
     """The override that gives a run or a sweep this name; Hydra would read ``name=a,b`` as two values."""
     return f"name={name}" if re.fullmatch(r"[\w.@+-]+", name) else f'name="{name}"'
 

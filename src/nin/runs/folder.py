@@ -21,7 +21,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.schema import UserError
 from nin.runs.files import read_text, read_yaml_text, require_no_link, write_atomically
 
@@ -255,7 +255,7 @@ def _read_yaml(path: Path) -> DictConfig | ListConfig | None:
     try:
         return OmegaConf.load(io.StringIO(read_yaml_text(path)))
     except _UNREADABLE as error:
-        raise UserError(f"{path}: can't be read ({first_line(error)})") from error
+        raise UserError(f"{path}: can't be read ({read_first_line(error)})") from error
 
 
 def job_folder(overrides: str) -> str:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from nin.config.changes import MAY_CHANGE, PART_OF_RESULT
 from nin.config.composition import count_sweep_values, parse_overrides
-from nin.config.errors import first_line, printable
+from nin.config.errors import printable, read_first_line
 from nin.config.keys import is_within, split_override
 from nin.config.schema import UserError
 from nin.runs.folder import RunFolder, job_folder
@@ -87,7 +87,7 @@ def expand_jobs(overrides: list[Override]) -> list[list[str]]:
     except (HydraException, ValueError, OverflowError) as error:  # interval(0,1), range(0,3,0)
         if any(override.is_interval_sweep() for override in overrides):
             raise UserError(f"{swept}: an interval is for a search; add hydra/sweeper=optuna") from error
-        raise UserError(f"{swept}: its values can't be enumerated ({first_line(error)})") from error
+        raise UserError(f"{swept}: its values can't be enumerated ({read_first_line(error)})") from error
 
 
 def read_jobs(folder: Path) -> list[Job]:

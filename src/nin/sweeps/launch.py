@@ -17,12 +17,12 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
 from nin.config.composition import format_error, parse_overrides, quote_value
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.hydra_options import unwrap_job_result
 from nin.config.keys import split_override
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
-from nin.runs.console import format_path, name_override
+from nin.runs.console import format_name_override, format_path
 from nin.runs.files import require_no_link, write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
@@ -231,12 +231,12 @@ class Sweep:
             if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
                 raise
             status = 1
-            print(f"nin train: a job was lost ({first_line(error)}); {self._remedy()}", file=sys.stderr)
+            print(f"nin train: a job was lost ({read_first_line(error)}); {self._remedy()}", file=sys.stderr)
         return self._status_of_signals() or status
 
     def _remedy(self) -> str:
         # Without a name=… the command would start another sweep, whose name is the time.
-        return f"the same command with {shlex.quote(name_override(str(self.config.name)))} resumes the sweep"
+        return f"the same command with {shlex.quote(format_name_override(str(self.config.name)))} resumes the sweep"
 
     def _run_jobs(self, launcher: Launcher) -> None:
         """Runs all jobs. Raises what stopped one, and at the end the error of one that failed, which has been printed.

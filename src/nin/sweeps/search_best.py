@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 from nin.config.composition import parse_overrides
 from nin.config.keys import split_override
 from nin.config.schema import CONF
-from nin.runs.console import name_override
+from nin.runs.console import format_name_override
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import trial_name
 
@@ -25,7 +25,7 @@ def best_command(description: dict[str, Any], best: FrozenTrial) -> str:
     options = [
         word for key, option in CONFIG_OPTIONS.items() if (own := description.get(key)) for word in (option, own)
     ]
-    words = [name_override(f"{description['name']}-best")]
+    words = [format_name_override(f"{description['name']}-best")]
     words += [search_path] if (search_path := description.get(SEARCH_PATH_KEY)) else []
     words += [word for word in description["fixed"] if not re.match(r"\+*(name=|hydra)", word)]
     words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(description) else [])]

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from nin.config.composition import parse_overrides
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.schema import UserError
 
 _TAGS = {"log", "int", "float"}
@@ -40,7 +40,7 @@ def read_space(params: Mapping[str, Any], task: Iterable[str]) -> tuple[Space, l
             else:
                 fixed.append(word)
         except (HydraException, ValueError) as error:
-            errors.append(f"{word}: not a space ({first_line(error)})")
+            errors.append(f"{word}: not a space ({read_first_line(error)})")
         except UserError as error:
             errors += error.errors
     if errors:

@@ -21,7 +21,7 @@ from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBSto
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.schema import UserError
 from nin.runs.files import read_bytes
 from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
@@ -293,4 +293,4 @@ def open_database(url: str) -> RDBStorage:
             f"'sqlalchemy>=2.1' 'psycopg[binary]' ({error})"
         ) from error
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError, ValueError) as error:
-        raise UserError(f"hydra.sweeper.storage={shown}: can't be reached ({first_line(error)})") from error
+        raise UserError(f"hydra.sweeper.storage={shown}: can't be reached ({read_first_line(error)})") from error

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.schema import Settings, Trainer, UserError, is_single_process
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def require_working_gpu(device: "torch.device") -> None:
     try:
         torch.ones(1, device=device)  # a kernel: a build of torch has those of some generations of GPUs
     except RuntimeError as error:  # also out of memory
-        reason = first_line(error).split(". ")[0].rstrip(".")
+        reason = read_first_line(error).split(". ")[0].rstrip(".")
         remedy = (
             "end the other programs that use the GPU (nvidia-smi lists them), choose another with CUDA_VISIBLE_DEVICES"
             if "out of memory" in reason or "busy" in reason

@@ -18,7 +18,7 @@ from nin.checkpoints.weights import hash_weights, load_weights, require_matching
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.config.trust import require_trusted_targets
 from nin.data.module import ImageDataModule
-from nin.runs.console import format_path, name_override
+from nin.runs.console import format_name_override, format_path
 from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import StoppedError, convert_worker_exit_to_stop, multi_process_launcher
@@ -242,7 +242,7 @@ class Experiment:
 
     def _resume_command(self) -> str:
         # Without a name=… the same command would start another run or sweep, whose name is the time.
-        same = f"the same command and {shlex.quote(name_override(self.settings.name))}"
+        same = f"the same command and {shlex.quote(format_name_override(self.settings.name))}"
         if self.settings.sweep.keys or multi_process_launcher():
             return same
         try:

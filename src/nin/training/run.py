@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nin.config.changes import differences
+from nin.config.changes import find_differences
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
@@ -124,7 +124,7 @@ def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
         return
     if settings.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or resume=auto to resume it")
-    if different := differences(read_settings(folder), settings):
+    if different := find_differences(read_settings(folder), settings):
         header = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
         raise UserError("\n  ".join([header, *different]))
 

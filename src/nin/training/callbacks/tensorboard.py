@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torchvision.utils import make_grid
 
 from nin.config.composition import compose_settings
-from nin.config.errors import first_line
+from nin.config.errors import read_first_line
 from nin.config.keys import flatten, split_override
 from nin.config.schema import Settings, UserError
 from nin.networks.score_maps import find_map_kind, forward_with_maps
@@ -117,7 +117,7 @@ class ImageLogger(Callback):
             try:
                 _add_graph(logger, pl_module.network, example)
             except Exception as error:  # noqa: BLE001  # of any kind: a network of the user's own need not be traceable
-                reason = first_line(error)
+                reason = read_first_line(error)
                 log.warning("TensorBoard has no graph of the network, which can't be traced: %s", reason)
             # torch keeps every trace with its weights: the memory of a sweep's process would grow with every job.
             torch._C._jit_clear_class_registry()  # noqa: SLF001  # there is no public function
