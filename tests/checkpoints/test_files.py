@@ -125,7 +125,7 @@ def resumable(settings: Settings, schedulers: int = 1) -> dict[str, Any]:
         "optimizer_states": [{}],
         "lr_schedulers": [{}] * schedulers,
         "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}},
-        "callbacks": {checkpoint_files.CALLBACK: state, checkpoint_files.METRICS: {"rows": [{}]}},
+        "callbacks": {checkpoint_files.CALLBACK_STATE_KEY: state, checkpoint_files.METRICS_STATE_KEY: {"rows": [{}]}},
     }
 
 
@@ -134,11 +134,13 @@ def resumable(settings: Settings, schedulers: int = 1) -> dict[str, Any]:
 def test_state_that_resuming_needs_is_named(settings: Callable[..., Settings], key: str, value: object) -> None:
     checkpoint = resumable(settings())
     checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
-    checkpoint["callbacks"][checkpoint_files.CALLBACK][key] = value
+    checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY][key] = value
     if (key, value) == ("batches", None):  # of a dataloader of the user's own
         checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
         return
-    with pytest.raises(UserError, match=rf"last.ckpt: can't be resumed: callbacks.{checkpoint_files.CALLBACK}.{key} "):
+    with pytest.raises(
+        UserError, match=rf"last.ckpt: can't be resumed: callbacks.{checkpoint_files.CALLBACK_STATE_KEY}.{key} "
+    ):
         checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
 
 

@@ -86,7 +86,7 @@ def test_checkpoints_are_data_and_hold_what_was_trained(run: tuple[RunFolder, di
     assert hash_weights(module.network) == result["weights_sha256"]
     (scores,) = (state["best"] for state in best["callbacks"].values() if "best" in state)
     assert scores["val/acc"] == result["metrics"]["val/acc"]
-    assert last["callbacks"][checkpoint_files.CALLBACK]["run_id"] == "a" * 32
+    assert last["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["run_id"] == "a" * 32
 
 
 def test_eval_repeats_the_results_test_numbers(run: tuple[RunFolder, dict[str, Any]]) -> None:

@@ -29,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             name any path. None: everywhere.
     """
 
-    _is_readable = False
+    _is_checked = False
 
     def __init__(self, folders: Sequence[Path] | None = None):
         super().__init__()
@@ -50,9 +50,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise UserError(f"{path}: outside of the run's folder; set the dirpath of the callback that saves there")
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        if not self._is_readable:  # a state that can't be loaded is found in the first save, not on resuming
+        if not self._is_checked:  # a state that can't be loaded is found in the first save, not on resuming
             _require_data(buffer)
-            self._is_readable = True
+            self._is_checked = True
         content = buffer.getbuffer()
         content[-2:] = DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
         digest = hashlib.sha256(content).hexdigest().encode()

@@ -24,22 +24,22 @@ from nin.runs.folder import RunFolder
 log = logging.getLogger(__name__)
 
 # The keys under which these callbacks and the data module find their own state in a checkpoint.
-CALLBACK = "ResumableCheckpoint"
-METRICS = "MetricsLogger"
-DATA = "ImageDataModule"
+CALLBACK_STATE_KEY = "ResumableCheckpoint"
+METRICS_STATE_KEY = "MetricsLogger"
+DATA_STATE_KEY = "ImageDataModule"
 
 # The keys that resuming reads from a checkpoint, each with the type of its value.
 _RESUMED_STATE: dict[tuple[str, ...], Any] = {
     ("optimizer_states",): list,
     ("lr_schedulers",): list,
     ("loops", "fit_loop", "epoch_progress", "current", "processed"): int,
-    ("callbacks", METRICS, "rows"): list,
-    ("callbacks", CALLBACK, "processes"): list,
-    ("callbacks", CALLBACK, "batches"): dict | None,  # None: of a dataloader that has no position to restore
-    ("callbacks", CALLBACK, "best"): dict,
-    ("callbacks", CALLBACK, "event_files"): dict,
-    ("callbacks", CALLBACK, "saved_step"): int,
-    ("callbacks", CALLBACK, "should_stop"): bool,
+    ("callbacks", METRICS_STATE_KEY, "rows"): list,
+    ("callbacks", CALLBACK_STATE_KEY, "processes"): list,
+    ("callbacks", CALLBACK_STATE_KEY, "batches"): dict | None,  # None: of a dataloader that has no position to restore
+    ("callbacks", CALLBACK_STATE_KEY, "best"): dict,
+    ("callbacks", CALLBACK_STATE_KEY, "event_files"): dict,
+    ("callbacks", CALLBACK_STATE_KEY, "saved_step"): int,
+    ("callbacks", CALLBACK_STATE_KEY, "should_stop"): bool,
 }
 _ZIP_END = b"PK\x05\x06"  # starts the last 22 bytes before the comment
 
@@ -176,13 +176,16 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
         if key not in wrong and len(checkpoint[key]) != count:
             wrong.append(f"{key} has {len(checkpoint[key])} entries instead of {count}")
     if not wrong:
-        state, epochs = checkpoint["callbacks"][CALLBACK], checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]
-        if (rows := len(checkpoint["callbacks"][METRICS]["rows"])) != epochs["processed"]:
-            wrong.append(f"callbacks.{METRICS}.rows has {rows} entries instead of {epochs['processed']}")
+        state, epochs = (
+            checkpoint["callbacks"][CALLBACK_STATE_KEY],
+            checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"],
+        )
+        if (rows := len(checkpoint["callbacks"][METRICS_STATE_KEY]["rows"])) != epochs["processed"]:
+            wrong.append(f"callbacks.{METRICS_STATE_KEY}.rows has {rows} entries instead of {epochs['processed']}")
         if not all(type(size) is int for size in state["event_files"].values()):
-            wrong.append(f"callbacks.{CALLBACK}.event_files")
+            wrong.append(f"callbacks.{CALLBACK_STATE_KEY}.event_files")
         if state["best"] and not all(type(state["best"].get(name)) is float for name in ("val/acc", "val/loss")):
-            wrong.append(f"callbacks.{CALLBACK}.best")
+            wrong.append(f"callbacks.{CALLBACK_STATE_KEY}.best")
     if wrong:
         raise UserError(f"{path}: can't be resumed: {', '.join(wrong)} (missing or wrong)")
     if different := find_differences(read_checkpoint_settings(checkpoint, path), settings):
@@ -190,7 +193,7 @@ def require_same_run(checkpoint: Mapping[str, Any], path: Path, settings: Settin
             f"{path} was saved by another experiment; give another name=…, or its settings:\n  "
             + "\n  ".join(different)
         )
-    saved_by = _select(checkpoint, ("callbacks", CALLBACK, "run_id"))
+    saved_by = _select(checkpoint, ("callbacks", CALLBACK_STATE_KEY, "run_id"))
     if run_id and saved_by and saved_by != run_id:
         raise UserError(
             f"{path} was saved by another run (id {str(saved_by)[:8]}…, the folder has {run_id[:8]}…); put the run's "
@@ -242,7 +245,7 @@ def _require_few_values(settings: Any) -> None:
 
 def read_images_sha256(checkpoint: Mapping[str, Any]) -> Any:
     """The fingerprint of the folder of images that the run had; None if it had none."""
-    return _select(checkpoint, (DATA, "fingerprint"))
+    return _select(checkpoint, (DATA_STATE_KEY, "fingerprint"))
 
 
 def _select(nested: Any, keys: tuple[str, ...]) -> Any:

@@ -106,7 +106,7 @@ class Experiment:
         if self.resume_checkpoint is None:
             return
         require_matching_weights(self.module, self.resume_checkpoint)
-        state = self.resume_checkpoint.get(checkpoint_files.DATA)
+        state = self.resume_checkpoint.get(checkpoint_files.DATA_STATE_KEY)
         if isinstance(self.datamodule, ImageDataModule) and isinstance(state, dict):
             self.datamodule.load_state_dict(state)  # as Lightning does when the run has begun
         done = _completed_epochs(self.resume_checkpoint)
@@ -116,7 +116,7 @@ class Experiment:
                 f"trainer.max_epochs={max_epochs}: the run has already trained for {done} epochs; give as many or "
                 "more, or another name"
             )
-        saved = len(self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK]["processes"])
+        saved = len(self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["processes"])
         if saved != self.trainer.world_size:
             raise UserError(
                 f"trainer.devices: the run was started with {saved} process{'es' * (saved > 1)} and would now have "
@@ -186,7 +186,7 @@ class Experiment:
         place = f"epoch {epoch}, step {step} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)
         print(f"{self.request.label}resuming from {place}", flush=True)
-        sizes = self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK]["event_files"]
+        sizes = self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["event_files"]
         if incomplete := self.folder.truncate_event_files(sizes):
             log.warning("curves have a gap before step %d: %s", step, ", ".join(incomplete))
 
