@@ -2,7 +2,7 @@
 
 A module imports only from the modules below it:
 
-    results          the result as a table
+    results, undo    the result as a table; a refused start leaves the folder as it was
     folder, console  names of the files, and lock; terminal and nin.log
     files, versions  reading of files that may come from elsewhere, atomic writes; versions of the code
 """

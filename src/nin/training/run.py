@@ -2,10 +2,9 @@
 
 import contextlib
 import logging
-import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +13,9 @@ from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
-from nin.runs.files import open_atomically
 from nin.runs.folder import RunFolder
 from nin.runs.results import PRINTED, print_result
+from nin.runs.undo import undo_if_refused
 from nin.runs.versions import read_git_commit, read_versions
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
@@ -216,7 +215,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
     place = f"run folder: {format_path(folder.path)}"
     if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
         place += f", curves: {tensorboard_command(folder.path.parent)}"
-    with _undo_if_refused(folder), log_to(folder.log, request.label):
+    with undo_if_refused(folder), log_to(folder.log, request.label):
         try:
             experiment = Experiment(request)
             print(f"{request.label}{experiment.describe_start()}", flush=True)
@@ -242,46 +241,6 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error
-
-
-@contextlib.contextmanager
-def _undo_if_refused(folder: RunFolder) -> Iterator[None]:
-    """Undoes what this start has written if the run is refused before anything is trained.
-
-    From a new folder all that this start has written is removed. In an existing one, config, overrides, state and
-    result of the earlier start are written back, unless a checkpoint has been saved since.
-    """
-    before, is_new = set(folder.path.iterdir()), not folder.config.exists()
-    replaced = (folder.overrides, folder.config, folder.state, folder.result)
-    kept = {path: path.read_bytes() for path in replaced if path.exists()}
-    saved = _modified(folder.last)
-    try:
-        yield
-    except (UserError, KeyboardInterrupt):
-        # Lightning requests the schedule and batches after the request is written.
-        if is_new and not folder.has_progress():
-            _remove_new(folder, before)
-        elif saved == _modified(folder.last):
-            _restore(kept)
-        raise
-
-
-def _remove_new(folder: RunFolder, before: set[Path]) -> None:
-    """Removes what a refused run has written beside ``before``; without a config `RunFolder.claim` removes the rest."""
-    for path in {*folder.path.iterdir(), folder.config} - before:
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _modified(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
-def _restore(kept: dict[Path, bytes]) -> None:
-    """Writes files of an earlier start again, where a refused one has replaced them."""
-    for path, content in kept.items():
-        if not path.exists() or path.read_bytes() != content:
-            with open_atomically(path) as file:
-                file.write(content)
 
 
 def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any]:
