@@ -280,7 +280,7 @@ def test_a_callback_that_changes_training_is_part_of_the_search(data_root: Path)
     [
         ([], "a search has no space"),
         (["model.dropout=interval(0.8,0)"], "the interval is inverted"),
-        (["model.dropuot=interval(0,0.8)"], "model.dropuot.*did you mean dropout"),
+        (["model.dropuot=interval(0,0.8)"], "model.dropuot.*did you mean model.dropout"),
         (["model.dropout=interval(0,1.5)"], "model.dropout=1.5: must be less than 1"),
         (["model.norm=none,layer"], "model.norm=.*layer"),
         (["seed=0,1,2"], "seed: is not searched.*final_seeds"),
