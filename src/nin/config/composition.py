@@ -174,15 +174,18 @@ def first_job_overrides(overrides: list[str]) -> list[str]:
     """A sweep's overrides with only the first value of each swept key; those without any value are left out."""
     job = []
     for word in overrides:
-        first: str | None = word
-        with contextlib.suppress(HydraException):  # a word that is no override is kept, and reported as an error later
+        try:
             (override,) = parse_overrides([word])
-            if override.is_interval_sweep():  # a search has intervals
-                first = str(override.value().start)  # type: ignore[union-attr]
-            elif override.is_discrete_sweep():
-                first = _first_value(override)
-            if override.is_sweep_override():
-                first = None if first is None else f"{override.get_key_element()}={first}"
+        except (HydraException, ValueError):  # no override, or a number of too many digits: kept, and reported later
+            job.append(word)
+            continue
+        first: str | None = word
+        if override.is_interval_sweep():  # a search has intervals
+            first = str(override.value().start)  # type: ignore[union-attr]
+        elif override.is_discrete_sweep():
+            first = _first_value(override)
+        if override.is_sweep_override():
+            first = None if first is None else f"{override.get_key_element()}={first}"
         job += [] if first is None else [first]
     return job
 
