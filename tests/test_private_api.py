@@ -12,6 +12,7 @@ import signal
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import lightning
@@ -44,6 +45,7 @@ PRIVATE = {
     "_should_accumulate": "Lightning's epoch loop",
     "_should_check_val_fx": "Lightning's epoch loop",
     "_signal_connector": "Lightning's Trainer",
+    "_unset_keepalive_if_required": "uvicorn's HttpToolsProtocol",
 }
 PUBLIC = {"_", "_target_", "_exit", "_thread"}  # documented, in spite of the underscore
 
@@ -145,6 +147,17 @@ def test_set_sampler_epoch() -> None:
     _set_sampler_epoch(loader, 3)
     assert sampler.epoch == 3
     _set_sampler_epoch(object(), 3)  # the user's own may have no sampler
+
+
+def test_unset_keepalive_if_required() -> None:
+    pytest.importorskip("uvicorn")
+    from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+    calls: list[str] = []
+    timer = SimpleNamespace(cancel=lambda: calls.append("cancel"))
+    protocol = SimpleNamespace(timeout_keep_alive_task=timer)
+    HttpToolsProtocol._unset_keepalive_if_required(protocol)
+    assert (protocol.timeout_keep_alive_task, calls) == (None, ["cancel"])
 
 
 def test_fit_loop_can_stop_early(recorder: Recorder) -> None:
