@@ -61,16 +61,30 @@ def test_integers_of_32_bits_are_those_of_8_or_of_16_bits() -> None:
         assert decode(content_of(values, "TIFF"), 1).tolist() == [expected]
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def exif_of(orientation: int) -> bytes:
+    """The orientation, and a unit of resolution that is a fraction, which Pillow reads but can't write."""
+    entries = struct.pack("<H2HII2HII", 2, 0x0112, 3, 1, orientation, 0x0128, 5, 1, 38)
+    return b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<3I", 0, 72, 1)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_the_orientation_that_a_camera_noted_is_applied(kind: str) -> None:
     image = Image.new("L", (16, 24), 50)
     image.paste(200, (0, 0, 8, 8))  # one of JPEG's blocks, whose gray level it keeps
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
-    turned = decode(content_of(image, kind, exif=exif), 1).astype(int)
-    expected = np.full((16, 24), 50)
-    expected[:8, 16:] = 200
-    assert np.abs(turned - expected).max() <= 3
+    stored = np.asarray(image).astype(int)
+    upright = [stored, stored[:, ::-1], stored[::-1, ::-1], stored[::-1], stored.T]
+    upright += [stored.T[:, ::-1], stored.T[::-1, ::-1], stored.T[::-1]]
+    for i, expected in enumerate(upright):
+        exif: Any = Image.Exif()
+        exif[0x0112] = 1 + i
+        turned = decode(content_of(image, kind, exif=exif if kind == "TIFF" else exif_of(1 + i)), 1)
+        assert np.abs(turned.astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_an_image_with_damaged_metadata_has_its_pixels_as_they_are(kind: str) -> None:
+    image = Image.new("L", (16, 24), 50)
+    assert decode(content_of(image, kind, exif=b"Exif\0\0no metadata"), 1).shape == (24, 16)
 
 
 def test_a_large_jpeg_file_is_decoded_at_no_less_than_twice_the_requested_size() -> None:

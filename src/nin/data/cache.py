@@ -25,7 +25,7 @@ from nin.config.schema import FolderData, UserError
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, hash_file, hash_once, list_images, require_usable
 from nin.data.parallel import decode_folder
 
-_FORMAT = 2  # the version of a cache; a change of the decoding needs another number
+_FORMAT = 3  # the version of a cache; a change of the decoding needs another number
 _HASHED = 2**30  # a larger file is not read to verify it; its size is compared
 # The attributes of a `Cache` that about.json stores.
 _STORED = ("channels", "counts", "broken", "fingerprint", "stored_size")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
@@ -25,6 +25,16 @@ MAX_SCANS, ALWAYS_ALLOWED_SCANS, MAX_SCANNED_PIXELS = 100, 25, 625_000_000
 # Markers of a JPEG file, without the bytes 255 and the restarts inside a scan.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _FRAMES, _START, _END, _SCAN = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xD8, 0xD9, 0xDA
+# How the pixels of an EXIF orientation are turned upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -147,11 +157,21 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
                 image.draft(None, (2 * size, 2 * size))
             # A JPEG file has its orientation in one of these, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
-                ImageOps.exif_transpose(image, in_place=True)
+                image = _turn_upright(image)
             image = _flatten(image, padding)
             return _fit(image, size, fit, padding) if size else image
     except Exception as error:
         raise _name_error(error) from error
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation. `ImageOps.exif_transpose` fails on metadata that it can't write back."""
+    image.load()  # of a TIFF file, Pillow applies it here
+    try:
+        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  # of many types, on damaged metadata; the pixels are intact
+        return image
+    return image if method is None else image.transpose(method)
 
 
 def has_color(image: Image.Image) -> bool:
