@@ -24,6 +24,7 @@ from nin.checkpoints import files as checkpoint_files
 from nin.config.changes import find_differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
+from nin.deploy.pipeline import Pipeline
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
 from nin.training import experiment
@@ -64,6 +65,26 @@ def test_batch_norm_of_a_network_of_ones_own_has_the_statistics_of_the_full_batc
     for network, expected in (("Partly", 4), ("Normalized", None)):
         module = Classifier(with_network(settings, "speed.micro_batch=4", network=network), classes)
         assert module.micro_batch_size == expected
+
+
+class Shifting(Partly):
+    """Changes its input, as a network may that has no use for it afterwards."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.sub_(0.5))
+
+
+def test_the_mirrored_images_of_a_network_that_changes_its_input_are_those_of_the_images(
+    settings: Callable[..., Settings],
+) -> None:
+    chosen = with_network(settings, "data.test_time_flip=true", network="Shifting")
+    module = Classifier(chosen, [str(i) for i in range(10)]).eval()
+    images = torch.randint(256, (2, 28, 28), dtype=torch.uint8)
+    pixels = images.unsqueeze(1) / 255
+    with torch.no_grad():
+        expected = (module(pixels.clone()).softmax(1) + module(pixels.flip(-1)).softmax(1)) / 2
+        torch.testing.assert_close(Pipeline(module.network, 1, 28, 28, test_time_flip=True)(images)[0], expected)
+        torch.testing.assert_close(module.predict_step(pixels, 0), expected)
 
 
 class Auxiliary(Partly):

@@ -50,10 +50,12 @@ class Pipeline(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pixels = self.prepare(images)
+        # First: a network of the user's own may change its input.
+        mirrored = self._forward(pixels.flip(-1)) if self.test_time_flip else None
         logits, maps = self._forward(pixels)
         probabilities = logits.softmax(-1)
-        if self.test_time_flip:
-            mirrored_logits, mirrored_maps = self._forward(pixels.flip(-1))
+        if mirrored:
+            mirrored_logits, mirrored_maps = mirrored
             probabilities = (probabilities + mirrored_logits.softmax(-1)) / 2
             logits = (logits + mirrored_logits) / 2
             maps = None if maps is None else (maps + mirrored_maps.flip(-1)) / 2

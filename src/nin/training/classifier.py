@@ -247,10 +247,10 @@ class Classifier(LightningModule):
         With ``data.test_time_flip`` they are the logarithms of the mean of two probabilities: those of the images and
         those of the mirrored images.
         """
-        logits = self.network.forward(images)
         if not self.settings.data.test_time_flip:
-            return logits
-        both = torch.stack([logits, self.network.forward(images.flip(-1))]).float()
+            return self.network.forward(images)
+        mirrored = self.network.forward(images.flip(-1))  # first: a network of the user's own may change its input
+        both = torch.stack([self.network.forward(images), mirrored]).float()
         return both.log_softmax(-1).logsumexp(0) - math.log(2)
 
     def _compute_eval_metrics(self, split: str) -> dict[str, Tensor]:
