@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import os
 import shutil
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -233,6 +234,25 @@ def test_after_a_mirror_that_breaks_off_or_is_none_the_next_is_tried(
     for server in (cut, page):
         server.shutdown()
         server.server_close()
+
+
+def test_after_a_mirror_that_never_answers_the_next_is_tried(
+    tmp_path: Path,
+    published: dict[str, bytes],
+    mirrors: list[Mirror],
+    data: Callable[..., Data],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(files, "_SILENCE", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # connections wait for an accept() that never comes
+        requested = data(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}/files", mirrors[2].url)
+        raw = files.raw_folder(requested)
+        raw.mkdir(parents=True)
+        for name in NAMES[1:]:
+            (raw / name).write_bytes(published[name])
+        files.prepare(requested)
+    assert (raw / NAMES[0]).read_bytes() == published[NAMES[0]]
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_root_that_cannot_be_read(tmp_path: Path, data: Callable[..., Data]) -> None:

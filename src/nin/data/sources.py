@@ -6,6 +6,7 @@ within a second.
 
 import contextlib
 import http.client
+import socket
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,8 @@ PUBLISHED = {
         "cifar-10-python.tar.gz": "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
     },
 }
+# Seconds for which a mirror may send nothing.
+_SILENCE = 30.0
 # The file to which the sums of unpacked files are written with the files, where none are published: KMNIST has only
 # those of the packed files, and garments are generated.
 RECORDED = "SHA256SUMS"
@@ -235,7 +238,8 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
         failures: dict[str, list[str]] = {}  # the mirrors with each reason
         for mirror in data.mirrors:
             try:
-                download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
+                with _limited_silence():
+                    download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
                 if data.name in PUBLISHED_PACKED and hash_file(packed) != PUBLISHED_PACKED[data.name][name]:
                     raise ValueError(f"sent a {packed.name} that is not the published one")
                 if packed != file:
@@ -259,6 +263,17 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
                 f"NIN_DATA to the folder that holds {raw.parent.name}/raw; or use data=garments, which needs no "
                 "download."
             )
+
+
+@contextlib.contextmanager
+def _limited_silence() -> Iterator[None]:
+    """Lets new connections raise TimeoutError after `_SILENCE`: torchvision's would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _verify(folder: Path, data: Data) -> None:
