@@ -88,6 +88,18 @@ def test_a_file_that_differs_from_the_checkpoint_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+def exporter_of_three(monkeypatch: pytest.MonkeyPatch, expected: list[float]) -> "Exporter":
+    """An exporter with three test images, whose checkpoint gives each the probabilities ``expected``."""
+    from nin.deploy import export
+
+    exporter = export.Exporter.__new__(export.Exporter)
+    exporter.images, exporter.labels = np.zeros((3, 2, 2), np.uint8), np.zeros(3, np.int64)
+    exporter.progress = lambda *_: None
+    monkeypatch.setattr(exporter, "module", None, raising=False)
+    monkeypatch.setattr(export, "probabilities_of", lambda _, images: torch.tensor([expected] * len(images)))
+    return exporter
+
+
 @pytest.mark.parametrize(
     ("expected", "exported"),
     [
@@ -100,18 +112,23 @@ def test_exported_probabilities_that_are_not_numbers_or_of_another_class_are_ref
 ) -> None:
     from nin.deploy import export
 
-    exporter = export.Exporter.__new__(export.Exporter)
-    exporter.images, exporter.labels = np.zeros((3, 2, 2), np.uint8), np.zeros(3, np.int64)
-    exporter.progress = lambda *_: None
-    monkeypatch.setattr(exporter, "module", None, raising=False)
-    monkeypatch.setattr(export, "probabilities_of", lambda *_: torch.tensor([expected] * 3))
-
     class Exported:
         def predict(self, images: np.ndarray) -> np.ndarray:
             return np.array([exported] * len(images), np.float32)
 
     with pytest.raises(export.ExportError, match=r"of 3 test images [03] are classified differently"):
-        exporter.check(Exported())  # type: ignore[arg-type]
+        exporter_of_three(monkeypatch, expected).check(Exported())  # type: ignore[arg-type]
+
+
+def test_an_export_that_differs_for_a_single_image_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nin.deploy import export
+
+    class Exported:
+        def predict(self, images: np.ndarray) -> np.ndarray:
+            return np.array([[0.9, 0.1] if len(images) > 1 else [0.8, 0.2]] * len(images), np.float32)
+
+    with pytest.raises(export.ExportError, match=r"of 3 test images 0 .* probabilities differ by up to 0\.1 "):
+        exporter_of_three(monkeypatch, [0.9, 0.1]).check(Exported())  # type: ignore[arg-type]
 
 
 def test_int8_is_smaller_and_refused_if_it_loses_accuracy(

@@ -87,6 +87,19 @@ def test_the_mirrored_images_of_a_network_that_changes_its_input_are_those_of_th
         torch.testing.assert_close(module.predict_step(pixels, 0), expected)
 
 
+class Squeezing(Partly):
+    """Removes the dimension of the batch as well, if it has one image."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).squeeze()
+
+
+def test_a_network_that_fails_with_a_single_image_is_refused(settings: Callable[..., Settings]) -> None:
+    message = r"^model: .*Squeezing maps images \(1, 1, 28, 28\) to \(10,\), and not to logits \(1, 10\)"
+    with pytest.raises(UserError, match=message):
+        Classifier(with_network(settings, network="Squeezing"), [str(i) for i in range(10)])
+
+
 class Auxiliary(Partly):
     """Returns more than logits in training, as torchvision's GoogLeNet and Inception3 do."""
 

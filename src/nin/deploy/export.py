@@ -126,12 +126,14 @@ class Exporter:
         return maps.shape[-2], maps.shape[-1]
 
     def check(self, export: TrainedNetwork) -> dict[str, Any]:
-        """Compares an export with the checkpoint on the whole test set, in float32.
+        """Compares an export with the checkpoint on the whole test set and on a single image, in float32.
 
         Raises:
             ExportError: if a prediction differs, or a probability by more than 1e-5.
         """
-        largest, differing, right = 0.0, 0, 0
+        single = self.images[:1]  # an export may have taken the dimension of the batch for a constant
+        expected = probabilities_of(self.module, torch.tensor(single)).numpy()
+        largest, differing, right = float(np.abs(expected - export.predict(single)).max()), 0, 0
         for start in range(0, len(self.labels), BATCH_IMAGES):
             batch, labels = self.images[start : start + BATCH_IMAGES], self.labels[start : start + BATCH_IMAGES]
             expected = probabilities_of(self.module, torch.tensor(batch)).numpy()

@@ -118,12 +118,17 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     """A network of the user's own, as the only layer of an ``nn.Sequential``.
 
     Raises:
-        UserError: if it can't be built, or does not map a batch of images to logits.
+        UserError: if it can't be built, or does not map a batch of images, or a single one, to logits.
     """
     shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     network = own_classes.build("model", model, nn.Module, **shape).eval()
+    for count in (2, 1):
+        _require_logits(network, model.target, (count, in_channels, image_size, image_size), num_classes)
+    return nn.Sequential(OrderedDict([("own", network.train())]))
+
+
+def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_classes: int) -> None:
     first = next(network.parameters(), torch.empty(0))
-    size = (2, in_channels, image_size, image_size)
     try:
         with torch.no_grad():
             logits = network(torch.zeros(size, device=first.device))
@@ -132,13 +137,12 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     except Exception as error:  # raised by the user's own class
         reason = read_first_line(error)
         raise UserError(
-            f"model: {model.target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
+            f"model: {target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
             "data.image_size"
         ) from error
-    if not isinstance(logits, torch.Tensor) or logits.shape != (2, num_classes):
+    if not isinstance(logits, torch.Tensor) or logits.shape != (size[0], num_classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UserError(f"model: {model.target} maps images {size} to {found}, and not to logits (2, {num_classes})")
-    return nn.Sequential(OrderedDict([("own", network.train())]))
+        raise UserError(f"model: {target} maps images {size} to {found}, and not to logits {(size[0], num_classes)}")
 
 
 def initialize(network: nn.Module, init: str) -> None:
