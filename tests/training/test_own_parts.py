@@ -24,6 +24,7 @@ from nin.checkpoints import files as checkpoint_files
 from nin.config.changes import find_differences
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
+from nin.data.sources import load
 from nin.deploy.pipeline import Pipeline
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
@@ -65,6 +66,22 @@ def test_batch_norm_of_a_network_of_ones_own_has_the_statistics_of_the_full_batc
     for network, expected in (("Partly", 4), ("Normalized", None)):
         module = Classifier(with_network(settings, "speed.micro_batch=4", network=network), classes)
         assert module.micro_batch_size == expected
+
+
+def test_a_last_batch_of_one_image_is_refused_where_batch_norm_has_no_statistics_of_it(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    training = len(load(settings().data, "train")[1]) - settings().data.val_size
+    keys = (f"data.batch_size={training - 1}", "schedule=constant", "trainer.log_every_n_steps=1")
+    message = rf"^data.batch_size=\d+: the last batch of an epoch would have one of the {training} training images, of "
+    refused, *accepted = (
+        with_network(settings, *keys, f"trainer.limit_train_batches={limit}", network=network)
+        for network, limit in (("Normalized", "null"), ("Partly", "null"), ("Normalized", "1"))
+    )
+    with pytest.raises(UserError, match=message):
+        run_experiment(refused, RunFolder(tmp_path / "refused"))
+    for i, requested in enumerate(accepted):
+        run_experiment(requested, RunFolder(tmp_path / str(i)))
 
 
 class Shifting(Partly):

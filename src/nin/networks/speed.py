@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 # A micro-batch's largest feature maps are at most this many bytes, so that the next layer finds them in a CPU's cache.
 _CACHE_BYTES = 18 * 2**20
 # Their statistics are those of the full batch.
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def optimize(network: nn.Sequential, settings: Settings, in_channels: int) -> "tuple[int | None, list[Dropout]]":
@@ -86,7 +86,7 @@ def micro_batch_size(network: nn.Sequential, shapes: list[torch.Size]) -> int | 
 
 
 def _has_batch_norm(network: nn.Module) -> bool:
-    return any(isinstance(module, _BATCH_NORMS) for module in network.modules())
+    return any(isinstance(module, BATCH_NORMS) for module in network.modules())
 
 
 def replace_dropout(network: nn.Sequential, shapes: list[torch.Size]) -> "list[Dropout]":

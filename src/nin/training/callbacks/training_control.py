@@ -1,10 +1,15 @@
 """Ends training at ``max_steps`` with a validation, and steps a schedule that follows val/loss."""
 
+import copy
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nin.config.schema import UserError
+from nin.data.module import TensorDataLoader
+from nin.networks.speed import BATCH_NORMS
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
@@ -12,7 +17,8 @@ from nin.training.classifier import Classifier
 class TrainingControl(Callback):
     """Ends training at ``max_steps`` with a validation, and steps a ReduceLROnPlateau schedule after each epoch.
 
-    Lightning would step the schedule after the epoch's checkpoint is saved.
+    Lightning would step the schedule after the epoch's checkpoint is saved. Before the first step, a last batch that
+    batch norm would refuse is refused.
 
     Args:
         metrics: the callback that has the epoch's validation metrics; it must be called before this one.
@@ -20,6 +26,16 @@ class TrainingControl(Callback):
 
     def __init__(self, metrics: MetricsLogger):
         self.metrics = metrics
+
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        loader, max_batches = trainer.train_dataloader, trainer.max_steps * trainer.accumulate_grad_batches
+        if (
+            isinstance(loader, TensorDataLoader)
+            and len(loader.labels) % loader.batch_size == trainer.world_size == 1
+            and trainer.num_training_batches == len(loader)  # no limit leaves out the last one
+            and not 0 <= max_batches < len(loader)
+        ):
+            _require_statistics_of_one(trainer, pl_module, len(loader.labels))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
@@ -29,3 +45,19 @@ class TrainingControl(Callback):
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau) and "val/loss" in self.metrics.scores:
                 config.scheduler.step(self.metrics.scores["val/loss"])
+
+
+def _require_statistics_of_one(trainer: Trainer, module: Classifier, images: int) -> None:
+    """Raises UserError if a layer of batch norm has one value per channel for a single image."""
+    network, data = copy.deepcopy(module.network).eval(), module.settings.data
+    for layer in network.modules():
+        layer.training = isinstance(layer, BATCH_NORMS)
+    one = torch.zeros(1, module.in_channels, data.image_size, data.image_size, device=module.device)
+    try:
+        with torch.no_grad():
+            network(trainer.precision_plugin.convert_input(one))
+    except ValueError as error:
+        raise UserError(
+            f"data.batch_size={data.batch_size}: the last batch of an epoch would have one of the {images} training "
+            "images, of which batch norm has no statistics; choose another data.batch_size"
+        ) from error
