@@ -134,12 +134,15 @@ def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder:
     assert "this" not in sys.modules
 
 
-def test_a_data_module_of_ones_own_is_not_needed_to_classify(tmp_path: Path, run_folder: Path) -> None:
+def test_a_data_module_of_ones_own_is_not_needed_to_classify(
+    tmp_path: Path, run_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     own = {"_target_": "nowhere.Data", "image_size": 28, "batch_size": 32}
     checkpoint["hyper_parameters"]["settings"]["data"] = own
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     network = nin.load(tmp_path / "x.ckpt")
+    assert "the images are not prepared by your data module nowhere.Data: their pixels are divided by" in caplog.text
     assert network.description.stored_size == 28
     assert network.predict(np.zeros((1, 28, 28), np.uint8)).shape == (1, 10)
     with pytest.raises(UserError, match=r"data: nowhere.Data makes its images itself, so no export"):

@@ -1,6 +1,7 @@
 """A checkpoint as one PyTorch module with all preprocessing, for `nin predict` and for every export."""
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from nin.networks.score_maps import find_map_kind, forward_with_maps, grad_cam
 from nin.runs.folder import RunFolder
 from nin.runs.versions import read_versions
 from nin.training.classifier import Classifier
+
+log = logging.getLogger(__name__)
 
 
 class Pipeline(nn.Module):
@@ -123,6 +126,12 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
     load_weights(module, checkpoint)
     module = module.float().eval().requires_grad_(False)
     data, file = settings.data, path.absolute()
+    if isinstance(data, OwnData):
+        log.warning(
+            "%s: the images are not prepared by your data module %s: their pixels are divided by 255 and resized; if "
+            "it normalizes images, do so in the network instead",
+            path, data.target,
+        )  # fmt: skip
     pipeline = Pipeline(module.network, in_channels, _stored_size(data), data.image_size, data.test_time_flip).eval()
     run = RunFolder(file.parents[1]) if file.parent.name == "checkpoints" else None
     description = Description(
