@@ -117,6 +117,19 @@ def test_a_network_that_fails_with_a_single_image_is_refused(settings: Callable[
         Classifier(with_network(settings, network="Squeezing"), [str(i) for i in range(10)])
 
 
+class Remembering(Partly):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_a_network_whose_state_has_more_than_tensors_is_refused(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match=r"^model: .*Remembering: state_dict\(\) has a dict at _extra_state; checkp"):
+        Classifier(with_network(settings, network="Remembering"), [str(i) for i in range(10)])
+
+
 class Auxiliary(Partly):
     """Returns more than logits in training, as torchvision's GoogLeNet and Inception3 do."""
 

@@ -118,12 +118,19 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     """A network of the user's own, as the only layer of an ``nn.Sequential``.
 
     Raises:
-        UserError: if it can't be built, or does not map a batch of images, or a single one, to logits.
+        UserError: if it can't be built, does not map a batch of images, or a single one, to logits, or has a state
+            that no checkpoint can hold.
     """
     shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
     network = own_classes.build("model", model, nn.Module, **shape).eval()
     for count in (2, 1):
         _require_logits(network, model.target, (count, in_channels, image_size, image_size), num_classes)
+    for key, value in network.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(
+                f"model: {model.target}: state_dict() has a {type(value).__name__} at {key}; checkpoints hold tensors "
+                "only: let get_extra_state() return one, or keep the value in a buffer"
+            )
     return nn.Sequential(OrderedDict([("own", network.train())]))
 
 
