@@ -26,6 +26,7 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import load
 from nin.deploy.pipeline import Pipeline
+from nin.networks.layers import layers
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
 from nin.training import experiment
@@ -128,6 +129,23 @@ class Remembering(Partly):
 def test_a_network_whose_state_has_more_than_tensors_is_refused(settings: Callable[..., Settings]) -> None:
     with pytest.raises(UserError, match=r"^model: .*Remembering: state_dict\(\) has a dict at _extra_state; checkp"):
         Classifier(with_network(settings, network="Remembering"), [str(i) for i in range(10)])
+
+
+class Averages(nn.Sequential):
+    """Has no parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.AvgPool2d((14, 5), (14, 5)), nn.Flatten())
+
+
+def test_a_network_without_parameters_has_a_table_of_layers_and_is_not_trained(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    chosen = with_network(settings, network="Averages")
+    (row,) = layers(Classifier(chosen, [str(i) for i in range(10)]).network, 1, 28)
+    assert (row.parameters, row.output_shape) == (0, (10,))
+    with pytest.raises(UserError, match=r"^model: no parameter of the network has requires_grad, so"):
+        run_experiment(chosen, RunFolder(tmp_path))
 
 
 class Auxiliary(Partly):

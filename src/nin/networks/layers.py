@@ -28,7 +28,7 @@ class Layer:
 
 def describe_layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[Layer]:
     """Returns one row for each layer of ``network``, in order. The network may be on the "meta" device."""
-    device = next(network.parameters()).device
+    device = next(network.parameters(), torch.empty(0)).device  # a network of the user's own may have none
     x = torch.empty(1, in_channels, image_size, image_size, device=device)
     rows = []
     was_training = network.training

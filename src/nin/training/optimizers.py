@@ -3,7 +3,7 @@
 import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,9 +25,16 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "a
 
 
 def build_optimizer(
-    settings: Settings, parameters: Iterator[nn.Parameter], device: torch.device
+    settings: Settings, parameters: Iterable[nn.Parameter], device: torch.device
 ) -> torch.optim.Optimizer:
-    """The optimizer of ``settings.optimizer``, as one kernel for all weights where torch has one for ``device``."""
+    """The optimizer of ``settings.optimizer``, as one kernel for all weights where torch has one for ``device``.
+
+    Raises:
+        UserError: if nothing can be trained.
+    """
+    parameters = list(parameters)
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError("model: no parameter of the network has requires_grad, so there is nothing to train")
     if device.type == "cpu":
         # Lightning sets it to 1: Adam and AdamW would load NVIDIA's management library in every step.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
