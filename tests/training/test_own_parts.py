@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, LightningDataModule
@@ -22,11 +23,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.changes import find_differences
-from nin.config.schema import Settings, UserError
+from nin.config.schema import OwnData, Settings, UserError
 from nin.config.validation import validate_plain
-from nin.data.sources import load
+from nin.data.own import build_own_data
+from nin.data.sources import describe, load
 from nin.deploy.pipeline import Pipeline
-from nin.networks.layers import layers
+from nin.networks.layers import describe_layers
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
 from nin.training import experiment
@@ -142,7 +144,7 @@ def test_a_network_without_parameters_has_a_table_of_layers_and_is_not_trained(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     chosen = with_network(settings, network="Averages")
-    (row,) = layers(Classifier(chosen, [str(i) for i in range(10)]).network, 1, 28)
+    (row,) = describe_layers(Classifier(chosen, [str(i) for i in range(10)]).network, 1, 28)
     assert (row.parameters, row.output_shape) == (0, (10,))
     with pytest.raises(UserError, match=r"^model: no parameter of the network has requires_grad, so"):
         run_experiment(chosen, RunFolder(tmp_path))
@@ -308,6 +310,24 @@ class Streams(LightningDataModule):
         return DataLoader(Stream(), batch_size=4)
 
     val_dataloader = test_dataloader = train_dataloader
+
+
+class Named(Streams):
+    def __init__(self, names: str) -> None:
+        super().__init__()
+        self.class_names = list(np.array(names.split()))  # type: ignore[assignment]
+
+
+def test_names_of_classes_that_are_numpys_become_plain_and_must_differ(settings: Callable[..., Settings]) -> None:
+    def own(names: str) -> OwnData:
+        keys = {"_target_": f"{__name__}.Named", "image_size": 28, "batch_size": 4, "names": names}
+        return OwnData.model_validate(keys)
+
+    described = describe(own("even odd")).class_names
+    saved = Classifier(settings(), build_own_data(own("even odd")).class_names).hparams["class_names"]
+    assert [type(name) for name in (*described, *saved)] == [str] * 4
+    with pytest.raises(UserError, match=r"^data: .*Named has several classes named odd; names must differ$"):
+        describe(own("even odd odd"))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")

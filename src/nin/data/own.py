@@ -15,7 +15,7 @@ def build_own_data(data: OwnData) -> Any:
     ``(batch,)``.
 
     Raises:
-        UserError: if it can't be built, or lacks ``class_names`` or ``channels``.
+        UserError: if it can't be built, lacks ``class_names`` or ``channels``, or has two classes of one name.
     """
     module: Any = own_classes.build(
         "data", data, LightningDataModule, image_size=data.image_size, batch_size=data.batch_size
@@ -23,6 +23,8 @@ def build_own_data(data: OwnData) -> Any:
     names, channels = getattr(module, "class_names", None), getattr(module, "channels", None)
     if not isinstance(names, list | tuple) or len(names) < 2 or not all(isinstance(name, str) for name in names):
         raise UserError(f"data: {data.target} needs an attribute class_names: a list of two or more strings")
+    if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise UserError(f"data: {data.target} has several classes named {', '.join(repeated)}; names must differ")
     if not isinstance(channels, int) or channels < 1:
         raise UserError(f"data: {data.target} needs an attribute channels: the number of channels of its images")
     return module

@@ -85,7 +85,7 @@ def describe(data: AnyData) -> DatasetInfo:
         from nin.data.own import build_own_data
 
         module: Any = build_own_data(data)
-        return DatasetInfo(tuple(module.class_names), module.channels, data.image_size)
+        return DatasetInfo(tuple(map(str, module.class_names)), module.channels, data.image_size)
     if isinstance(data, FolderData):
         from nin.data.splits import open_folder
 

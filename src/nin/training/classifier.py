@@ -63,9 +63,13 @@ class Classifier(LightningModule):
             # The dict may be that of a checkpoint, which imports no module but may name a class of an imported one.
             require_allowed_classes(settings, list(sys.modules))
         self.settings = settings
-        self.class_names, self.in_channels = tuple(class_names), in_channels
+        self.class_names, self.in_channels = tuple(map(str, class_names)), in_channels  # NumPy's texts become plain
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
-        plain = {"settings": self.settings.to_plain(), "class_names": list(class_names), "in_channels": in_channels}
+        plain = {
+            "settings": self.settings.to_plain(),
+            "class_names": list(self.class_names),
+            "in_channels": in_channels,
+        }
         self.save_hyperparameters(plain, logger=False)
         self.loss = build_loss(self.settings, self.class_names)
         # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
