@@ -106,3 +106,11 @@ def test_files_that_can_not_be_images_are_named(tmp_path: Path) -> None:
 
 def test_names_are_printed_without_control_characters() -> None:
     assert printable("a\x1b[31m\n\udcff ä") == "a\\x1b[31m\\n\\udcff ä"
+
+
+def test_a_part_that_is_no_folder_is_a_fault(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train": 1})
+    (tmp_path / "val").symlink_to(tmp_path / "moved")
+    (tmp_path / "test").touch()
+    fault = "not a folder, or a link to nothing; correct or remove it"
+    assert list_images(folder_data(tmp_path)).faults == [f"val: {fault}", f"test: {fault}"]

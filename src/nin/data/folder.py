@@ -126,6 +126,8 @@ class _Scan:
         for part in PARTS:
             if (self.root / part).is_dir():
                 self._list_part(part)
+            elif os.path.lexists(self.root / part):  # its images would be split off the training images instead
+                self.faults.append(f"{part}: not a folder, or a link to nothing; correct or remove it")
         return self.listing
 
     def _class_folders(self, part: str) -> list[str]:
