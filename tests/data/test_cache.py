@@ -52,6 +52,27 @@ def test_a_second_start_decodes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert open_cache(data).counts == {"train": 5}
 
 
+def test_two_folders_that_share_a_place_have_two_caches(tmp_path: Path) -> None:
+    """Of the same names, sizes and times, as after an archive was unpacked with fixed times."""
+    images = []
+    for name, color in (("a", (0, 0, 0)), ("b", (9, 9, 9))):
+        root = write_folder(tmp_path / name, {"train": 1})
+        for file in root.rglob("*.png"):
+            Image.new("RGB", (12, 12), color).save(file, "BMP")  # not compressed: all have one size
+            os.utime(file, ns=(10**18, 10**18))
+        images.append(pixels(open_cache(folder_data(root, cache=str(tmp_path / "shared")))))
+    assert [int(each.max()) for each in images] == [0, 9]
+
+
+def test_a_folder_that_is_moved_with_its_cache_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_cache(folder_data(write_folder(tmp_path / "root", {"train": 1})))
+    (tmp_path / "moved").mkdir()
+    for name in ("root", "root.cache"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    with nothing_is_decoded(monkeypatch):
+        assert open_cache(folder_data(tmp_path / "moved" / "root")).fingerprint == first.fingerprint
+
+
 def test_an_image_that_is_altered_in_place_is_decoded_again(tmp_path: Path) -> None:
     """A file of the same name and size; only the time of its modification says that it has other pixels."""
     data = folder_data(write_folder(tmp_path / "root", {"train": 2}), stored_size=6)

@@ -2,7 +2,7 @@
 
 A cache is a folder with ``images.bin`` (the pixels of all images: training, then validation, then test images),
 ``labels.npy`` and ``about.json``. Its name is the SHA-256 of what determines the pixels: names, sizes and modification
-times of the files, the settings, and the version of Pillow.
+times of the files, the settings, the version of Pillow and, in a place that folders may share, the path of the folder.
 """
 
 import contextlib
@@ -100,13 +100,12 @@ def open_cache(data: FolderData) -> Cache:
     listing = list_images(data)
     if listing.faults and data.skip_broken:  # otherwise the broken files are found as well, and reported together
         require_usable(listing, listing.broken, data)
-    key = _key(data, listing)
-    places = _places(data)
-    for place in places if not listing.faults else []:
+    places = {place: _key(data, listing, place) for place in _places(data)}
+    for place, key in places.items() if not listing.faults else []:
         if (found := _read(place / key)) is not None:
             return replace(found, other_files=listing.other_files)
     failed = []
-    for place in places:
+    for place, key in places.items():
         is_new = not place.exists()
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -147,8 +146,11 @@ def _places(data: FolderData) -> list[Path]:
     return places
 
 
-def _key(data: FolderData, listing: Listing) -> str:
+def _key(data: FolderData, listing: Listing, place: Path) -> str:
     settings = [_FORMAT, PIL.__version__, data.stored_size, data.fit, data.channels, data.skip_broken]
+    if data.cache or not place.name.endswith(".cache"):
+        # Several folders may share the place. Beside the folder, the cache stays valid when both are moved.
+        settings.append(os.path.realpath(data.root))
     digest = hashlib.sha256(json.dumps([settings, listing.class_names, sorted(listing.broken.items())]).encode())
     for part, files in listing.files.items():
         for file in files:
