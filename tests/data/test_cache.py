@@ -64,6 +64,14 @@ def test_two_folders_that_share_a_place_have_two_caches(tmp_path: Path) -> None:
     assert [int(each.max()) for each in images] == [0, 9]
 
 
+def test_a_cache_among_the_images_is_refused(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 1})
+    with pytest.raises(UserError, match=r"^data.cache=.*train/cache: is within train/ of data.root; choose a folder"):
+        open_cache(folder_data(root, cache=str(root / "train" / "cache")))
+    assert not (root / "train" / "cache").exists()
+    assert open_cache(folder_data(root, cache=str(root / "cache"))).counts == {"train": 3}
+
+
 def test_a_folder_that_is_moved_with_its_cache_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_cache(folder_data(write_folder(tmp_path / "root", {"train": 1})))
     (tmp_path / "moved").mkdir()

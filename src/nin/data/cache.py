@@ -138,6 +138,11 @@ def open_cache(data: FolderData) -> Cache:
 def _places(data: FolderData) -> list[Path]:
     """The folders for a cache: ``data.cache``, or beside the root, or if that can't be written, in the home folder."""
     if data.cache:
+        for part in PARTS:
+            if Path(data.cache).resolve().is_relative_to((Path(data.root) / part).resolve()):
+                raise UserError(
+                    f"data.cache={printable(data.cache)}: is within {part}/ of data.root; choose a folder outside of it"
+                )
         return [Path(data.cache)]
     root = Path(os.path.abspath(data.root))  # noqa: PTH100  # ".." has no name, and a link keeps its own
     places = [root.with_name(f"{root.name}.cache")] if root.name else []  # "/" has none
