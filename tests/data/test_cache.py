@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,6 +71,32 @@ def test_a_cache_among_the_images_is_refused(tmp_path: Path) -> None:
         open_cache(folder_data(root, cache=str(root / "train" / "cache")))
     assert not (root / "train" / "cache").exists()
     assert open_cache(folder_data(root, cache=str(root / "cache"))).counts == {"train": 3}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(PermissionError(13, "Permission denied"), "Permission denied"), (MemoryError(), "does not fit in memory")],
+)
+def test_a_file_that_can_not_be_read_for_now_is_not_left_out_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 2}), skip_broken=True)
+    opened = Image.open
+
+    def fail(path: str, **options: Any) -> Any:
+        if path.endswith("red/1.png"):
+            raise error
+        return opened(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", fail)
+        with pytest.raises(UserError, match=rf"red/1.png: can't be read now \({reason}\)"):
+            open_cache(data)
+    assert open_cache(data).counts == {"train": 6}
+    error = OSError(22, "Invalid argument")  # where a damaged file lets Pillow seek
+    (tmp_path / "root" / "train" / "red" / "1.png").touch()
+    monkeypatch.setattr(Image, "open", fail)
+    assert open_cache(data).broken == {"train/red/1.png": "Invalid argument"}
 
 
 def test_a_folder_that_is_moved_with_its_cache_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

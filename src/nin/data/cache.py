@@ -22,6 +22,7 @@ from filelock import FileLock
 
 from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
+from nin.data.decoding import NOT_NOW
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, hash_file, hash_once, list_images, require_usable
 from nin.data.parallel import decode_folder
 
@@ -207,6 +208,8 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
         channels, broken = decode_folder(data, listing, images)
         broken = dict(sorted({**listing.broken, **broken}.items()))
         require_unchanged(data, listing)
+        if data.skip_broken:  # what is left out stays so as long as the cache is valid
+            require_read(data, broken)
         require_usable(listing, broken, data)
         rows, labels = [], []
         counts: dict[str, int] = {}
@@ -230,6 +233,13 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
         Path(new).replace(path)
         Path(new).mkdir()  # the context manager removes it
     return Cache(path, listing.class_names, *(about[name] for name in _STORED))
+
+
+def require_read(data: FolderData, broken: dict[str, str]) -> None:
+    """Raises UserError, with the files that can't be read for a reason that is not their content."""
+    if faults := [f"{printable(name)}: {why}" for name, why in broken.items() if why.startswith(NOT_NOW)]:
+        remedy = "data.skip_broken leaves out damaged files only; run the command again when these can be read"
+        raise folder_error(data.root, faults[:20], remedy)
 
 
 def require_unchanged(data: FolderData, before: Listing) -> None:

@@ -3,6 +3,7 @@
 Imports NumPy and Pillow only, since each process that decodes imports this module.
 """
 
+import errno
 import functools
 import io
 import re
@@ -25,6 +26,8 @@ MAX_SCANS, ALWAYS_ALLOWED_SCANS, MAX_SCANNED_PIXELS = 100, 25, 625_000_000
 # Markers of a JPEG file, without the bytes 255 and the restarts inside a scan.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _FRAMES, _START, _END, _SCAN = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xD8, 0xD9, 0xDA
+# How the reason begins where a file can't be read for now, whatever its content.
+NOT_NOW = "can't be read now"
 # How the pixels of an EXIF orientation are turned upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -258,6 +261,13 @@ class Chunk:
     search: int
 
 
+def _is_of_the_machine(cause: BaseException | None) -> bool:
+    """Whether another attempt may succeed. A damaged file lets Pillow seek to a place before its start (EINVAL)."""
+    return isinstance(cause, MemoryError) or (
+        isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
+    )
+
+
 def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
     """Decodes the files of ``chunk``; returns the broken ones with the reason, and whether any image has color."""
     # All images one below the other: Pillow copies pixels between images faster than to bytes.
@@ -269,7 +279,7 @@ def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
         try:
             image = to_pixels(open_image(f"{chunk.root}/{name}"), chunk.size, chunk.fit)
         except ImageError as error:
-            broken[name] = str(error)
+            broken[name] = f"{NOT_NOW} ({error})" if _is_of_the_machine(error.__cause__) else str(error)
             continue
         color = color or (i < chunk.search and has_color(image))
         pixels.paste(image, (0, i * chunk.size))  # converts its mode
