@@ -104,3 +104,10 @@ def test_the_images_of_another_folder_have_the_channels_of_the_network(
     assert with_channels(chosen, 1) is chosen
     assert open_folder(with_channels(chosen, 3).data).shape == (8, 12, 12, 3)
     assert with_channels(settings(), 3) is settings()  # garments, which are gray
+
+
+def test_a_folder_with_test_images_is_tested_on_though_it_is_too_small_to_train_on(tmp_path: Path) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"train": 1, "test": 2}), val_size=500)
+    assert len(split_folder(open_folder(data), data, seed=0)["test"]) == 6
+    with pytest.raises(UserError, match="3 training images, and none is left after 500 are held out"):
+        require_training_images(data, seed=0)

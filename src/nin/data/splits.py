@@ -1,6 +1,7 @@
 """Divides the images of a folder into those for training, validation and test."""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,11 +24,11 @@ def open_folder(data: FolderData, again: bool = False) -> Cache:
         again: list it again: it may have changed since another run of this process.
 
     Raises:
-        UserError: names every fault of the folder, or the keys of ``data`` that don't fit its number of images.
+        UserError: names every fault of the folder, or ``data.test_size`` if it doesn't fit its number of images.
     """
     if again or data not in _opened:
         cache = open_cache(data)
-        require_enough_images(cache, data)
+        require_enough_images(cache, data, ("test",))  # a network may be tested on images that are too few to train it
         _opened[data] = cache
     return _opened[data]
 
@@ -45,14 +46,14 @@ def with_channels(settings: Settings, channels: int) -> Settings:
     return settings.model_copy(update={"data": data})
 
 
-def require_enough_images(cache: Cache, data: FolderData) -> None:
-    """Checks that each part has images, as the rules of the config do for the published data sets.
+def require_enough_images(cache: Cache, data: FolderData, parts: Sequence[str] = ("val", "test")) -> None:
+    """Checks that ``parts`` and the training have images, as the rules of the config do for the published data sets.
 
     Raises:
         UserError: lists every key that does not fit.
     """
     counts = cache.counts
-    held_out = count_held_out(cache, data)
+    held_out = {part: count for part, count in count_held_out(cache, data).items() if part in parts}
     left = counts["train"] - sum(held_out.values())
     errors = []
     for part, count in held_out.items():
@@ -131,11 +132,13 @@ def require_training_images(data: Data | FolderData | OwnData, seed: int) -> Non
     """Checks that a folder has images of each class to train on, and at least as many as a batch.
 
     Raises:
-        UserError: names the classes all of whose images are held out, or ``data.batch_size``.
+        UserError: names the classes all of whose images are held out, ``data.batch_size``, or what
+            `require_enough_images` names.
     """
     if not isinstance(data, FolderData):
         return
     cache = open_folder(data)
+    require_enough_images(cache, data)
     labels = cache.labels()[split_folder(cache, data, seed)["train"]]
     held_out = sum(count_held_out(cache, data).values())
     errors = []

@@ -8,7 +8,7 @@ import numpy as np
 from nin.config.schema import TOP5_CLASSES, Data, FolderData, Settings, UserError
 from nin.data.cache import MappedImages
 from nin.data.sources import load
-from nin.data.splits import open_folder, split_folder
+from nin.data.splits import open_folder, require_enough_images, split_folder
 from nin.deploy.trained import BATCH_IMAGES, TrainedNetwork
 
 
@@ -27,6 +27,8 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages,
     data = settings.data
     if isinstance(data, FolderData):
         cache = open_folder(data)
+        if part == "train":
+            require_enough_images(cache, data)
         rows = split_folder(cache, data, settings.seed)[part]
         pixels = np.memmap(cache.path / "images.bin", np.uint8, "r", shape=cache.shape)
         return MappedImages(pixels, rows), cache.labels()[rows]
