@@ -32,7 +32,7 @@ def main() -> None:
     if sys.stdin is None:  # closed by the caller, as in: nin … <&-
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115  # open to the end
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # >&-
+        if getattr(sys, name) is None:  # closed by the caller, as in: nin … >&-
             setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115  # open to the end
         with contextlib.suppress(AttributeError, ValueError):  # replaced or closed
             getattr(sys, name).reconfigure(errors="replace")  # characters that ASCII or Latin-1 lacks

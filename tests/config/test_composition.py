@@ -98,7 +98,10 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
     )
     (error,) = errors_of(str(Path(__file__).parent))
-    assert ": a folder, and not of the form key=value; nin resume, eval, predict, export and serve take one" in error
+    assert (
+        ": is a folder; an override must have the form key=value; nin resume, eval, predict, export and serve take one"
+        in error
+    )
     (error,) = errors_of("model.widths=[" + 400 * "16,")  # no file has so long a name
     assert "must have the form key=value" in error
     (error,) = errors_of("callbacks.dead_units.image=1")

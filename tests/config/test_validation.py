@@ -188,7 +188,7 @@ def test_the_names_of_accelerators_and_strategies_are_lightnings() -> None:
 def test_the_sections_of_the_projects_callbacks_have_their_arguments_and_defaults() -> None:
     for section, callback in ((schema.DeadUnitMonitor, DeadUnitMonitor), (schema.ImageLogger, ImageLogger)):
         target = f"{callback.__module__}.{callback.__qualname__}"
-        assert validation._section_of_callback(target) is section
+        assert validation._find_callback_section(target) is section
         parameters = list(inspect.signature(callback).parameters.values())
         assert section().model_dump() == {parameter.name: parameter.default for parameter in parameters}
 
@@ -299,6 +299,11 @@ def test_numbers_of_steps_and_batches_that_do_not_fit_are_refused(overrides: lis
 def test_an_interval_between_validations_may_count_the_batches_of_all_epochs() -> None:
     words = ["trainer.limit_train_batches=5", "trainer.val_check_interval=6", "trainer.check_val_every_n_epoch=null"]
     assert validate(compose_config(words)).trainer.val_check_interval == 6
+
+
+def test_a_target_of_another_type_is_reported_and_no_rule_takes_the_section_for_plain_values() -> None:
+    (error,) = refused("+data._target_=3")
+    assert error.startswith("data._target_=3: ")
 
 
 def test_a_fault_in_a_rule_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,9 @@ def test_a_file_that_can_not_be_read_for_now_is_not_left_out_for_good(
 
     with monkeypatch.context() as patch:
         patch.setattr(Image, "open", fail)
-        with pytest.raises(UserError, match=rf"red/1.png: can't be read now \({reason}\)"):
-            open_cache(data)
+        for chosen in (data, folder_data(tmp_path / "root")):
+            with pytest.raises(UserError, match=rf"1 file can't be read now; (?s:.*)red/1.png: .* now \({reason}\)"):
+                open_cache(chosen)
     assert open_cache(data).counts == {"train": 6}
     error = OSError(22, "Invalid argument")  # where a damaged file lets Pillow seek
     (tmp_path / "root" / "train" / "red" / "1.png").touch()

@@ -14,6 +14,7 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate, validate_plain
 from nin.training.classifier import Classifier
 from nin.training.optimizers import build_schedule
+from nin.training.trainer import build_trainer
 
 CLASSES = tuple("abcdefghij")
 QUIET = {
@@ -381,3 +382,13 @@ def test_a_second_test_counts_its_own_images_only() -> None:
     for _ in range(2):
         trainer.test(module, batches, verbose=False)
         assert int(module.confusion.compute().sum()) == 6
+
+
+def test_a_job_of_a_sweep_does_not_compute_as_an_earlier_one_requested(settings: Callable[..., Settings]) -> None:
+    def flags(*overrides: str) -> tuple[bool, bool]:
+        build_trainer(settings("logger=none", "callbacks=none", *overrides), None)
+        return torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+
+    assert flags("trainer.deterministic=true", "trainer.benchmark=false") == (True, False)
+    assert flags("trainer.benchmark=true") == (False, True)
+    assert flags() == (False, False)

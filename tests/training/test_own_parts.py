@@ -81,8 +81,10 @@ def test_a_last_batch_of_one_image_is_refused_where_batch_norm_has_no_statistics
         with_network(settings, *keys, f"trainer.limit_train_batches={limit}", network=network)
         for network, limit in (("Normalized", "null"), ("Partly", "null"), ("Normalized", "1"))
     )
-    with pytest.raises(UserError, match=message):
-        run_experiment(refused, RunFolder(tmp_path / "refused"))
+    alone = with_network(settings, "data.batch_size=1", "trainer.limit_train_batches=null", network="Normalized")
+    for i, chosen in enumerate((refused, alone)):
+        with pytest.raises(UserError, match=message):
+            run_experiment(chosen, RunFolder(tmp_path / f"refused-{i}"))
     for i, requested in enumerate(accepted):
         run_experiment(requested, RunFolder(tmp_path / str(i)))
 
@@ -630,7 +632,7 @@ class Untested(LightningDataModule):
     ("data", "share", "message"),
     [
         ("Halves", "0.1", r"^trainer.limit_test_batches=0.1: leaves none of 6 batches; choose 0.1667 or more, or a"),
-        ("Streams", "0.1", r"^trainer.limit_test_batches=0.1: a share of batches whose number is not known; give a"),
+        ("Streams", "0.1", r"^trainer.limit_test_batches=0.1: a fraction of batches whose number is not known; give a"),
         ("Untested", "null", r"^data: .*Untested needs a test_dataloader\(\): a run ends with its test$"),
         ("folder", "0.3", r"^trainer.limit_test_batches=0.3: leaves none of 3 batches; choose 0.3334 or more, or a"),
     ],

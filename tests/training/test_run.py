@@ -381,7 +381,10 @@ def test_another_rank_than_the_first_fails_with_its_traceback(
     assert "FileNotFoundError: [Errno 2] No such file or directory: 'images_of_node_2'" in printed
 
 
-@pytest.mark.parametrize(("variables", "status"), [({}, 0), ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}, 143)])
+@pytest.mark.parametrize(
+    ("variables", "status"),
+    [({"LOCAL_RANK": "1"}, 0), ({}, 143), ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, 143)],
+)
 def test_another_rank_that_lightning_started_ends_well_after_a_stop(
     variables: dict[str, str], status: int, request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -220,7 +220,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     except HydraException as parser_error:  # its first line has the reason; that of ``error`` may be the override
         if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
             runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
-            return f"{given}: a folder, and not of the form key=value; {runs}"
+            return f"{given}: is a folder; an override must have the form key=value; {runs}"
         if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
             return f"{given}: remove the space before ="
         key, _, value = override.partition("=")

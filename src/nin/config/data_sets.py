@@ -65,7 +65,7 @@ class Images(Section):
     augment: Literal["none", "flip", "flip_shift", "erase", "trivial"]
     # Whether the network's input has mean 0 and standard deviation 1 over the training images, for each channel.
     normalize: bool
-    # Whether predictions are the mean of the probabilities for the image and for its mirror image.
+    # Whether predictions are the mean of the probabilities for the image and for its flipped image.
     test_time_flip: bool
 
 
@@ -82,7 +82,7 @@ class FolderData(Images):
     """The user's own images, one folder per class."""
 
     name: Literal["folder"]
-    # Training images that are held out, where the folder has no val/ or no test/: a number, or a share of them.
+    # Training images that are held out, where the folder has no val/ or no test/: a number, or a fraction of them.
     val_size: NonNegative | Fraction
     test_size: NonNegative | Fraction
     stored_size: Pixels
@@ -90,7 +90,7 @@ class FolderData(Images):
     # "auto": 3 if any training image has color.
     channels: Literal[1, 3, "auto"]
     skip_broken: bool
-    # The folder of the decoded images; None: beside the root.
+    # The folder of the decoded images; None: beside the root, or in ~/.cache/nin.
     cache: Folder | None
     # More decoded images than this are read from disk by batch, and not kept in memory.
     memory_limit_mib: NonNegative

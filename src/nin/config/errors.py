@@ -139,6 +139,6 @@ def construct_unchecked(plain: dict) -> Settings:
             values = plain.get(key)
             if not isinstance(values, dict) or ("_target_" in values) != issubclass(section, OwnClass):
                 continue
-            if values.get("name") in (None, *names_of(section)):
+            if issubclass(section, OwnClass) or values.get("name") in (None, *names_of(section)):
                 sections[key] = section.model_construct(**values)
     return Settings.model_construct(**{**plain, **sections})

@@ -33,7 +33,7 @@ def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Ite
             TensorBoard or CSV files, and each path or address that leads out of the run's folder.
     """
     given = [split_override(word)[0] for word in overrides]
-    errors = [*_refused_classes(stored, allowed, _OWN_CLASSES), *_refused_entries(stored, allowed, given)]
+    errors = [*_find_refused_classes(stored, allowed, _OWN_CLASSES), *_find_refused_entries(stored, allowed, given)]
     if errors:
         raise UserError(*errors)
 
@@ -52,11 +52,11 @@ def _leads_out(key: str, value: str) -> bool:
 
 def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...] = _OWN_CLASSES) -> None:
     """Raises UserError if a section in ``groups`` names a class of the user's own outside the modules ``allowed``."""
-    if errors := list(_refused_classes(stored, allowed, groups)):
+    if errors := list(_find_refused_classes(stored, allowed, groups)):
         raise UserError(*errors)
 
 
-def _refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...]) -> Iterator[str]:
+def _find_refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...]) -> Iterator[str]:
     for group in groups:
         section = getattr(stored, group)
         if not isinstance(section, OwnClass) or is_within(section.target, allowed):
@@ -65,7 +65,7 @@ def _refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ..
             yield _refusal(f"{group}._target_", section.target)
 
 
-def _refused_entries(stored: Settings, allowed: list[str], given: list[str]) -> Iterator[str]:
+def _find_refused_entries(stored: Settings, allowed: list[str], given: list[str]) -> Iterator[str]:
     for group in ("logger", "callbacks"):
         for key, value in _leaves(getattr(stored, group), group):
             if key.endswith("._target_"):

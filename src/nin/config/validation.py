@@ -85,17 +85,17 @@ def validate_plain(plain: Any) -> Settings:
         errors |= format_errors(error, Settings, plain)
     # One invalid key must not hide the errors of others, so the rules also get the valid keys of invalid settings.
     combinations = find_errors(settings or construct_unchecked(plain), errors)
-    errors |= _callback_errors(plain)
+    errors |= _find_callback_errors(plain)
     if errors or combinations or settings is None:
         raise UserError(*dict.fromkeys([*errors.values(), *combinations]))
     return settings
 
 
-def _callback_errors(plain: dict) -> dict[str, str]:
+def _find_callback_errors(plain: dict) -> dict[str, str]:
     errors: dict[str, str] = {}
     callbacks = plain.get("callbacks")
     for name, entry in (callbacks if isinstance(callbacks, dict) else {}).items():
-        section = _section_of_callback(str(entry.get("_target_"))) if isinstance(entry, dict) else None
+        section = _find_callback_section(str(entry.get("_target_"))) if isinstance(entry, dict) else None
         if section is None:
             continue
         arguments = {key: value for key, value in entry.items() if not key.startswith("_")}
@@ -106,7 +106,7 @@ def _callback_errors(plain: dict) -> dict[str, str]:
     return errors
 
 
-def _section_of_callback(target: str) -> type[Section] | None:
+def _find_callback_section(target: str) -> type[Section] | None:
     """The types and ranges of a callback's arguments; None for one that checks its arguments itself."""
     if target.startswith("lightning.pytorch.callbacks.") and target.endswith(".EarlyStopping"):
         return EarlyStopping

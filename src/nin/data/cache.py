@@ -208,8 +208,7 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
         channels, broken = decode_folder(data, listing, images)
         broken = dict(sorted({**listing.broken, **broken}.items()))
         require_unchanged(data, listing)
-        if data.skip_broken:  # what is left out stays so as long as the cache is valid
-            require_read(data, broken)
+        require_readable(data, broken)
         require_usable(listing, broken, data)
         rows, labels = [], []
         counts: dict[str, int] = {}
@@ -235,11 +234,12 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
     return Cache(path, listing.class_names, *(about[name] for name in _STORED))
 
 
-def require_read(data: FolderData, broken: dict[str, str]) -> None:
+def require_readable(data: FolderData, broken: dict[str, str]) -> None:
     """Raises UserError, with the files that can't be read for a reason that is not their content."""
     if faults := [f"{printable(name)}: {why}" for name, why in broken.items() if why.startswith(NOT_NOW)]:
-        remedy = "data.skip_broken leaves out damaged files only; run the command again when these can be read"
-        raise folder_error(data.root, faults[:20], remedy)
+        # data.skip_broken must not leave them out: they would stay so as long as the cache is valid.
+        files = f"{len(faults)} file{'s' * (len(faults) > 1)}"
+        raise folder_error(data.root, faults[:20], f"{files} can't be read now; run the command again when that works")
 
 
 def require_unchanged(data: FolderData, before: Listing) -> None:

@@ -261,7 +261,7 @@ class Chunk:
     search: int
 
 
-def _is_of_the_machine(cause: BaseException | None) -> bool:
+def _may_succeed_later(cause: BaseException | None) -> bool:
     """Whether another attempt may succeed. A damaged file lets Pillow seek to a place before its start (EINVAL)."""
     return isinstance(cause, MemoryError) or (
         isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
@@ -279,7 +279,7 @@ def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
         try:
             image = to_pixels(open_image(f"{chunk.root}/{name}"), chunk.size, chunk.fit)
         except ImageError as error:
-            broken[name] = f"{NOT_NOW} ({error})" if _is_of_the_machine(error.__cause__) else str(error)
+            broken[name] = f"{NOT_NOW} ({error})" if _may_succeed_later(error.__cause__) else str(error)
             continue
         color = color or (i < chunk.search and has_color(image))
         pixels.paste(image, (0, i * chunk.size))  # converts its mode

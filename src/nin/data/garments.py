@@ -62,7 +62,7 @@ def _top(sleeve: float, neck: float, hem: float, waist: float) -> list[Point]:
 
     Args:
         sleeve: length of the sleeves, 0 for none, 1 for long ones.
-        neck: depth of the neckline, as a share of the image's height.
+        neck: depth of the neckline, as a fraction of the image's height.
         hem: vertical position of the hem.
         waist: horizontal position of the waist.
     """

@@ -238,7 +238,7 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
         failures: dict[str, list[str]] = {}  # the mirrors with each reason
         for mirror in data.mirrors:
             try:
-                with _limited_silence():
+                with _limit_silence():
                     download_url(f"{mirror.rstrip('/')}/{packed.name}", str(folder))
                 if data.name in PUBLISHED_PACKED and hash_file(packed) != PUBLISHED_PACKED[data.name][name]:
                     raise ValueError(f"sent a {packed.name} that is not the published one")
@@ -266,8 +266,8 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
 
 
 @contextlib.contextmanager
-def _limited_silence() -> Iterator[None]:
-    """Lets new connections raise TimeoutError after `_SILENCE`: torchvision's would wait for ever."""
+def _limit_silence() -> Iterator[None]:
+    """Lets new connections raise TimeoutError after `_SILENCE`: those of torchvision would wait without a limit."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_SILENCE)
     try:

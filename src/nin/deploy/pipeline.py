@@ -53,7 +53,7 @@ class Pipeline(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         pixels = self.prepare(images)
-        # First: a network of the user's own may change its input.
+        # Computed first, because a network of the user's own may change its input.
         mirrored = self._forward(pixels.flip(-1)) if self.test_time_flip else None
         logits, maps = self._forward(pixels)
         probabilities = logits.softmax(-1)
@@ -126,12 +126,6 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
     load_weights(module, checkpoint)
     module = module.float().eval().requires_grad_(False)
     data, file = settings.data, path.absolute()
-    if isinstance(data, OwnData):
-        log.warning(
-            "%s: the images are not prepared by your data module %s: their pixels are divided by 255 and resized; if "
-            "it normalizes images, do so in the network instead",
-            path, data.target,
-        )  # fmt: skip
     pipeline = Pipeline(module.network, in_channels, _stored_size(data), data.image_size, data.test_time_flip).eval()
     run = RunFolder(file.parents[1]) if file.parent.name == "checkpoints" else None
     description = Description(
@@ -178,7 +172,13 @@ def load_checkpoint(path: Path, allow: Sequence[str] = ()) -> TrainedNetwork:
     Raises:
         UserError: as `read_checkpoint`.
     """
-    _, pipeline, description = read_checkpoint(path, allow)
+    module, pipeline, description = read_checkpoint(path, allow)
+    if isinstance(data := module.settings.data, OwnData):
+        log.warning(
+            "%s: the images are not prepared by your data module %s: their pixels are divided by 255 and resized; if "
+            "the data module normalizes images, let the network do that instead",
+            path, data.target,
+        )  # fmt: skip
 
     def compute(images: np.ndarray, maps: bool) -> Scores:
         batch = torch.from_numpy(np.ascontiguousarray(images))

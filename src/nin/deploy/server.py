@@ -23,9 +23,7 @@ SHUTDOWN_SECONDS = 30
 
 
 class TimedProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP protocol, which ignores an offered upgrade, and closes a connection whose next request's head is
-    slow or endless.
-    """
+    """uvicorn's HTTP protocol without upgrades; closes a connection whose next request's head is slow or endless."""
 
     deadline: Any = None
     head_bytes = 0

@@ -93,7 +93,7 @@ class Classifier(LightningModule):
         return len(self.class_names)
 
     def _accuracy(self, top_k: int = 1) -> MulticlassAccuracy:
-        """The share of all images that are classified correctly."""
+        """The fraction of all images that are classified correctly."""
         return MulticlassAccuracy(self.num_classes, top_k=top_k, average="micro", validate_args=False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -253,7 +253,8 @@ class Classifier(LightningModule):
         """
         if not self.settings.data.test_time_flip:
             return self.network.forward(images)
-        mirrored = self.network.forward(images.flip(-1))  # first: a network of the user's own may change its input
+        # Computed first, because a network of the user's own may change its input.
+        mirrored = self.network.forward(images.flip(-1))
         both = torch.stack([self.network.forward(images), mirrored]).float()
         return both.log_softmax(-1).logsumexp(0) - math.log(2)
 

@@ -37,7 +37,10 @@ def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[di
     """
     set_threads(settings)
     warn_of_other_images(settings.data, read_images_sha256(checkpoint))
-    settings = with_channels(settings, checkpoint["hyper_parameters"].get("in_channels"))
+    in_channels = checkpoint["hyper_parameters"].get("in_channels")
+    if not isinstance(in_channels, int):
+        raise UserError("the checkpoint has no number of channels; was it saved by another version of nin?")
+    settings = with_channels(settings, in_channels)
     data = build_data(settings)
     require_same_classes(data.class_names, checkpoint["hyper_parameters"].get("class_names"))
     module = Classifier(settings, data.class_names, data.channels)
@@ -84,7 +87,7 @@ def require_test_batches(settings: Settings, data: Any, trainer: lightning.Train
         lengths = [sized_len(loader) for loader in CombinedLoader(data.test_dataloader(), "sequential").flattened]
     key = "trainer.limit_test_batches"
     if None in lengths:
-        rule = "a share of batches whose number is not known; give a number of batches, as in 1"
+        rule = "a fraction of batches whose number is not known; give a number of batches, as in 1"
         raise UserError(f"{key}={limit:g}: {rule}")
     if empty := [count for count in lengths if count and int(count * limit) == 0]:
         raise UserError(format_empty_fraction(key, limit, empty[0]))

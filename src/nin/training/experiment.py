@@ -3,14 +3,12 @@
 import contextlib
 import logging
 import shlex
-import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nin.checkpoints import files as checkpoint_files
@@ -150,11 +148,6 @@ class Experiment:
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
             self.resume_checkpoint = None  # frees its memory: Lightning reads the file itself
-            # Lightning sets these for the process, in which the next job of a sweep runs too.
-            if self.settings.trainer.deterministic:
-                cleanup.callback(torch.use_deterministic_algorithms, False)
-            if self.settings.trainer.benchmark:
-                cleanup.callback(setattr, torch.backends.cudnn, "benchmark", False)
             cleanup.enter_context(self.request.stop)
             cleanup.push(self._end_other_processes)
             self._fit()
@@ -168,9 +161,12 @@ class Experiment:
 
     def _end_other_processes(self, kind: type[BaseException] | None, *_: object) -> None:
         """Ends the processes that Lightning started, if this one fails: they would wait for it, and keep their GPUs."""
-        launcher = self.trainer.strategy.launcher
-        if launcher is not None and kind is not None and not issubclass(kind, StoppedError):
-            launcher.kill(signal.SIGKILL)
+        processes = getattr(self.trainer.strategy.launcher, "procs", [])
+        if processes and kind is not None and not issubclass(kind, StoppedError):
+            others = list(processes)
+            processes.clear()  # Lightning would end this process too when it sees that the others have ended
+            for process in others:
+                process.kill()
 
     def _prepare_folder(self, resumes: int) -> None:
         """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""

@@ -62,7 +62,7 @@ def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: 
     """The schedule of the learning rate over ``steps`` optimizer steps.
 
     Args:
-        schedule: its name, and ``warmup``: the share of the steps in which the learning rate rises linearly to
+        schedule: its name, and ``warmup``: the fraction of the steps in which the learning rate rises linearly to
             ``optimizer.lr`` (``one_cycle``: along a cosine, Smith and Topin 2017).
         steps: with ``one_cycle`` at least 3 are assumed: OneCycleLR divides by the number of steps of both phases.
     """

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import uuid
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def _train_other_rank(request: RunRequest) -> dict[str, Any]:
         except (UserError, KeyboardInterrupt):
             raise
         except StoppedError as stopped:
-            if multi_process_launcher() is None:
+            if multi_process_launcher() is None and "LOCAL_RANK" in os.environ:
                 # Lightning started this process: with another status it would kill rank 0, which may still be writing.
                 stopped.exit_status = 0
             raise

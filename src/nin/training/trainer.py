@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import (
@@ -74,6 +75,10 @@ def build_trainer(
     arguments["use_distributed_sampler"] = settings.uses_distributed_sampler
     arguments["precision"] = devices.resolve_precision(settings.trainer)
     arguments["profiler"] = settings.trainer.profiler or NoProfiler()
+    # With None, Lightning leaves what an earlier job of a sweep has set for the process. To set False takes seconds.
+    if torch.are_deterministic_algorithms_enabled():
+        arguments["deterministic"] = settings.trainer.deterministic or False
+    arguments["benchmark"] = settings.trainer.benchmark or False
     try:
         trainer = lightning.Trainer(
             **arguments,

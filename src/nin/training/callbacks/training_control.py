@@ -1,6 +1,5 @@
-"""Ends training at ``max_steps`` with a validation, and steps a schedule that follows val/loss."""
+"""Ends training at ``max_steps``, steps a schedule that follows val/loss, refuses a last batch without statistics."""
 
-import copy
 from typing import Any
 
 import torch
@@ -31,7 +30,8 @@ class TrainingControl(Callback):
         loader, max_batches = trainer.train_dataloader, trainer.max_steps * trainer.accumulate_grad_batches
         if (
             isinstance(loader, TensorDataLoader)
-            and len(loader.labels) % loader.batch_size == trainer.world_size == 1
+            and (len(loader.labels) - 1) % loader.batch_size == 0  # also with one image in each batch
+            and trainer.world_size == 1
             and trainer.num_training_batches == len(loader)  # no limit leaves out the last one
             and not 0 <= max_batches < len(loader)
         ):
@@ -49,15 +49,29 @@ class TrainingControl(Callback):
 
 def _require_statistics_of_one(trainer: Trainer, module: Classifier, images: int) -> None:
     """Raises UserError if a layer of batch norm has one value per channel for a single image."""
-    network, data = copy.deepcopy(module.network).eval(), module.settings.data
-    for layer in network.modules():
-        layer.training = isinstance(layer, BATCH_NORMS)
+    network, data = module.network, module.settings.data
+    norms = [layer for layer in network.modules() if isinstance(layer, BATCH_NORMS)]
+    if not norms:
+        return
+    training = [layer for layer in network.modules() if layer.training]
+    buffers = [(buffer, buffer.clone()) for layer in norms for buffer in layer.buffers()]
+    network.eval()  # in which dropout draws no random numbers
+    for layer in norms:
+        layer.training = True
     one = torch.zeros(1, module.in_channels, data.image_size, data.image_size, device=module.device)
     try:
         with torch.no_grad():
-            network(trainer.precision_plugin.convert_input(one))
+            network.forward(trainer.precision_plugin.convert_input(one))
     except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # of the user's own network
+            raise
         raise UserError(
             f"data.batch_size={data.batch_size}: the last batch of an epoch would have one of the {images} training "
             "images, of which batch norm has no statistics; choose another data.batch_size"
         ) from error
+    finally:
+        for part in network.modules():
+            part.training = part in training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
