@@ -30,10 +30,13 @@ def test_one_job_per_gpu(settings: Callable[..., Settings], requested: int, jobs
 
 
 def test_only_the_visible_gpus_are_shared(settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7,6")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7,")
     launcher = SimpleNamespace(n_jobs=-1)
     share_gpus(launcher, [settings("trainer.accelerator=cpu"), settings("trainer.accelerator=auto")])
-    assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (3, "4,GPU-7,6")
+    assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (2, "4,GPU-7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")  # from another machine; torch finds two
+    share_gpus(launcher, [settings("trainer.accelerator=auto")])
+    assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (2, "0,1")
 
 
 def test_a_gpu_is_not_requested_by_its_number_where_each_job_sees_one_only(settings: Callable[..., Settings]) -> None:

@@ -28,9 +28,9 @@ def share_gpus(launcher: Any, jobs: list[Settings]) -> None:
 
     if not torch.cuda.is_available() or all(job.trainer.accelerator == "cpu" for job in jobs):
         return
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    os.environ[_GPUS_VARIABLE] = gpus
-    count = len(gpus.split(","))
+    visible = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.strip()]
+    count = torch.cuda.device_count()  # the variable may name more than there are
+    os.environ[_GPUS_VARIABLE] = ",".join(visible[:count] or map(str, range(count)))
     launcher.n_jobs = count if launcher.n_jobs < 0 else min(launcher.n_jobs, count)
     numbers = [job.trainer.devices for job in jobs if isinstance(job.trainer.devices, list)]
     if launcher.n_jobs > 1 and (wrong := [number for number in numbers if number != [0]]):
