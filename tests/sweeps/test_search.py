@@ -31,7 +31,7 @@ from nin.config.hydra_options import open_hydra
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import checks, search_checks, search_report
+from nin.sweeps import checks, search_best, search_checks, search_report
 from nin.sweeps import search as search_module
 from nin.sweeps.claims import DatabaseClaims
 from nin.sweeps.launch import Sweep
@@ -228,6 +228,37 @@ def test_other_configs_in_the_place_of_conf_are_another_search(tmp_path: Path) -
     storage = Store(mine, tmp_path, None).storage
     with pytest.raises(UserError, match=r"--config-path: /my/conf in the existing search, "):
         require_same_plan(storage, plan(), tmp_path)
+
+
+def test_a_search_whose_files_were_edited_is_another_search(tmp_path: Path, data_root: Path) -> None:
+    words = ["-m", "hydra/sweeper=optuna", "experiment=mine", f"data.root={data_root}", "optimizer.lr=0.1,0.2"]
+    args = train.parse_arguments(words)
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    plans = []
+    for smoothing in (0.0, 0.3):
+        text = f"# @package _global_\ndefaults: [quickstart, _self_]\nlabel_smoothing: {smoothing}\n"
+        (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
+        with open_hydra(str(tmp_path / "own"), None) as app:
+            search = Sweep(train.compose(app, args, RunMode.MULTIRUN)).search
+            assert search is not None
+            plans.append(search.plan)
+    storage = Store(plans[0], tmp_path, None).storage
+    require_same_plan(storage, plans[0], tmp_path)
+    with pytest.raises(UserError, match=r"label_smoothing: 0\.0 in the existing search, 0\.3 in this command"):
+        require_same_plan(storage, plans[1], tmp_path)
+
+
+def test_the_test_of_an_earlier_searchs_trial_is_not_that_of_another_with_its_number(tmp_path: Path) -> None:
+    trial = create_trial(value=0.5)
+    trial.number = 0
+    tested = {"trial": 0, "weights_sha256": "a", "metrics": {"test/acc": 0.9}, "test_images": 10}
+    (tmp_path / "best.json").write_text(json.dumps(tested))
+    assert search_best.read_test(tmp_path, trial) == tested  # its trial's folder is elsewhere
+    (tmp_path / "trial-0000").mkdir()
+    result = tmp_path / "trial-0000" / "result.json"
+    for weights, found in (("a", tested), ("b", None)):
+        result.write_text(json.dumps({"status": "finished", "best_weights_sha256": weights}))
+        assert search_best.read_test(tmp_path, trial) == found
 
 
 def test_the_plan_has_the_folder_that_replaces_conf(tmp_path: Path, data_root: Path) -> None:
@@ -722,7 +753,7 @@ def test_a_best_trial_whose_folder_was_removed_is_said_to_be_missing(
 ) -> None:
     trial = create_trial(value=0.5)
     trial.number = 3
-    search_report.test_best(tmp_path, trial, validate(compose_config(["experiment=cpu"])))
+    search_best.test_best(tmp_path, trial, validate(compose_config(["experiment=cpu"])))
     printed = capsys.readouterr().out
     assert printed.startswith(
         f"{tmp_path}/trial-0003/checkpoints/best.ckpt: not found, so the best trial is not tested"

@@ -10,7 +10,7 @@ A module imports only from the modules below it:
     workers        one job, in the sweep's process, in a worker or on a cluster
     gpus, summary  one job per GPU; the table, summary.csv, summary.md and summary.png
     search_report  the answer of a search
-    search_best    its best configuration as a command and as a file
+    search_best    its best configuration: as a command, as a file, and its test
     study          what is proposed for a trial of a search, and where trials are stored
     claims, space  which process works on which trial; Hydra's syntax for spaces as Optuna's distributions
     chart          the picture of a sweep or a search

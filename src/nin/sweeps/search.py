@@ -24,9 +24,9 @@ from nin.config.schema import CONF, Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
-from nin.sweeps.search_best import SEARCH_PATH_KEY
+from nin.sweeps.search_best import SEARCH_PATH_KEY, test_best
 from nin.sweeps.search_checks import check_search, count_points, experiment_words, read_settings
-from nin.sweeps.search_report import best_trial, test_best
+from nin.sweeps.search_report import best_trial
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import WITHOUT_VALUE, Store, hide_concurrent_values, propose, trial_name
 from nin.training.pruning import TrialPruner, write_comparison

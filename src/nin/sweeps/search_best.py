@@ -1,7 +1,10 @@
-"""The best configuration of a search as a command and as a file, which give what its trial was trained with."""
+"""The best configuration of a search: as a command, as a file, and its test."""
 
+import contextlib
+import json
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -9,10 +12,14 @@ from optuna.trial import FrozenTrial
 
 from nin.config.composition import parse_overrides
 from nin.config.keys import split_override
-from nin.config.schema import CONF
-from nin.runs.console import format_name_override
+from nin.config.schema import CONF, Settings, UserError
+from nin.data.sources import prepare
+from nin.runs.console import format_name_override, format_path, log_to
+from nin.runs.files import read_text, write_atomically
+from nin.runs.folder import RunFolder
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import trial_name
+from nin.system.devices import require_accelerator
 
 # The keys in a search's description, and the options of its command that choose other configs than conf/train.yaml.
 CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
@@ -63,3 +70,46 @@ def _has_space_in_file(description: dict[str, Any]) -> bool:
     """Whether a file may give the space: that of ``sweep=…``, one of ``--config-name``, or any other."""
     has_sweep = any(split_override(word)[0] == "sweep" for word in description["fixed"])
     return has_sweep or bool(description.get("config_name") or description.get("in_files"))
+
+
+def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
+    """Tests the best trial's best checkpoint once; ``best.json`` has the result.
+
+    Args:
+        settings: of that trial, as the search's command has them: a config in ``folder`` may come from elsewhere.
+    """
+    path, run = folder / "best.json", RunFolder(folder / trial_name(best.number))
+    if read_test(folder, best):
+        return
+    if not run.best.exists():
+        print(
+            f"{format_path(run.best)}: not found, so the best trial is not tested; where it was trained, nin eval can "
+            "test it, or train it again with the command below"
+        )
+        return
+    try:
+        require_accelerator(settings.trainer)  # a machine that only submits the trials may lack it
+    except UserError as error:
+        print(f"{error}, so the best trial is not tested; the same command on a machine with the accelerator tests it")
+        return
+    # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
+    from nin.checkpoints.files import read
+    from nin.training.evaluation import evaluate_weights
+
+    with log_to(None):
+        prepare(settings.data)
+        metrics, confusion = evaluate_weights(settings, read(run.best))
+    weights = (run.read_result() or {}).get("best_weights_sha256")
+    content = {"trial": best.number, "weights_sha256": weights, "metrics": metrics, "test_images": int(confusion.sum())}
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_test(folder: Path, best: FrozenTrial) -> dict[str, Any] | None:
+    """The test of the best trial, None if there is none, or if it is of a trial of an earlier search in this folder."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError, UserError):
+        tested = json.loads(read_text(folder / "best.json"))
+        result = RunFolder(folder / trial_name(best.number)).read_result()
+        same = result is None or tested["weights_sha256"] == result["best_weights_sha256"]
+        if tested["trial"] == best.number and same:
+            return tested
+    return None

@@ -20,16 +20,21 @@ from rich import box
 from rich.table import Table
 
 from nin.config.errors import printable, printable_lines
-from nin.config.schema import Settings, UserError
-from nin.data.sources import prepare
-from nin.runs.console import Console, format_path, log_to, markdown_table, tensorboard_command
+from nin.config.schema import UserError
+from nin.runs.console import Console, format_path, markdown_table, tensorboard_command
 from nin.runs.files import read_text, write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
-from nin.sweeps.search_best import CONFIG_OPTIONS, SEARCH_PATH_KEY, best_command, best_config, fits_config_file
+from nin.sweeps.search_best import (
+    CONFIG_OPTIONS,
+    SEARCH_PATH_KEY,
+    best_command,
+    best_config,
+    fits_config_file,
+    read_test,
+)
 from nin.sweeps.study import JOURNAL, fail_without_value, open_database, open_journal, trial_name
-from nin.system.devices import require_accelerator
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -52,39 +57,6 @@ def count_saved_epochs(trials: Sequence[FrozenTrial], max_epochs: int) -> int:
 def _last_epoch(trial: FrozenTrial) -> int:
     """The number of the last epoch that ended with a validation."""
     return max(trial.intermediate_values, default=0)
-
-
-def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
-    """Tests the best trial's best checkpoint once; ``best.json`` has the result.
-
-    Args:
-        settings: of that trial, as the search's command has them: a config in ``folder`` may come from elsewhere.
-    """
-    path = folder / "best.json"
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if json.loads(read_text(path))["trial"] == best.number:
-            return
-    run = RunFolder(folder / trial_name(best.number))
-    if not run.best.exists():
-        print(
-            f"{format_path(run.best)}: not found, so the best trial is not tested; where it was trained, nin eval can "
-            "test it, or train it again with the command below"
-        )
-        return
-    try:
-        require_accelerator(settings.trainer)  # a machine that only submits the trials may lack it
-    except UserError as error:
-        print(f"{error}, so the best trial is not tested; the same command on a machine with the accelerator tests it")
-        return
-    # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
-    from nin.checkpoints.files import read
-    from nin.training.evaluation import evaluate_weights
-
-    with log_to(None):
-        prepare(settings.data)
-        metrics, confusion = evaluate_weights(settings, read(run.best))
-    content = {"trial": best.number, "metrics": metrics, "test_images": int(confusion.sum())}
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def report_search(folder: Path, url: str | None = None) -> None:
@@ -247,9 +219,8 @@ def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> 
         count = f"{len(finals)} seeds" if len(finals) > 1 else "one seed"
         text = f"trained again with {count}: test/acc {statistics.fmean(finals):.4f}{std}, worst {min(finals):.4f}"
         return [f"{text}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        tested = json.loads(read_text(folder / "best.json"))
-        if tested["trial"] == best.number:
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        if tested := read_test(folder, best):
             acc = tested["metrics"]["test/acc"]
             return [f"tested once: test/acc {acc:.4f}; the search's figure: {best.value:.4f}", _OPTIMISM, *failed]
     return failed
