@@ -88,7 +88,7 @@ def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "default", "other", "config"),
     [
-        ("trainer.gradient_clip_val", "null", "1.0", "trainer: {gradient_clip_val: %s}"),
+        ("trainer.gradient_clip_val", "null", "1.5", "trainer: {gradient_clip_val: %s}"),
         ("model.widths", "[48,128]", "[64,160]", "model: {widths: %s}"),
         ("model.norm", "none", "batch", "model: {norm: %s}"),
         ("optimizer", "sgd", "adamw", "optimizer: {name: %s, lr: 0.1}"),
@@ -105,6 +105,17 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
         )
     write_request(tmp_path, f"{key}={default},{other}")
     assert keys_and_counts(tmp_path) == [({key: default}, 2), ({key: other}, 1)]
+
+
+@pytest.mark.parametrize(("typed", "stored"), [("0", "0.0"), ("1e-3", "0.001"), ("True", "true"), ("[0,1]", "[0, 1]")])
+def test_a_value_is_the_same_however_it_was_typed(typed: str, stored: str, tmp_path: Path) -> None:
+    config = f"seed: %d\noptimizer: {{x: {stored}}}\n"
+    put_long_job(tmp_path / f"optimizer.x={typed},seed=0", [f"optimizer.x={typed}", "seed=0"], 0.9, config % 0)
+    for seed in (0, 1):
+        put_long_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.9, config % seed)
+    write_request(tmp_path, "seed=0,1")
+    (row,) = group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
+    assert len(row.jobs) == 2
 
 
 def test_networks_of_the_same_class_are_not_the_same_option(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from nin.config.composition import count_sweep_values, parse_overrides
 from nin.config.errors import printable, read_first_line
 from nin.config.keys import is_within, split_override
 from nin.config.schema import UserError
+from nin.runs.console import format_path
 from nin.runs.folder import RunFolder, job_folder
 from nin.sweeps.rows import Job, varying_keys
-from nin.sweeps.stored import describe_hardware, is_running, read_values, read_yaml
+from nin.sweeps.stored import describe_hardware, is_running, normalize_number, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 # The errors that a file with other content raises.
@@ -105,7 +106,7 @@ def read_jobs(folder: Path) -> list[Job]:
     if not jobs and RunFolder(folder).has_progress():
         raise UserError(
             f"{folder}: is a single run, whose result is in {RunFolder(folder).result.name}; to compare it with the "
-            f"others: nin report {folder.parent}"
+            f"others: nin report {format_path(folder.resolve().parent)}"
         )
     if not jobs:
         raise UserError(f"{folder}: no job was started here; is it a sweep's folder, as in outputs/sweeps/lr?")
@@ -187,7 +188,7 @@ def _finds_same_options(hydra: Any) -> bool:
 def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
     """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
     return {
-        printable(key): printable(value)
+        printable(key): printable(normalize_number(value))
         for key, value in overrides.items()
         # An earlier sweep in this folder may have varied other keys than the last one.
         if key in (*swept, "trainer.max_epochs")

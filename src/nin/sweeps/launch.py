@@ -16,10 +16,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from nin.config.composition import format_error, parse_overrides, quote_value
+from nin.config.composition import parse_overrides, quote_value
 from nin.config.errors import read_first_line
 from nin.config.hydra_options import unwrap_job_result
 from nin.config.keys import split_override
+from nin.config.override_errors import format_error
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_name_override, format_path

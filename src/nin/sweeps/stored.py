@@ -56,8 +56,19 @@ def _as_override(value: Any) -> str | None:
         items = [_as_override(item) for item in value]
         return None if None in items else f"[{','.join(map(str, items))}]"
     if value is None or isinstance(value, int | float):
-        return json.dumps(value)
+        return normalize_number(json.dumps(value))
     return value if isinstance(value, str) else None
+
+
+def normalize_number(text: str) -> str:
+    """A number or a truth value in one form, however it was typed: ``0`` for ``0.0``, ``0.001`` for ``1e-3``."""
+    if text in ("True", "False"):
+        return text.lower()
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 
 def _value_at(config: Any, key: str) -> Any:
