@@ -68,6 +68,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["trainer.num_nodes=2"], "trainer.num_nodes=2: this process was started on one node only"),
         (["seed=1,2"], "seed=1,2: has several values; add -m for a sweep, as in nin train -m seed=1,2"),
         (["hydra.run.dir="], "hydra.run.dir: is empty; leave it out, or give the run's folder"),
+        (["hydra.output_subdir=.hydra"], "hydra.output_subdir=.hydra: a run keeps its own .hydra/, whose config"),
         (["hydra.job.chdir=true"], "hydra.job.chdir=true: a run stays in the working directory, so that relative"),
         (["-m", "hydra.job.chdir=true", "seed=1,2"], "hydra.job.chdir=true: a run stays in the working directory"),
         (["-m", "hydra.sweep.dir=", "seed=1,2"], "hydra.sweep.dir: is empty; leave it out, or give the sweep's"),

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from nin.config.composition import (
     count_sweep_values,
 )
 from nin.config.hydra_options import open_hydra, parse_arguments
-from nin.config.schema import CONF, FolderData, UserError
+from nin.config.schema import CONF, FolderData, Settings, UserError
 from nin.config.validation import validate
 from nin.networks.build import build_network
 
@@ -25,6 +26,22 @@ KEYS = (
     "seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, loss, optimizer, "
     "schedule, trainer, logger, callbacks, experiment"
 )
+
+
+def test_a_variable_that_is_not_set_is_an_error_of_the_override(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match=r"^data\.root=\$\{oc\.env:NOPE\}/x: .*NOPE"):
+        apply_overrides(settings(), ["data.root=${oc.env:NOPE}/x"], ("data.root",))
+
+
+def test_mistakes_in_files_of_ones_own_are_named(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "key.yaml").write_text("# @package _global_\nhydra: {launcher: {n_jobs: 4}}\n")
+    (tmp_path / "experiment" / "option.yaml").write_text("# @package _global_\ndefaults: [override /model: nin_smal]\n")
+    with open_hydra(str(tmp_path), None):
+        with pytest.raises(UserError, match=r"Key 'n_jobs' not in 'BasicLauncherConf' \(hydra\.launcher\.n_jobs\)"):
+            compose_settings(["experiment=key"])
+        with pytest.raises(UserError, match=r"its file has model: nin_smal, and .*; did you mean nin_small\?"):
+            compose_settings(["experiment=option"])
 
 
 def errors_of(*overrides: str) -> tuple[str, ...]:

@@ -86,6 +86,11 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
             f"hydra.job.chdir={str(config.hydra.job.chdir).lower()}: a run stays in the working directory, so that "
             "relative paths keep their meaning; leave it out"
         )
+    if config.hydra.output_subdir is not None:
+        raise UserError(
+            f"hydra.output_subdir={config.hydra.output_subdir}: a run keeps its own .hydra/, whose config Hydra would "
+            "overwrite; leave it out"
+        )
     if mode == RunMode.RUN and (name := _name_with_changes(config)):
         config.name = name
     return config

@@ -3,11 +3,8 @@
 import bisect
 import contextlib
 import functools
-import json
 import math
-import os
 import re
-import shlex
 from typing import Any
 
 import yaml
@@ -19,10 +16,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.errors import NAME_RULE, did_you_mean, read_first_line, shorten
-from nin.config.keys import flatten, is_within
-from nin.config.schema import CONF, NAME, Settings, UserError
-from nin.config.validation import find_override_errors, list_options, validate
+from nin.config.errors import read_first_line
+from nin.config.keys import is_within
+from nin.config.override_errors import format_error, quote_override
+from nin.config.schema import CONF, Settings, UserError
+from nin.config.validation import find_override_errors, validate
 
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
@@ -87,7 +85,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
         parsed = parse_overrides(overrides)
         if swept := [override.input_line or "" for override in parsed if override.is_sweep_override()]:
             rule = "takes one value here; a text with a comma is quoted, as in"
-            raise UserError(*(f"{word}: {rule} {_quoted(word)}" for word in swept))
+            raise UserError(*(f"{word}: {rule} {quote_override(word)}" for word in swept))
         words = [word for override in parsed if (word := _for_defaults(override, config))]
         requested = compose_config(words)
     except COMPOSITION_ERRORS as error:
@@ -105,7 +103,11 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
             if section:  # the earlier run may not have it
                 section.pop(last, None)
         else:
-            OmegaConf.update(config, key, OmegaConf.select(requested, key), merge=False)
+            try:
+                value = OmegaConf.select(requested, key)
+            except OmegaConfBaseException as error:  # an interpolation, as ${oc.env:…}, that can't be resolved
+                raise UserError(f"{override.input_line}: {read_first_line(error)}") from None
+            OmegaConf.update(config, key, value, merge=False)
     return validate(config)
 
 
@@ -212,89 +214,6 @@ def count_sweep_values(override: Override) -> int:
     return max(0, math.ceil(((value.stop or 0) - (value.start or 0)) / value.step))
 
 
-def format_error(override: str, error: Exception, config: DictConfig) -> str:
-    """An error that Hydra found in ``override``, in this project's form: what was given, the rule, the remedy."""
-    given = shorten(override)
-    try:
-        key = OverridesParser.create().parse_override(override).key_or_group
-    except HydraException as parser_error:  # its first line has the reason; that of ``error`` may be the override
-        if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
-            runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
-            return f"{given}: is a folder; an override must have the form key=value; {runs}"
-        if "=" in override and override.partition("=")[0] != override.partition("=")[0].strip():
-            return f"{given}: remove the space before ="
-        key, _, value = override.partition("=")
-        lexer_failed = "LexerNoViableAlt" in str(error)
-        # A list, a dictionary, a quoted text or a sweep such as range(1,3) with a mistake is not to be quoted.
-        is_text = not re.match(r"""[\[{"'(]|\w+\(""", value) or lexer_failed
-        if key == "name" and not re.match(NAME, value):  # refused also where it is quoted
-            return f"{given}: must {NAME_RULE}"
-        if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
-            return f"{given}: has characters that must be quoted, as in {_quoted(override)}"
-        reason = f" ({read_first_line(parser_error)})" if value and not lexer_failed else ""
-        return f"{given}: must have the form key=value, as in experiment=cpu{reason}"
-    except ValueError:
-        return f"{given}: a number of too many digits"
-    if not key:
-        return f"{given}: must have the form key=value, as in experiment=cpu"
-    first = read_first_line(error)
-    missing = re.search(rf"Could not load '{re.escape(key)}/(.+)'", first)  # one of a list of options
-    if missing or "Could not find" in str(error):
-        # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
-        options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
-        close = did_you_mean(missing[1] if missing else override.partition("=")[2], options or list_options(key))
-        other = "; another logger is named by its _target_ (docs/extending.md)" if key == "logger" else ""
-        return f"{given}: no such {key}{f': {missing[1]}' if missing else ''}; {close}{other}"
-    if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
-        return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
-    if isinstance(error, ValueError) and "Config group override" in first:
-        return f"{given}: {key} is a config group, and its value an option; {_describe_options(key)}"
-    if "{_target_:" in override and (CONF / key).is_dir():
-        return f"{given}: the value of {key} is an option; write this to my/{key}/<name>.yaml, and add --config-dir my"
-    if first.startswith(("Could not override", "Key '")) or "does not exist" in first:
-        return f"{given}: no such key" + _suggest_key(key, config)
-    if first.startswith(("Could not append", "Multiple values")) and override.startswith("+"):
-        return f"{given}: is in the config already; leave out the +, as in {shlex.quote(given.lstrip('+'))}"
-    if isinstance(error, yaml.YAMLError | UnicodeDecodeError):  # the file of this option is not valid
-        return f"{given}: {first}"
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
-        return f"{given}: {key} can't have this value{sweep}"
-    return f"{given}: {read_first_line(error.__cause__ or error)}"
-
-
 def quote_value(text: str) -> str:
     """``text`` as a quoted value in Hydra's override grammar."""
     return "'" + text.replace("'", "\\'") + "'"
-
-
-def _quoted(override: str) -> str:
-    """An override whose value is one text for Hydra, as it is typed in a shell."""
-    key, _, value = override.partition("=")
-    return shlex.quote(shorten(f"{key}={json.dumps(value, ensure_ascii=False)}"))
-
-
-def _describe_options(group: str) -> str:
-    optional = "; or leave it out" if group in ("experiment", "sweep") else ""
-    return f"there are: {', '.join(list_options(group))}{optional}"
-
-
-def _suggest_key(key: str, config: DictConfig) -> str:
-    """The end of a message about an unknown key: what the user probably meant."""
-    if key in ("ckpt_path", "resume_from_checkpoint", "checkpoint_path"):
-        return "; to continue a run, type nin resume with the run's folder, as in nin resume outputs/runs/first"
-    parent, _, last = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    nested = OmegaConf.to_container(config, resolve=False)
-    keys = list(flatten({str(k): v for k, v in nested.items()})) if isinstance(nested, dict) else []
-    if not parent and (longer := [k for k in keys if k.endswith(f".{last}")]):
-        return f"; did you mean {' or '.join(longer)}?"
-    if isinstance(node, DictConfig):
-        known = [str(name) for name in node if not str(name).startswith("_")]
-        if parent == "hydra.launcher" and not known:
-            return ", because the jobs run one after another; add hydra/launcher=joblib for several at once"
-        is_open = "_target_" in node and not key.startswith("hydra.")  # Hydra's plugins have a schema
-        close = did_you_mean(last, known, f"{parent}.") if parent else did_you_mean(last, [*known, "experiment"])
-        return f"; {close}" + (f"; to add an argument of {node._target_}: +{key}=…" if is_open else "")
-    close = did_you_mean(key, keys)
-    return f"; {close.partition('?')[0]}?" if close.startswith("did") else ""

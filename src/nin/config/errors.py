@@ -20,7 +20,11 @@ def read_first_line(error: BaseException) -> str:
     """The first line of its message, or the name of its class if it has none."""
     if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
         return " ".join(str(error).split())
-    return next((line for line in str(error).splitlines() if line), type(error).__name__)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines and lines[0].endswith("composing config:"):  # of Hydra; the reason and the key follow
+        key = next((line for line in lines if line.startswith("full_key: ")), "")
+        return " ".join([lines[0], *lines[1:2], *([f"({key.removeprefix('full_key: ')})"] if key else [])])
+    return lines[0] if lines else type(error).__name__
 
 
 def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:

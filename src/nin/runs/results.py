@@ -37,7 +37,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     table.add_row("weights", printable(result["weights_sha256"][:16]))
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(table)
-    curves = f"\ncurves:     {tensorboard_command(folder.path.parent)}" if folder.event_files() else ""
+    curves = f"\ncurves:     {tensorboard_command(folder.path.resolve().parent)}" if folder.event_files() else ""
     print(f"run folder: {format_path(folder.path)}{curves}", flush=True)  # several processes may share the terminal
 
 

@@ -215,7 +215,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
     folder = request.folder
     place = f"run folder: {format_path(folder.path)}"
     if any("TensorBoard" in str(logger.get("_target_")) for logger in request.settings.logger.values()):
-        place += f", curves: {tensorboard_command(folder.path.parent)}"
+        place += f", curves: {tensorboard_command(folder.path.resolve().parent)}"
     with undo_if_refused(folder), log_to(folder.log, request.label):
         try:
             experiment = Experiment(request)
