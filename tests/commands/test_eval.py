@@ -135,7 +135,8 @@ def test_ctrl_c_ends_it_with_130(run_folder: Path, data_root: Path, monkeypatch:
 
     monkeypatch.setenv("NIN_DATA", str(data_root))
     monkeypatch.setattr(Classifier, "test_step", interrupt)
-    before = signal.getsignal(signal.SIGINT)
+    # Python's own handler: a shell starts programs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert cli.run("eval", [str(run_folder), "trainer=cpu"]) == 130
     finally:

@@ -107,7 +107,10 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
     assert keys_and_counts(tmp_path) == [({key: default}, 2), ({key: other}, 1)]
 
 
-@pytest.mark.parametrize(("typed", "stored"), [("0", "0.0"), ("1e-3", "0.001"), ("True", "true"), ("[0,1]", "[0, 1]")])
+@pytest.mark.parametrize(
+    ("typed", "stored"),
+    [("0", "0.0"), ("1e-3", "0.001"), ("True", "true"), ("[0.0,1]", "[0.0, 1]"), ("[0,1]", "[0.0, 1]")],
+)
 def test_a_value_is_the_same_however_it_was_typed(typed: str, stored: str, tmp_path: Path) -> None:
     config = f"seed: %d\noptimizer: {{x: {stored}}}\n"
     put_long_job(tmp_path / f"optimizer.x={typed},seed=0", [f"optimizer.x={typed}", "seed=0"], 0.9, config % 0)

@@ -19,7 +19,7 @@ from nin.config.schema import UserError
 from nin.runs.console import format_path
 from nin.runs.folder import RunFolder, job_folder
 from nin.sweeps.rows import Job, varying_keys
-from nin.sweeps.stored import describe_hardware, is_running, normalize_number, read_values, read_yaml
+from nin.sweeps.stored import describe_hardware, is_running, normalize_value, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
 # The errors that a file with other content raises.
@@ -188,7 +188,7 @@ def _finds_same_options(hydra: Any) -> bool:
 def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
     """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
     return {
-        printable(key): printable(normalize_number(value))
+        printable(key): printable(normalize_value(value))
         for key, value in overrides.items()
         # An earlier sweep in this folder may have varied other keys than the last one.
         if key in (*swept, "trainer.max_epochs")

@@ -56,12 +56,18 @@ def _as_override(value: Any) -> str | None:
         items = [_as_override(item) for item in value]
         return None if None in items else f"[{','.join(map(str, items))}]"
     if value is None or isinstance(value, int | float):
-        return normalize_number(json.dumps(value))
+        return _normalize_scalar(json.dumps(value))
     return value if isinstance(value, str) else None
 
 
-def normalize_number(text: str) -> str:
-    """A number or a truth value in one form, however it was typed: ``0`` for ``0.0``, ``0.001`` for ``1e-3``."""
+def normalize_value(text: str) -> str:
+    """A number, a truth value or a list of them in one form, however it was typed: ``0`` for ``0.0``."""
+    if text.startswith("[") and text.endswith("]"):
+        return f"[{','.join(_normalize_scalar(item.strip()) for item in text[1:-1].split(','))}]"
+    return _normalize_scalar(text)
+
+
+def _normalize_scalar(text: str) -> str:
     if text in ("True", "False"):
         return text.lower()
     try:
