@@ -174,6 +174,15 @@ def test_a_key_has_one_value_and_an_option_is_in_its_group() -> None:
         apply_overrides(earlier, ["threads=1", "threads=2"], ("threads",))
 
 
+def test_a_name_is_not_changed_by_being_read_as_a_number() -> None:
+    assert errors_of("name=2024_01_15") == (
+        "name=2024_01_15: Hydra reads this as the number 20240115; quote it twice to keep it, as in "
+        """'name="2024_01_15"'""",
+    )
+    assert compose_settings(['name="2024_01_15"']).name == "2024_01_15"
+    assert compose_settings(["name=2024"]).name == "2024"
+
+
 @pytest.mark.parametrize(
     ("word", "count"),
     [

@@ -23,7 +23,7 @@ _ONE_OPTION = ("model", "data", "loss", "optimizer", "schedule", "trainer")
 
 
 def find_override_errors(overrides: list[str]) -> list[str]:
-    """Errors of a command line that Hydra accepts: a key with two values, an option outside its group's directory."""
+    """Errors of a command line that Hydra accepts, as a key with two values, or a name that is read as a number."""
     errors: list[str] = []
     values: dict[str, object] = {}
     for override in OverridesParser.create().parse_overrides(overrides):
@@ -36,6 +36,10 @@ def find_override_errors(overrides: list[str]) -> list[str]:
         if "." not in key and isinstance(value, str) and ".." in value.split("/") and (CONF / key).is_dir():
             close = did_you_mean(value.split("/")[-1], list_options(key))
             errors.append(f"{override.input_line}: no such {key}; {close}")
+        text = str(override.input_line).partition("=")[2]
+        if key == "name" and type(value) in (int, float) and text != str(value):
+            remedy = f"""quote it twice to keep it, as in 'name="{text}"'"""
+            errors.append(f"{override.input_line}: Hydra reads this as the number {value}; {remedy}")
     return errors
 
 
