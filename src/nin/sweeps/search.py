@@ -28,11 +28,12 @@ from nin.sweeps.search_best import SEARCH_PATH_KEY, test_best
 from nin.sweeps.search_checks import check_search, count_points, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial
 from nin.sweeps.space import overrides_of
-from nin.sweeps.study import WITHOUT_VALUE, Store, hide_concurrent_values, propose, trial_name
+from nin.sweeps.study import Store, hide_concurrent_values, propose, trial_name
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.run import RunFailedError
 
 _POLL_SECONDS = 1.0
+_WITHOUT_VALUE = "no epoch ended with a validation, so it has no val/acc"
 
 
 class Search:
@@ -210,8 +211,8 @@ class Search:
                     print(f"trial {number} was pruned after {max(values)} epochs", flush=True)
                     self.store.finish(number, TrialState.PRUNED, values[max(values)], values, rungs)
                 case _ if (value := result.get("metrics", {}).get("val/acc")) is None:
-                    print(f"trial {number} failed: {WITHOUT_VALUE}", flush=True)
-                    self.store.finish(number, TrialState.FAIL, None, values, {}, WITHOUT_VALUE)
+                    print(f"trial {number} failed: {_WITHOUT_VALUE}", flush=True)
+                    self.store.finish(number, TrialState.FAIL, None, values, {}, _WITHOUT_VALUE)
                 case _:
                     self.store.finish(number, TrialState.COMPLETE, value, values, rungs)
 

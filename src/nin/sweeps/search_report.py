@@ -34,7 +34,7 @@ from nin.sweeps.search_best import (
     fits_config_file,
     read_test,
 )
-from nin.sweeps.study import JOURNAL, fail_without_value, open_database, open_journal, trial_name
+from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -131,7 +131,7 @@ def _load_study(folder: Path, description: dict[str, Any], url: str | None) -> o
         raise UserError(f"{folder}: its storage has no study {description['name']}") from None
     study = optuna.create_study(study_name=stored.study_name, direction="maximize")
     try:
-        study.add_trials(fail_without_value(stored.get_trials(deepcopy=False)))
+        study.add_trials(stored.get_trials(deepcopy=False))
     except ValueError as error:
         raise UserError(f"{folder}: its study can't be read ({error}); run the search under another name=…") from error
     return study

@@ -5,10 +5,9 @@ new sampler is built for each trial and is given a copy of these trials in the o
 killed therefore proposes the same trials when it is run again.
 """
 
-import copy
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from nin.training.pruning import build_pruner, without_values
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
 _PLAN = "nin:plan"  # the study's key for what the search is
 JOURNAL = "study.journal"
-WITHOUT_VALUE = "no epoch ended with a validation, so it has no val/acc"
 # The errors that Optuna raises for lines that are JSON and no journal.
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, AssertionError)
 
@@ -126,16 +124,6 @@ def hide_concurrent_values(trials: Sequence[FrozenTrial], batch_start: int, numb
     ]
 
 
-def fail_without_value(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
-    """``trials``, where those that were completed without a value count as failed: Optuna can't read them."""
-    checked = list(trials)
-    for i, trial in enumerate(checked):
-        if trial.state == TrialState.COMPLETE and trial.values is None:
-            checked[i] = failed = copy.copy(trial)
-            failed.state, failed.user_attrs = TrialState.FAIL, trial.user_attrs | {"error": WITHOUT_VALUE}
-    return checked
-
-
 def trial_name(number: int) -> str:
     """The name of a trial's folder."""
     return f"trial-{number:04d}"
@@ -192,7 +180,7 @@ class Store:
 
     def trials(self) -> list[FrozenTrial]:
         """All trials, in the order of their numbers."""
-        return fail_without_value(self.storage.get_all_trials(self.study_id, deepcopy=False))
+        return self.storage.get_all_trials(self.study_id, deepcopy=False)
 
     def add(self, trial: FrozenTrial) -> None:
         """Adds a proposed trial, in one write."""
