@@ -45,9 +45,7 @@ def test_a_folder_is_named_by_its_overrides_where_they_can_name_one() -> None:
 
 
 def test_jobs_that_have_not_started_are_listed(tmp_path: Path) -> None:
-    task = ["experiment=cpu", "optimizer.lr=0.1,0.05", "seed=0,1"]
-    hydra = {"sweeper": {"params": {"model.norm": "none,batch"}}, "overrides": {"task": task}}
-    (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
+    write_request(tmp_path, "model.norm=none,batch", "experiment=cpu", "optimizer.lr=0.1,0.05", "seed=0,1")
     for norm, lr in (("none", "0.1"), ("batch", "0.05")):
         varied = [f"model.norm={norm}", f"optimizer.lr={lr}", "seed=0"]
         put_job(tmp_path / ",".join(varied), ["experiment=cpu", *varied], 0.5)
@@ -60,9 +58,11 @@ def test_jobs_that_have_not_started_are_listed(tmp_path: Path) -> None:
     ]
 
 
-def write_request(sweep: Path, *task: str) -> None:
-    """Writes multirun.yaml as Hydra's sweeper does."""
-    (sweep / "multirun.yaml").write_text(json.dumps({"hydra": {"sweeper": {}, "overrides": {"task": list(task)}}}))
+def write_request(folder: Path, *task: str) -> None:
+    """Writes the jobs of a command with these overrides."""
+    overrides = parse_overrides(list(task))
+    jobs, swept = sweep.expand_jobs(overrides), sweep.swept_keys(overrides)
+    sweep.write_requested_jobs(folder, swept, dict(zip(sweep.folder_names(jobs, swept), jobs, strict=True)))
 
 
 def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
@@ -271,10 +271,12 @@ def test_a_folder_whose_overrides_are_something_else_is_no_job(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        ("multirun.yaml", "5"),
-        ("multirun.yaml", "hydra: {sweeper: [], overrides: {task: 5}}"),
-        ("multirun.yaml", "hydra: {sweeper: {params: 5}, overrides: {task: [5]}}"),
-        ("multirun.yaml", "hydra: {sweeper: {}, overrides: {task: ['seed=range(1000000000)']}}"),
+        ("jobs.json", "5"),
+        ("jobs.json", "{"),
+        ("jobs.json", "[" * 3000),
+        ("jobs.json", '{"keys": "seed", "jobs": {"seed=2": ["seed=2"]}}'),
+        ("jobs.json", '{"keys": ["seed"], "jobs": {"seed=2": "seed=2"}}'),
+        ("jobs.json", '{"keys": ["seed"], "jobs": {"seed=2": [2]}}'),
         ("seed=0/.hydra/config.yaml", "5"),
         ("seed=0/.hydra/config.yaml", "sweep: 5"),
         ("seed=0/.hydra/config.yaml", "[" * 3000),
@@ -433,9 +435,8 @@ def test_a_result_of_impossible_numbers_does_not_end_the_report(tmp_path: Path) 
         (job / "result.json").write_text(f'{{"status": "finished", "metrics": {metrics}, {numbers}}}')
         (row,) = group_by_seed(sweep.read_jobs(tmp_path), "test/acc")
         assert (row.sampling_error(), row.median_seconds()) == (None, None)
-    for word in (f"seed={'9' * 5000}", "seed=range(0,1e308,1e-10)"):
-        write_request(tmp_path, word)
-        assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished"]
+    sweep.write_requested_jobs(tmp_path, ["seed"], {"seed=9": [f"seed={'9' * 5000}"]})
+    assert [job.status for job in sweep.read_jobs(tmp_path)] == ["finished", "not started"]
 
 
 def test_other_precisions_are_other_rows(tmp_path: Path) -> None:

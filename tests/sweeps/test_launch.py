@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import select
 import shutil
 import signal
@@ -37,7 +38,6 @@ from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import checks, gpus, launch, summary
-from nin.sweeps.jobs import requested_names
 from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
@@ -131,12 +131,8 @@ def test_the_jobs_of_a_sweep_are_checked_with_the_search_path_of_the_command_lin
     args = train.parse_arguments(["-m", "name=own", "data=garments", f"data.root={data_root}", *own, "trainer=cpu"])
     with open_hydra(overrides=args.overrides) as app:
         config = train.compose(app, args, RunMode.MULTIRUN)
-        assert launch.Sweep(config).names == ["model=mlp", "model=tiny"]
+        assert [*launch.Sweep(config).jobs] == ["model=mlp", "model=tiny"]
         assert compose_config(["model=tiny"]).model.hidden_width == 8
-        OmegaConf.save(config, tmp_path / "multirun.yaml")
-        assert requested_names(tmp_path) == ["model=mlp", "model=tiny"]  # for the estimate of the time that is left
-    with open_hydra():  # as `nin report` does
-        assert requested_names(tmp_path) == []
 
 
 def test_what_lightning_refuses_is_found_before_the_first_job_begins_but_not_for_another_machine(
@@ -372,17 +368,26 @@ def test_a_rank_left_in_the_environment_does_not_change_a_sweep(monkeypatch: pyt
     assert "SLURM_PROCID" not in os.environ
 
 
-def test_the_request_of_a_sweep_is_not_written_through_a_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_request_of_a_sweep_is_not_written_through_a_link_and_its_report_lists_the_jobs_that_have_not_started(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    link = tmp_path / "outputs" / "sweeps" / "x" / "multirun.yaml"
-    link.parent.mkdir(parents=True)
-    link.symlink_to(tmp_path / "target")
-    (tmp_path / "target").write_text("precious")
-    assert cli.run("train", ["-m", "name=x", "seed=-1,-2"]) == 2  # and no job is valid
-    assert "multirun.yaml: a symbolic link, which would be written through" in capsys.readouterr().err
-    assert (tmp_path / "target").read_text() == "precious"
+    sweep, target = tmp_path / "outputs" / "sweeps" / "x", tmp_path / "target"
+    target.write_text("precious")
+    RunFolder(sweep / "model=mlp").write_request({}, ["model=mlp"])
+    for name in ("multirun.yaml", "jobs.json"):
+        (sweep / name).symlink_to(target)
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    (tmp_path / "own" / "model" / "tiny.yaml").write_text("defaults: [mlp, _self_]\nhidden_width: 8\n")
+    launcher = SimpleNamespace(launch=lambda jobs, start: [])
+    monkeypatch.setattr(launch.Plugins, "instantiate_launcher", lambda *_, **__: launcher)
+    words = ["data=garments", f"data.root={data_root}", "trainer=cpu", "name=x", "model=glob([t*,mlp])"]
+    assert cli.run("train", ["-m", "--config-dir", "own", *words]) == 0
+    assert target.read_text() == "precious"
+    assert OmegaConf.load(sweep / "multirun.yaml").hydra.overrides.task[-1] == words[-1]
+    capsys.readouterr()
+    assert cli.run("report", [str(sweep)]) == 0  # without --config-dir
+    assert re.search(r"tiny +.*not started", capsys.readouterr().out)
 
 
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:

@@ -3,7 +3,6 @@ import errno
 import io
 import json
 import math
-import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from nin import cli
-from nin.config.hydra_options import open_hydra
 from nin.sweeps import chart, summary
-from nin.sweeps.jobs import read_jobs
+from nin.sweeps.jobs import read_jobs, write_requested_jobs
 from nin.sweeps.rows import group_by_seed
 
 
@@ -337,6 +334,7 @@ def test_control_characters_of_a_folder_from_elsewhere_are_escaped(
 ) -> None:
     evil = "\x1b]0;title\x07\x1b[2J\x9b31m"
     sweep = tmp_path / "s"
+    write_requested_jobs(sweep, ["seed", evil], {"../x": [f"model.dropout={evil}", f"{evil}=1"]})
     more = {"device": f"cpu{evil}", "versions": {"torch": f"2{evil}"}, "seed": f"1{evil}"}
     job = put_job(sweep / f"0{evil}", [f"model.norm=a{evil}"], 0.9, **more)
     config = {"trainer": {"max_epochs": f"1{evil}"}, "callbacks": {f"my{evil}": {"_target_": f"my{evil}"}}}
@@ -365,22 +363,6 @@ def test_a_key_from_elsewhere_is_drawn_as_it_is(tmp_path: Path) -> None:
         put_job(tmp_path / "s" / str(value), [rf"a$\frac$={value}"], 0.9)
     summary.report(tmp_path / "s")
     assert (tmp_path / "s" / "summary.png").stat().st_size > 10_000
-
-
-def test_the_jobs_of_an_unfinished_sweep_over_the_options_of_a_group(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    put_job(tmp_path / "s" / "optimizer=adamw", ["optimizer=adamw"], 0.9)
-    task = ["optimizer=glob(*)"]
-    with open_hydra() as app:
-        known = [{"provider": source.provider, "path": source.path} for source in app.config_loader.get_sources()]
-    # The options in the folder of --config-dir are not known here.
-    for more_sources, listed in (([], True), ([{"provider": "command-line", "path": "/my"}], False)):
-        sources = [*known, *more_sources]
-        more = {"overrides": {"task": task}, "runtime": {"config_sources": sources}}
-        (tmp_path / "s" / "multirun.yaml").write_text(json.dumps({"hydra": {"sweeper": {"params": None}, **more}}))
-        assert cli.run("report", [str(tmp_path / "s")]) == 0
-        assert bool(re.search(r"sgd +.*not started", capsys.readouterr().out)) == listed
 
 
 def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from nin import cli
 from nin.config.schema import UserError
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.sweeps import workers
+from nin.sweeps.jobs import write_requested_jobs
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.request import RunRequest
 from nin.training.run import RunFailedError
@@ -102,8 +103,7 @@ def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) 
     settings: Any = SimpleNamespace(sweep=SimpleNamespace(jobs=4))
     # Of a search, whose jobs have no names before they start, those that were begun earlier are done.
     assert workers._progress(tmp_path / "trial-0001", 1, settings).endswith("(about 6 min of training left)")
-    hydra = {"sweeper": {}, "overrides": {"task": ["optimizer.lr=4,5,6,7"]}}
-    (tmp_path / "multirun.yaml").write_text(json.dumps({"hydra": hydra}))
+    write_requested_jobs(tmp_path, ["optimizer.lr"], {f"optimizer.lr={lr}": [] for lr in (4, 5, 6, 7)})
     progress = workers._progress(tmp_path / "optimizer.lr=4", 0, settings)
     assert progress == "job 1 of 4: optimizer.lr=4 (about 6 min of training left)"
 

@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-from nin.config.hydra_options import open_hydra
 from nin.sweeps import chart, checks, jobs, summary
 
 
@@ -30,5 +29,4 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_args(arguments)
     if (args.folder / "search.json").exists():
         checks.require_search_packages()
-    with open_hydra():  # a sweep over glob(*) takes its values from the options of a group
-        summary.report(args.folder, args.metric, args.x, args.storage)
+    summary.report(args.folder, args.metric, args.x, args.storage)

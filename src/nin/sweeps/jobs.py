@@ -1,30 +1,30 @@
 """A sweep's jobs: their overrides, folders and results, and what they have in common."""
 
 import contextlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from nin.config.changes import MAY_CHANGE, PART_OF_RESULT
-from nin.config.composition import count_sweep_values, parse_overrides
+from nin.config.composition import count_sweep_values
 from nin.config.errors import printable, read_first_line
 from nin.config.keys import is_within, split_override
 from nin.config.schema import UserError
 from nin.runs.console import format_path
+from nin.runs.files import read_text, write_atomically
 from nin.runs.folder import RunFolder, job_folder
 from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, normalize_value, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
-# The errors that a file with other content raises.
-_UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
+_JOBS = "jobs.json"
 _MAX_JOBS = 10_000
 
 
@@ -91,6 +91,30 @@ def expand_jobs(overrides: list[Override]) -> list[list[str]]:
         raise UserError(f"{swept}: its values can't be enumerated ({read_first_line(error)})") from error
 
 
+def write_requested_jobs(sweep: Path, swept: list[str], jobs: Mapping[str, list[str]]) -> None:
+    """Writes the keys that a command varies, and the overrides of each of its jobs by the name of the job's folder.
+
+    The jobs of the command that starts last replace those of earlier ones in the same sweep.
+    """
+    write_atomically(sweep / _JOBS, json.dumps({"keys": swept, "jobs": jobs}) + "\n")
+
+
+def read_requested_jobs(sweep: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """What `write_requested_jobs` wrote last; nothing of a search, or if the file has other content.
+
+    The file may come from elsewhere: a name in it is compared with those of folders, and no path is made of it.
+    """
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        match json.loads(read_text(sweep / _JOBS)):
+            case {"keys": list(swept), "jobs": dict(jobs)} if all(map(_are_words, [swept, *jobs.values()])):
+                return swept, jobs
+    return [], {}
+
+
+def _are_words(content: Any) -> bool:
+    return isinstance(content, list) and all(isinstance(word, str) for word in content)
+
+
 def read_jobs(folder: Path) -> list[Job]:
     """Every job of a sweep: those that were started, in the order of their folders' names, then the others.
 
@@ -101,7 +125,7 @@ def read_jobs(folder: Path) -> list[Job]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; sweeps are folders in outputs/sweeps, single runs in outputs/runs")
-    requested, swept = _read_requested_jobs(folder)
+    swept, requested = read_requested_jobs(folder)
     jobs = [job for path in sorted(folder.iterdir()) if (job := _read_job(path, swept))]
     if not jobs and RunFolder(folder).has_progress():
         raise UserError(
@@ -121,10 +145,13 @@ def read_jobs(folder: Path) -> list[Job]:
     for job in jobs:
         for key, value in read_values(RunFolder(job.folder).config, keys).items():
             job.overrides.setdefault(key, value)
-    others = [Job(folder, job, "not started") for name, job in requested if name not in started]
+    others = [
+        Job(folder, _select_experiment(words, swept, name), "not started")
+        for name, words in requested.items()
+        if name not in started
+    ]
     # These jobs have no config yet. Where all jobs of the command that have one agree, the others have the same value.
-    names = {name for name, _ in requested}
-    same = _values_of_all([job for job in jobs if job.folder.name in names])
+    same = _values_of_all([job for job in jobs if job.folder.name in requested])
     for other in others:
         for key, value in same.items():
             if not is_within(key, swept):
@@ -148,48 +175,11 @@ def _are_single_runs(jobs: list[Job]) -> bool:
     return any(isinstance(sweep, dict) and sweep.get("keys") == [] for sweep in sweeps)
 
 
-def requested_names(sweep: Path) -> list[str]:
-    """The names of the folders of the command that last started the sweep; none of a search, or if it is unknown."""
-    return [name for name, _ in _read_requested_jobs(sweep)[0]]
-
-
-def _read_requested_jobs(sweep: Path) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
-    """The jobs of the command that last started the sweep, each with its folder's name, and the keys that it varies.
-
-    Both are read from Hydra's multirun.yaml; they are empty if it does not exist or has other content.
-    """
-    try:
-        hydra = read_yaml(sweep / "multirun.yaml")["hydra"]
-        params, task = hydra["sweeper"].get("params") or {}, hydra["overrides"]["task"]
-        if "glob(" in str([params, task]) and not _finds_same_options(hydra):
-            return [], []
-        overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *task])
-        swept = swept_keys(overrides)
-        jobs = expand_jobs(overrides)
-    except (*_UNREADABLE, HydraException, UserError):
-        return [], []
-    names = folder_names(jobs, swept)
-    return [(name, _select_experiment(_by_key(job), swept, name)) for name, job in zip(names, jobs, strict=True)], swept
-
-
-def _finds_same_options(hydra: Any) -> bool:
-    """Whether glob(*) stands for the same options here as in the command that started the sweep.
-
-    That command may have read configs of the user's own, which `nin report` does not read.
-    """
-    app = GlobalHydra.instance().hydra
-    here = app.config_loader.get_sources() if app else []
-    started = hydra["runtime"]["config_sources"]
-    # Hydra adds hydra.searchpath=[…] where it composes a config, and not where it looks for the options of glob(*).
-    composed = [source for source in started if not source["provider"].startswith("hydra.searchpath in ")]
-    return {(s.provider, s.path) for s in here} == {(s["provider"], s["path"]) for s in composed}
-
-
-def _select_experiment(overrides: dict[str, str], swept: list[str], folder: str) -> dict[str, str]:
+def _select_experiment(words: list[str], swept: list[str], folder: str) -> dict[str, str]:
     """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
     return {
         printable(key): printable(normalize_value(value))
-        for key, value in overrides.items()
+        for key, value in _by_key(words).items()
         # An earlier sweep in this folder may have varied other keys than the last one.
         if key in (*swept, "trainer.max_epochs")
         or f"{key}=" in folder
@@ -201,9 +191,9 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
     """The job in folder ``path``; None if there is none, or if its overrides.yaml is not a list of overrides."""
     folder = RunFolder(path)
     words = read_yaml(folder.overrides)
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+    if not _are_words(words):
         return None
-    overrides = _select_experiment(_by_key(words), swept, path.name)
+    overrides = _select_experiment(words, swept, path.name)
     result: Any = None
     with contextlib.suppress(UserError):  # not a result: it is written again when the run is started again
         result = folder.read_result()

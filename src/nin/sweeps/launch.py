@@ -24,7 +24,7 @@ from nin.config.override_errors import format_error
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_name_override, format_path
-from nin.runs.files import require_no_link, write_atomically
+from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
@@ -36,6 +36,7 @@ from nin.sweeps.jobs import (
     key_of,
     swept_keys,
     without_overridden,
+    write_requested_jobs,
 )
 from nin.sweeps.signals import SignalForwarder
 from nin.sweeps.stored import is_running
@@ -80,15 +81,13 @@ class Sweep:
         self.folder = Path(config.hydra.sweep.dir)
         self.signals: SignalForwarder | None = None
         self.search: Search | None = None
-        # A search has none here: it chooses the values of its jobs while it runs.
-        self.jobs: list[list[str]] = []
-        self.names: list[str] = []  # the names of the jobs' folders, by which the report finds them
+        # Each job's overrides, by the name of its folder. A search chooses the values of its jobs while it runs.
+        self.jobs: dict[str, list[str]] = {}
         self.on_cluster = is_cluster(config.hydra.launcher._target_)
         if starter := multi_process_launcher():
             raise UserError(f"{starter}: each of its processes would start the whole sweep; start it in one process")
         require_launcher(config.hydra.launcher._target_)
         remove_left_over_ranks()  # before lightning is imported; no job has several processes
-        require_no_link(self.folder / "multirun.yaml")
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
         self.task: list[str] = task
         if (sweeper := config.hydra.sweeper._target_) not in (_GRID, _SEARCH):
@@ -100,11 +99,11 @@ class Sweep:
         config.hydra.sweeper.params = params
         self._require_same_kind(sweeper == _SEARCH)
         overrides = self._parse(params)
-        swept = swept_keys(overrides)
-        settings = self._check(overrides, swept, sweeper == _SEARCH)
+        self.swept = swept_keys(overrides)
+        settings = self._check(overrides, sweeper == _SEARCH)
         if is_joblib(config.hydra.launcher._target_):
             self._configure_joblib(config.hydra.launcher, settings)
-        self._complete_config(swept)
+        self._complete_config()
 
     def _require_same_kind(self, is_search: bool) -> None:
         """A folder has one report, that of a search if it has search.json: the jobs of a sweep would not be in it."""
@@ -134,7 +133,7 @@ class Sweep:
             raise UserError(*errors)
         return overrides
 
-    def _check(self, overrides: list[Override], swept: list[str], is_search: bool) -> list[Settings]:
+    def _check(self, overrides: list[Override], is_search: bool) -> list[Settings]:
         """The settings of the jobs; of a search those of one point of its space."""
         launcher, sweeper = self.config.hydra.launcher, self.config.hydra.sweeper
         if self.config.sweep.fail_fast and self.on_cluster:
@@ -150,10 +149,7 @@ class Sweep:
             self.search = Search(self.config, self.task, on_this_machine=not self.on_cluster)
             return [self.search.point]
         expanded = expand_jobs(overrides)
-        self.names = folder_names(expanded, swept)
-        self.jobs = [
-            [*job, f"hydra.sweep.subdir={quote_value(name)}"] for job, name in zip(expanded, self.names, strict=True)
-        ]
+        self.jobs = dict(zip(folder_names(expanded, self.swept), expanded, strict=True))
         config_name = self.config.hydra.job.config_name
         return check_jobs(expanded, on_this_machine=not self.on_cluster, config_name=config_name)
 
@@ -168,7 +164,7 @@ class Sweep:
         if effective_n_jobs(launcher.n_jobs) > 1:
             self.signals = SignalForwarder()
 
-    def _complete_config(self, swept: list[str]) -> None:
+    def _complete_config(self) -> None:
         # The processes of a cluster may start in another folder.
         folder = self.folder.absolute() if self.on_cluster else self.folder
         self.config.hydra.overrides.hydra += [
@@ -176,7 +172,7 @@ class Sweep:
             # The name may be the time of the start, or come from a variable that another machine lacks.
             f"name='{self.config.name}'",
             f"sweep.jobs={self.search.total if self.search else len(self.jobs)}",
-            f"{KEYS}=[{','.join(swept)}]",  # last: the job's own overrides follow it
+            f"{KEYS}=[{','.join(self.swept)}]",  # last: the job's own overrides follow it
         ]
 
     def run(self, loader: ConfigLoader) -> int:
@@ -203,7 +199,7 @@ class Sweep:
 
         Another command of this name may run other jobs in the same folder, for which this one does not wait.
         """
-        folders = [RunFolder(self.folder / name) for name in self.names]
+        folders = [RunFolder(self.folder / name) for name in self.jobs]
         # An extended run has its earlier result until it trains.
         return sum(is_running(job) or job.result_status() not in ("finished", "pruned") for job in folders)
 
@@ -246,10 +242,12 @@ class Sweep:
         leaves the jobs of further batches (``hydra.sweeper.max_batch_size``) alone.
         """
         write_atomically(self.folder / "multirun.yaml", OmegaConf.to_yaml(self.config))
-        size = self.config.hydra.sweeper.get("max_batch_size") or len(self.jobs)
+        write_requested_jobs(self.folder, self.swept, self.jobs)
+        jobs = [[*words, f"hydra.sweep.subdir={quote_value(name)}"] for name, words in self.jobs.items()]
+        size = self.config.hydra.sweeper.get("max_batch_size") or len(jobs)
         failure: Exception | None = None
-        for start in range(0, len(self.jobs), size):
-            for job in launcher.launch(self.jobs[start : start + size], start):
+        for start in range(0, len(jobs), size):
+            for job in launcher.launch(jobs[start : start + size], start):
                 try:
                     unwrap_job_result(job)
                 except (ReportedError, RunFailedError) as error:

@@ -21,7 +21,7 @@ from nin.config.validation import validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
 from nin.runs.folder import RunClaimedError, RunFolder
 from nin.sweeps.gpus import acquire_gpu
-from nin.sweeps.jobs import own_overrides, requested_names
+from nin.sweeps.jobs import own_overrides, read_requested_jobs
 from nin.system.processes import StoppedError, StopRequest, global_rank, is_requeued
 from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
@@ -149,9 +149,9 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
     left = ""
     if seconds:
         # Finished jobs of other commands in the folder count for the time of a job, and not for how many are left.
-        names = requested_names(folder.parent)
-        is_known = folder.name in names and len(names) == settings.sweep.jobs
-        jobs_left = len({*names} - {*seconds}) if is_known else settings.sweep.jobs - number
+        _, jobs = read_requested_jobs(folder.parent)
+        is_known = folder.name in jobs and len(jobs) == settings.sweep.jobs
+        jobs_left = len(jobs.keys() - seconds.keys()) if is_known else settings.sweep.jobs - number
         minutes = sum(seconds.values()) / len(seconds) * jobs_left / 60
         left = f" (about {minutes:.0f} min of training left)" if minutes >= 1 else " (under a minute of training left)"
     return f"job {number + 1} of {settings.sweep.jobs}: {folder.name}{left}"
