@@ -13,7 +13,7 @@ A module imports only from the modules below it:
     search_best    its best configuration: as a command, as a file, and its test
     study          what is proposed for a trial of a search, and where trials are stored
     claims, space  which process works on which trial; Hydra's syntax for spaces as Optuna's distributions
-    chart          the picture of a sweep or a search
+    chart, tables  the picture of a sweep or a search; a table that fits the terminal
     jobs           the jobs of a sweep and their folders
     rows           the rows of its table: jobs that differ only in their seed
     stored         what the files in these folders say

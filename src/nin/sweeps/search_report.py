@@ -16,8 +16,6 @@ import optuna
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from optuna.trial import FrozenTrial, TrialState
-from rich import box
-from rich.table import Table
 
 from nin.config.errors import printable, printable_lines
 from nin.config.schema import UserError
@@ -35,6 +33,7 @@ from nin.sweeps.search_best import (
     read_test,
 )
 from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
+from nin.sweeps.tables import fit_table
 
 _MAX_ROWS = 10
 _OPTIMISM = (
@@ -164,16 +163,9 @@ def _print_table(console: Console, rows: list[list[str]]) -> None:
     # Keys without their sections, where that is unique.
     last = [key.rpartition(".")[2] for key in header]
     header = [name if last.count(name) == 1 else key for key, name in zip(header, last, strict=True)]
-    gap = 2  # characters between columns, and of both edges together
-    if sum(max(map(len, column)) + gap for column in zip(header, *lines, strict=True)) > console.width:
-        pairs = [" ".join(f"{k}={v}" for k, v in zip(header[4:], line[4:], strict=False) if v) for line in lines]
-        header, lines = [*header[:4], "values"], [[*line[:4], pair] for line, pair in zip(lines, pairs, strict=True)]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, gap - 1, 0, 0))
-    for i, name in enumerate(header):
-        table.add_column(name, no_wrap=i < 4, overflow="fold")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    pairs = [" ".join(f"{k}={v}" for k, v in zip(header[4:], line[4:], strict=False) if v) for line in lines]
+    merged = [[*header[:4], "values"], *([*line[:4], pair] for line, pair in zip(lines, pairs, strict=True))]
+    console.print(fit_table([([header, *lines], range(4, len(header))), (merged, {4})], console))
 
 
 def _three_digits(cell: str) -> str:

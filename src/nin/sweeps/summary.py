@@ -3,10 +3,8 @@
 import csv
 import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-from rich import box
-from rich.table import Table
 
 from nin.config.errors import printable
 from nin.config.schema import UserError
@@ -15,8 +13,7 @@ from nin.runs.files import open_atomically, write_atomically
 from nin.sweeps.chart import draw
 from nin.sweeps.jobs import METRICS, read_jobs
 from nin.sweeps.rows import Job, Row, group_by_seed
-
-_MIN_TEXT_WIDTH = 24  # characters of a column of settings
+from nin.sweeps.tables import fit_table
 
 
 def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storage: str | None = None) -> None:
@@ -49,7 +46,7 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
     title = f"{name}: best {metric} first{seeds}"
     console = Console(highlight=False, markup=False, emoji=False)
     console.print(title, style="italic", soft_wrap=True)
-    console.print(_fit_table(rows, metric, console))
+    console.print(fit_table(_layouts(rows, metric), console))
     for note in describe_errors(rows):
         print(note)
     for failure in describe_failures(jobs):
@@ -64,6 +61,13 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
     else:
         print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
     print(f"dashboards: {tensorboard_command(folder)}")
+
+
+def _layouts(rows: list[Row], metric: str) -> Iterator[tuple[list[list[str]], set[int]]]:
+    """The table with a column for each varied key, and with one for all of them; settings and states may be wrapped."""
+    for merge_keys, all_worst in ((False, True), (False, False), (True, False)):
+        table = tabulate(rows, metric, merge_keys, all_worst)
+        yield table, {*range(1 if merge_keys else len(rows[0].keys)), len(table[0]) - 1}
 
 
 def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: bool = True) -> list[list[str]]:
@@ -132,42 +136,6 @@ def describe_errors(rows: list[Row]) -> list[str]:
 def describe_failures(jobs: list[Job]) -> list[str]:
     """The folder's name and the error of each failed job."""
     return [f"{printable(job.folder.name)}: {job.error}" for job in jobs if job.status == "failed"]
-
-
-def _fit_table(rows: list[Row], metric: str, console: Console) -> Table:
-    """A column for each varied key if the terminal is wide enough for it, otherwise one for all of them.
-
-    Where not even that fits, words are broken, but not into columns of a few characters: lines are longer than the
-    terminal instead.
-    """
-    separator = 2  # characters between columns
-    for merge_keys, all_worst in ((False, True), (False, False), (True, False)):
-        header, *lines = tabulate(rows, metric, merge_keys, all_worst)
-        columns = list(zip(header, *lines, strict=True))
-        # Numbers are not wrapped; settings and the states of runs may be, between words.
-        numbers = range(1 if merge_keys else len(rows[0].keys), len(header) - 1)
-        widths = [
-            max(len(part) for cell in column for part in ([cell] if i in numbers else cell.split() or [""]))
-            for i, column in enumerate(columns)
-        ]
-        room = console.width - sum(widths) - separator * len(widths)  # the edges have one character each
-        if room >= 0:
-            break
-    if room < 0:
-        cut = [width if i in numbers else min(width, _MIN_TEXT_WIDTH) for i, width in enumerate(widths)]
-        room, widths = room + sum(widths) - sum(cut), cut
-        console.width, room = max(console.width, console.width - room), max(room, 0)
-    # Rows that take several lines each are separated by an empty one.
-    wraps = sum(max(map(len, column)) + separator for column in columns) > console.width
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, separator - 1, 0, 0), leading=int(wraps))
-    for i, (name, least, column) in enumerate(zip(header, widths, columns, strict=True)):
-        more = min(room, max(map(len, column)) - least)
-        # With a width: rich would take the missing characters from all columns that wrap, and break words.
-        table.add_column(name, overflow="fold", no_wrap=i in numbers, width=least + more)
-        room -= more
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def _as_csv(rows: list[Row]) -> str:
