@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -31,8 +32,8 @@ from nin.config.hydra_options import open_hydra
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import checks, search_best, search_checks, search_report
 from nin.sweeps import search as search_module
+from nin.sweeps import search_best, search_checks, search_report
 from nin.sweeps.claims import DatabaseClaims
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
@@ -652,7 +653,10 @@ def test_a_missing_package_is_named(
     settings: Callable[..., Settings],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name == "optuna" else True)
+    find_spec = importlib.util.find_spec  # torch looks for its optional packages by it, when it is imported
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "optuna" else find_spec(name, *more)
+    )
     message = "not installed: optuna; run: python3 -m pip install optuna cmaes scipy"
     with pytest.raises(UserError, match=message):
         check(*SMALL, LR)
