@@ -94,6 +94,8 @@ def _draw_curves(
 
 def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[Color]") -> bool:
     """Draws ``metric`` over the varied key if there is only one and its values are numbers; returns whether it did."""
+    from nin.data.overlays import escape
+
     numbers = [_number(value) for row in rows for key, value in row.keys.items() if key != "run"]
     if len(rows) < 2 or len(numbers) != len(rows) or None in numbers:
         return False
@@ -103,8 +105,6 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[
     for number, i in points:
         _draw_seeds(axes, rows[i], metric, colors[i], x=number)
     axes.margins(x=0.16)  # for the number beside the last point
-    from nin.data.overlays import escape
-
     axes.set_xlabel(escape(next(iter(rows[0].keys))))
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)

@@ -28,39 +28,13 @@ _JOBS = "jobs.json"
 _MAX_JOBS = 10_000
 
 
-def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
-    """The name of each job's folder, from its overrides of the keys and groups ``swept``."""
-    keys = set(swept)
-
-    def is_swept(word: str) -> bool:
-        return split_override(word)[0] in keys
-
-    return [job_folder(",".join(sorted(filter(is_swept, job)))) for job in jobs]
-
-
-def add_common_overrides(config: DictConfig, *words: str) -> None:
-    """Adds overrides to those that all jobs share; they come before the last one, which sets KEYS."""
-    for word in words:
-        config.hydra.overrides.hydra.insert(len(config.hydra.overrides.hydra) - 1, word)
-
-
-def own_overrides(words: Sequence[str]) -> list[str]:
-    """A job's overrides without those that the sweep adds to all its jobs, the last of which sets KEYS."""
-    own = max((i + 1 for i, word in enumerate(words) if word.startswith(f"{KEYS}=")), default=0)
-    return list(words[own:])
-
-
 def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, Any]:
     """``hydra.sweeper.params`` without the keys that the command line sets.
 
     With both, some jobs would run several times.
     """
-    given = _by_key(task)
+    given = {split_override(word)[0] for word in task}
     return {key: value for key, value in params.items() if key not in given}
-
-
-def _by_key(words: Iterable[str]) -> dict[str, str]:
-    return dict(map(split_override, words))
 
 
 def swept_keys(overrides: list[Override]) -> list[str]:
@@ -91,6 +65,22 @@ def expand_jobs(overrides: list[Override]) -> list[list[str]]:
         raise UserError(f"{swept}: its values can't be enumerated ({read_first_line(error)})") from error
 
 
+def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
+    """The name of each job's folder, from its overrides of the keys and groups ``swept``."""
+    keys = set(swept)
+
+    def is_swept(word: str) -> bool:
+        return split_override(word)[0] in keys
+
+    return [job_folder(",".join(sorted(filter(is_swept, job)))) for job in jobs]
+
+
+def add_common_overrides(config: DictConfig, *words: str) -> None:
+    """Adds overrides to those that all jobs share; they come before the last one, which sets KEYS."""
+    for word in words:
+        config.hydra.overrides.hydra.insert(len(config.hydra.overrides.hydra) - 1, word)
+
+
 def write_requested_jobs(sweep: Path, swept: list[str], jobs: Mapping[str, list[str]]) -> None:
     """Writes the keys that a command varies, and the overrides of each of its jobs by the name of the job's folder.
 
@@ -113,6 +103,12 @@ def read_requested_jobs(sweep: Path) -> tuple[list[str], dict[str, list[str]]]:
 
 def _are_words(content: Any) -> bool:
     return isinstance(content, list) and all(isinstance(word, str) for word in content)
+
+
+def own_overrides(words: Sequence[str]) -> list[str]:
+    """A job's overrides without those that the sweep adds to all its jobs, the last of which sets KEYS."""
+    own = max((i + 1 for i, word in enumerate(words) if word.startswith(f"{KEYS}=")), default=0)
+    return list(words[own:])
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -151,40 +147,15 @@ def read_jobs(folder: Path) -> list[Job]:
         if name not in started
     ]
     # These jobs have no config yet. Where all jobs of the command that have one agree, the others have the same value.
-    same = _values_of_all([job for job in jobs if job.folder.name in requested])
+    known = [{*job.overrides.items()} for job in jobs if job.folder.name in requested]
+    same = {key: value for key, value in set.intersection(*known) if not is_within(key, swept)} if known else {}
     for other in others:
-        for key, value in same.items():
-            if not is_within(key, swept):
-                other.overrides.setdefault(key, value)
+        other.overrides = same | other.overrides
     _drop_common([*jobs, *others], swept)
     unique: dict[frozenset[tuple[str, str]], Job] = {}
     for job in sorted(jobs, key=lambda job: job.status != "finished"):
         unique.setdefault(frozenset(job.overrides.items()), job)
     return sorted(unique.values(), key=lambda job: job.folder) + others
-
-
-def _values_of_all(jobs: list[Job]) -> dict[str, str]:
-    """The overrides that have the same value in all ``jobs``."""
-    return dict(set.intersection(*({*job.overrides.items()} for job in jobs))) if jobs else {}
-
-
-def _are_single_runs(jobs: list[Job]) -> bool:
-    """Whether the runs say themselves that no sweep started them: their configs list no keys that a sweep varies."""
-    configs = [read_yaml(RunFolder(job.folder).config) for job in jobs]
-    sweeps = [config.get("sweep") for config in configs if isinstance(config, dict)]
-    return any(isinstance(sweep, dict) and sweep.get("keys") == [] for sweep in sweeps)
-
-
-def _select_experiment(words: list[str], swept: list[str], folder: str) -> dict[str, str]:
-    """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
-    return {
-        printable(key): printable(normalize_value(value))
-        for key, value in _by_key(words).items()
-        # An earlier sweep in this folder may have varied other keys than the last one.
-        if key in (*swept, "trainer.max_epochs")
-        or f"{key}=" in folder
-        or not (key == "trainer" or is_within(key, MAY_CHANGE))
-    }
 
 
 def _read_job(path: Path, swept: list[str]) -> Job | None:
@@ -210,6 +181,25 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
     epochs = folder.read_epochs()
     metrics = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
     return Job(path, overrides, "running" if is_running(folder) else "unfinished", metrics)
+
+
+def _select_experiment(words: list[str], swept: list[str], folder: str) -> dict[str, str]:
+    """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
+    return {
+        printable(key): printable(normalize_value(value))
+        for key, value in dict(map(split_override, words)).items()
+        # An earlier sweep in this folder may have varied other keys than the last one.
+        if key in (*swept, "trainer.max_epochs")
+        or f"{key}=" in folder
+        or not (key == "trainer" or is_within(key, MAY_CHANGE))
+    }
+
+
+def _are_single_runs(jobs: list[Job]) -> bool:
+    """Whether the runs say themselves that no sweep started them: their configs list no keys that a sweep varies."""
+    configs = [read_yaml(RunFolder(job.folder).config) for job in jobs]
+    sweeps = [config.get("sweep") for config in configs if isinstance(config, dict)]
+    return any(isinstance(sweep, dict) and sweep.get("keys") == [] for sweep in sweeps)
 
 
 def _drop_common(jobs: list[Job], swept: list[str]) -> None:

@@ -95,12 +95,13 @@ class Sweep:
                 f"hydra.sweeper: {sweeper} is not supported; a sweep trains with all values, and hydra/sweeper=optuna "
                 "searches for the best"
             )
+        is_search = sweeper == _SEARCH
+        self._require_same_kind(is_search)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
-        self._require_same_kind(sweeper == _SEARCH)
         overrides = self._parse(params)
         self.swept = swept_keys(overrides)
-        settings = self._check(overrides, sweeper == _SEARCH)
+        settings = self._check(overrides, is_search)
         if is_joblib(config.hydra.launcher._target_):
             self._configure_joblib(config.hydra.launcher, settings)
         self._complete_config()

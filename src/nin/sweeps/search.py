@@ -217,7 +217,7 @@ class Search:
                     self.store.finish(number, TrialState.COMPLETE, value, values, rungs)
 
     def _require_few_failures(self, trials: Sequence[FrozenTrial]) -> None:
-        failed = sum(trial.state.name == "FAIL" for trial in trials)
+        failed = sum(trial.state == TrialState.FAIL for trial in trials)
         if self.settings.max_failures is not None and failed >= self.settings.max_failures:
             self._give_up(f"{failed} trials have failed (hydra.sweeper.max_failures)")
 

@@ -111,10 +111,10 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     max_epochs = {point.trainer.max_epochs for point in points}
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     main = next(source.path for source in config.hydra.runtime.config_sources if source.provider == "main")
-    # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
     # All settings, and not only the words: a file of the user's own may have been edited since.
     plain = points[0].model_dump(mode="json")
     values = {key: value for key, value in flatten(plain).items() if not is_within(key, SAME_EXPERIMENT)}
+    # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
     values |= flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
     own = [f"{key}={value}" for key, value in values.items() if not is_within(key, [*space])]
     return Plan(
