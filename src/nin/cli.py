@@ -109,6 +109,13 @@ def run(name: str, arguments: list[str]) -> int:
     if sys.platform == "win32":  # no POSIX signals, and no folder can be flushed to disk
         print(f"nin {name}: needs Linux or macOS; on Windows start it in WSL (wsl --install)", file=sys.stderr)
         return 2
+    try:  # Ctrl-C may come while these are imported
+        return _run_command(name, arguments)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run_command(name: str, arguments: list[str]) -> int:
     command = importlib.import_module(f"nin.commands.{name}")
     from nin.config.errors import printable_lines
     from nin.config.schema import UserError
@@ -132,8 +139,6 @@ def run(name: str, arguments: list[str]) -> int:
         exports = "without torch nin predict, nin eval and nin serve take exported .onnx files only"
         print(f"nin {name}: needs torch and the project's other dependencies; {exports}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
 def complete(flag: str, arguments: list[str]) -> int:

@@ -30,6 +30,15 @@ def test_layers_and_comparison_fit_80_columns(
     assert max(map(len, output.splitlines())) <= 80
 
 
+def test_a_narrow_terminal_cuts_no_number_off(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    assert cli.run("inspect", []) == 0
+    assert "…" not in (output := capsys.readouterr().out)
+    assert cells(output)["vgg"] == ["224x224", "102,760,448", "128,806,154", "7,547,232,256"]
+
+
 def test_overrides_choose_the_network(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("inspect", ["model=mlp"]) == 0
     output = capsys.readouterr().out

@@ -361,6 +361,26 @@ def test_a_run_may_be_resumed_with_these_keys_changed_and_no_others(settings: Ca
     ]
 
 
+def test_one_batch_and_all_batches_are_two_experiments(settings: Callable[..., Settings]) -> None:
+    for key in ("limit_train_batches", "limit_val_batches", "overfit_batches", "val_check_interval"):
+        number, fraction = (settings(f"trainer.{key}={value}") for value in ("1", "1.0"))
+        assert find_differences(number, number) == []
+        message = f"trainer.{key}: 1 in the existing run, 1.0 in this command"
+        assert find_differences(number, fraction) == [message]
+
+
+def test_a_deleted_group_is_reported_with_its_options() -> None:
+    assert refused("~data", "optimizer.lr=-1") == (
+        "data: has no value; set data=…, or do not delete it",
+        "optimizer.lr=-1: must be greater than 0",
+    )
+    assert refused("experiment=quickstart", "~optimizer") == (
+        "optimizer: no option is chosen; give optimizer=adamw or sgd",
+    )
+    models = "alexnet or lenet or mlp or nin or nin_small or vgg"
+    assert refused("experiment=quickstart", "~model") == (f"model: no option is chosen; give model={models}",)
+
+
 def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings: Callable[..., Settings]) -> None:
     monitor = "+callbacks.lr={_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
     for observers in (["callbacks=none"], ["~callbacks.images"], ["callbacks.dead_units.images=7"], [monitor]):

@@ -109,7 +109,16 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
 
 @pytest.mark.parametrize(
     ("typed", "stored"),
-    [("0", "0.0"), ("1e-3", "0.001"), ("True", "true"), ("[0.0,1]", "[0.0, 1]"), ("[0,1]", "[0.0, 1]")],
+    [
+        ("0", "0.0"),
+        ("1e-3", "0.001"),
+        ("True", "true"),
+        ("[0.0,1]", "[0.0, 1]"),
+        ("[0,1]", "[0.0, 1]"),
+        ('"a b"', "a b"),
+        (r"'it\'s'", "it's"),
+        ("['a',\"b\"]", "[a, b]"),
+    ],
 )
 def test_a_value_is_the_same_however_it_was_typed(typed: str, stored: str, tmp_path: Path) -> None:
     config = f"seed: %d\noptimizer: {{x: {stored}}}\n"
@@ -119,6 +128,30 @@ def test_a_value_is_the_same_however_it_was_typed(typed: str, stored: str, tmp_p
     write_request(tmp_path, "seed=0,1")
     (row,) = group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert len(row.jobs) == 2
+
+
+def test_one_batch_and_all_batches_are_two_rows(tmp_path: Path) -> None:
+    for limit in ("1", "1.0"):
+        word, config = f"trainer.limit_test_batches={limit}", f"trainer: {{limit_test_batches: {limit}}}\n"
+        put_long_job(tmp_path / word, [word], 0.9, config)
+    write_request(tmp_path, "trainer.limit_test_batches=1,1.0")
+    assert [row.keys for row in group_by_seed(sweep.read_jobs(tmp_path), "val/acc")] == [
+        {"trainer.limit_test_batches": "1"},
+        {"trainer.limit_test_batches": "1.0"},
+    ]
+
+
+def test_a_folder_of_images_is_one_value_however_its_path_was_typed(tmp_path: Path) -> None:
+    config = "seed: %d\ndata: {name: folder, root: /photos/a}\n"
+    put_long_job(tmp_path / "data.root=a", ["data.root=a"], 0.9, config % 0)
+    put_long_job(tmp_path / "data.root=b", ["data.root=b"], 0.8, "seed: 0\ndata: {name: folder, root: /photos/b}\n")
+    for seed in (0, 1):
+        put_long_job(tmp_path / f"seed={seed}", ["data.root=../photos/a", f"seed={seed}"], 0.9, config % seed)
+    write_request(tmp_path, "data.root=../photos/a", "seed=0,1")
+    assert sorted(keys_and_counts(tmp_path), key=str) == [
+        ({"data.root": "/photos/a"}, 2),
+        ({"data.root": "/photos/b"}, 1),
+    ]
 
 
 def test_networks_of_the_same_class_are_not_the_same_option(tmp_path: Path) -> None:

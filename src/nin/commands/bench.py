@@ -14,7 +14,7 @@ from rich import box
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nin.commands.options import add_config_options
+from nin.commands.options import add_config_options, expand_path
 from nin.config.composition import compose_settings
 from nin.config.errors import read_first_line
 from nin.config.hydra_options import open_hydra
@@ -93,7 +93,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rounds", type=int, default=3, help="number of rounds, whose medians are reported; default: 3"
     )
-    parser.add_argument("--out", type=Path, help="the JSON file; default: outputs/bench/<time>.json")
+    parser.add_argument("--out", type=expand_path, help="the JSON file; default: outputs/bench/<time>.json")
     add_config_options(parser)
     args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
     if args.rounds < 1:

@@ -1,13 +1,14 @@
 """``nin export RUN_OR_CHECKPOINT``: a file for deployment, checked against the checkpoint on the whole test set."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from nin.commands.options import add_allow_option
+from nin.commands.options import add_allow_option, expand_path
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, log_to
 from nin.runs.files import require_no_link
@@ -71,7 +72,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "overrides", nargs="*", default=[], help="where the data set is: data.root=…, data.cache=…, data.mirrors=…"
     )
     add_allow_option(parser)
-    parser.add_argument("--out", type=Path, help="the file, or triton's folder; default: export/ in the run's folder")
+    parser.add_argument(
+        "--out",
+        type=expand_path,
+        help="the file, or triton's folder; default: in export/ of the run, or beside the .ckpt file",
+    )
     args = parser.parse_intermixed_args(arguments)
     if args.int8 and args.format != "onnx":
         raise UserError(f"--int8: quantizes ONNX files; leave out --format {args.format}")
@@ -165,4 +170,5 @@ def _export_triton(exporter: "Exporter", out: Path) -> None:
 
     model = export_triton(exporter, out)
     repository = format_path(model.parent)
-    print(f"{repository}: a model repository; start Triton with --model-repository={repository}")
+    option = shlex.quote(f"--model-repository={repository}")
+    print(f"{repository}: a model repository; start Triton with {option}")

@@ -17,7 +17,7 @@ from nin.runs.console import Console
 if TYPE_CHECKING:
     from torch import nn
 
-# Narrow enough for a terminal of 80 columns.
+_WIDTH = 80  # characters, in which both tables fit
 _STYLE: dict[str, Any] = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
 
 
@@ -35,6 +35,7 @@ def main(arguments: list[str]) -> None:
     with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = compose_settings(args.overrides, args.config_name)
     console = Console(highlight=False)
+    console.width = max(console.width, _WIDTH)  # rich would cut numbers off in a narrower terminal
     console.print(_layers_table(settings))
     unknown = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""
     console.print(f"receptive field: pixels per side on which one output value can depend{unknown}\n", soft_wrap=True)

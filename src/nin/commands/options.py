@@ -1,6 +1,8 @@
 """Options that several commands have."""
 
 import argparse
+import os
+from pathlib import Path
 
 
 def add_config_options(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +14,11 @@ def add_config_options(parser: argparse.ArgumentParser) -> None:
         "--config-name", "-cn", default="train", metavar="NAME", help="name of the primary config; default: train"
     )
     parser.add_argument("--config-path", "-cp", metavar="FOLDER", help="folder that replaces conf/")
+
+
+def expand_path(text: str) -> Path:
+    """A path whose ``~`` is the home folder, which a shell expands in ``--out ~/x`` and not in ``--out=~/x``."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # pathlib raises for an unknown ~user
 
 
 def add_allow_option(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 from rich.progress import BarColumn, Progress, TextColumn
 
-from nin.commands.options import add_allow_option
+from nin.commands.options import add_allow_option, expand_path
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, log_to
@@ -60,12 +60,14 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--invert", action="store_true", help="for dark objects on a light background: swap light and dark"
     )
-    parser.add_argument("--maps", type=Path, metavar="DIR", help="write a picture of each image's score maps there")
+    parser.add_argument(
+        "--maps", type=expand_path, metavar="DIR", help="write a picture of each image's score maps there"
+    )
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="all probabilities, as a JSON array")
     form.add_argument("--csv", action="store_true", help="all probabilities, one row per image")
     add_allow_option(parser)
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # images may follow an option
     if args.top < 1:
         raise UserError(f"--top {args.top}: must be 1 or more")
     if missing := [str(p) for p in args.images if str(p) != "-" and not p.exists()]:

@@ -34,6 +34,8 @@ def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
         return show(arguments, args)
+    if args.resolve or args.package:
+        raise UserError("--resolve and --package: are for --cfg, as in nin train --cfg job --resolve; add it")
     tolerate_output_errors()
     args.overrides += receive_run_dir()
     with open_hydra(args.config_dir, args.config_path, args.overrides) as app:
@@ -136,7 +138,7 @@ def run_once(app: Hydra, config: DictConfig) -> int:
         callbacks.on_run_end(config=config, config_name=config.hydra.job.config_name, job_return=done)
         unwrap_job_result(done)
         return 0
-    except UserError:
+    except (UserError, KeyboardInterrupt):  # Ctrl-C before the run listens to signals
         _remove_empty(path, existing)
         raise
     except RunFailedError:

@@ -80,11 +80,11 @@ def find_differences(before: Settings, now: Settings) -> list[str]:
         fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
         return fixed | flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
 
-    there, here = fixed_values(before), fixed_values(now)
+    # As texts: limit_train_batches=1 is one batch, and 1.0 is all of them.
+    there, here = ({k: json.dumps(v) for k, v in fixed_values(settings).items()} for settings in (before, now))
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}
     return [
-        f"{key}: {json.dumps(there.get(key))} in the existing run, {json.dumps(here.get(key))} in this command"
-        f"{reasons.get(key, '')}"
+        f"{key}: {old} in the existing run, {new} in this command{reasons.get(key, '')}"
         for key in dict.fromkeys([*there, *here])
-        if there.get(key) != here.get(key)
+        if (old := there.get(key, "null")) != (new := here.get(key, "null"))
     ]

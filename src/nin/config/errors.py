@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from nin.config.schema import Settings
+from nin.config.schema import CONF, Settings
 from nin.config.types import OwnClass, Section
 
 NAME_RULE = "consist of letters, digits and the characters _-=,+@. and not begin with a dot"
@@ -61,6 +61,8 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
         case "model_type" | "dict_type" if key in Settings.model_fields:
             given = shorten(json.dumps(first["input"]))
             return f"{key}={given}: has keys of its own; set one of them, as in {key}.<key>=…"
+        case "union_tag_not_found":
+            return f"{key}: no option is chosen; give {key}={' or '.join(list_options(key))}"
         case "union_tag_invalid":
             return f"{key}.name={first['ctx']['tag']}: must be one of {first['ctx']['expected_tags']}"
         case "value_error" if isinstance(first["input"], dict):  # a rule of a section: the message names the key
@@ -133,6 +135,11 @@ def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(word, known, n=1)
     there_are = f"here are: {', '.join(known)}"
     return f"did you mean {prefix}{close[0]}? T{there_are}" if close else f"t{there_are}"
+
+
+def list_options(group: str) -> list[str]:
+    """The options of a config group: the names of the files in its folder of ``conf/``."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def construct_unchecked(plain: dict) -> Settings:

@@ -11,10 +11,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.errors import NAME_RULE, did_you_mean, read_first_line, shorten
+from nin.config.errors import NAME_RULE, did_you_mean, list_options, read_first_line, shorten
 from nin.config.keys import flatten
 from nin.config.schema import CONF, NAME
-from nin.config.validation import list_options
 
 
 def format_error(override: str, error: Exception, config: DictConfig) -> str:

@@ -23,8 +23,8 @@ def _trainer_keys(*keys: str) -> tuple[str, ...]:
 
 _DEVICES = _trainer_keys("devices", "num_nodes", "strategy")
 _LIMITS = _trainer_keys("limit_train_batches", "limit_val_batches", "limit_test_batches")
-# Numbers or fractions of batches.
-_FRACTIONS = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
+# An int is a number of batches, a float is a fraction of all batches.
+BATCH_LIMITS = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
 _DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
 _BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
 
@@ -84,10 +84,10 @@ def require_images_for_selection(settings: Settings) -> Iterator[str]:
         )
 
 
-@reads(*_FRACTIONS)
+@reads(*BATCH_LIMITS)
 def require_valid_limits(settings: Settings) -> Iterator[str]:
     """Lightning's convention: an int is a number of batches, a float is a fraction of all batches."""
-    for key in _FRACTIONS:
+    for key in BATCH_LIMITS:
         value = getattr(settings.trainer, key.removeprefix("trainer."))
         if isinstance(value, int | float) and (value < 0 or (isinstance(value, float) and value > 1)):
             yield (
@@ -191,7 +191,7 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
 
 @reads(*_trainer_keys("accelerator", "strategy"), "loss", "logger", "callbacks")
 def require_known_accelerator_and_strategy(settings: Settings) -> Iterator[str]:
-    sections = (settings.model, settings.data, settings.loss, settings.optimizer, settings.schedule)
+    sections = [getattr(settings, key, None) for key in ("model", "data", "loss", "optimizer", "schedule")]
     targets = [section.target for section in sections if isinstance(section, OwnClass)]
     targets += [
         str(entry.get("_target_")) for group in (settings.logger, settings.callbacks) for entry in group.values()

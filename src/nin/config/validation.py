@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nin.config.errors import construct_unchecked, did_you_mean, format_errors, read_first_line, shorten
+from nin.config.errors import construct_unchecked, did_you_mean, format_errors, list_options, read_first_line, shorten
 from nin.config.keys import is_within
 from nin.config.rules import RULES
 from nin.config.schema import CONF, DeadUnitMonitor, EarlyStopping, ImageLogger, Settings, UserError
@@ -43,11 +43,6 @@ def find_override_errors(overrides: list[str]) -> list[str]:
     return errors
 
 
-def list_options(group: str) -> list[str]:
-    """The options of a config group: the names of the files in its folder of ``conf/``."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
 def validate(config: DictConfig) -> Settings:
     """Returns the typed form of a composed config.
 
@@ -64,6 +59,10 @@ def validate(config: DictConfig) -> Settings:
                 ) from error
             raise UserError(f"{error.full_key}: must be given, as in {error.full_key}=…") from error
         if isinstance(error, InterpolationKeyError) and "model.input_size" in str(error):
+            if not {"name", "_target_"} & {*(config.get("model") or {})}:
+                raise UserError(
+                    f"model: no option is chosen; give model={' or '.join(list_options('model'))}"
+                ) from error
             raise UserError(
                 "model.input_size: missing; the YAML of a network gives the image size that it is made for, as in "
                 "input_size: 32"

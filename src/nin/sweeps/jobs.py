@@ -139,8 +139,10 @@ def read_jobs(folder: Path) -> list[Job]:
     # A key that was varied only later has given the same job another folder.
     keys = dict.fromkeys(["seed", *swept, *varying_keys(jobs)])
     for job in jobs:
-        for key, value in read_values(RunFolder(job.folder).config, keys).items():
-            job.overrides.setdefault(key, value)
+        values = read_values(RunFolder(job.folder).config, keys)
+        # A varied folder of images is one value however its path was typed: the config has the absolute one.
+        root = {key: value for key, value in values.items() if key == "data.root"}
+        job.overrides = values | job.overrides | root
     others = [
         Job(folder, _select_experiment(words, swept, name), "not started")
         for name, words in requested.items()
@@ -186,7 +188,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
 def _select_experiment(words: list[str], swept: list[str], folder: str) -> dict[str, str]:
     """The overrides that make a job another experiment (not ``threads=1``, ``callbacks=none``), or that are varied."""
     return {
-        printable(key): printable(normalize_value(value))
+        printable(key): printable(normalize_value(key, value))
         for key, value in dict(map(split_override, words)).items()
         # An earlier sweep in this folder may have varied other keys than the last one.
         if key in (*swept, "trainer.max_epochs")

@@ -12,6 +12,7 @@ import yaml
 
 from nin.config.changes import select_training_callbacks
 from nin.config.errors import printable
+from nin.config.rules import BATCH_LIMITS
 from nin.runs.files import YAML_LOADER, read_yaml_text
 from nin.runs.folder import RunFolder
 
@@ -44,36 +45,40 @@ def read_values(path: Path, keys: Iterable[str]) -> dict[str, str]:
         values["callbacks"] = " ".join(map(str, entries))
         for name, arguments in entries.items():
             values |= {f"callbacks.{name}.{key}": value for key, value in arguments.items()}
-    texts = {key: text for key, value in values.items() if (text := _as_override(value)) is not None}
+    texts = {key: text for key, value in values.items() if (text := _as_override(key, value)) is not None}
     return {printable(key): printable(text) for key, text in texts.items()}
 
 
-def _as_override(value: Any) -> str | None:
-    """A value as overrides have it, as in ``null``, ``true`` or ``[48,128]``; None for a section or a missing key."""
+def _as_override(key: str, value: Any) -> str | None:
+    """The value of ``key`` as in overrides: ``null``, ``true``, ``[48,128]``; None for a section or a missing key."""
     if isinstance(value, list):
         if any(isinstance(item, list) for item in value):  # in a file from elsewhere a list may hold itself
             return None
-        items = [_as_override(item) for item in value]
+        items = [_as_override(key, item) for item in value]
         return None if None in items else f"[{','.join(map(str, items))}]"
     if value is None or isinstance(value, int | float):
-        return _normalize_scalar(json.dumps(value))
+        return _normalize_scalar(key, json.dumps(value))
     return value if isinstance(value, str) else None
 
 
-def normalize_value(text: str) -> str:
-    """A number, a truth value or a list of them in one form, however it was typed: ``0`` for ``0.0``."""
+def normalize_value(key: str, text: str) -> str:
+    """The value of ``key`` in one form, however it was typed: ``0`` for ``0.0``, and a text without its quotes."""
     if text.startswith("[") and text.endswith("]"):
-        return f"[{','.join(_normalize_scalar(item.strip()) for item in text[1:-1].split(','))}]"
-    return _normalize_scalar(text)
+        return f"[{','.join(_normalize_scalar(key, item.strip()) for item in text[1:-1].split(','))}]"
+    return _normalize_scalar(key, text)
 
 
-def _normalize_scalar(text: str) -> str:
+def _normalize_scalar(key: str, text: str) -> str:
     if text in ("True", "False"):
         return text.lower()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        return text[1:-1].replace(f"\\{text[0]}", text[0])
     try:
         number = float(text)
     except ValueError:
         return text
+    if key in BATCH_LIMITS and not text.isdecimal():  # of these, 1 and 1.0 are two values
+        return repr(number)
     return str(int(number)) if number.is_integer() and abs(number) < 1e15 else repr(number)
 
 

@@ -178,8 +178,9 @@ class Experiment:
             log_request(self.trainer, self.settings, self.request.overrides)
             return
         assert self.resume_path is not None  # found together with the checkpoint
-        epoch, step = _completed_epochs(self.resume_checkpoint) + 1, self.resume_checkpoint["global_step"]
-        place = f"epoch {epoch}, step {step} ({self.resume_path.name})"
+        done, step = _completed_epochs(self.resume_checkpoint), self.resume_checkpoint["global_step"]
+        at = f"the end of epoch {done}" if done == self.settings.trainer.max_epochs else f"epoch {done + 1}"
+        place = f"{at}, step {step} ({self.resume_path.name})"
         log.info("resume #%d from %s", resumes, place)
         print(f"{self.request.label}resuming from {place}", flush=True)
         sizes = self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["event_files"]
