@@ -55,7 +55,23 @@ def build_optimizer(
             group["fused"] = fused
 
     optimizer.register_load_state_dict_pre_hook(keep_fused)
+    optimizer.register_load_state_dict_post_hook(_match_layout)
     return optimizer
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives the state that was loaded the memory layout of the weights, which ``speed.channels_last`` may change.
+
+    A fused kernel reads weights and state in the order of memory, and of any shape as many numbers as the weight has.
+
+    Raises:
+        ValueError: if it is the state of other weights.
+    """
+    for weight, state in optimizer.state.items():
+        for name in state.keys() - {"step"}:
+            if state[name].shape != weight.shape:
+                raise ValueError("the optimizer's state is that of other weights")
+            state[name] = torch.empty_like(weight).copy_(state[name])
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:

@@ -84,6 +84,37 @@ def test_a_resumed_run_computes_its_steps_as_its_own_settings_say(
     resumed.step()
 
 
+@pytest.mark.parametrize("chosen", ["optimizer=adamw", "optimizer=sgd optimizer.momentum=0.9"])
+def test_a_state_is_resumed_in_another_memory_layout(chosen: str, settings: Callable[..., Settings]) -> None:
+    """As `speed.channels_last`, which may differ when a run is resumed, gives the weights."""
+    steps = []
+    for layouts in ([torch.contiguous_format] * 2, [torch.contiguous_format, torch.channels_last]):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 8 * 4 * 3 * 3).reshape(8, 4, 3, 3))
+        state = None
+        for layout in layouts:
+            weight = torch.nn.Parameter(weight.detach().to(memory_format=layout))
+            optimizer = optimizers.build_optimizer(settings(*chosen.split()), [weight], torch.device("cpu"))
+            if state:
+                optimizer.load_state_dict(state)
+            weight.grad = torch.linspace(-1, 3, weight.numel()).reshape(weight.shape).to(memory_format=layout)
+            optimizer.step()
+            state = optimizer.state_dict()
+        steps.append(weight.detach())
+    assert torch.equal(*steps)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (10_000,)])
+def test_the_state_of_other_weights_is_not_loaded(shape: tuple[int, ...], settings: Callable[..., Settings]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(20_000))
+    weight.grad = torch.ones(20_000)
+    optimizer = optimizers.build_optimizer(settings("optimizer=adamw"), [weight], torch.device("cpu"))
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["exp_avg"] = torch.zeros(shape)  # the step itself would crash
+    with pytest.raises(ValueError, match="the optimizer's state is that of other weights"):
+        optimizer.load_state_dict(state)
+
+
 def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
