@@ -117,43 +117,17 @@ def test_lightning_loads_no_damaged_checkpoint(tmp_path: Path) -> None:
         AtomicCheckpointIO().load_checkpoint(path)
 
 
-def resumable(settings: Settings, schedulers: int = 1) -> dict[str, Any]:
-    """All that resuming reads, of a run with ``settings``."""
-    state = {"processes": [{}], "batches": {}, "best": {}, "event_files": {}, "saved_step": 1, "should_stop": False}
-    return CONTENT | {
-        "hyper_parameters": {"settings": settings.model_dump(mode="json")},
-        "optimizer_states": [{}],
-        "lr_schedulers": [{}] * schedulers,
-        "loops": {"fit_loop": {"epoch_progress": {"current": {"processed": 1}}}},
-        "callbacks": {checkpoint_files.CALLBACK_STATE_KEY: state, checkpoint_files.METRICS_STATE_KEY: {"rows": [{}]}},
-    }
-
-
-@pytest.mark.parametrize("value", [None, "x", 1.5])
-@pytest.mark.parametrize("key", ["processes", "batches", "best", "event_files", "saved_step", "should_stop"])
-def test_state_that_resuming_needs_is_named(settings: Callable[..., Settings], key: str, value: object) -> None:
-    checkpoint = resumable(settings())
-    checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
-    checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY][key] = value
-    if (key, value) == ("batches", None):  # of a dataloader of the user's own
-        checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
-        return
-    with pytest.raises(
-        UserError, match=rf"last.ckpt: can't be resumed: callbacks.{checkpoint_files.CALLBACK_STATE_KEY}.{key} "
-    ):
-        checkpoint_files.require_same_run(checkpoint, Path("last.ckpt"), settings(), None)
-
-
 @pytest.mark.parametrize(
-    ("schedule", "warmup", "schedulers"), [("constant", 0, 0), ("constant", 0.5, 1), ("cosine", 0, 1)]
+    "callbacks", [{}, {"ResumableCheckpoint": {}}, {"ResumableCheckpoint": [1]}, {"ResumableCheckpoint": {"format": 0}}]
 )
-def test_a_schedule_has_its_state(
-    settings: Callable[..., Settings], schedule: str, warmup: float, schedulers: int
+def test_a_checkpoint_without_the_state_that_resuming_needs_is_refused(
+    settings: Callable[..., Settings], callbacks: dict[str, Any]
 ) -> None:
-    chosen = settings(f"schedule={schedule}", f"schedule.warmup={warmup}")
-    checkpoint_files.require_same_run(resumable(chosen, schedulers), Path("last.ckpt"), chosen, None)
-    with pytest.raises(UserError, match=f"lr_schedulers has {1 - schedulers} entries instead of {schedulers} "):
-        checkpoint_files.require_same_run(resumable(chosen, 1 - schedulers), Path("last.ckpt"), chosen, None)
+    checkpoint = CONTENT | {"hyper_parameters": {"settings": settings().model_dump(mode="json")}}
+    whole = checkpoint | {"callbacks": {"ResumableCheckpoint": {"format": checkpoint_files.STATE_FORMAT}}}
+    checkpoint_files.require_same_run(whole, Path("last.ckpt"), settings(), None)
+    with pytest.raises(UserError, match=r"last.ckpt: can't be resumed: it has no state of the training, or that of "):
+        checkpoint_files.require_same_run(checkpoint | {"callbacks": callbacks}, Path("last.ckpt"), settings(), None)
 
 
 @pytest.mark.parametrize(

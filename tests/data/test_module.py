@@ -96,13 +96,6 @@ def test_after_an_unfinished_iteration_the_next_one_starts_from_the_beginning() 
     assert labels_of(batches) == [[0, 1], [2, 3], [4, 5]]
 
 
-@pytest.mark.parametrize("position", [{}, {"epoch": 0}, {"epoch": 0, "batch": True}, {"epoch": "0", "batch": 2}])
-def test_a_position_of_another_form_is_not_loaded(position: dict[str, Any]) -> None:
-    batches = TensorDataLoader(*numbered(6), batch_size=2, seed=0)
-    with pytest.raises(TypeError, match="position in the data"):
-        batches.load_state_dict(position)
-
-
 def test_a_position_in_another_epoch_is_ignored() -> None:
     batches = TensorDataLoader(*numbered(6), batch_size=2, seed=0, epoch=lambda: 1)
     batches.load_state_dict({"epoch": 0, "batch": 2})

@@ -486,14 +486,7 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
     content = folder.last.read_bytes()
     state = "callbacks__ResumableCheckpoint"
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"optimizer_states": []}, "optimizer_states has 0 entries instead of 1"),
-        ({"lr_schedulers": []}, "lr_schedulers has 0 entries instead of 1"),
-        ({"loops": {}}, "loops.fit_loop.epoch_progress.current.processed"),
-        ({f"{state}__processes": None}, "callbacks.ResumableCheckpoint.processes"),
-        ({f"{state}__event_files": []}, "callbacks.ResumableCheckpoint.event_files"),
-        ({f"{state}__event_files": {"events": 1.5}}, "callbacks.ResumableCheckpoint.event_files"),
-        ({f"{state}__best": {"val/acc": 0.5}}, "callbacks.ResumableCheckpoint.best"),
-        ({"callbacks__MetricsLogger__rows": []}, "callbacks.MetricsLogger.rows has 0 entries instead of 1"),
+        ({f"{state}__format": 0}, "can't be resumed: it has no state of the training, or that of another version of"),
         ({"hyper_parameters__settings__seed": 5}, "seed: 5 in the existing run, 0 in this command"),
         ({f"{state}__run_id": "b" * 32}, "was saved by another run (id bbbbbbbb…, the folder has aaaaaaaa…)"),
     ]
@@ -516,20 +509,17 @@ def test_a_state_that_can_not_be_restored_is_named(
     content = folder.last.read_bytes()
     caplog.set_level("INFO")
     for changed in (
-        {"optimizer_states": [{"state": {}, "param_groups": [{"a": 1}]}]},
-        {"loops__fit_loop__epoch_loop.val_loop.batch_progress": 1.5},
-        {"loops__fit_loop__epoch_loop.batch_progress__total__started": {}},
-        {"loops__fit_loop__epoch_loop.state_dict": {"_batches_that_stepped": None}},
-        {"callbacks__ResumableCheckpoint__batches": None},
-        {"callbacks__ResumableCheckpoint__batches": {"batch": 4}},
-        {"optimizer_states__0__param_groups__0__weight_decay": "x"},
+        {"optimizer_states": []},
         {"optimizer_states__0__state": {}},
         {"optimizer_states__0__state__0": {}},
         {"optimizer_states__0__state__0__exp_avg": torch.zeros(10_000)},  # with fewer, the step itself would crash
+        {"lr_schedulers": []},
         {"lr_schedulers__0": {}},
-        {"callbacks__MetricsLogger__images": "x"},
+        {"loops__fit_loop__epoch_loop.val_loop.batch_progress": 1.5},
+        {"callbacks__MetricsLogger": {"rows": []}},
+        {"callbacks__ResumableCheckpoint__batches": None},
+        {"callbacks__ResumableCheckpoint__batches": {"batch": 4}},
         {"callbacks__ResumableCheckpoint__processes": [{"random_state": {"python": 5}, "metrics": {}}]},
-        {"callbacks__ResumableCheckpoint__processes__0__metrics__train_acc.mean_value": torch.zeros(2)},
     ):
         folder.last.write_bytes(content)
         change(folder.last, **changed)

@@ -15,7 +15,6 @@ from pydantic import Field
 
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.complete_state import require_complete_state
 from nin.config.schema import SGD, AdamW, Settings, UserError
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.types import Section
@@ -115,7 +114,7 @@ def test_the_state_of_other_weights_is_not_loaded(shape: tuple[int, ...], settin
         optimizer.load_state_dict(state)
 
 
-def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(
+def test_an_optimizer_that_is_added_is_built_and_must_have_its_state_on_resuming(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(optimizers.OPTIMIZERS, "rprop", torch.optim.Rprop)
@@ -126,13 +125,12 @@ def test_an_optimizer_that_is_added_is_built_and_its_state_is_checked(
     assert optimizer.param_groups[0]["lr"] == 0.1
     module(torch.rand(2, 1, 28, 28)).sum().backward()
     optimizer.step()
-    loop = SimpleNamespace(state_dict=dict)
-    trainer = SimpleNamespace(optimizers=[optimizer], fit_loop=loop, lr_scheduler_configs=[])
-    saved = {"loops": {"fit_loop": {}}, "optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
-    require_complete_state(trainer, module.settings, saved)
-    del saved["optimizer_states"][0]["state"][0]
-    with pytest.raises(TypeError, match="the optimizer's state is not that of all weights"):
-        require_complete_state(trainer, module.settings, saved)
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
+    optimizers.require_restored(trainer, module.settings)
+    optimizer.state.clear()
+    with pytest.raises(ValueError, match="the state of the optimizer is missing"):
+        optimizers.require_restored(trainer, module.settings)
+    optimizers.require_restored(trainer, settings("schedule=constant", "optimizer=sgd"))  # has none without momentum
 
 
 class Clock(Callback):

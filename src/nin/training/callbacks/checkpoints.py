@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
-from nin.checkpoints.complete_state import describe_structure, require_complete_state
-from nin.checkpoints.files import rotate_checkpoints
+from nin.checkpoints.files import STATE_FORMAT, rotate_checkpoints
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import get_random_state, set_random_state
 from nin.checkpoints.weights import TRAINING_METRICS
@@ -32,6 +31,7 @@ from nin.training.callbacks.loops import (
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 from nin.training.loss import require_finite_weights
+from nin.training.optimizers import require_restored
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +64,7 @@ class ResumableCheckpoint(Checkpoint):
         self._needs_iterator = False
         self._random_before_validation: dict[str, Any] | None = None
         self._loaded: dict[str, Any] | None = None
-        self._checkpoint: dict[str, Any] | None = None
         self._save_point: SavePoint | None = None  # where the save takes place that is under way
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: Classifier, checkpoint: dict[str, Any]) -> None:
-        self._checkpoint = checkpoint
-
-    def on_fit_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        # Checked before Lightning restores the optimizer and the schedule: torch accepts states that lack a part.
-        if self._checkpoint:
-            require_complete_state(trainer, pl_module.settings, self._checkpoint)
-            self._checkpoint = None
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         if self._loaded:
@@ -86,15 +76,14 @@ class ResumableCheckpoint(Checkpoint):
     def _restore(self, trainer: Trainer, pl_module: Classifier, state: dict[str, Any]) -> None:
         """Restores what Lightning does not.
 
-        The order matters: the position and the metrics are checked before anything is changed, the iterator is made
-        from a loader that has its position, and the random state is set after the iterator, which draws random numbers.
+        The order matters: the iterator is made from a loader that has its position, and the random state is set after
+        the iterator, which draws random numbers.
         """
+        require_restored(trainer, pl_module.settings)
         loader: Any = trainer.train_dataloader
         position, own = state["batches"], state["processes"][trainer.global_rank]
         if (position is not None) != has_position(trainer):
             raise ValueError("the position in the data is missing, or the dataloader can't restore it")
-        if describe_structure(own["metrics"]) != describe_structure(_train_metrics(pl_module)):
-            raise TypeError("the state of the training metrics lacks a part, or has one of another shape")
         _restore_flags(trainer, state)
         if position is not None:
             loader.load_state_dict(position)
@@ -103,7 +92,8 @@ class ResumableCheckpoint(Checkpoint):
         # The validation may start again, without a training batch before it.
         self._random_before_validation = own["random_state"]
         _warn_of_random_workers(trainer, position)
-        pl_module.load_state_dict({k: v.to(pl_module.device) for k, v in own["metrics"].items()}, strict=False)
+        metrics = {name: own["metrics"][name].to(pl_module.device) for name in _train_metrics(pl_module)}
+        pl_module.load_state_dict(metrics, strict=False)
 
     def _restore_iterator(self, trainer: Trainer) -> None:
         # Lightning has made the epoch's iterator already, from a loader without this position and with other random
@@ -242,6 +232,7 @@ class ResumableCheckpoint(Checkpoint):
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(processes, own)
         checkpoint["callbacks"][self.state_key] = {
+            "format": STATE_FORMAT,
             "best": self.best,
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
