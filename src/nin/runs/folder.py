@@ -143,7 +143,7 @@ class RunFolder:
         with contextlib.suppress(OSError, ValueError, RecursionError):
             state = json.loads(read_text(self.state))
             if isinstance(state, dict):
-                return {key: value for key, value in state.items() if _is_of_state(key, value)}
+                return {key: value for key, value in state.items() if isinstance(value, _STATE.get(key, ()))}
         return {}
 
     def update_state(self, **values: Any) -> None:
@@ -238,14 +238,6 @@ class RunFolder:
                 os.truncate(path, sizes[path.name])
         there = self.event_file_sizes()
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
-
-
-def _is_of_state(key: str, value: Any) -> bool:
-    """Whether ``value`` is of the type that the key has in the state; ``starts`` are dictionaries."""
-    kind = _STATE.get(key)
-    if kind is None or not isinstance(value, kind):
-        return False
-    return not isinstance(value, list) or (len(value) > 0 and all(isinstance(start, dict) for start in value))
 
 
 def _read_yaml(path: Path) -> DictConfig | ListConfig | None:

@@ -260,7 +260,8 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     # Paths in it are absolute, so that the run can be resumed from any working directory.
     folder.write_request(experiment.settings.to_plain(), request.overrides)
     state = folder.read_state()
-    starts = [*state.get("starts", []), code] if resumed else [code]
+    earlier = [start for start in state.get("starts", []) if isinstance(start, dict)]
+    starts = [*earlier, code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
     run_id = experiment.run_id or state.get("run_id") or uuid.uuid4().hex
     folder.update_state(run_id=run_id, starts=starts, resumes=resumes)
