@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -84,24 +84,17 @@ def count_cores() -> int:
 
 
 def _run(chunks: list[Chunk], processes: int) -> Generator[tuple[Chunk, dict[str, str], bool], None, None]:
-    """Yields each chunk with its errors and whether it has color, as they end. This process decodes as well."""
+    """Yields each chunk with its errors and whether it has color, in their order."""
     if processes == 1:
         for chunk in chunks:
             yield chunk, *decode_chunk(chunk)
         return
     # Spawned, and not forked: this process has threads.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes - 1, context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(processes, context, initializer=_start_worker)
     try:
-        waiting = {pool.submit(decode_chunk, chunk): chunk for chunk in chunks}
-        while waiting:
-            # The last one that no other process has taken.
-            own = next((future for future in reversed(waiting) if future.cancel()), None)
-            if own is not None:
-                chunk = waiting.pop(own)
-                yield chunk, *decode_chunk(chunk)
-            for future in wait(waiting, None if own is None else 0, FIRST_COMPLETED).done:
-                yield waiting.pop(future), *future.result()
+        for chunk, decoded in zip(chunks, pool.map(decode_chunk, chunks), strict=True):
+            yield chunk, *decoded
     except BrokenProcessPool as error:
         raise UserError(
             "a process that decodes images was killed, or could not start: there may be too little memory; a Python "
