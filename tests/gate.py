@@ -1,7 +1,9 @@
-"""Callbacks that hold, slow down or fail a run, so that what follows is the same on every machine, however fast."""
+"""Callbacks that hold, stop, slow down or fail a run, so that the rest is the same on every machine, however fast."""
 
 import contextlib
 import errno
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,19 @@ class Gate(Callback):
         with contextlib.suppress(OSError, ValueError):  # not there yet, or half written
             return int(self.path.read_text())
         return 0
+
+
+class StopIn(Callback):
+    """Sends SIGTERM to this process in the ``count``-th call of a hook."""
+
+    def __init__(self, hook: str, count: int = 1):
+        self.left = count
+        setattr(self, hook, self.stop)
+
+    def stop(self, *_: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class SlowEnd(Callback):

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,21 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         time.sleep(0.005)
 
 
-def run_experiment(settings: Settings, folder: RunFolder, overrides: list[str] | None = None) -> dict[str, Any]:
-    """Trains without the command line, in a folder that this process has to itself; returns the result."""
+def run_experiment(
+    settings: Settings, folder: RunFolder, overrides: Sequence[str] = (), callbacks: Sequence[Any] = ()
+) -> dict[str, Any]:
+    """Trains without the command line, in a folder that this process has to itself; returns the result.
+
+    Args:
+        callbacks: added to those of the run.
+    """
     from nin.data.sources import prepare
     from nin.training.experiment import Experiment
 
+    class ExtendedExperiment(Experiment):
+        def _callbacks(self) -> list[Any]:
+            return [*super()._callbacks(), *callbacks]
+
     prepare(settings.data)
     folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    return Experiment(RunRequest(settings, folder, overrides or [])).run()
+    return ExtendedExperiment(RunRequest(settings, folder, list(overrides))).run()

@@ -15,7 +15,6 @@ import torch
 from helpers import merge, nin, run_experiment, start, wait_for
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
-from nin.training import experiment
 
 pytestmark = [
     pytest.mark.gpu,
@@ -103,15 +102,12 @@ def test_nothing_waits_for_the_gpu_between_two_loggings(settings: Callable[..., 
         def on_before_optimizer_step(self, *_: Any) -> None:
             torch.cuda.set_sync_debug_mode("default")  # the loggings that follow may wait
 
-    build = experiment.build_trainer
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Watch()], *rest))
-        words = ("compile=false", "data.augment=flip_shift", "callbacks=none", "logger=none")
-        chosen = settings("trainer.accelerator=gpu", *words)
-        try:
-            run_experiment(chosen, RunFolder(tmp_path))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    words = ("compile=false", "data.augment=flip_shift", "callbacks=none", "logger=none")
+    chosen = settings("trainer.accelerator=gpu", *words)
+    try:
+        run_experiment(chosen, RunFolder(tmp_path), callbacks=[Watch()])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_rates_of_the_bench(data_root: Path, tmp_path: Path) -> None:

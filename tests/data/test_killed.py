@@ -85,7 +85,7 @@ def expected(photos: Path, settings: Callable[..., Settings], tmp_path: Path) ->
     """The result of a run on the same images that nothing interrupts, with a cache of its own."""
     keys = (*RUN[len(SMALL) :], f"data.root={photos}", f"data.cache={tmp_path / 'other'}", "checkpoint.every_n_steps=1")
     chosen = settings(*(word for word in keys if not word.startswith("trainer")))
-    return run_experiment(chosen, RunFolder(tmp_path / "whole"), [])
+    return run_experiment(chosen, RunFolder(tmp_path / "whole"))
 
 
 # What a run does first; the process ends neither by itself nor with a cache.

@@ -18,7 +18,6 @@ from nin.config.validation import validate
 from nin.networks import speed
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
-from nin.training import experiment
 from nin.training.classifier import Classifier
 
 OFF = (
@@ -72,7 +71,7 @@ def test_steps_with_every_switch_on_are_steps_with_all_off(
     weights, scores = [], []
     for name, switches in (("on", ()), ("off", OFF)):
         folder = RunFolder(tmp_path / name)
-        scores.append(run_experiment(validate(compose_config([*common, *switches])), folder, [])["metrics"])
+        scores.append(run_experiment(validate(compose_config([*common, *switches])), folder)["metrics"])
         state = checkpoint_files.read(folder.last)["state_dict"]
         weights.append({name: value for name, value in state.items() if name.startswith("network.")})
     assert far(*weights) < 1e-5
@@ -102,7 +101,7 @@ def test_in_float64_the_switches_differ_by_its_rounding(
     weights = []
     for name, switches in (("on", ()), ("off", OFF)):
         folder = RunFolder(tmp_path / name)
-        run_experiment(validate(compose_config([*common, *switches])), folder, [])
+        run_experiment(validate(compose_config([*common, *switches])), folder)
         state = checkpoint_files.read(folder.last)["state_dict"]
         weights.append({key: value for key, value in state.items() if key.startswith("network.")})
     assert next(iter(weights[0].values())).dtype == torch.float64
@@ -235,9 +234,7 @@ def test_a_network_with_relu_after_pooling_can_be_scripted() -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-def test_memory_does_not_grow_from_step_to_step(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_does_not_grow_from_step_to_step(tmp_path: Path, data_root: Path) -> None:
     taken = []
 
     class Memory(Callback):
@@ -245,10 +242,9 @@ def test_memory_does_not_grow_from_step_to_step(
             lines = Path("/proc/self/status").read_text().splitlines()
             taken.append(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1024)
 
-    build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Memory()], *rest))
     common = ["data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_steps=12", "callbacks=none"]
     small = ["trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
-    run_experiment(validate(compose_config([*common, *small])), RunFolder(tmp_path), [])  # 224x224, batches of 128
+    settings = validate(compose_config([*common, *small]))  # 224x224, batches of 128
+    run_experiment(settings, RunFolder(tmp_path), callbacks=[Memory()])
     assert len(taken) == 12
     assert max(taken[4:]) - max(taken[:4]) < 20, taken  # MiB; a batch's maps are 900

@@ -384,7 +384,7 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
 
     # The same job alone, in a process that did other things, is the same job.
     small = [*SMALL, "callbacks=none", *command[-2:], "optimizer.lr=0.001", f"data.root={data_root}"]
-    alone = run_experiment(validate(compose_config(small)), RunFolder(tmp_path / "alone"), [])
+    alone = run_experiment(validate(compose_config(small)), RunFolder(tmp_path / "alone"))
     assert results["optimizer.lr=0.001"]["weights_sha256"] == alone["weights_sha256"]
 
     # The same command again leaves finished jobs as they are; one more value is one more job.

@@ -51,7 +51,7 @@ def results(sweep: Path) -> dict[str, dict[str, Any]]:
 
 def alone(overrides: list[str], folder: Path) -> str:
     """The weights of a single run in this process."""
-    return run_experiment(validate(compose_config(overrides)), RunFolder(folder), [])["weights_sha256"]
+    return run_experiment(validate(compose_config(overrides)), RunFolder(folder))["weights_sha256"]
 
 
 def test_a_loss_that_no_job_could_use_is_refused_before_the_first_starts() -> None:
@@ -582,7 +582,7 @@ def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path:
     # Two processes with batches of 32 do what one does with batches of 64.
     folder = RunFolder(tmp_path / "one")
     one = run_experiment(
-        validate(compose_config([*requested[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder, []
+        validate(compose_config([*requested[1:], *same, "data.batch_size=64", f"data.root={data_root}"])), folder
     )
     assert (two["steps"], two["status"]) == (one["steps"], "finished")
     for metric in ("val/loss", "val/acc", "test/loss", "test/acc"):

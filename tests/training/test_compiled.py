@@ -22,7 +22,6 @@ from nin.config.schema import Settings
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.system import devices
-from nin.training import experiment
 from nin.training.classifier import Classifier
 
 # As on a GPU, but for its device: full batches, bfloat16 under autocast. 110 images: batches of 32, 32, 32 and 14.
@@ -79,21 +78,16 @@ def require_one_graph() -> None:
 
 
 def test_one_graph_for_all_steps_of_two_epochs_and_after_resuming(
-    data_root: Path, tmp_path: Path, traced: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    data_root: Path, tmp_path: Path, traced: list[dict[str, Any]]
 ) -> None:
     chosen = compose(data_root, "checkpoint.every_n_steps=1", "data.normalize=true", *CALLBACKS)
     uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"))
     require_one_graph()
 
-    build = experiment.build_trainer
     folder = RunFolder(tmp_path / "resumed")
     for batches in (2, 4):  # in the first epoch, and in its last, smaller batch
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                experiment, "build_trainer", lambda s, f, c, *rest, n=batches: build(s, f, [*c, StopAt(n)], *rest)
-            )
-            with pytest.raises(StoppedHereError):
-                run_experiment(chosen, folder)
+        with pytest.raises(StoppedHereError):
+            run_experiment(chosen, folder, callbacks=[StopAt(batches)])
         torch._dynamo.reset()  # a resumed run is another process
         counters.clear()
     resumed = run_experiment(chosen, folder)

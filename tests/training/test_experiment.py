@@ -71,10 +71,10 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
 ) -> None:
     _, result = run
     torch.manual_seed(123)
-    again = run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"), [])
+    again = run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"))
     assert again["weights_sha256"] == result["weights_sha256"]
     assert again["metrics"] == result["metrics"]
-    other = run_experiment(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"), [])
+    other = run_experiment(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"))
     assert other["weights_sha256"] != result["weights_sha256"]
 
 
@@ -109,7 +109,7 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     limits = [f"trainer.limit_{part}_batches=1.0" for part in ("train", "val", "test")]
     requested = settings(*still, *limits, "data.val_size=9901", "trainer.max_epochs=1", "logger=none", "callbacks=none")
     folder = RunFolder(tmp_path)
-    reported = run_experiment(requested, folder, [])["metrics"] | folder.read_epochs()[0]
+    reported = run_experiment(requested, folder)["metrics"] | folder.read_epochs()[0]
 
     module = Classifier(requested, CLASSES).eval()
     module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
@@ -162,7 +162,7 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
 
 def test_with_other_loggers_metrics_csv_is_there_too(settings: Callable[..., Settings], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "csv")
-    run_experiment(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder, [])
+    run_experiment(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder)
     assert (folder.path / "csv" / "metrics.csv").exists()
     assert not folder.event_files()
     # Five steps of two batches each: an epoch of six batches, and two thirds of another, which is validated too.
@@ -175,7 +175,7 @@ def test_the_notebooks_habit_scores_test_images_and_chooses_nothing_by_them(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     folder = RunFolder(tmp_path / "notebook")
-    result = run_experiment(settings("data.val_size=0", "data.score_each_epoch=test"), folder, [])
+    result = run_experiment(settings("data.val_size=0", "data.score_each_epoch=test"), folder)
     assert result["metrics"]["val/acc"] is None
     last, best = (checkpoint_files.read(path) for path in (folder.last, folder.best))
     assert last["global_step"] == best["global_step"] == 12
@@ -190,7 +190,7 @@ def test_the_final_test_is_logged_where_the_last_epoch_was_not_scored(
 ) -> None:
     folder = RunFolder(tmp_path)
     requested = settings("data.score_each_epoch=test", "trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3")
-    run_experiment(requested, folder, [])
+    run_experiment(requested, folder)
     events = EventAccumulator(str(folder.path)).Reload()
     assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
     assert [event.step for event in events.Scalars("when_finished/test/acc")] == [18]
@@ -206,11 +206,9 @@ def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(
         def on_validation_batch_end(self, *_: Any) -> None:
             passed[0] += 10_000
 
-    build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Slow()], *rest))
     folder = RunFolder(tmp_path)
     requested = settings("trainer.val_check_interval=3", "trainer.log_every_n_steps=4", "callbacks=none", "logger=none")
-    run_experiment(requested, folder, [])
+    run_experiment(requested, folder, callbacks=[Slow()])
     for epoch in folder.read_epochs():  # 6 batches of 32
         assert epoch["images_per_second"] > 6 * 32 / 10_000
         assert epoch["seconds"] > 20_000
@@ -225,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_what_to_try(
         match=r"the loss is (nan|inf) at step \d.*learning rate 1e\+30.*Try a smaller optimizer.lr, "
         r"schedule.warmup=0.1, trainer.gradient_clip_val=1, model.norm=batch$",
     ):
-        run_experiment(wild, RunFolder(tmp_path), [])
+        run_experiment(wild, RunFolder(tmp_path))
 
 
 def test_what_a_run_has_already_is_not_recommended(settings: Callable[..., Settings]) -> None:
@@ -292,7 +290,7 @@ def test_training_and_selection_do_not_depend_on_the_test_images(
 
     monkeypatch.setattr(data_module, "load", load_with_noise)
     with_noise = RunFolder(tmp_path / "run")
-    result = run_experiment(settings(), with_noise, [])
+    result = run_experiment(settings(), with_noise)
     folder, expected = run
     assert result["metrics"]["test/loss"] != expected["metrics"]["test/loss"]
     for key in ("val/acc", "val/loss"):
@@ -317,7 +315,7 @@ def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], t
     rows, results = {}, {}
     for name in ("none", "flip_shift"):
         folder = RunFolder(tmp_path / name)
-        results[name] = run_experiment(settings(f"data.augment={name}", *keys), folder, [])
+        results[name] = run_experiment(settings(f"data.augment={name}", *keys), folder)
         rows[name] = folder.read_epochs()[-1]
     scored = [name for name in ("val/loss", "val/acc") if rows["none"][name] is not None]
     assert len(scored) == 2
@@ -401,9 +399,7 @@ def test_early_stopping_composes(settings: Callable[..., Settings]) -> None:
 def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overrides: str, steps: int | None) -> None:
     words = ["callbacks=none", *overrides.split()]
     small = [word for word in SMALL if not ("model=lenet" in words and word.startswith("model."))]
-    result = run_experiment(
-        validate(compose_config([*small, f"data.root={data_root}", *words])), RunFolder(tmp_path), []
-    )
+    result = run_experiment(validate(compose_config([*small, f"data.root={data_root}", *words])), RunFolder(tmp_path))
     assert result["status"] == "finished"
     assert result["metrics"]["test/acc"] is not None
     last = checkpoint_files.read(RunFolder(tmp_path).last)
@@ -412,34 +408,28 @@ def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overri
 
 
 def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     class TimeIsUp(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.current_epoch == 1
 
-    build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, TimeIsUp()], *rest))
     folder = RunFolder(tmp_path)
-    run_experiment(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, [])
+    run_experiment(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, callbacks=[TimeIsUp()])
     rows = folder.read_epochs()
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 3)]
     assert rows[1]["train/loss"] > 0
 
 
-def test_overfitted_are_the_same_batches_again_and_again(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overfitted_are_the_same_batches_again_and_again(settings: Callable[..., Settings], tmp_path: Path) -> None:
     trained_on = []
 
     class Seen(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: Classifier, batch: Any, index: int) -> None:
             trained_on.append(batch[1])
 
-    build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Seen()], *rest))
     requested = settings("trainer.overfit_batches=2", "callbacks=none", "logger=none")
-    run_experiment(requested, RunFolder(tmp_path), [])
+    run_experiment(requested, RunFolder(tmp_path), callbacks=[Seen()])
     assert len(trained_on) == 4
     assert torch.equal(torch.cat(trained_on[:2]), torch.cat(trained_on[2:]))
 
@@ -450,7 +440,7 @@ def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., S
     requested += ["trainer.limit_train_batches=100", "trainer.log_every_n_steps=100"]
     folders = [RunFolder(tmp_path / precision) for precision in ("bf16-true", "32-true")]
     half, single = (
-        run_experiment(settings(*requested, f"trainer.precision={folder.path.name}"), folder, []) for folder in folders
+        run_experiment(settings(*requested, f"trainer.precision={folder.path.name}"), folder) for folder in folders
     )
     assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
     trained = [folder.read_epochs()[-1]["train/acc"] for folder in folders]
@@ -515,7 +505,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 
 def test_only_scores_of_the_very_weights_choose_the_best(settings: Callable[..., Settings], tmp_path: Path) -> None:
     # Scored after batches 4 of 6, and saved after 6: those scores are of other weights.
-    result = run_experiment(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path), [])
+    result = run_experiment(settings("trainer.val_check_interval=4", "logger=none"), RunFolder(tmp_path))
     assert result["metrics"]["val/acc"] is None
     assert checkpoint_files.read(RunFolder(tmp_path).best)["global_step"] == 12
 
@@ -546,7 +536,7 @@ def test_a_csv_logger_does_not_overwrite_its_file_on_resuming(
 
 
 def test_a_csv_logger_has_every_value_when_a_checkpoint_is_saved(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     written = []
 
@@ -555,8 +545,6 @@ def test_a_csv_logger_has_every_value_when_a_checkpoint_is_saved(
             path = tmp_path / "csv" / "metrics.csv"
             written.append(len(path.read_text().splitlines()) if path.exists() else 0)
 
-    build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, Reader()], *rest))
-    run_experiment(settings("logger=csv", "callbacks=none"), RunFolder(tmp_path), [])
+    run_experiment(settings("logger=csv", "callbacks=none"), RunFolder(tmp_path), callbacks=[Reader()])
     assert written[0] == 0
     assert written[1] > 2  # the header, and rows of training and validation

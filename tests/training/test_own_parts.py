@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Te
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from gate import StopIn
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.changes import find_differences
@@ -31,7 +32,6 @@ from nin.deploy.pipeline import Pipeline
 from nin.networks.layers import describe_layers
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
-from nin.training import experiment
 from nin.training.classifier import Classifier
 from nin.training.experiment import Experiment
 from nin.training.loss import build_loss
@@ -514,17 +514,6 @@ class Loaders(LightningDataModule):
     test_dataloader = val_dataloader
 
 
-class Interruption(Callback):
-    def __init__(self, hook: str, count: int):
-        self.count = count
-        setattr(self, hook, self.interrupt)
-
-    def interrupt(self, *_: Any) -> None:
-        self.count -= 1
-        if not self.count:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
 @pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")  # torchdata's loader reads it
 @pytest.mark.parametrize(
@@ -545,7 +534,6 @@ class Interruption(Callback):
 def test_loaders_of_all_kinds_are_resumed_exactly(
     settings: Callable[..., Settings],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     kind: str,
     words: list[str],
@@ -556,16 +544,11 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": kind}
     requested = validate_plain(plain | {"data": own})
     expected = run_experiment(requested, RunFolder(tmp_path / "uninterrupted"))
-    build = experiment.build_trainer
-    for interruption in interruptions:
-        callback = Interruption(*interruption)
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                experiment, "build_trainer", lambda s, f, c, *rest, own=callback: build(s, f, [*c, own], *rest)
-            )
-            with pytest.raises(StoppedError):
-                run_experiment(requested, RunFolder(tmp_path / "interrupted"))
-    resumed = run_experiment(requested, RunFolder(tmp_path / "interrupted"))
+    folder = RunFolder(tmp_path / "interrupted")
+    for hook, count in interruptions:
+        with pytest.raises(StoppedError):
+            run_experiment(requested, folder, callbacks=[StopIn(hook, count)])
+    resumed = run_experiment(requested, folder)
     assert resumed["weights_sha256"] == expected["weights_sha256"]
     assert resumed["metrics"] == expected["metrics"]
     assert ("with num_workers=0 they would be" in caplog.text) == (kind == "torchdata with a worker")
@@ -592,16 +575,12 @@ class EndedWorkers(Callback):
 
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_test_batch_start"])
 def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
+    settings: Callable[..., Settings], tmp_path: Path, hook: str
 ) -> None:
     plain = settings("trainer.limit_train_batches=null", "logger=none", "callbacks=none").model_dump()
     own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "sampler"}
-    build = experiment.build_trainer
-    monkeypatch.setattr(
-        experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [*c, EndedWorkers(hook)], *rest)
-    )
     with pytest.raises(StoppedError):
-        run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
+        run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path), callbacks=[EndedWorkers(hook)])
 
 
 def test_a_data_module_of_ones_own_trains_with_all_callbacks_for_longer_than_their_patience(

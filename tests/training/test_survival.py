@@ -1,5 +1,6 @@
 """A run that was stopped, killed or damaged anywhere ends as the run that was left alone."""
 
+import contextlib
 import csv
 import itertools
 import json
@@ -68,33 +69,20 @@ class Interruption(Callback):
 
 
 def trained(
-    settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch, batch: int | None = None, kill: bool = False
+    settings: Settings, folder: Path, batch: int | None = None, kill: bool = False
 ) -> tuple[dict[str, Any], int]:
     """The result of a run that is interrupted at the n-th batch of every start, and how often it was."""
-    build = experiment.build_trainer
-
-    def interrupted(settings: Settings, folder: Path, callbacks: list, *rest: Any) -> Any:
-        return build(settings, folder, [*callbacks, *([Interruption(batch, kill)] if batch else [])], *rest)
-
-    interruptions = 0
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", interrupted)
-        while interruptions < 50:
-            try:
-                return run_experiment(settings, RunFolder(folder), []), interruptions
-            except (StoppedError, KilledError):
-                interruptions += 1
+    for interruptions in range(50):
+        callbacks = [Interruption(batch, kill)] if batch else []
+        with contextlib.suppress(StoppedError, KilledError):
+            return run_experiment(settings, RunFolder(folder), callbacks=callbacks), interruptions
     raise AssertionError("the run never ends")
 
 
-def stopped(settings: Settings, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+def stopped(settings: Settings, folder: RunFolder, batch: int) -> None:
     """Leaves the run as it is when a stop is requested at the n-th batch."""
-    build = experiment.build_trainer
-    with monkeypatch.context() as patch:
-        interruption = Interruption(batch, kill=False)
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, interruption], *r))
-        with pytest.raises(StoppedError):
-            run_experiment(settings, folder, [])
+    with pytest.raises(StoppedError):
+        run_experiment(settings, folder, callbacks=[Interruption(batch, kill=False)])
 
 
 def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int, float]]]]:
@@ -142,10 +130,10 @@ def record(folder: Path) -> tuple[list[dict[str, str]], dict[str, list[tuple[int
     ],
 )
 def test_interrupted_anywhere_it_is_the_same_run(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str
+    settings: Callable[..., Settings], tmp_path: Path, overrides: str
 ) -> None:
     requested = [*overrides.split(), "~callbacks.images"]
-    uninterrupted, _ = trained(settings(*requested), tmp_path / "uninterrupted", monkeypatch)
+    uninterrupted, _ = trained(settings(*requested), tmp_path / "uninterrupted")
     curves = record(tmp_path / "uninterrupted")
     for steps in curves[1].values():
         assert all(a[0] < b[0] for a, b in itertools.pairwise(steps))
@@ -153,7 +141,7 @@ def test_interrupted_anywhere_it_is_the_same_run(
         # A kill without a checkpoint in between would come at the same place for ever.
         often = ["checkpoint.every_n_steps=1"] if kill else []
         folder = tmp_path / f"{batch}"
-        result, interruptions = trained(settings(*requested, *often), folder, monkeypatch, batch, kill)
+        result, interruptions = trained(settings(*requested, *often), folder, batch, kill)
         assert interruptions > 0
         assert (result["weights_sha256"], result["metrics"]) == (
             uninterrupted["weights_sha256"],
@@ -167,12 +155,12 @@ def test_interrupted_anywhere_it_is_the_same_run(
 
 
 def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     requested = ["schedule=constant", "optimizer=sgd", "~callbacks.images"]
-    at_once, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "at_once", monkeypatch)
-    trained(settings(*requested), tmp_path / "extended", monkeypatch)
-    extended, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "extended", monkeypatch)
+    at_once, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "at_once")
+    trained(settings(*requested), tmp_path / "extended")
+    extended, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "extended")
     assert extended["weights_sha256"] == at_once["weights_sha256"]
     assert extended["metrics"] == at_once["metrics"]
     assert record(tmp_path / "extended") == record(tmp_path / "at_once")
@@ -193,8 +181,8 @@ def stopped_run(
     with pytest.MonkeyPatch.context() as patch:
         seconds = itertools.count(1_600_000_000)  # before those of the tests that resume it
         patch.setattr(event_file_writer.time, "time", lambda: float(next(seconds)))
-        uninterrupted, _ = trained(requested, folder / "uninterrupted", patch)
-        stopped(requested, RunFolder(folder / "half"), patch, batch=11)
+        uninterrupted, _ = trained(requested, folder / "uninterrupted")
+        stopped(requested, RunFolder(folder / "half"), batch=11)
     return requested, folder / "half", uninterrupted
 
 
@@ -241,7 +229,7 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
 ) -> None:
     requested, folder, uninterrupted = half_done
     damage(folder.last)
-    result = run_experiment(requested, folder, [])
+    result = run_experiment(requested, folder)
     assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
     assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
     assert "renamed to last.ckpt.damaged-0" in caplog.text
@@ -255,7 +243,7 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
         cut_off(path)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no valid checkpoint to resume from .*last.ckpt.damaged-0.*start again"):
-            run_experiment(requested, folder, [])
+            run_experiment(requested, folder)
 
 
 @pytest.mark.parametrize(
@@ -285,9 +273,9 @@ def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
         with pytest.raises(
             UserError, match=r"last.ckpt: can't be read(: not enough memory| \(Input/output error\)); try"
         ):
-            run_experiment(requested, folder, [])
+            run_experiment(requested, folder)
     assert sorted(path.name for path in folder.checkpoints.iterdir()) == names
-    assert run_experiment(requested, folder, [])["weights_sha256"] == uninterrupted["weights_sha256"]
+    assert run_experiment(requested, folder)["weights_sha256"] == uninterrupted["weights_sha256"]
 
 
 def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
@@ -302,17 +290,17 @@ def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dic
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     import resource
 
     requested = settings("~callbacks.images", "checkpoint.every_n_steps=2")
-    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted")
     folder, size = (
         RunFolder(tmp_path / "full"),
         (tmp_path / "uninterrupted" / "checkpoints" / "last.ckpt").stat().st_size,
     )
-    stopped(requested, folder, monkeypatch, batch=9)
+    stopped(requested, folder, batch=9)
     saved = {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()}
 
     # The system refuses to write more than half a checkpoint, as it would with a full disk.
@@ -320,11 +308,11 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
     try:
         with pytest.raises(OSError, match=r"could not be saved, the previous one is kept; free some space"):
-            run_experiment(requested, folder, [])
+            run_experiment(requested, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == saved
-    result = run_experiment(requested, folder, [])
+    result = run_experiment(requested, folder)
     assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
@@ -349,7 +337,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
         path.unlink(missing_ok=True)
     AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=message):
-        run_experiment(requested, folder, [])
+        run_experiment(requested, folder)
 
 
 def test_another_number_of_processes_is_another_experiment(
@@ -360,7 +348,7 @@ def test_another_number_of_processes_is_another_experiment(
     content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
     AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=r"trainer.devices: the run was started with 2 processes and would now have 1,"):
-        run_experiment(requested, folder, [])
+        run_experiment(requested, folder)
 
 
 class Unreadable(Callback):
@@ -382,19 +370,17 @@ def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_fi
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_logger_of_ones_own_is_resumed_too(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_logger_of_ones_own_is_resumed_too(settings: Callable[..., Settings], tmp_path: Path) -> None:
     def rows(path: Path) -> list[dict[str, str]]:
         """Without empty cells, and without what a clock measured."""
         lines = csv.DictReader(path.read_text().splitlines())
         return [{k: v for k, v in line.items() if v and k != "images_per_second"} for line in lines]
 
     requested = settings("logger=csv", "~logger.csv.version", "callbacks=none")
-    trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    trained(requested, tmp_path / "uninterrupted")
     folder = RunFolder(tmp_path / "stopped")
-    stopped(requested, folder, monkeypatch, batch=9)
-    run_experiment(requested, folder, [])
+    stopped(requested, folder, batch=9)
+    run_experiment(requested, folder)
     first, second = (rows(folder.path / f"version_{i}" / "metrics.csv") for i in (0, 1))
     assert [row["step"] for row in first] == ["4", "6", "6"]
     assert first + second == rows(tmp_path / "uninterrupted" / "version_0" / "metrics.csv")
@@ -429,17 +415,16 @@ class OwnData(LightningDataModule):
 def test_a_run_on_a_data_module_of_ones_own_resumes_from_the_end_of_an_epoch(
     settings: Callable[..., Settings],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     sampler: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4, "sampler": sampler}
     plain = settings("logger=none", "callbacks=none", "model.dropout=0.5").model_dump(mode="json")
     requested = validate_plain(plain | {"data": own})
-    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
-    stopped(requested, RunFolder(tmp_path / "stopped"), monkeypatch, batch=12)
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted")
+    stopped(requested, RunFolder(tmp_path / "stopped"), batch=12)
     assert "persistent_workers" not in caplog.text
-    result = run_experiment(requested, RunFolder(tmp_path / "stopped"), [])
+    result = run_experiment(requested, RunFolder(tmp_path / "stopped"))
     assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
     # What workers draw is not saved; these draw nothing.
     assert ("with persistent_workers=False they would be" in caplog.text) == (sampler == "shuffle with a worker")
@@ -452,7 +437,7 @@ def test_lost_and_shortened_event_files_are_reported(
     (events,) = folder.event_files()
     os.truncate(events, events.stat().st_size // 2)
     step = checkpoint_files.read(folder.last)["global_step"]
-    result = run_experiment(requested, folder, [])
+    result = run_experiment(requested, folder)
     assert result["weights_sha256"] == uninterrupted["weights_sha256"]
     assert f"curves have a gap before step {step}: {events.name}" in caplog.text
 
@@ -525,12 +510,12 @@ def test_a_state_that_can_not_be_restored_is_named(
         change(folder.last, **changed)
         caplog.clear()
         with pytest.raises(UserError) as refused:
-            run_experiment(requested, folder, [])
+            run_experiment(requested, folder)
         named = r"last.ckpt: can't be resumed: its state could not be restored \(\w+Error: "
         assert re.search(named, str(refused.value)), changed
         assert "Traceback" in caplog.text
     folder.last.unlink()  # as the message says
-    result = run_experiment(requested, folder, [])
+    result = run_experiment(requested, folder)
     assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
@@ -540,29 +525,29 @@ def test_killed_between_the_first_best_and_the_first_last_it_resumes_from_the_be
     requested, folder, uninterrupted = half_done
     for path in resume_candidates(folder)[:-1]:
         path.unlink()
-    result = run_experiment(requested, folder, [])
+    result = run_experiment(requested, folder)
     assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
 
 
 def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     requested, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
-    trained(requested, folder.path, monkeypatch)
+    trained(requested, folder.path)
     change(folder.best, **{"state_dict__network.0.0.weight": checkpoint_files.read(folder.best)["state_dict"][
         "network.0.0.weight"] * float("nan")})  # fmt: skip
     with pytest.raises(UserError, match=r"network.0.0.weight has values that are NaN or infinite"):
-        run_experiment(requested, folder, [])
+        run_experiment(requested, folder)
     folder.best.unlink()
     with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
-        run_experiment(requested, folder, [])
+        run_experiment(requested, folder)
 
 
 def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     requested, folder = settings("~callbacks.images", "schedule=constant"), RunFolder(tmp_path / "run")
-    trained(requested, folder.path, monkeypatch)
+    trained(requested, folder.path)
     folder.write_request(requested.model_dump(mode="json"), [])
     folder.write_result({"status": "failed"})
     before = folder.config.read_bytes(), folder.result.read_bytes()
@@ -598,7 +583,7 @@ def test_a_run_whose_reader_is_gone_continues_to_its_result(
     with os.fdopen(broken_pipe(), "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         tolerate_output_errors()
-        assert run_experiment(settings("callbacks=none", "logger=none"), RunFolder(tmp_path), [])["epochs"] == 2
+        assert run_experiment(settings("callbacks=none", "logger=none"), RunFolder(tmp_path))["epochs"] == 2
 
 
 def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path) -> None:
@@ -627,7 +612,7 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
     runs, words = tmp_path / "outputs" / "runs", [*LONGER, *gated(gate)]
     gate.write_text("1000")
     requested = validate(compose_config([*words, f"data.root={data_root}"]))
-    expected = run_experiment(requested, RunFolder(runs / "uninterrupted"), [])
+    expected = run_experiment(requested, RunFolder(runs / "uninterrupted"))
 
     # Killed once a checkpoint is there. Meanwhile nobody else may work on it, and the message names who does.
     gate.write_text("5")
@@ -696,13 +681,13 @@ def test_a_second_ctrl_c_ends_a_run_at_once() -> None:
 
 
 def test_a_stop_at_max_steps_before_min_epochs_leaves_an_epoch_that_ends(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     keys = ("trainer.max_steps=2", "trainer.min_epochs=2", "logger=none", "callbacks=none")
-    uninterrupted, _ = trained(settings(*keys), tmp_path / "uninterrupted", monkeypatch)
+    uninterrupted, _ = trained(settings(*keys), tmp_path / "uninterrupted")
     folder = RunFolder(tmp_path / "stopped")
-    stopped(settings(*keys), folder, monkeypatch, batch=2)
-    result = run_experiment(settings(*keys), folder, [])
+    stopped(settings(*keys), folder, batch=2)
+    result = run_experiment(settings(*keys), folder)
     assert (result["weights_sha256"], result["metrics"]) == (
         uninterrupted["weights_sha256"],
         uninterrupted["metrics"],
@@ -711,15 +696,14 @@ def test_a_stop_at_max_steps_before_min_epochs_leaves_an_epoch_that_ends(
 
 
 def test_the_state_of_a_model_checkpoint_in_last_ckpt_is_that_after_the_epoch(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     target = "+callbacks.own._target_=lightning.pytorch.callbacks.ModelCheckpoint"
     keys = (target, "+callbacks.own.monitor=val/acc", "+callbacks.own.save_top_k=-1", "logger=none")
-    folder, build = RunFolder(tmp_path), experiment.build_trainer
+    folder = RunFolder(tmp_path)
     interruption = Interruption(9, kill=True)  # the first batch of the second epoch
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, interruption], *r))
     with pytest.raises(KilledError):
-        run_experiment(settings(*keys), folder, [])
+        run_experiment(settings(*keys), folder, callbacks=[interruption])
     saved = torch.load(folder.last, weights_only=True)["callbacks"]
     (own,) = (state for name, state in saved.items() if name.startswith("ModelCheckpoint"))
     assert len(own["best_k_models"]) == 1
@@ -737,21 +721,18 @@ def test_the_state_of_a_model_checkpoint_in_last_ckpt_is_that_after_the_epoch(
     ],
 )
 def test_interrupted_at_every_batch_it_is_the_same_run(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: str, kill: bool
+    settings: Callable[..., Settings], tmp_path: Path, overrides: str, kill: bool
 ) -> None:
     requested = settings(*overrides.split(), "~callbacks.images")
-    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted", monkeypatch)
+    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted")
     curves = record(tmp_path / "uninterrupted")
-    build = experiment.build_trainer
     for batch in itertools.count(1):
-        folder, once = RunFolder(tmp_path / f"{batch}"), Interruption(batch, kill)
-        with monkeypatch.context() as patch:
-            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, once=once: build(s, f, [*c, once], *r))
-            try:
-                run_experiment(requested, folder, [])
-                break  # the run has fewer batches
-            except (StoppedError, KilledError):
-                result = run_experiment(requested, folder, [])
+        folder = RunFolder(tmp_path / f"{batch}")
+        try:
+            run_experiment(requested, folder, callbacks=[Interruption(batch, kill)])
+            break  # the run has fewer batches
+        except (StoppedError, KilledError):
+            result = run_experiment(requested, folder)
         assert (result["weights_sha256"], result["metrics"]) == (
             uninterrupted["weights_sha256"],
             uninterrupted["metrics"],

@@ -1,5 +1,4 @@
 import logging
-import os
 import random
 import signal
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from lightning import Callback
 from pydantic import Field
 
+from gate import StopIn
 from helpers import run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.schema import SGD, AdamW, Settings, UserError
@@ -20,10 +20,11 @@ from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.config.types import Section
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
-from nin.training import classifier, experiment, optimizers
+from nin.training import classifier, optimizers
 from nin.training.callbacks import checkpoints
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
+from nin.training.trainer import build_trainer
 
 
 def test_among_equal_accuracies_the_lowest_loss_is_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +153,11 @@ def test_within_an_epoch_it_saves_when_the_last_save_is_so_many_minutes_ago(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "nin.training.callbacks.checkpoints")
-    build, steps, hashes = experiment.build_trainer, {}, set()
+    steps, hashes = {}, set()
     for minutes in ("null", "3.5"):
         chosen = settings(f"checkpoint.every_n_minutes={minutes}", "~callbacks.images", "logger=none")
-        with monkeypatch.context() as patch:
-            clock = Clock()
-            patch.setattr(checkpoints, "time", clock)
-            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, clock=clock: build(s, f, [*c, clock], *r))
-            hashes.add(run_experiment(chosen, RunFolder(tmp_path / minutes), [])["weights_sha256"])
+        monkeypatch.setattr(checkpoints, "time", clock := Clock())
+        hashes.add(run_experiment(chosen, RunFolder(tmp_path / minutes), callbacks=[clock])["weights_sha256"])
         steps[minutes] = [r.args[1] for r in caplog.records if r.msg.startswith("saved last.ckpt")]
         caplog.clear()
     # Epochs end at steps 6 and 12, and the minutes are counted from each save.
@@ -167,30 +165,16 @@ def test_within_an_epoch_it_saves_when_the_last_save_is_so_many_minutes_ago(
     assert len(hashes) == 1
 
 
-class StopAt(Callback):
-    def __init__(self, batch: int):
-        self.left = batch
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_a_stop_between_accumulated_batches_saves_after_the_step(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     chosen = settings("trainer.accumulate_grad_batches=3", "trainer.max_epochs=1", "~callbacks.images", "logger=none")
-    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), [])
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"))
     for batch in (1, 2, 4):  # the gradients of batches 1 and 2, and of 4 and 5, wait for those of 3 and 6
         folder = RunFolder(tmp_path / f"{batch}")
-        build = experiment.build_trainer
-        with monkeypatch.context() as patch:
-            stop = StopAt(batch)
-            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, stop=stop: build(s, f, [*c, stop], *r))  # noqa: B023
-            with pytest.raises(StoppedError):
-                run_experiment(chosen, folder, [])
-        result = run_experiment(chosen, folder, [])
+        with pytest.raises(StoppedError):
+            run_experiment(chosen, folder, callbacks=[StopIn("on_train_batch_start", batch)])
+        result = run_experiment(chosen, folder)
         assert (result["weights_sha256"], result["metrics"]) == (
             uninterrupted["weights_sha256"],
             uninterrupted["metrics"],
@@ -205,69 +189,54 @@ class Noise(Callback):
 
 
 def test_numbers_that_python_and_numpy_draw_are_those_of_a_run_without_the_stop(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    chosen, build, hashes = settings("~callbacks.images", "logger=none"), experiment.build_trainer, []
-    for name, own in (("uninterrupted", [Noise()]), ("stopped", [Noise(), StopAt(8)])):
-        with monkeypatch.context() as patch:
-            patch.setattr(experiment, "build_trainer", lambda s, f, c, *r, own=own: build(s, f, [*c, *own], *r))
-            if name == "stopped":
-                with pytest.raises(StoppedError):
-                    run_experiment(chosen, RunFolder(tmp_path / name), [])
-            hashes.append(run_experiment(chosen, RunFolder(tmp_path / name), [])["weights_sha256"])
-    assert hashes[0] == hashes[1]
-
-
-class StopIn(Callback):
-    def __init__(self, hook: str):
-        setattr(self, hook, self.stop)
-
-    def stop(self, *_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
+    chosen, folder = settings("~callbacks.images", "logger=none"), RunFolder(tmp_path / "stopped")
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), callbacks=[Noise()])
+    with pytest.raises(StoppedError):
+        run_experiment(chosen, folder, callbacks=[Noise(), StopIn("on_train_batch_start", 8)])
+    resumed = run_experiment(chosen, folder, callbacks=[Noise()])
+    assert resumed["weights_sha256"] == uninterrupted["weights_sha256"]
 
 
 @pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_fit_start", "on_train_start", "on_test_start"])
 def test_a_stop_before_the_first_batch_is_one_after_it(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hook: str
+    settings: Callable[..., Settings], tmp_path: Path, hook: str
 ) -> None:
     keys = ["trainer.accumulate_grad_batches=2", "trainer.num_sanity_val_steps=1", "trainer.max_epochs=1"]
     chosen = settings(*keys, "~callbacks.images", "logger=none")
-    build, folder = experiment.build_trainer, RunFolder(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [StopIn(hook), *c], *r))
-        with pytest.raises(StoppedError, match="SIGTERM"):
-            run_experiment(chosen, folder, [])
+    folder = RunFolder(tmp_path)
+    with pytest.raises(StoppedError, match="SIGTERM"):
+        run_experiment(chosen, folder, callbacks=[StopIn(hook)])
     saved = checkpoint_files.read(folder.last)
     assert saved["global_step"] == (3 if hook == "on_test_start" else 1)
 
 
 @pytest.mark.filterwarnings("ignore:When using `Trainer.accumulate_grad_batches")
 def test_a_run_that_accumulates_more_gradients_in_a_later_epoch_is_resumed_within_it(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     scheduler = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
     scheduled = "+callbacks.scheduler={_target_: %s, scheduling: {0: 1, 1: 2}}" % scheduler  # noqa: UP031  # braces
     chosen = settings(scheduled, "schedule=constant", "~callbacks.images", "logger=none")
-    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), [])
-    folder, build = RunFolder(tmp_path / "stopped"), experiment.build_trainer
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, StopAt(8)], *r))
-        with pytest.raises(StoppedError):
-            run_experiment(chosen, folder, [])
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"))
+    folder = RunFolder(tmp_path / "stopped")
+    with pytest.raises(StoppedError):
+        run_experiment(chosen, folder, callbacks=[StopIn("on_train_batch_start", 8)])
     assert checkpoint_files.read(folder.last)["global_step"] == 7  # six of one batch and one of two
-    result = run_experiment(chosen, folder, [])
+    result = run_experiment(chosen, folder)
     assert (result["weights_sha256"], result["steps"]) == (uninterrupted["weights_sha256"], 9)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resumed(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     target = "+callbacks.mc._target_=lightning.pytorch.callbacks.ModelCheckpoint"
     keys = [target, "+callbacks.mc.every_n_train_steps=2", "+callbacks.mc.save_last=true"]
     chosen = settings(*keys, "schedule=constant", "~callbacks.images", "logger=none")
-    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), [])
-    folder, build = RunFolder(tmp_path / "stopped"), experiment.build_trainer
+    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"))
+    folder = RunFolder(tmp_path / "stopped")
 
     class KilledError(Exception):
         pass
@@ -277,17 +246,15 @@ def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resume
             if trainer.global_step == 9:  # epochs end at 6 and 12, and the ModelCheckpoint has saved at 8
                 raise KilledError
 
-    with monkeypatch.context() as patch:
-        patch.setattr(experiment, "build_trainer", lambda s, f, c, *r: build(s, f, [*c, Kill()], *r))
-        with pytest.raises(KilledError):
-            run_experiment(chosen, folder, [])
+    with pytest.raises(KilledError):
+        run_experiment(chosen, folder, callbacks=[Kill()])
     assert checkpoint_files.read(folder.last)["global_step"] == 6
     theirs = checkpoint_files.read(folder.path / "model_checkpoints" / "last.ckpt")
     assert theirs["global_step"] == 8
     # As Lightning has it, which resumes from there in the middle of the epoch.
     assert theirs["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 2
-    result = run_experiment(chosen, folder, [])
+    result = run_experiment(chosen, folder)
     assert (result["weights_sha256"], result["steps"]) == (uninterrupted["weights_sha256"], 12)
     refused = settings(*keys, f"+callbacks.mc.dirpath={folder.path / 'model_checkpoints' / '..' / 'checkpoints'}")
     with pytest.raises(UserError, match=r"callbacks.mc.dirpath=.*: has the run's own checkpoints; choose another"):
-        experiment.build_trainer(refused, folder.path)
+        build_trainer(refused, folder.path)

@@ -106,7 +106,7 @@ def test_dead_classes_are_logged_as_the_checkpoint_has_them_and_warned_of_once(
     looks = ("images=2", "checks_per_epoch=4", "patience_steps=0")
     chosen = settings(*LOTTERY, *(f"callbacks.dead_units.{look}" for look in looks), "trainer.log_every_n_steps=1")
     with caplog.at_level(logging.WARNING, "nin"):
-        run_experiment(chosen, folder := RunFolder(tmp_path), [])
+        run_experiment(chosen, folder := RunFolder(tmp_path))
 
     events = EventAccumulator(str(folder.path)).Reload()
     logged = {tag: events.Scalars(tag) for tag in events.Tags()["scalars"] if tag.startswith("zero_units/")}
@@ -161,7 +161,7 @@ def test_a_network_that_learns_is_not_warned_about(
         "trainer.log_every_n_steps=1", "callbacks.dead_units.patience_steps=6", "trainer.limit_train_batches=1.0"
     )
     with caplog.at_level(logging.WARNING, "nin"):  # the counts themselves are logged at INFO, to nin.log
-        run_experiment(chosen, RunFolder(tmp_path), [])
+        run_experiment(chosen, RunFolder(tmp_path))
     assert EventAccumulator(str(tmp_path)).Reload().Scalars("zero_units/dead_classes")
     assert not [record for record in caplog.records if record.name == "nin.training.callbacks.dead_units"]
 
@@ -184,7 +184,7 @@ def test_counting_dead_units_changes_nothing(settings: Callable[..., Settings], 
         folder = RunFolder(tmp_path / str(times))
         checks = f"callbacks.dead_units.checks_per_epoch={times}"
         chosen = settings(*LOTTERY, checks, "~callbacks.images", "trainer.max_steps=9")
-        hashes.add(run_experiment(chosen, folder, [])["weights_sha256"])
+        hashes.add(run_experiment(chosen, folder)["weights_sha256"])
         logged = EventAccumulator(str(folder.path)).Reload().Scalars("zero_units/dead_classes")
         looks[times] = [event.step for event in logged]
     assert len(hashes) == 1

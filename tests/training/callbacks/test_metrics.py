@@ -19,14 +19,8 @@ from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
-from nin.training import experiment
 from nin.training.callbacks.dead_units import is_at_chance
 from nin.training.callbacks.metrics import MetricsLogger
-
-
-def add_callback(monkeypatch: pytest.MonkeyPatch, callback: Callback) -> None:
-    build = experiment.build_trainer
-    monkeypatch.setattr(experiment, "build_trainer", lambda s, f, c, *rest: build(s, f, [callback, *c], *rest))
 
 
 class Steps(Callback):
@@ -42,12 +36,9 @@ class Steps(Callback):
         self.norms.append(float(torch.cat(gradients).double().norm()))
 
 
-def test_lr_and_gradient_norm_are_those_of_the_step(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    add_callback(monkeypatch, steps := Steps())
+def test_lr_and_gradient_norm_are_those_of_the_step(settings: Callable[..., Settings], tmp_path: Path) -> None:
     chosen = settings("schedule=one_cycle", "trainer.log_every_n_steps=1", "callbacks=none", "speed.micro_batch=12")
-    run_experiment(chosen, folder := RunFolder(tmp_path), [])
+    run_experiment(chosen, folder := RunFolder(tmp_path), callbacks=[steps := Steps()])
     events = EventAccumulator(str(folder.path)).Reload()
     assert [e.step for e in events.Scalars("while_training/lr")] == list(range(1, 13))
     assert [e.value for e in events.Scalars("while_training/lr")] == pytest.approx(steps.rates)
@@ -81,8 +72,7 @@ def test_images_per_second_are_images_by_seconds(
             now = next(passed) + 100
             monkeypatch.setattr(time, "perf_counter", lambda: clock() + now)
 
-    add_callback(monkeypatch, Slow())
-    result = run_experiment(settings("callbacks=none"), folder := RunFolder(tmp_path), [])
+    result = run_experiment(settings("callbacks=none"), folder := RunFolder(tmp_path), callbacks=[Slow()])
     # 32 images in 100 s, with one decimal.
     for rate in (result["images_per_second"], *(row["images_per_second"] for row in folder.read_epochs())):
         assert rate == pytest.approx(0.3, abs=0.051)

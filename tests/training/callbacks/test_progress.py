@@ -27,7 +27,7 @@ def test_a_terminal_has_a_bar_with_loss_accuracy_speed_and_time_left(
     console = Console(file=screen, force_terminal=True, width=140)
     monkeypatch.setattr(progress, "Console", lambda: console)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path), [])
+    run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path))
     shown = screen.getvalue()
     for words in ("epoch 2/2", "loss ", "acc ", "val 0.", "images/s", "0:00:0", "testing"):
         assert words in shown
@@ -87,11 +87,11 @@ def test_the_first_process_alone_draws_a_bar_and_ends_it_once(
 def test_elsewhere_it_is_one_line_an_epoch_and_none_if_not_wanted(
     settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "a"), [])
+    run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "a"))
     lines = capsys.readouterr().out.splitlines()
     assert [line[:9] for line in lines] == ["epoch 1/2", "epoch 2/2"]
     quiet = settings("logger=none", "callbacks=none", "trainer.enable_progress_bar=false")
-    run_experiment(quiet, RunFolder(tmp_path / "b"), [])
+    run_experiment(quiet, RunFolder(tmp_path / "b"))
     assert capsys.readouterr().out == ""
 
 
