@@ -2,10 +2,10 @@
 
 Only the training is replaced: a job writes the files that a run writes, with val/acc computed from its overrides. Each
 search is a forked process that kills itself at a random write, also with half a line of the journal written, and is
-started again. Prints, as JSON, the number of kills and of trials that differ, ran twice or are lost.
+started again.
 """
 
-import argparse
+import functools
 import hashlib
 import json
 import math
@@ -13,10 +13,11 @@ import os
 import random
 import signal
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
+import kills
+from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 from optuna.storages.journal import JournalFileBackend
 
@@ -26,7 +27,7 @@ from nin.config.hydra_options import open_hydra
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps import search, search_checks
-from nin.sweeps.study import JOURNAL, open_journal
+from nin.sweeps.study import JOURNAL
 from nin.training.pruning import TrialPruner
 from nin.training.run import RunFailedError
 
@@ -127,64 +128,29 @@ def run(checked: search.Search, event: int) -> int:
         os._exit(status)
 
 
-def describe(folder: Path) -> dict[int, Any]:
-    """All that a study has of each trial, except times, and CMA-ES's pickled state: equal states have several forms."""
-    storage = open_journal(folder / JOURNAL)
-    (study,) = storage.get_all_studies()
-    return {
-        trial.number: [
-            trial.state.name, trial.value, trial.params, trial.intermediate_values, trial.user_attrs,
-            {key: value for key, value in trial.system_attrs.items() if not key.startswith("cma:optimizer")},
-        ]
-        for trial in storage.get_all_trials(study._study_id)
-    }  # fmt: skip
-
-
-def compare(sampler: str, pruner: str, n_jobs: int, kills: int) -> dict[str, int]:
-    """Runs one search undisturbed, and others that are killed until there were ``kills`` kills."""
-    words = [*SPACE, "name=search", f"hydra.sweeper.n_trials={TRIALS}", f"hydra.sweeper.n_jobs={n_jobs}"]
+def prepare(app: Hydra, sampler: str, pruner: str, n_jobs: int, trials: int) -> kills.RunSearch:
+    words = [*SPACE, "name=search", f"hydra.sweeper.n_trials={trials}", f"hydra.sweeper.n_jobs={n_jobs}"]
     words += ["hydra/sweeper=optuna", "hydra.sweep.dir=search", f"trainer.max_epochs={EPOCHS}"]
     args = train.parse_arguments(["-m", *words, f"hydra.sweeper.sampler={sampler}", f"hydra.sweeper.pruner={pruner}"])
-    counts = dict.fromkeys(("kills", "differing", "twice", "lost", "pruned", "failed"), 0)
-    with open_hydra() as app:
-        config = train.compose(app, args, RunMode.MULTIRUN)
-        config.hydra.overrides.hydra.append("sweep.keys=[]")
-        config.hydra.sweeper.params = {}
-        checked = search.Search(config, list(config.hydra.overrides.task), on_this_machine=True)
+    config = train.compose(app, args, RunMode.MULTIRUN)
+    config.hydra.overrides.hydra.append("sweep.keys=[]")
+    config.hydra.sweeper.params = {}
+    checked = search.Search(config, list(config.hydra.overrides.task), on_this_machine=True)
 
-        def search_once(is_killed: bool) -> dict[int, Any]:
-            with tempfile.TemporaryDirectory() as folder:
-                os.chdir(folder)
-                while (status := run(checked, random.randint(1, 60) if is_killed else 0)) == -signal.SIGKILL:
-                    counts["kills"] += 1
-                assert status == 0, status
-                found = describe(Path("search"))
-                ended = Path("ended").read_text().split()
-                counts["twice"] += len(ended) - len(set(ended))
-                os.chdir("/")
-            return found
+    def run_search(most: int, _: float) -> kills.Found:
+        killed = 0  # as often as it happens, unless it is not to be
+        while (status := run(checked, random.randint(1, 60) if most else 0)) == -signal.SIGKILL:
+            killed += 1
+        assert status == 0, status
+        ended = Path("ended").read_text().split()
+        return kills.describe(Path("search")), killed, len(ended) - len(set(ended))
 
-        expected = search_once(False)
-        states = [trial[0] for trial in expected.values()]
-        counts["pruned"], counts["failed"] = states.count("PRUNED"), states.count("FAIL")
-        assert len(expected) == TRIALS
-        while counts["kills"] < kills:
-            found = search_once(True)
-            counts["lost"] += len(expected.keys() - found.keys())
-            counts["differing"] += sum(found.get(number) != trial for number, trial in expected.items())
-            counts["differing"] += len(found.keys() - expected.keys())
-    return counts
+    return run_search
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("kills", type=int, help="of each scenario")
-    parser.add_argument("--scenarios", type=int, default=len(SCENARIOS), help="only the first so many")
-    parser.add_argument("--seed", type=int, default=random.getrandbits(32), help="of the kills")
-    args = parser.parse_args()
-    random.seed(args.seed)
-    print("seed", args.seed, file=sys.stderr)
     search.Search._finish = lambda self: None  # it tests the best trial's checkpoint
     search_checks.check_jobs = lambda jobs, *_: [compose_settings(jobs[0])]  # no data are prepared
-    counts = {"/".join(map(str, scenario)): compare(*scenario, args.kills) for scenario in SCENARIOS[: args.scenarios]}
-    print(json.dumps(counts, indent=1))
+    with open_hydra() as app:
+        args = kills.build_parser(SCENARIOS, TRIALS).parse_args()
+        kills.compare_all(SCENARIOS, args, functools.partial(prepare, app))
