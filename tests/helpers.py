@@ -1,5 +1,6 @@
 """What several test modules use: a small run's overrides, and the program in a process of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -82,6 +83,54 @@ def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) ->
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < begun + seconds, f"no {path}"
         time.sleep(0.005)
+
+
+class FakeExperiment:
+    """In the place of `Experiment`: trains nothing. Notes its epochs in the folder, as checkpoints do."""
+
+    def __init__(self, request: RunRequest):
+        self.request, self.settings, self.folder = request, request.settings, request.folder
+        self.resume_checkpoint = {} if self.folder.checkpoints.exists() else None
+        self.run_id = self.folder.read_state().get("run_id")
+
+    def describe_start(self) -> str:
+        return "nothing is trained"
+
+    def train(self) -> None:
+        """Replaced by tests."""
+
+    def run(self, resumes: int = 0) -> dict[str, Any]:
+        self.folder.checkpoints.mkdir(exist_ok=True)
+        self.train()
+        metrics = {f"{part}/{name}": 0.5 for part in ("val", "test") for name in ("acc", "loss")}
+        return {
+            "status": "finished", "metrics": metrics, "epochs": self.settings.trainer.max_epochs, "steps": 1,
+            "train_seconds": 1.0, "images_per_second": 1.0, "parameters": 1, "weights_sha256": "0" * 64,
+        }  # fmt: skip
+
+
+def put_job(
+    folder: Path, overrides: Sequence[str], acc: float | None = None, config: str = "", metrics: Any = (), **more: Any
+) -> Path:
+    """Writes a job's files as a run does.
+
+    Args:
+        acc: the accuracies of its result; without one, and without ``more``, it has no result.
+        config: the content of ``.hydra/config.yaml``.
+        metrics: replace those of the result.
+        more: for ``result.json``.
+    """
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    if config:
+        (folder / ".hydra" / "config.yaml").write_text(config)
+    if acc is not None or more:
+        known = {"val/acc": acc, "val/loss": 1.0, "test/acc": acc, "test/loss": 1.0, "test/acc_by_class": {}}
+        result = {"status": "finished", "train_seconds": 2.0, "test_images": 10_000}
+        (folder / "result.json").write_text(json.dumps(result | {"metrics": known | dict(metrics)} | more))
+        rows = [f"{epoch},{epoch * 8.0},{(acc or 0) * epoch / 2},1.0" for epoch in (1, 2)]
+        (folder / "metrics.csv").write_text("\n".join(["epoch,seconds,val/acc,val/loss", *rows, ""]))
+    return folder
 
 
 def run_experiment(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENVIRONMENT, SMALL, merge, nin
+from helpers import ENVIRONMENT, SMALL, merge, nin, put_job
 from nin import cli
 
 
@@ -138,9 +138,7 @@ def test_a_command_whose_output_nobody_reads_ends_with_141(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, is_error_closed: bool
 ) -> None:
     """As in ``nin report sweep | head -1``, and with ``2>&1``."""
-    (tmp_path / "sweep" / "a" / ".hydra").mkdir(parents=True)
-    (tmp_path / "sweep" / "a" / ".hydra" / "overrides.yaml").write_text("- seed=1\n")
-    (tmp_path / "sweep" / "a" / "result.json").write_text('{"status": "finished", "metrics": {"val/acc": 0.5}}')
+    put_job(tmp_path / "sweep" / "a", ["seed=1"], 0.5)
     before = set(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["nin", *command.split()])

@@ -1,11 +1,11 @@
 import io
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from helpers import put_job
 from nin import cli
 from nin.sweeps import chart, summary
 
@@ -13,12 +13,8 @@ from nin.sweeps import chart, summary
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     for seed, (acc, loss) in enumerate(((0.5, 0.3), (0.7, 0.9))):
-        folder = tmp_path / "lr" / f"optimizer.lr=0.{seed + 1}"
-        (folder / ".hydra").mkdir(parents=True)
-        (folder / ".hydra" / "overrides.yaml").write_text(f"- optimizer.lr=0.{seed + 1}\n")
-        metrics = {"val/acc": acc, "val/loss": loss, "test/acc": acc, "test/loss": loss}
-        result = {"status": "finished", "metrics": metrics, "train_seconds": 2.0}
-        (folder / "result.json").write_text(json.dumps(result))
+        word = f"optimizer.lr=0.{seed + 1}"
+        put_job(tmp_path / "lr" / word, [word], acc, metrics={"val/loss": loss, "test/loss": loss})
     return tmp_path / "lr"
 
 

@@ -159,17 +159,22 @@ def test_more_images_than_the_limit_are_read_by_batch_and_are_the_same(tmp_path:
     assert torch.equal(in_memory.test[0][2:5], mapped.test[0][2:5])
 
 
-def test_a_run_is_not_resumed_with_other_images(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "root", {"train": 8})
+@pytest.mark.parametrize("are_moved", [False, True])
+def test_a_run_is_not_resumed_with_other_images_or_with_them_in_other_parts(are_moved: bool, tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 8, "val": 2})
     module = ImageDataModule(folder_data(root), seed=0)
     module.setup("fit")
     state = module.state_dict()
     module.load_state_dict(state)
-    (root / "train" / "red" / "0.png").unlink()
+    if are_moved:
+        (root / "val").rename(root / "test")
+    else:
+        (root / "train" / "red" / "0.png").unlink()
     other = ImageDataModule(folder_data(root), seed=0)
     other.prepare_data()
     other.setup("fit")
-    with pytest.raises(UserError, match="has other images than those the run was started with"):
+    assert (other.fingerprint == state["fingerprint"]) is are_moved
+    with pytest.raises(UserError, match="has other images than those the run was started with, or in other parts, so"):
         other.load_state_dict(state)
 
 
@@ -182,21 +187,6 @@ def test_a_class_that_is_held_out_completely_can_be_scored_but_not_trained(tmp_p
     module = ImageDataModule(folder_data(root, val_size=0.8), seed=0)
     module.setup("test")
     assert len(module.test[1]) == 3
-
-
-def test_a_run_is_not_resumed_with_the_images_in_other_parts(tmp_path: Path) -> None:
-    root = write_folder(tmp_path / "root", {"train": 8, "val": 2})
-    module = ImageDataModule(folder_data(root), seed=0)
-    module.setup("fit")
-    state = module.state_dict()
-    module.load_state_dict(state)
-    (root / "val").rename(root / "test")
-    other = ImageDataModule(folder_data(root), seed=0)
-    other.prepare_data()
-    other.setup("fit")
-    assert other.fingerprint == state["fingerprint"]
-    with pytest.raises(UserError, match="has other images than those the run was started with, or in other parts, so"):
-        other.load_state_dict(state)
 
 
 def test_files_that_are_left_out_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

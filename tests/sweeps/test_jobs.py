@@ -3,12 +3,11 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from helpers import SMALL, nin, run_experiment
+from helpers import SMALL, nin, put_job, run_experiment
 from nin import cli
 from nin.config.composition import compose_config, parse_overrides
 from nin.config.schema import CONF, UserError
@@ -18,18 +17,6 @@ from nin.sweeps import jobs as sweep
 from nin.sweeps import summary
 from nin.sweeps.rows import group_by_seed
 from nin.sweeps.stored import is_running
-
-
-def put_job(folder: Path, overrides: list[str], acc: float | None = None, error: str | None = None) -> Path:
-    """A job's files as a run leaves them: finished with ``acc``, failed with ``error``, or not ended."""
-    (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in overrides))
-    metrics = {"val/acc": acc, "val/loss": 1.0, "test/acc": acc, "test/loss": 1.0, "test/acc_by_class": {}}
-    finished = {"status": "finished", "metrics": metrics, "train_seconds": 2.0}
-    if acc is not None or error:
-        result: dict[str, Any] = {"status": "failed", "error": error} if error else finished
-        (folder / "result.json").write_text(json.dumps(result))
-    return folder
 
 
 def test_a_folder_is_named_by_its_overrides_where_they_can_name_one() -> None:
@@ -74,9 +61,8 @@ def test_a_job_with_two_folders_counts_once(tmp_path: Path) -> None:
         ("model.dropout=0.5,optimizer.lr=0.1,seed=1", ["model.dropout=0.5", "optimizer.lr=0.1", "seed=1"], 0.9),
         ("model.dropout=0.3,optimizer.lr=0.1,seed=1", ["model.dropout=0.3", "optimizer.lr=0.1", "seed=1"], 0.8),
     ):
-        job = put_job(tmp_path / name, overrides, acc)
         seed = 1 if "seed=1" in overrides else 0
-        (job / ".hydra" / "config.yaml").write_text(f"seed: {seed}\nmodel: {{dropout: 0.5}}\noptimizer: {{lr: 0.1}}\n")
+        put_job(tmp_path / name, overrides, acc, f"seed: {seed}\nmodel: {{dropout: 0.5}}\noptimizer: {{lr: 0.1}}\n")
     write_request(tmp_path, "optimizer.lr=0.1", "seed=0,1")
     rows = group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert [(row.keys, [job.status for job in row.jobs]) for row in rows] == [
@@ -98,11 +84,9 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
     tmp_path: Path, key: str, default: str, other: str, config: str
 ) -> None:
     for seed in (0, 1):
-        put_long_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.9, f"seed: {seed}\n{config % default}\n")
+        put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.9, f"seed: {seed}\n{config % default}\n")
     for value, acc in ((default, 0.9), (other, 0.8)):
-        put_long_job(
-            tmp_path / sweep.job_folder(f"{key}={value}"), [f"{key}={value}"], acc, f"seed: 0\n{config % value}\n"
-        )
+        put_job(tmp_path / sweep.job_folder(f"{key}={value}"), [f"{key}={value}"], acc, f"seed: 0\n{config % value}\n")
     write_request(tmp_path, f"{key}={default},{other}")
     assert keys_and_counts(tmp_path) == [({key: default}, 2), ({key: other}, 1)]
 
@@ -122,9 +106,9 @@ def test_a_key_that_is_varied_only_now_has_its_default_in_earlier_jobs(
 )
 def test_a_value_is_the_same_however_it_was_typed(typed: str, stored: str, tmp_path: Path) -> None:
     config = f"seed: %d\noptimizer: {{x: {stored}}}\n"
-    put_long_job(tmp_path / f"optimizer.x={typed},seed=0", [f"optimizer.x={typed}", "seed=0"], 0.9, config % 0)
+    put_job(tmp_path / f"optimizer.x={typed},seed=0", [f"optimizer.x={typed}", "seed=0"], 0.9, config % 0)
     for seed in (0, 1):
-        put_long_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.9, config % seed)
+        put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.9, config % seed)
     write_request(tmp_path, "seed=0,1")
     (row,) = group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     assert len(row.jobs) == 2
@@ -133,7 +117,7 @@ def test_a_value_is_the_same_however_it_was_typed(typed: str, stored: str, tmp_p
 def test_one_batch_and_all_batches_are_two_rows(tmp_path: Path) -> None:
     for limit in ("1", "1.0"):
         word, config = f"trainer.limit_test_batches={limit}", f"trainer: {{limit_test_batches: {limit}}}\n"
-        put_long_job(tmp_path / word, [word], 0.9, config)
+        put_job(tmp_path / word, [word], 0.9, config)
     write_request(tmp_path, "trainer.limit_test_batches=1,1.0")
     assert [row.keys for row in group_by_seed(sweep.read_jobs(tmp_path), "val/acc")] == [
         {"trainer.limit_test_batches": "1"},
@@ -143,10 +127,10 @@ def test_one_batch_and_all_batches_are_two_rows(tmp_path: Path) -> None:
 
 def test_a_folder_of_images_is_one_value_however_its_path_was_typed(tmp_path: Path) -> None:
     config = "seed: %d\ndata: {name: folder, root: /photos/a}\n"
-    put_long_job(tmp_path / "data.root=a", ["data.root=a"], 0.9, config % 0)
-    put_long_job(tmp_path / "data.root=b", ["data.root=b"], 0.8, "seed: 0\ndata: {name: folder, root: /photos/b}\n")
+    put_job(tmp_path / "data.root=a", ["data.root=a"], 0.9, config % 0)
+    put_job(tmp_path / "data.root=b", ["data.root=b"], 0.8, "seed: 0\ndata: {name: folder, root: /photos/b}\n")
     for seed in (0, 1):
-        put_long_job(tmp_path / f"seed={seed}", ["data.root=../photos/a", f"seed={seed}"], 0.9, config % seed)
+        put_job(tmp_path / f"seed={seed}", ["data.root=../photos/a", f"seed={seed}"], 0.9, config % seed)
     write_request(tmp_path, "data.root=../photos/a", "seed=0,1")
     assert sorted(keys_and_counts(tmp_path), key=str) == [
         ({"data.root": "/photos/a"}, 2),
@@ -155,10 +139,10 @@ def test_a_folder_of_images_is_one_value_however_its_path_was_typed(tmp_path: Pa
 
 
 def test_networks_of_the_same_class_are_not_the_same_option(tmp_path: Path) -> None:
-    put_long_job(tmp_path / "seed=0", ["experiment=nin_small", "seed=0"], 0.9, "seed: 0\nmodel: {name: nin}\n")
+    put_job(tmp_path / "seed=0", ["experiment=nin_small", "seed=0"], 0.9, "seed: 0\nmodel: {name: nin}\n")
     for model in ("nin", "lenet"):
         words = ["experiment=nin_small", f"model={model}", "seed=0"]
-        put_long_job(tmp_path / f"model={model}", words, 0.8, f"seed: 0\nmodel: {{name: {model}}}\n")
+        put_job(tmp_path / f"model={model}", words, 0.8, f"seed: 0\nmodel: {{name: {model}}}\n")
     write_request(tmp_path, "experiment=nin_small", "model=nin,lenet", "seed=0")
     assert sorted(count for _, count in keys_and_counts(tmp_path)) == [1, 1, 1]
 
@@ -166,8 +150,8 @@ def test_networks_of_the_same_class_are_not_the_same_option(tmp_path: Path) -> N
 def test_a_job_that_has_not_started_is_in_the_row_of_its_command_after_another_key_was_varied(tmp_path: Path) -> None:
     for lr, acc in (("0.01", 0.9), ("0.005", 0.8)):
         config = f"seed: 0\noptimizer: {{lr: {lr}}}\n"
-        put_long_job(tmp_path / f"optimizer.lr={lr}", [f"optimizer.lr={lr}"], acc, config)
-    put_long_job(tmp_path / "seed=0", ["seed=0"], 0.9, "seed: 0\noptimizer: {lr: 0.01}\n")
+        put_job(tmp_path / f"optimizer.lr={lr}", [f"optimizer.lr={lr}"], acc, config)
+    put_job(tmp_path / "seed=0", ["seed=0"], 0.9, "seed: 0\noptimizer: {lr: 0.01}\n")
     write_request(tmp_path, "seed=0,1,2")
     assert keys_and_counts(tmp_path) == [({"optimizer.lr": "0.01"}, 3), ({"optimizer.lr": "0.005"}, 1)]
 
@@ -186,11 +170,6 @@ def test_overrides_that_do_not_change_the_experiment_make_no_other_row(tmp_path:
     assert len(group_by_seed(sweep.read_jobs(tmp_path), "val/acc")) == 4
 
 
-def put_long_job(folder: Path, overrides: list[str], acc: float, config: str) -> None:
-    """A finished job with a config, which has more than the overrides."""
-    (put_job(folder, overrides, acc) / ".hydra" / "config.yaml").write_text(config)
-
-
 def keys_and_counts(folder: Path) -> list[tuple[dict[str, str], int]]:
     return [(row.keys, len(row.jobs)) for row in group_by_seed(sweep.read_jobs(folder), "val/acc")]
 
@@ -200,7 +179,7 @@ def test_runs_of_different_lengths_are_not_seeds_of_one_setting(tmp_path: Path) 
     for seed, given, epochs in ((0, "1", 1), (1, "1", 1), (2, "2", 2), (3, None, 2)):
         words = [f"trainer.max_epochs={given}"] if given else []
         config = f"trainer: {{max_epochs: {epochs}}}\ncallbacks: {{}}\n"
-        put_long_job(tmp_path / f"seed={seed}", [*words, f"seed={seed}"], epochs / 10, config)
+        put_job(tmp_path / f"seed={seed}", [*words, f"seed={seed}"], epochs / 10, config)
     write_request(tmp_path, "trainer.max_epochs=2", "seed=2,3,4")
     assert keys_and_counts(tmp_path) == [({"trainer.max_epochs": "2"}, 3), ({"trainer.max_epochs": "1"}, 2)]
     header = summary.tabulate(group_by_seed(sweep.read_jobs(tmp_path), "val/acc"), "val/acc")[0]
@@ -217,7 +196,7 @@ def test_other_callbacks_and_other_images_make_another_row(tmp_path: Path) -> No
     observers = "images: {_target_: nin.training.callbacks.tensorboard.ImageLogger}"
     average = f"{observers}, ema: {{_target_: lightning.pytorch.callbacks.EMAWeightAveraging, decay: %s}}"
     for seed, acc, callbacks in ((0, 0.1, observers), (1, 0.1, ""), (2, 0.2, average % 0.9), (3, 0.3, average % 0.99)):
-        put_long_job(tmp_path / "c" / f"seed={seed}", [f"seed={seed}"], acc, f"callbacks: {{{callbacks}}}\n")
+        put_job(tmp_path / "c" / f"seed={seed}", [f"seed={seed}"], acc, f"callbacks: {{{callbacks}}}\n")
     assert keys_and_counts(tmp_path / "c") == [
         ({"callbacks": "ema", "callbacks.ema.decay": "0.99"}, 1),
         ({"callbacks": "ema", "callbacks.ema.decay": "0.9"}, 1),
@@ -230,7 +209,7 @@ def test_other_callbacks_and_other_images_make_another_row(tmp_path: Path) -> No
         (3, "garments", "/b"),
     ):
         config = f"data: {{name: {name}, root: {root}}}\n"
-        put_long_job(tmp_path / name / f"seed={seed}", [f"seed={seed}"], seed / 10, config)
+        put_job(tmp_path / name / f"seed={seed}", [f"seed={seed}"], seed / 10, config)
     assert keys_and_counts(tmp_path / "folder") == [({"data.root": "/dogs"}, 1), ({"data.root": "/cats"}, 1)]
     assert keys_and_counts(tmp_path / "garments") == [({}, 2)]  # the same images, wherever they are stored
 
@@ -327,10 +306,8 @@ def test_other_files_with_other_content_are_ignored(tmp_path: Path, file: str, c
 def test_the_order_and_the_worst_seed_follow_the_metric(tmp_path: Path) -> None:
     for lr, losses in (("0.1", (0.2, 0.9)), ("0.05", (0.4, 0.5))):
         for seed, loss in enumerate(losses):
-            job = put_job(tmp_path / f"lr={lr},seed={seed}", [f"optimizer.lr={lr}", f"seed={seed}"], 1 - loss)
-            result = json.loads((job / "result.json").read_text())
-            result["metrics"]["val/loss"] = loss
-            (job / "result.json").write_text(json.dumps(result))
+            words = [f"optimizer.lr={lr}", f"seed={seed}"]
+            put_job(tmp_path / f"lr={lr},seed={seed}", words, 1 - loss, metrics={"val/loss": loss})
     for metric, worst in (("val/loss", [0.5, 0.9]), ("val/acc", [0.5, 0.1])):
         rows = group_by_seed(sweep.read_jobs(tmp_path), metric)
         assert [row.keys["optimizer.lr"] for row in rows] == ["0.05", "0.1"]
@@ -341,9 +318,7 @@ def test_the_order_and_the_worst_seed_follow_the_metric(tmp_path: Path) -> None:
 
 def test_the_sampling_error_is_that_of_the_number_of_test_images(tmp_path: Path) -> None:
     for lr, images in (("0.1", 10_000), ("0.2", None)):
-        job = put_job(tmp_path / f"lr={lr}", [f"optimizer.lr={lr}"], 0.915)
-        result = json.loads((job / "result.json").read_text()) | {"test_images": images}
-        (job / "result.json").write_text(json.dumps(result))
+        put_job(tmp_path / f"lr={lr}", [f"optimizer.lr={lr}"], 0.915, test_images=images)
     errors = {
         row.keys["optimizer.lr"]: row.sampling_error() for row in group_by_seed(sweep.read_jobs(tmp_path), "val/acc")
     }
@@ -476,8 +451,7 @@ def test_other_precisions_are_other_rows(tmp_path: Path) -> None:
     for seed, precision in ((0, "32-true"), (1, "32-true"), (2, "bf16-mixed")):
         config = f"seed: {seed}\ntrainer: {{precision: {precision}}}\n"
         words = [f"seed={seed}", f"trainer.precision={precision}"]
-        job = put_job(tmp_path / f"seed={seed}", words, 0.9)
-        (job / ".hydra" / "config.yaml").write_text(config)
+        put_job(tmp_path / f"seed={seed}", words, 0.9, config)
     assert keys_and_counts(tmp_path) == [
         ({"trainer.precision": "32-true"}, 2),
         ({"trainer.precision": "bf16-mixed"}, 1),

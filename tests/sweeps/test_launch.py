@@ -28,7 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from helpers import ENVIRONMENT, GATED, SMALL, gated, merge, nin, run_experiment, start, wait_for
+from helpers import ENVIRONMENT, GATED, SMALL, FakeExperiment, gated, merge, nin, run_experiment, start, wait_for
 from nin import cli
 from nin.checkpoints import files as checkpoint_files
 from nin.commands import train
@@ -42,7 +42,6 @@ from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
-from nin.training.request import RunRequest
 
 
 def results(sweep: Path) -> dict[str, dict[str, Any]]:
@@ -194,34 +193,14 @@ def test_one_run_is_not_begun_by_each_of_sruns_processes(
     processes.require_matching_start(settings("trainer=ddp").trainer)
 
 
-class FakeExperiment:
-    """Trains nothing."""
-
-    trained: ClassVar[list[str]] = []
-
-    def __init__(self, request: RunRequest):
-        self.request, self.settings, self.name = request, request.settings, request.folder.path.name
-        self.resume_checkpoint = self.run_id = None
-
-    def describe_start(self) -> str:
-        return "nothing is trained"
-
-    def run(self, resumes: int = 0) -> dict[str, Any]:
-        self.trained.append(self.name)
-        metrics = {f"{part}/{name}": 0.5 for part in ("val", "test") for name in ("acc", "loss")}
-        return {
-            "status": "finished", "metrics": metrics, "epochs": 1, "steps": 1, "train_seconds": 1.0,
-            "images_per_second": 1.0, "parameters": 1, "weights_sha256": "0" * 64,
-        }  # fmt: skip
-
-
 @pytest.mark.parametrize("fail_fast", ["true", pytest.param("false", marks=pytest.mark.long)])
 def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fail_fast: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    trained: list[str] = []
     monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
-    monkeypatch.setattr(FakeExperiment, "trained", [])
+    monkeypatch.setattr(FakeExperiment, "train", lambda self: trained.append(self.folder.path.name))
     other = RunFolder(tmp_path / "outputs" / "sweeps" / "two" / "seed=0")
     claims, claim = [0], RunFolder.claim
 
@@ -247,7 +226,7 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     ended.set()
     process.join()
     assert status == 0, printed
-    assert FakeExperiment.trained == ["seed=1", "seed=0"]
+    assert trained == ["seed=1", "seed=0"]
     assert "two: 1 job was skipped for another process; waiting for it\n" in printed
     assert {job: result["status"] for job, result in results(other.path.parent).items()} == {
         "seed=0": "finished", "seed=1": "finished",
@@ -257,18 +236,19 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
 def test_a_job_that_fails_after_a_signal_is_the_last_one(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(self: FakeExperiment, resumes: int = 0) -> dict[str, Any]:
-        self.trained.append(self.name)
+    trained: list[str] = []
+
+    def fail(self: FakeExperiment) -> None:
+        trained.append(self.folder.path.name)
         with self.request.stop:
             signal.raise_signal(signal.SIGTERM)
             raise ValueError("failed")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
-    monkeypatch.setattr(FakeExperiment, "trained", [])
-    monkeypatch.setattr(FakeExperiment, "run", fail)
+    monkeypatch.setattr(FakeExperiment, "train", fail)
     assert cli.run("train", ["-m", *SMALL, f"data.root={data_root}", "name=two", "seed=0,1"]) == 143
-    assert FakeExperiment.trained == ["seed=0"]
+    assert trained == ["seed=0"]
     assert "ValueError: failed" in capfd.readouterr().err
 
 

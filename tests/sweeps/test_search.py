@@ -216,18 +216,18 @@ def test_a_journal_with_another_name_is_refused_with_the_name_and_the_folder_tha
         require_same_plan(open_journal(renamed / JOURNAL), other, renamed)
 
 
-def test_another_base_config_is_another_search(tmp_path: Path) -> None:
-    mine = dataclasses.replace(plan(), config_name="mine")
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"config_name": "mine"}, r"--config-name: mine in the existing search, train in this command$"),
+        ({"config_path": "/my/conf"}, r"--config-path: /my/conf in the existing search, "),
+    ],
+)
+def test_another_base_config_is_another_search(other: dict[str, str], message: str, tmp_path: Path) -> None:
+    mine = dataclasses.replace(plan(), **other)
     storage = Store(mine, tmp_path, None).storage
     require_same_plan(storage, mine, tmp_path)
-    with pytest.raises(UserError, match=r"--config-name: mine in the existing search, train in this command$"):
-        require_same_plan(storage, plan(), tmp_path)
-
-
-def test_other_configs_in_the_place_of_conf_are_another_search(tmp_path: Path) -> None:
-    mine = dataclasses.replace(plan(), config_path="/my/conf")
-    storage = Store(mine, tmp_path, None).storage
-    with pytest.raises(UserError, match=r"--config-path: /my/conf in the existing search, "):
+    with pytest.raises(UserError, match=message):
         require_same_plan(storage, plan(), tmp_path)
 
 
@@ -475,6 +475,12 @@ def test_a_search_in_a_database_has_its_claims_there(
     assert list(tmp_path.rglob("*")) == []
 
 
+def describe_search(folder: Path, **changed: Any) -> None:
+    """Writes search.json as a search does."""
+    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": 4} | changed
+    (folder / "search.json").write_text(json.dumps(description))
+
+
 def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_report_continue(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -488,8 +494,7 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
     trials = search.store.trials()
     assert [trial.state.name for trial in trials] == ["FAIL", "COMPLETE"]
     propose(plan(), trials)
-    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 2, "max_epochs": 4}
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path, n_trials=2)
     search_report.report_search(tmp_path)
     printed = capsys.readouterr().out
     assert "trial 0 failed: no epoch ended with a validation" in printed
@@ -517,9 +522,8 @@ def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_b
     store = Store(plan(), tmp_path, None)
     store.add(propose(plan(), []))
     store.finish(0, TrialState.COMPLETE, 0.5, {}, {})
-    description = {"name": "s", "storage": None, "fixed": ["threads=1"], "n_trials": 1, "max_epochs": 4}
     for fixed, is_written in ((["threads=1"], True), (["~callbacks.dead_units"], False)):
-        (tmp_path / "search.json").write_text(json.dumps(description | {"fixed": fixed}))
+        describe_search(tmp_path, fixed=fixed)
         search_report.report_search(tmp_path)
         assert (tmp_path / "best.yaml").exists() is is_written
 
@@ -533,8 +537,7 @@ def test_a_report_names_the_key_that_matters_most_first_and_draws_three_pictures
         store.add(propose(given, store.trials()))
         rate = float(store.trials()[number].params["optimizer.lr"])
         store.finish(number, TrialState.COMPLETE, 0.5 + np.log10(rate) / 10, {}, {})
-    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 8, "max_epochs": 4}
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path, n_trials=8)
     search_report.report_search(tmp_path)
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("importance"))
     shares = re.fullmatch(
@@ -552,8 +555,7 @@ def test_a_report_names_the_key_that_matters_most_first_and_draws_three_pictures
 def test_a_report_does_not_connect_to_what_a_folder_names(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    description = {"name": "s", "storage": url, "fixed": [], "n_trials": 1, "max_epochs": 4, "config_dir": None}
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path, storage=url, config_dir=None)
     opened: list[str] = []
     storage = optuna.storages.InMemoryStorage()
     optuna.create_study(storage=storage, study_name="s", direction="maximize")
@@ -568,7 +570,7 @@ def test_a_report_does_not_connect_to_what_a_folder_names(
     assert cli.run("report", [str(tmp_path), "--storage", given]) == 0
     assert opened == [given]
     # Nor to one that this process has opened for the command line.
-    (tmp_path / "search.json").write_text(json.dumps(description | {"storage": given}))
+    describe_search(tmp_path, storage=given, config_dir=None)
     assert cli.run("report", [str(tmp_path)]) == 2
     assert opened == [given]
 
@@ -579,8 +581,7 @@ def test_a_storage_that_is_no_database_of_postgresql_is_refused(
 ) -> None:
     assert cli.run("report", [str(tmp_path), "--storage", url]) == 2
     assert "is not the folder of a search" in capsys.readouterr().err
-    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": None}
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path, max_epochs=None)
     assert cli.run("report", [str(tmp_path), "--storage", url]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
@@ -592,8 +593,7 @@ def test_a_storage_that_is_no_database_of_postgresql_is_refused(
 def test_a_description_with_other_content_is_refused(
     changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": 4} | changed
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path, **changed)
     assert cli.run("report", [str(tmp_path)]) == 2
     assert "search.json: can't be read" in capsys.readouterr().err
 
@@ -601,8 +601,7 @@ def test_a_description_with_other_content_is_refused(
 def test_the_report_of_a_search_without_its_journal_says_so_and_writes_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": 4}
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path)
     assert cli.run("report", [str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"nin report: {tmp_path / JOURNAL}: missing; the search's own command")
     assert [path.name for path in tmp_path.iterdir()] == ["search.json"]
@@ -616,8 +615,7 @@ def test_what_a_description_from_elsewhere_fixes_may_be_no_overrides(
     rates = {"optimizer.lr": FloatDistribution(0.1, 1)}
     known.add_trial(create_trial(params={"optimizer.lr": 0.5}, distributions=rates, value=0.5))
     for fixed in (["seed=1,2"], ["seed"]):
-        description = {"name": "s", "storage": None, "fixed": fixed, "n_trials": 1, "max_epochs": 4}
-        (tmp_path / "search.json").write_text(json.dumps(description))
+        describe_search(tmp_path, fixed=fixed)
         assert cli.run("report", [str(tmp_path)]) == 0
         assert "best val/acc first" in capsys.readouterr().out
         assert not (tmp_path / "best.yaml").exists()
@@ -634,15 +632,14 @@ def test_control_characters_of_a_study_from_elsewhere_are_escaped(
     known.add_trial(create_trial(params=params, distributions=norm, value=0.5))
     failure = {"error": f"E: {evil}\n  more"}
     known.add_trial(create_trial(params=params, distributions=norm, state=TrialState.FAIL, user_attrs=failure))
-    description = {"name": f"s{evil}", "storage": None, "fixed": [f"a={evil}"], "n_trials": 2, "max_epochs": 4}
-    (tmp_path / "search.json").write_text(json.dumps(description))
+    describe_search(tmp_path, name=f"s{evil}", fixed=[f"a={evil}"], n_trials=2)
     assert cli.run("report", [str(tmp_path)]) == 0
     captured = capsys.readouterr()
     printed = captured.out + captured.err
     assert not [c for c in printed if not c.isprintable() and c != "\n"]
     assert "failed: trial-0001: E: \\x1b]0;title\\x07\n  more" in printed
     # A message is free of them too.
-    (tmp_path / "search.json").write_text(json.dumps(description | {"name": f"t{evil}"}))
+    describe_search(tmp_path, name=f"t{evil}")
     assert cli.run("report", [str(tmp_path)]) == 2
     assert capsys.readouterr().err.endswith("has no study t\\x1b]0;title\\x07\n")
 

@@ -6,7 +6,6 @@ import math
 import sys
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,22 +13,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
+from helpers import put_job
 from nin.sweeps import chart, summary
 from nin.sweeps.jobs import read_jobs, write_requested_jobs
 from nin.sweeps.rows import group_by_seed
-
-
-def put_job(folder: Path, overrides: list[str], acc: float | None = None, **more: Any) -> Path:
-    """Writes a job's files as a run does: finished with ``acc`` or without a result. ``more`` is for result.json."""
-    (folder / ".hydra").mkdir(parents=True)
-    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
-    if acc is not None or more:
-        metrics = {"val/acc": acc, "val/loss": 1.0, "test/acc": acc, "test/loss": 1.0, "test/acc_by_class": {}}
-        result = {"status": "finished", "metrics": metrics, "train_seconds": 2.0, "test_images": 10_000}
-        (folder / "result.json").write_text(json.dumps(result | more))
-        rows = [f"{epoch},{epoch * 8.0},{(acc or 0) * epoch / 2},1.0" for epoch in (1, 2)]
-        (folder / "metrics.csv").write_text("\n".join(["epoch,seconds,val/acc,val/loss", *rows, ""]))
-    return folder
 
 
 @pytest.fixture
@@ -118,9 +105,8 @@ def test_no_word_is_broken_at_80_columns(
     monkeypatch.setenv("COLUMNS", "80")
     for lr in ("0.01", "1e+30"):
         for seed in (0, 1):
-            job = put_job(tmp_path / f"{lr},{seed}", [f"optimizer.lr={lr}", f"seed={seed}"], 0.9 + seed / 10)
-            if lr == "1e+30":
-                (job / "result.json").write_text('{"status": "failed", "error": "the loss is nan"}')
+            failed = {"status": "failed", "error": "the loss is nan"} if lr == "1e+30" else {}
+            put_job(tmp_path / f"{lr},{seed}", [f"optimizer.lr={lr}", f"seed={seed}"], 0.9 + seed / 10, **failed)
     summary.report(tmp_path)
     output = capsys.readouterr().out
     table = output.partition("±  is")[0]
@@ -144,8 +130,7 @@ def test_settings_are_readable_beside_more_numbers_than_fit_80_columns(
 
 def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, overrides, acc in (("first", ["experiment=cpu"], 0.9), ("second", ["model=lenet", "seed=0"], 0.8)):
-        job = put_job(tmp_path / name, overrides, acc)
-        (job / ".hydra" / "config.yaml").write_text("seed: 0\nsweep: {keys: [], fail_fast: false}\n")
+        put_job(tmp_path / name, overrides, acc, "seed: 0\nsweep: {keys: [], fail_fast: false}\n")
     put_job(tmp_path / "third", [])
     summary.report(tmp_path)
     rows = group_by_seed(read_jobs(tmp_path), "val/acc")
@@ -161,8 +146,7 @@ def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_one_single_run_is_listed_by_its_name_too(tmp_path: Path) -> None:
-    job = put_job(tmp_path / "first", ["experiment=cpu"], 0.9)
-    (job / ".hydra" / "config.yaml").write_text("seed: 0\nsweep: {keys: [], fail_fast: false}\n")
+    put_job(tmp_path / "first", ["experiment=cpu"], 0.9, "seed: 0\nsweep: {keys: [], fail_fast: false}\n")
     header, row = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
     assert (header[0], row[0]) == ("run", "first")
 
@@ -247,10 +231,8 @@ def test_labels_and_legends_stay_on_the_page(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_nan_is_left_out(tmp_path: Path) -> None:
     for seed in (0, 1):
-        job = put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.5)
-        result = json.loads((job / "result.json").read_text())
-        result["metrics"]["test/loss"] = math.nan if seed else 2.0
-        (job / "result.json").write_text(json.dumps(result))
+        loss = math.nan if seed else 2.0
+        put_job(tmp_path / f"seed={seed}", [f"seed={seed}"], 0.5, metrics={"test/loss": loss})
     summary.report(tmp_path)
     (line,) = csv.DictReader((tmp_path / "summary.csv").read_text().splitlines())
     assert (line["test/loss mean"], line["test/loss std"], line["val/acc mean"]) == ("2.0", "", "0.5")
@@ -287,10 +269,7 @@ def test_a_reader_that_is_gone_is_no_summary_that_can_not_be_written(
 def test_without_held_out_images_the_test_accuracy_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = put_job(tmp_path / "seed=0", ["seed=0"], 0.5)
-    result = json.loads((job / "result.json").read_text())
-    result["metrics"] |= {"val/acc": None, "val/loss": None}
-    (job / "result.json").write_text(json.dumps(result))
+    put_job(tmp_path / "seed=0", ["seed=0"], 0.5, metrics={"val/acc": None, "val/loss": None})
     summary.report(tmp_path)
     assert "best test/acc first" in capsys.readouterr().out
 
@@ -321,8 +300,8 @@ def test_cells_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFix
     cells = ("[conv,pool]", "[/x]", "[red]", ":x:", "[bold")
     for i, value in enumerate(cells):
         put_job(tmp_path / "s" / str(i), [f"model.blocks={value}"], 0.9)
-        job = put_job(tmp_path / "runs" / f"{i},{value.replace('/', '')}", [f"model.blocks={value}"], 0.9)
-        (job / ".hydra" / "config.yaml").write_text("sweep: {keys: []}")
+        run = tmp_path / "runs" / f"{i},{value.replace('/', '')}"
+        put_job(run, [f"model.blocks={value}"], 0.9, "sweep: {keys: []}")
     for folder in ("s", "runs"):
         summary.report(tmp_path / folder)
         printed = capsys.readouterr().out
@@ -336,9 +315,8 @@ def test_control_characters_of_a_folder_from_elsewhere_are_escaped(
     sweep = tmp_path / "s"
     write_requested_jobs(sweep, ["seed", evil], {"../x": [f"model.dropout={evil}", f"{evil}=1"]})
     more = {"device": f"cpu{evil}", "versions": {"torch": f"2{evil}"}, "seed": f"1{evil}"}
-    job = put_job(sweep / f"0{evil}", [f"model.norm=a{evil}"], 0.9, **more)
     config = {"trainer": {"max_epochs": f"1{evil}"}, "callbacks": {f"my{evil}": {"_target_": f"my{evil}"}}}
-    (job / ".hydra" / "config.yaml").write_text(json.dumps(config))
+    job = put_job(sweep / f"0{evil}", [f"model.norm=a{evil}"], 0.9, json.dumps(config), **more)
     put_job(sweep / f"1{evil}", [f"model.norm{evil}=b"], status="failed", error=f"E: {evil}")
     write_config = '{"trainer": {"max_epochs": 2}, "callbacks": {}, "sweep": {"keys": []}}'
     for number, single in enumerate((False, True)):

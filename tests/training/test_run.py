@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import FakeExperiment
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.config.schema import FolderData, Settings, UserError
 from nin.data import splits
@@ -28,31 +29,6 @@ from pictures import folder_data, write_folder
 
 class KilledError(Exception):
     pass
-
-
-class FakeExperiment:
-    """Trains nothing. Notes its epochs in the folder, as checkpoints do."""
-
-    def __init__(self, request: RunRequest):
-        self.settings, self.folder = request.settings, request.folder
-        self.resume_checkpoint = {} if self.folder.checkpoints.exists() else None
-        self.run_id = self.folder.read_state().get("run_id")
-
-    def describe_start(self) -> str:
-        return "nothing is trained"
-
-    def run(self, resumes: int = 0) -> dict[str, Any]:
-        self.folder.checkpoints.mkdir(exist_ok=True)
-        during_training()
-        metrics = {f"{part}/{name}": 0.5 for part in ("val", "test") for name in ("acc", "loss")}
-        return {
-            "status": "finished", "metrics": metrics, "epochs": self.settings.trainer.max_epochs, "steps": 1,
-            "train_seconds": 1.0, "images_per_second": 1.0, "parameters": 1, "weights_sha256": "0" * 64,
-        }  # fmt: skip
-
-
-def during_training() -> None:
-    """Replaced by tests."""
 
 
 @pytest.fixture
@@ -99,9 +75,9 @@ def test_a_finished_run_is_not_the_result_of_other_images(
     def add_sum(experiment: FakeExperiment, resumes: int = 0) -> dict[str, Any]:
         assert isinstance(experiment.settings.data, FolderData)
         cache = open_folder(experiment.settings.data)
-        return train(experiment) | {"images_sha256": cache.fingerprint, "images": cache.counts}
+        return run_fake(experiment) | {"images_sha256": cache.fingerprint, "images": cache.counts}
 
-    train = FakeExperiment.run
+    run_fake = FakeExperiment.run
     monkeypatch.setattr(FakeExperiment, "run", add_sum)
     monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
 
@@ -266,17 +242,17 @@ def test_a_run_that_another_process_ended_in_the_meantime_is_not_run_again(
 ) -> None:
     trained: list[int] = []
 
-    def train() -> None:
+    def train(_: FakeExperiment) -> None:
         trained.append(1)
         if fails and len(trained) < 3:
             raise RuntimeError
 
-    monkeypatch.setitem(globals(), "during_training", train)
+    monkeypatch.setattr(FakeExperiment, "train", train)
     if failed_before:  # which is no reason not to try again
-        monkeypatch.setitem(globals(), "during_training", lambda: 1 / 0)
+        monkeypatch.setattr(FakeExperiment, "train", lambda _: 1 / 0)
         with pytest.raises(run.RunFailedError):
             run.execute_run(request_of())
-        monkeypatch.setitem(globals(), "during_training", train)
+        monkeypatch.setattr(FakeExperiment, "train", train)
     claim = RunFolder.claim
 
     def claim_late(folder: RunFolder, wait: Any = None) -> Any:
@@ -302,17 +278,17 @@ def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(
     monkeypatch.setattr(run, "read_git_commit", lambda: commits.current)
     monkeypatch.setattr(run, "read_versions", dict)
 
-    def change() -> None:
+    def change(_: FakeExperiment) -> None:
         commits.current = "changed while training"
 
-    monkeypatch.setitem(globals(), "during_training", change)
+    monkeypatch.setattr(FakeExperiment, "train", change)
     started = request_of()
     result = run.execute_run(started)
     assert (result["git_commit"], result["resumes"]) == ("first", 0)
     assert "resumed_with" not in result
     run_id = started.folder.read_state()["run_id"]
 
-    monkeypatch.setitem(globals(), "during_training", lambda: None)
+    monkeypatch.setattr(FakeExperiment, "train", lambda _: None)
     for commit in ("first", "second"):
         started.folder.result.unlink()
         commits.current = commit
@@ -352,26 +328,44 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert versions.read_git_commit() == git("rev-parse", "HEAD") + "+"
 
 
-def test_too_little_memory_of_a_gpu_fails_with_its_remedy(
-    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def full() -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+def fill_memory(_: FakeExperiment) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setitem(globals(), "during_training", full)
+
+def flatten(_: FakeExperiment) -> None:
+    """As in a network of the user's own, with maps in the channels-last format."""
+    torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last).view(2, -1)
+
+
+@pytest.mark.parametrize(
+    ("train", "error", "remedy"),
+    [
+        (fill_memory, "Tried to allocate 20.00 GiB.", "start another run with a smaller data.batch_size"),
+        (flatten, "view size is not compatible", "set speed.channels_last=false, or use .reshape()"),
+    ],
+)
+def test_an_error_with_a_known_remedy_fails_with_it(
+    request_of: Callable[..., RunRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    train: Callable[[FakeExperiment], None],
+    error: str,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(FakeExperiment, "train", train)
     started = request_of()
     with pytest.raises(run.RunFailedError):  # exit status 1
         run.execute_run(started)
     for text in (started.folder.log.read_text(), capsys.readouterr().err, started.folder.read_result()["error"]):
-        assert "Tried to allocate 20.00 GiB." in text
-        assert "start another run with a smaller data.batch_size" in text
+        assert error in text
+        assert remedy in text
 
 
 def test_another_rank_than_the_first_fails_with_its_traceback(
     request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # Let out, an OSError would be taken for one of the run's folder.
-    monkeypatch.setitem(globals(), "during_training", lambda: Path("images_of_node_2").read_bytes())
+    monkeypatch.setattr(FakeExperiment, "train", lambda _: Path("images_of_node_2").read_bytes())
     request = dataclasses.replace(request_of(), rank=1)
     request.folder.checkpoints.mkdir(parents=True)  # by rank 0
     with pytest.raises(run.RunFailedError):
@@ -389,10 +383,10 @@ def test_another_rank_that_lightning_started_ends_well_after_a_stop(
     variables: dict[str, str], status: int, request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # With a status other than 0, Lightning would kill rank 0, which may still be writing. torchrun gives the status on.
-    def stop() -> None:
+    def stop(_: FakeExperiment) -> None:
         raise StoppedError(signal.SIGTERM)
 
-    monkeypatch.setitem(globals(), "during_training", stop)
+    monkeypatch.setattr(FakeExperiment, "train", stop)
     request = dataclasses.replace(request_of(), rank=1)
     request.folder.checkpoints.mkdir(parents=True)  # by rank 0
     for name, value in variables.items():
@@ -400,18 +394,3 @@ def test_another_rank_that_lightning_started_ends_well_after_a_stop(
     with pytest.raises(StoppedError) as stopped:
         run.execute_run(request)
     assert stopped.value.exit_status == status
-
-
-def test_a_view_of_maps_in_the_channels_last_format_fails_with_its_remedy(
-    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def flatten() -> None:  # as in a network of the user's own
-        torch.zeros(2, 3, 4, 4).to(memory_format=torch.channels_last).view(2, -1)
-
-    monkeypatch.setitem(globals(), "during_training", flatten)
-    started = request_of()
-    with pytest.raises(run.RunFailedError):
-        run.execute_run(started)
-    for text in (started.folder.log.read_text(), capsys.readouterr().err, started.folder.read_result()["error"]):
-        assert "view size is not compatible" in text
-        assert "set speed.channels_last=false, or use .reshape()" in text
