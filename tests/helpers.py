@@ -1,11 +1,11 @@
-"""What several test modules use: a small run's overrides, and the program in a process of its own."""
+"""What several test modules use: a small run's overrides, the program in a process of its own, and stand-ins."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,17 @@ def nin(*arguments: object, cwd: Path, **environment: str) -> subprocess.Complet
     )
 
 
+def broken_pipe() -> int:
+    """A file descriptor to write to, of which nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def full_disk() -> int:
+    return os.open("/dev/full", os.O_WRONLY)
+
+
 # What `start` has started in the test that is running: what a failed test leaves is ended after it.
 STARTED: list[subprocess.Popen[str]] = []
 
@@ -78,11 +89,25 @@ def gated(path: Path) -> list[str]:
 
 
 def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    wait_until(path.exists, process, seconds)
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
     begun = time.monotonic()
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < begun + seconds, f"no {path}"
-        time.sleep(0.005)
+        assert time.monotonic() < begun + seconds, condition
+        time.sleep(0.002)
+
+
+def read_results(sweep: Path) -> dict[str, dict[str, Any]]:
+    """The results of a sweep's or a search's jobs, by the names of their folders."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(sweep.glob("*/result.json"))}
+
+
+def outcome(result: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What is the same for the same run, however often it was resumed: the final weights and the metrics."""
+    return result["weights_sha256"], result["metrics"]
 
 
 class FakeExperiment:

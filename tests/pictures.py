@@ -1,7 +1,9 @@
-"""Small folders of generated images, for tests of data=folder."""
+"""Files and small folders of generated images."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,13 @@ def write_folder(root: Path, counts: Mapping[str, int], classes: Mapping[str, ob
                 pixels = np.broadcast_to(np.array(color), (size, size, 3)) + random.integers(-20, 20, (size, size, 3))
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
     return root
+
+
+def encode(image: Image.Image | np.ndarray, kind: str = "PNG", **options: Any) -> bytes:
+    """The content of an image's file."""
+    file = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    return file.getvalue()
 
 
 def folder_data(root: Path, **keys: object) -> FolderData:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import ENVIRONMENT, SMALL, merge, nin, put_job
+from helpers import ENVIRONMENT, SMALL, broken_pipe, full_disk, merge, nin, put_job
 from nin import cli
 
 
@@ -73,24 +73,10 @@ def test_on_windows_the_message_names_what_to_use(
     assert capsys.readouterr().err == ("nin train: needs Linux or macOS; on Windows start it in WSL (wsl --install)\n")
 
 
-def closed_pipe() -> int:
-    """A pipe of which nobody reads any more."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
-def full_disk() -> int:
-    return os.open("/dev/full", os.O_WRONLY)
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
 @pytest.mark.parametrize(
     ("output", "status", "message"),
-    [
-        (closed_pipe, 141, ""),
-        (full_disk, 1, f"nin: standard output can't be written ({os.strerror(errno.ENOSPC)})\n"),
-    ],
+    [(broken_pipe, 141, ""), (full_disk, 1, f"nin: standard output can't be written ({os.strerror(errno.ENOSPC)})\n")],
 )
 def test_standard_output_that_can_not_be_written_is_no_traceback(
     output: Callable[[], int], status: int, message: str
@@ -142,7 +128,7 @@ def test_a_command_whose_output_nobody_reads_ends_with_141(
     before = set(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["nin", *command.split()])
-    with os.fdopen(closed_pipe(), "w") as output, tempfile.TemporaryFile("w+", 1) as errors:
+    with os.fdopen(broken_pipe(), "w") as output, tempfile.TemporaryFile("w+", 1) as errors:
         monkeypatch.setattr(sys, "stdout", output)
         monkeypatch.setattr(sys, "stderr", output if is_error_closed else errors)
         with pytest.raises(SystemExit) as ended:
@@ -154,7 +140,7 @@ def test_a_command_whose_output_nobody_reads_ends_with_141(
 
 def test_a_message_that_nobody_reads_ends_with_141(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["nin", "trian"])
-    with os.fdopen(closed_pipe(), "w", buffering=1) as errors:
+    with os.fdopen(broken_pipe(), "w", buffering=1) as errors:
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         monkeypatch.setattr(sys, "stderr", errors)
         with pytest.raises(SystemExit) as ended:

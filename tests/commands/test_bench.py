@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from helpers import broken_pipe
 from nin import cli
 from nin.commands import bench
 from nin.config.schema import Settings, UserError
@@ -79,9 +80,7 @@ def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pyte
         "memory": {},
     }
     monkeypatch.setattr(bench, "run_benchmarks", lambda *_: results)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as gone:
+    with os.fdopen(broken_pipe(), "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         monkeypatch.setattr(sys, "argv", ["nin", "bench", "data=garments", "--out", str(tmp_path / "bench.json")])
         with pytest.raises(SystemExit) as ended:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import broken_pipe
 from nin import cli
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.commands import eval as eval_command
@@ -119,10 +120,8 @@ def test_a_test_ends_though_nobody_reads_its_result(
         return settings(), metrics, np.eye(1, dtype=int)
 
     monkeypatch.setattr(eval_command, "evaluate_checkpoint", test)
-    reader, writer = os.pipe()
-    os.close(reader)
     (tmp_path / "x.ckpt").touch()
-    with os.fdopen(writer, "w", encoding="ascii") as gone:
+    with os.fdopen(broken_pipe(), "w", encoding="ascii") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         assert cli.run("eval", [str(tmp_path / "x.ckpt")]) == 0
         sys.stdout.flush()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers import broken_pipe
 from nin import cli
 from nin.commands import resume
 from nin.config.schema import Settings
@@ -100,9 +101,7 @@ def test_an_interpolation_in_a_stored_config_is_not_resolved(
 def test_a_run_is_continued_though_nobody_reads_what_it_prints(
     run: RunFolder, requests: list[RunRequest], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w", encoding="ascii") as gone:
+    with os.fdopen(broken_pipe(), "w", encoding="ascii") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         assert cli.run("resume", [str(run.path), "trainer.max_epochs=3"]) == 0
     assert requests[0].settings.trainer.max_epochs == 3

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from hydra.types import RunMode
 
-from helpers import SMALL
+from helpers import SMALL, broken_pipe
 from nin import cli
 from nin.commands import train
 from nin.commands.train import compose, parse_arguments
@@ -106,8 +106,6 @@ def test_a_refused_run_leaves_a_folder_that_was_there(tmp_path: Path) -> None:
 
 
 def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
     trained: list[RunRequest] = []
 
     def execute(request: RunRequest) -> None:
@@ -115,7 +113,7 @@ def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest
         trained.append(request)
 
     monkeypatch.setattr(train, "execute_run", execute)
-    with os.fdopen(writer, "w", encoding="ascii") as gone:
+    with os.fdopen(broken_pipe(), "w", encoding="ascii") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
         assert cli.run("train", ["data=garments", "name=x"]) == 0
     assert [request.settings.name for request in trained] == ["x"]

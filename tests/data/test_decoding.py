@@ -1,4 +1,3 @@
-import io
 import struct
 import zlib
 from pathlib import Path
@@ -10,6 +9,7 @@ from PIL import Image
 
 from nin.data.decoding import ImageError, ImageTooLargeError, formats, has_color, open_image, to_pixels
 from nin.deploy.images import ImageForm
+from pictures import encode
 
 RED = (250, 10, 20)
 SCAN = b"\xff\xda"
@@ -17,12 +17,6 @@ SCAN = b"\xff\xda"
 
 def decode(content: bytes | Path | str, channels: int, **options: Any) -> np.ndarray:
     return ImageForm(channels, **options).read(open_image(content))
-
-
-def content_of(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -42,23 +36,23 @@ def test_every_mode_becomes_gray_or_color(mode: str, color: object, gray: int, r
     image = Image.new(mode, (3, 2), color)
     if mode == "P":
         image.putpalette(list(RED))
-    content = content_of(image)
+    content = encode(image)
     assert decode(content, 1).tolist() == [[gray] * 3] * 2
     assert decode(content, 3).tolist() == [[list(rgb)] * 3] * 2
 
 
 def test_cmyk_and_float_images_are_converted() -> None:
-    cmyk = decode(content_of(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "TIFF"), 3)
+    cmyk = decode(encode(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "TIFF"), 3)
     assert cmyk[0, 0].tolist() == [0, 255, 255]
     floats = Image.fromarray(np.full((2, 2), 0.5, np.float32))
-    assert decode(content_of(floats, "TIFF"), 1).tolist() == [[128, 128]] * 2
+    assert decode(encode(floats, "TIFF"), 1).tolist() == [[128, 128]] * 2
 
 
 def test_integers_of_32_bits_are_those_of_8_or_of_16_bits() -> None:
     for largest, expected in ((255, [0, 100, 255]), (65535, [0, 0, 255])):
         values = Image.fromarray(np.array([[0, 100, largest]], np.int32))
         assert values.mode == "I"
-        assert decode(content_of(values, "TIFF"), 1).tolist() == [expected]
+        assert decode(encode(values, "TIFF"), 1).tolist() == [expected]
 
 
 def exif_of(orientation: int) -> bytes:
@@ -77,20 +71,20 @@ def test_the_orientation_that_a_camera_noted_is_applied(kind: str) -> None:
     for i, expected in enumerate(upright):
         exif: Any = Image.Exif()
         exif[0x0112] = 1 + i
-        turned = decode(content_of(image, kind, exif=exif if kind == "TIFF" else exif_of(1 + i)), 1)
+        turned = decode(encode(image, kind, exif=exif if kind == "TIFF" else exif_of(1 + i)), 1)
         assert np.abs(turned.astype(int) - expected).max() <= 3
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_an_image_with_damaged_metadata_has_its_pixels_as_they_are(kind: str) -> None:
     image = Image.new("L", (16, 24), 50)
-    assert decode(content_of(image, kind, exif=b"Exif\0\0no metadata"), 1).shape == (24, 16)
+    assert decode(encode(image, kind, exif=b"Exif\0\0no metadata"), 1).shape == (24, 16)
 
 
 def test_a_large_jpeg_file_is_decoded_at_no_less_than_twice_the_requested_size() -> None:
     """Of these stripes, three pixels of the result wide, half that resolution changes 16 gray levels or more."""
     stripes = np.tile(127 + 100 * np.sin(np.arange(400) * 2 * np.pi / 12), (400, 1)).astype(np.uint8)
-    content = content_of(Image.fromarray(stripes), "JPEG", quality=95)
+    content = encode(stripes, "JPEG", quality=95)
     complete = Image.fromarray(decode(content, 1)).resize((100, 100), Image.Resampling.BILINEAR)
     assert np.abs(decode(content, 1, size=100).astype(int) - np.asarray(complete)).max() <= 8
 
@@ -98,7 +92,7 @@ def test_a_large_jpeg_file_is_decoded_at_no_less_than_twice_the_requested_size()
 def test_an_image_is_brought_to_a_square() -> None:
     image = Image.new("L", (24, 12))
     image.paste(200, (6, 0, 18, 12))  # of 24 columns the twelve in the middle
-    crop, stretch, pad = (decode(content_of(image), 1, size=12, fit=fit) for fit in ("crop", "stretch", "pad"))
+    crop, stretch, pad = (decode(encode(image), 1, size=12, fit=fit) for fit in ("crop", "stretch", "pad"))
     assert crop.tolist() == [[200] * 12] * 12
     assert stretch[:, 1].max() == stretch[:, 10].max() == 0
     assert stretch[:, 4:8].min() == 200
@@ -108,16 +102,16 @@ def test_an_image_is_brought_to_a_square() -> None:
 
 def test_an_image_of_the_requested_size_is_not_changed() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
-    assert np.array_equal(decode(content_of(Image.fromarray(pixels)), 3, size=9, fit="pad"), pixels)
+    assert np.array_equal(decode(encode(pixels), 3, size=9, fit="pad"), pixels)
 
 
 def test_an_image_of_one_column_can_be_padded() -> None:
-    assert decode(content_of(Image.new("L", (1, 900), 9)), 1, size=8, fit="pad")[:, 3:5].max() == 9
+    assert decode(encode(Image.new("L", (1, 900), 9)), 1, size=8, fit="pad")[:, 3:5].max() == 9
 
 
 def test_only_images_with_color_have_color() -> None:
     def found(image: Image.Image, **options: object) -> bool:
-        return has_color(to_pixels(open_image(content_of(image, **options))))
+        return has_color(to_pixels(open_image(encode(image, **options))))
 
     assert found(Image.new("RGB", (8, 8), RED))
     assert found(Image.new("RGB", (8, 8), RED), kind="JPEG")
@@ -127,7 +121,7 @@ def test_only_images_with_color_have_color() -> None:
 
 def truncated() -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
-    return content_of(Image.fromarray(noise), "JPEG")[:900]
+    return encode(noise, "JPEG")[:900]
 
 
 def bomb(side: int) -> bytes:
@@ -163,7 +157,7 @@ def test_the_reason_is_named(tmp_path: Path) -> None:
 def with_scans(count: int, **options: object) -> bytes:
     """A JPEG file whose last scan is repeated until there are ``count``."""
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    content = content_of(Image.fromarray(noise), "JPEG", **options)
+    content = encode(noise, "JPEG", **options)
     last = content[content.rindex(SCAN) : -2]
     return content[:-2] + last * (count - content.count(SCAN)) + content[-2:]
 
@@ -205,7 +199,7 @@ def test_scans_of_a_thumbnail_and_of_what_follows_a_jpeg_file_are_not_counted() 
 @pytest.mark.parametrize("kind", ["ICO", "ICNS"])
 def test_a_file_inside_a_file_of_another_format_is_not_decoded(kind: str) -> None:
     with pytest.raises(ImageError, match="not an image in a format that Pillow can read"):
-        open_image(content_of(Image.new("L", (32, 32)), kind))
+        open_image(encode(Image.new("L", (32, 32)), kind))
 
 
 def test_no_program_is_started_for_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

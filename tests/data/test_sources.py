@@ -67,20 +67,15 @@ def put(root: Path, contents: dict[str, bytes]) -> Path:
     return raw
 
 
-def test_intact_files_are_read(tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]) -> None:
-    put(tmp_path, published)
+def test_intact_files_are_read_and_nothing_is_written_beside_them(
+    tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]
+) -> None:
+    raw = put(tmp_path, published)
     files.prepare(data(tmp_path))
     images, labels = files.load(data(tmp_path), "train")
     assert (images.shape, images.dtype) == ((6, 28, 28), np.uint8)
     assert (labels.tolist(), labels.dtype) == ([0, 1, 2, 3, 4, 5], np.int64)
     assert images.tobytes() == published["train-images-idx3-ubyte"][16:]
-
-
-def test_nothing_is_written_beside_intact_files(
-    tmp_path: Path, published: dict[str, bytes], data: Callable[..., Data]
-) -> None:
-    raw = put(tmp_path, published)
-    files.prepare(data(tmp_path))
     assert sorted(path.name for path in raw.iterdir()) == sorted(NAMES)
 
 

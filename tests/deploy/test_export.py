@@ -205,6 +205,14 @@ def _change(export: Path, path: Path, change: object) -> Path:
     return path
 
 
+def _change_description(export: Path, path: Path, **changes: Any) -> Path:
+    def change(model: "onnx.ModelProto") -> None:
+        changed = dataclasses.replace(nin.load(export).description, **changes)
+        onnx.helper.set_model_props(model, metadata_of(changed))
+
+    return _change(export, path, change)
+
+
 def test_weights_outside_of_the_file_are_refused(export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime would otherwise read any file that the export names."""
     (tmp_path / "secret").write_bytes(bytes(100_000))
@@ -245,11 +253,7 @@ def test_class_names_are_readable_in_the_metadata(export: Path, tmp_path: Path) 
     """As the C++ program of docs/deploy.md shows them."""
     names = ["日本", "Füße", 'a "b"', *map(str, range(7))]
 
-    def rename(model: "onnx.ModelProto") -> None:
-        changed = dataclasses.replace(nin.load(export).description, class_names=names)
-        onnx.helper.set_model_props(model, metadata_of(changed))
-
-    path = _change(export, tmp_path / "m.onnx", rename)
+    path = _change_description(export, tmp_path / "m.onnx", class_names=names)
     assert load_onnx(path).description.class_names == names
     written = open_session(path).get_modelmeta().custom_metadata_map["class_names"]
     assert written.startswith('["日本", "Füße", ')
@@ -258,14 +262,8 @@ def test_class_names_are_readable_in_the_metadata(export: Path, tmp_path: Path) 
 
 def test_eval_of_an_export_of_a_folders_run_needs_the_folder(export: Path, tmp_path: Path) -> None:
     """The file names no path, and nobody's folder is called as the default is."""
-    folder = folder_data(Path("data")).model_dump(mode="json")
-
-    def trained_on_a_folder(model: "onnx.ModelProto") -> None:
-        known = nin.load(export).description
-        changed = dataclasses.replace(known, settings=known.settings | {"data": folder})
-        onnx.helper.set_model_props(model, metadata_of(changed))
-
-    path = _change(export, tmp_path / "m.onnx", trained_on_a_folder)
+    settings = nin.load(export).description.settings | {"data": folder_data(Path("data")).model_dump(mode="json")}
+    path = _change_description(export, tmp_path / "m.onnx", settings=settings)
     with pytest.raises(UserError, match=r"its run's images were in a folder; say where they are: data.root=…$"):
         evaluate_export(path, [])
     with pytest.raises(UserError, match="nowhere"):
@@ -280,14 +278,9 @@ def test_labels_of_other_classes_are_not_compared_with_predictions(
     """A folder that is given later may have as many classes, or more, and other ones; and other images."""
     root = write_folder(tmp_path / "photos", {"train": 4, "test": 1}, {"light\nblue": (1, 2, 3), "red": (9, 0, 0)})
     folder = folder_data(root, image_size=28).model_dump(mode="json")
-
-    def trained_on_a_folder(model: "onnx.ModelProto") -> None:
-        known = nin.load(export).description
-        more = known.more | {"images_sha256": "0" * 64}
-        changed = dataclasses.replace(known, settings=known.settings | {"data": folder}, more=more)
-        onnx.helper.set_model_props(model, metadata_of(changed))
-
-    exported, checkpoint = _change(export, tmp_path / "m.onnx", trained_on_a_folder), tmp_path / "x.ckpt"
+    exported, checkpoint, known = tmp_path / "m.onnx", tmp_path / "x.ckpt", nin.load(export).description
+    more = known.more | {"images_sha256": "0" * 64}
+    _change_description(export, exported, settings=known.settings | {"data": folder}, more=more)
     content = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     content["hyper_parameters"]["settings"]["data"] = folder
     content["ImageDataModule"] = {"fingerprint": "0" * 64, "counts": {}}

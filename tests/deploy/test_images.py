@@ -12,12 +12,7 @@ from PIL import Image
 from nin.data.decoding import ImageError
 from nin.deploy import images
 from nin.deploy.images import ImageForm
-
-
-def encoded(image: Image.Image, form: str = "png", **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, form, **options)
-    return file.getvalue()
+from pictures import encode
 
 
 def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) -> None:
@@ -32,7 +27,7 @@ def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) 
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     idx = tmp_path / "images-idx3-ubyte"
     idx.write_bytes(struct.pack(">4I", 0x0803, 2, 1, 3) + bytes(range(6)))
-    found = list(images.iterate([tmp_path, idx, Path("-")], ImageForm(1), io.BytesIO(encoded(gray))))
+    found = list(images.iterate([tmp_path, idx, Path("-")], ImageForm(1), io.BytesIO(encode(gray))))
     names = [name.removeprefix(f"{tmp_path}/") for name, _ in found]
     assert names == ["b.png", "below/a.webp", "broken.jpg", "images-idx3-ubyte[0]", "images-idx3-ubyte[1]", "-"]
     assert isinstance(found[2][1], ImageError)
@@ -113,7 +108,7 @@ def test_arrays_and_idx_files_become_what_pillow_images_and_files_become(
         picture = Image.fromarray(array)
         expected = images.as_arrays([picture], form)[0]
         assert expected.shape[:2] == (28, 28)
-        assert np.array_equal(form.decode(encoded(picture)), expected)
+        assert np.array_equal(form.decode(encode(picture)), expected)
         assert np.array_equal(images.as_arrays(array[None], form)[0], expected)
         assert np.array_equal(images.as_arrays([expected], form)[0], expected)
         if array.ndim == 2:
@@ -134,7 +129,7 @@ def test_light_and_dark_are_swapped_before_an_image_is_padded(channels: int, mod
     assert [image.max() for image in images.as_arrays([picture, np.asarray(picture)], inverted)] == [0, 0]
     for size, fit in ((28, "crop"), (28, "stretch"), (None, "stretch")):
         gray = Image.new(mode, (84, 28), (200,) * len(mode))
-        assert set(ImageForm(channels, size, fit, invert=True).decode(encoded(gray)).flat) == {55}
+        assert set(ImageForm(channels, size, fit, invert=True).decode(encode(gray)).flat) == {55}
     dark_on_transparent = Image.new("RGBA", (28, 28), (0, 0, 0, 0))
     dark_on_transparent.paste((20, 20, 20, 255), (0, 0, 14, 28))
-    assert set(inverted.decode(encoded(dark_on_transparent)).flat) == {0, 235}
+    assert set(inverted.decode(encode(dark_on_transparent)).flat) == {0, 235}

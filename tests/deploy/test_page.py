@@ -11,6 +11,7 @@ from PIL import Image
 import nin
 from deploy.server import serve
 from helpers import nin as run_nin
+from pictures import encode
 
 pytest.importorskip("uvicorn")
 websockets = pytest.importorskip("websockets")
@@ -108,9 +109,7 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         # A dark thing on a light ground: the page says so, and inverts the file itself, not its picture on the page.
         dark = np.full((60, 40), 250, np.uint8)
         dark[15:45, 10:30] = 20
-        encoded = io.BytesIO()
-        Image.fromarray(dark).save(encoded, "png")
-        as_file = f"new File([Uint8Array.from({list(encoded.getvalue())})], 'dark.png', {{type: 'image/png'}})"
+        as_file = f"new File([Uint8Array.from({list(encode(dark))})], 'dark.png', {{type: 'image/png'}})"
         page.evaluate(f"nin.take({as_file})")
         hint = "document.getElementById('hint').textContent"
         assert page.evaluate(hint).startswith("This picture has a light border")

@@ -21,7 +21,7 @@ from nin.deploy.loading import default_export, find_checkpoint
 from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
-from pictures import folder_data
+from pictures import encode, folder_data
 
 
 def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_computes(
@@ -31,12 +31,7 @@ def test_a_test_image_saved_as_png_has_the_probabilities_that_evaluation_compute
     module, _, _ = read_checkpoint(run_folder / "checkpoints" / "best.ckpt")
     with torch.no_grad():
         seen = module.predict_logits(resize(torch.tensor(test_images[:64]), 28)).softmax(-1).numpy()
-    pictures = []
-    for image in test_images[:64]:
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "png")
-        pictures.append(Image.open(file))
-    found = network.predict(pictures)
+    found = network.predict([Image.open(io.BytesIO(encode(image))) for image in test_images[:64]])
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, seen, rtol=0, atol=1e-6)
     assert len(set(found.argmax(1))) > 5  # the network does tell them apart

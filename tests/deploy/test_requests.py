@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import tempfile
@@ -13,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from nin.deploy.trained import Description, Scores, TrainedNetwork
+from pictures import encode
 
 pytest.importorskip("uvicorn")
 
@@ -23,13 +22,6 @@ from starlette.requests import Request
 
 from nin.deploy.requests import RefusedError, read_file
 from nin.deploy.service import Limits, Service
-
-
-def encoded(image: np.ndarray, form: str = "png", **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, form, **options)
-    return file.getvalue()
-
 
 LIMITS = Limits(body_bytes=20_000_000, pixels=25_000_000, waiting_images=256, seconds=30)
 SMALL, MANY_PIXELS = np.zeros((28, 28), np.uint8), np.zeros((500, 500), np.uint8)
@@ -70,10 +62,10 @@ async def post(service: Service, body: bytes, query: bytes = b"") -> tuple[int, 
 
 def test_many_pixels_or_bytes_are_decoded_beside_the_event_loop() -> None:
     async def play() -> None:
-        many_bytes = encoded(SMALL, "tiff", tiffinfo={270: "x" * 30_000})
+        many_bytes = encode(SMALL, "tiff", tiffinfo={270: "x" * 30_000})
         async with busy_service(LIMITS) as (service, done):
-            large = [asyncio.create_task(post(service, body)) for body in (encoded(MANY_PIXELS), many_bytes)]
-            assert await post(service, encoded(SMALL)) == (200, "")
+            large = [asyncio.create_task(post(service, body)) for body in (encode(MANY_PIXELS), many_bytes)]
+            assert await post(service, encode(SMALL)) == (200, "")
             assert not any(task.done() for task in large)
             assert service.batcher.images == 2
             done.set()
@@ -85,7 +77,7 @@ def test_many_pixels_or_bytes_are_decoded_beside_the_event_loop() -> None:
 def test_images_that_wait_to_be_decoded_count_as_waiting() -> None:
     async def play() -> None:
         async with busy_service(replace(LIMITS, waiting_images=2)) as (service, done):
-            tasks = [asyncio.create_task(post(service, encoded(MANY_PIXELS))) for _ in range(5)]
+            tasks = [asyncio.create_task(post(service, encode(MANY_PIXELS))) for _ in range(5)]
             refused, waiting = set[asyncio.Task[Any]](), set(tasks)
             while len(refused) < 3:
                 ended, waiting = await asyncio.wait(waiting, timeout=60, return_when=asyncio.FIRST_COMPLETED)
@@ -108,7 +100,7 @@ def test_a_server_that_is_full_or_stops_is_not_ready() -> None:
                 return response.status_code, json.loads(response.body)["status"]
 
             assert await ready() == (200, "ready")
-            waiting = asyncio.create_task(post(service, encoded(MANY_PIXELS)))
+            waiting = asyncio.create_task(post(service, encode(MANY_PIXELS)))
             while not service.batcher.images:
                 await asyncio.sleep(0)
             assert await ready() == (503, "overloaded")
@@ -123,7 +115,7 @@ def test_a_server_that_is_full_or_stops_is_not_ready() -> None:
 def test_the_time_for_an_answer_includes_decoding() -> None:
     async def play() -> None:
         async with busy_service(replace(LIMITS, seconds=0.1)) as (service, _):
-            assert await post(service, encoded(MANY_PIXELS)) == (503, "the server is overloaded: no answer in time")
+            assert await post(service, encode(MANY_PIXELS)) == (503, "the server is overloaded: no answer in time")
             assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
 
     asyncio.run(play())
@@ -137,7 +129,7 @@ def test_a_failure_of_the_network_is_answered_counted_and_logged(caplog: pytest.
         async with busy_service(LIMITS, fail) as (service, done):
             done.set()
             message = "the prediction failed; the server's standard error says why"
-            assert await post(service, encoded(SMALL)) == (500, message)
+            assert await post(service, encode(SMALL)) == (500, message)
             assert b'nin_requests_total{status="500"} 1.0' in (await service.metrics(Request({"type": "http"}))).body
 
     asyncio.run(play())
@@ -158,7 +150,7 @@ def test_light_and_dark_are_swapped_before_an_image_is_padded() -> None:
         service = Service(TrainedNetwork(known, compute), LIMITS, None)
         service.batcher.start()
         for size in ((28, 84), (280, 840)):  # decoded at once, and in the decoder's thread
-            assert await post(service, encoded(np.full(size, 255, np.uint8)), b"invert=true") == (200, "")
+            assert await post(service, encode(np.full(size, 255, np.uint8)), b"invert=true") == (200, "")
         await asyncio.to_thread(service.batcher.close)
 
     asyncio.run(play())

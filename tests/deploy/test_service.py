@@ -3,7 +3,6 @@
 import concurrent.futures
 import contextlib
 import http.client
-import io
 import json
 import os
 import select
@@ -17,18 +16,12 @@ from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import nin
 from deploy.server import Server, serve
+from pictures import encode
 
 pytest.importorskip("uvicorn")
-
-
-def png(image: np.ndarray, form: str = "png", **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, form, **options)
-    return file.getvalue()
 
 
 LIMITS = ("--max-megabytes", "2", "--max-megapixels", "4")
@@ -47,13 +40,13 @@ def test_a_test_image_gets_the_probabilities_of_the_export(
     expected = network.score(test_images[:20], maps=True)
     names = network.description.class_names
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
-        answers = list(clients.map(lambda image: server.request("POST", "/predict", png(image)), test_images[:20]))
+        answers = list(clients.map(lambda image: server.request("POST", "/predict", encode(image)), test_images[:20]))
     for i, (status, answer, _) in enumerate(answers):
         assert status == 200
         assert [answer["probabilities"][n] for n in names] == pytest.approx(expected.probabilities[i], abs=1e-5)
         assert answer["class"] == names[int(expected.probabilities[i].argmax())]
         assert list(answer["probabilities"]) == sorted(names, key=lambda n: -answer["probabilities"][n])
-    _, answer, _ = server.request("POST", "/predict?maps=true&top=2", png(test_images[3]))
+    _, answer, _ = server.request("POST", "/predict?maps=true&top=2", encode(test_images[3]))
     assert len(answer["maps"]) == len(answer["logits"]) == len(answer["probabilities"]) == 2
     best = answer["class"]
     np.testing.assert_allclose(answer["maps"][best], expected.maps[3][names.index(best)], atol=1e-4)
@@ -61,15 +54,15 @@ def test_a_test_image_gets_the_probabilities_of_the_export(
 
 
 def test_forms_other_formats_and_inverted_images(server: Server, test_images: np.ndarray) -> None:
-    expected = server.request("POST", "/predict", png(test_images[0]))[1]
+    expected = server.request("POST", "/predict", encode(test_images[0]))[1]
     note = b'--x\r\nContent-Disposition: form-data; name="note"\r\n\r\nhi\r\n'
     file = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
-    file += png(test_images[0]) + b"\r\n"
+    file += encode(test_images[0]) + b"\r\n"
     form = note + file + b"--x--\r\n"
     multipart = {"Content-Type": "multipart/form-data; boundary=x"}
     assert server.request("POST", "/predict", form, multipart)[1] == expected
     assert server.request("POST", "/predict", form, {"Content-Type": "Multipart/Form-Data; boundary=x"})[1] == expected
-    assert server.request("POST", "/predict?invert=true", png(255 - test_images[0]))[1] == expected
+    assert server.request("POST", "/predict?invert=true", encode(255 - test_images[0]))[1] == expected
     for files, number in ((b"", "no file"), (file + file, "2 files")):
         answer = server.request("POST", "/predict", note + files + b"--x--\r\n", multipart)
         assert answer[:2] == (400, {"error": f"the form has {number}: send one image"})
@@ -79,14 +72,14 @@ def test_forms_other_formats_and_inverted_images(server: Server, test_images: np
 
 
 def test_what_is_refused(server: Server) -> None:
-    large, small = (png(np.zeros((side, side), np.uint8)) for side in (2001, 28))
-    progressive = png(np.zeros((316, 316, 3), np.uint8), "jpeg", progressive=True)
+    large, small = (encode(np.zeros((side, side), np.uint8)) for side in (2001, 28))
+    progressive = encode(np.zeros((316, 316, 3), np.uint8), "jpeg", progressive=True)
     last_scan = progressive[progressive.rindex(b"\xff\xda") : -2]
     refused = [
         (400, "POST", "/predict", b"<html></html>"),
-        (400, "POST", "/predict", png(np.zeros((28, 28), np.uint8))[:50]),
+        (400, "POST", "/predict", encode(np.zeros((28, 28), np.uint8))[:50]),
         (400, "POST", "/predict", progressive[:-2] + last_scan * 1000 + progressive[-2:]),
-        (400, "POST", "/predict", png(np.zeros((32, 32), np.uint8), "ico")),
+        (400, "POST", "/predict", encode(np.zeros((32, 32), np.uint8), "ico")),
         (400, "POST", "/predict", b""),
         (400, "POST", "/predict?maps=perhaps", b"x"),
         (400, "POST", "/predict?top=0", b"x"),
@@ -110,7 +103,7 @@ def test_what_is_refused(server: Server) -> None:
             assert status == 413
             continue
         assert (found, list(answer)) == (status, ["error"]), (path, answer)
-    assert server.request("POST", "/predict", png(np.zeros((1, 1), np.uint8)))[0] == 200
+    assert server.request("POST", "/predict", encode(np.zeros((1, 1), np.uint8)))[0] == 200
 
 
 def send_for_ever(client: socket.socket) -> None:
@@ -126,7 +119,7 @@ def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(export: P
             endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
             with pytest.raises((BrokenPipeError, ConnectionResetError)):
                 send_for_ever(endless)
-            assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
+            assert server.request("POST", "/predict", encode(np.zeros((28, 28), np.uint8)))[0] == 200
             with slow.makefile("rb") as answer:  # to the end: the server closes the connection
                 assert answer.read().startswith(b"HTTP/1.1 408")
 
@@ -150,7 +143,7 @@ def test_large_uploads_fill_no_more_memory_than_allowed_and_small_ones_are_answe
         for client in large:  # 38 MB of bodies that never end; the limit is 16 times 2 MB
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 client.sendall(head + bytes(1_900_000))
-        assert server.request("POST", "/predict", png(np.zeros((28, 28), np.uint8)))[0] == 200
+        assert server.request("POST", "/predict", encode(np.zeros((28, 28), np.uint8)))[0] == 200
         answered = []
         deadline = time.monotonic() + 60
         while len(answered) < 4 and time.monotonic() < deadline:
@@ -174,7 +167,7 @@ def read_answer(reader: BinaryIO) -> tuple[int, Any]:
 
 
 def test_an_offered_upgrade_is_ignored(server: Server, test_images: np.ndarray) -> None:
-    image, hidden = png(test_images[0]), b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n"
+    image, hidden = encode(test_images[0]), b"GET /info HTTP/1.1\r\nHost: x\r\n\r\n"
     expected = (200, server.request("POST", "/predict", image)[1])
     offer = (
         b"POST /predict HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAM\r\nUpgrade: "
@@ -297,7 +290,7 @@ def test_only_the_next_request_keeps_an_answered_connection_open(head: bytes, be
 
 
 def test_clients_that_vanish_leave_nothing_behind(server: Server, test_images: np.ndarray) -> None:
-    body = png(test_images[0])
+    body = encode(test_images[0])
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for i in range(60):
         with socket.create_connection(("127.0.0.1", server.port)) as client:
@@ -323,7 +316,7 @@ def test_health_metrics_description_and_pages(server: Server, test_images: np.nd
         # Works offline: nothing but the server itself is named.
         assert b"http" not in content.replace(b"http://127.0.0.1:8000", b"")
         assert "default-src 'self'" in headers["content-security-policy"]
-    assert server.request("POST", "/predict", png(test_images[0]))[0] == 200
+    assert server.request("POST", "/predict", encode(test_images[0]))[0] == 200
     metrics = server.request("GET", "/metrics")[1].decode()
     assert 'nin_requests_total{status="200"}' in metrics
     assert "nin_batch_images_bucket" in metrics
@@ -332,11 +325,11 @@ def test_health_metrics_description_and_pages(server: Server, test_images: np.nd
 def test_a_key_is_demanded_where_it_is_set(export: Path, test_images: np.ndarray) -> None:
     with serve(export, NIN_API_KEY="secret-ü\n") as server:  # as a file holds it
         for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer"}):
-            assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 401
+            assert server.request("POST", "/predict", encode(test_images[0]), headers)[0] == 401
             assert server.request("GET", "/metrics", None, headers)[0] == 401
         key = "secret-ü".encode().decode("latin-1")
         for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}, {"Authorization": f"bearer {key}"}):
-            assert server.request("POST", "/predict", png(test_images[0]), headers)[0] == 200
+            assert server.request("POST", "/predict", encode(test_images[0]), headers)[0] == 200
         assert server.request("GET", "/health")[0] == 200
 
 
@@ -354,7 +347,7 @@ def test_an_empty_key_is_no_permission_to_serve_without_one(
 
 
 def test_sigterm_answers_what_has_begun_and_ends_with_143(export: Path, test_images: np.ndarray) -> None:
-    body = png(test_images[0])
+    body = encode(test_images[0])
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     with serve(export) as server, socket.create_connection(("127.0.0.1", server.port), 30) as client:
         client.sendall(head.encode() + body[:-1])

@@ -9,23 +9,14 @@ from pathlib import Path
 import pytest
 from hydra.utils import get_class
 
+from helpers import broken_pipe, full_disk
 from nin.runs import console
 from nin.runs.console import log_to, tolerate_output_errors
 
 
-def closed_pipe() -> int:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
-def full_disk() -> int:
-    return os.open("/dev/full", os.O_WRONLY)
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-@pytest.mark.parametrize("output", [closed_pipe, full_disk])
+@pytest.mark.parametrize("output", [broken_pipe, full_disk])
 def test_output_that_can_not_be_written_is_ignored(
     monkeypatch: pytest.MonkeyPatch, output: Callable[[], int], name: str
 ) -> None:

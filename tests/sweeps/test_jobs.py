@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from helpers import SMALL, nin, put_job, run_experiment
+from helpers import SMALL, nin, put_job, read_results, run_experiment
 from nin import cli
 from nin.config.composition import compose_config, parse_overrides
 from nin.config.schema import CONF, UserError
@@ -344,7 +344,7 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     assert first.returncode == 1, first.stderr
     assert "Error executing job" not in first.stderr  # Hydra's own line, with the overrides of the first that failed
     folder = tmp_path / "outputs" / "sweeps" / "lr"
-    results = {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/result.json")}
+    results = read_results(folder)
     assert {name: result["status"] for name, result in results.items()} == {
         "optimizer.lr=1e+30": "failed",
         "optimizer.lr=0.001": "finished",

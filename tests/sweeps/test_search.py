@@ -101,10 +101,7 @@ def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
     with open_hydra():
         space, _ = read_space({"model": "glob(nin*)"}, ["optimizer=glob(*)"])
     models, optimizers = ["nin", "nin_small"], ["adamw", "sgd"]
-    assert space == {
-        "model": CategoricalDistribution(models),
-        "optimizer": CategoricalDistribution(optimizers),
-    }
+    assert space == {"model": CategoricalDistribution(models), "optimizer": CategoricalDistribution(optimizers)}
 
 
 @pytest.mark.parametrize(
@@ -231,18 +228,23 @@ def test_another_base_config_is_another_search(other: dict[str, str], message: s
         require_same_plan(storage, plan(), tmp_path)
 
 
+def check(*words: str, config_dir: Path | None = None, config_path: Path | None = None) -> Search:
+    """The search that a command line requests, after its checks."""
+    args = train.parse_arguments(["-m", "hydra/sweeper=optuna", *words])
+    with open_hydra(config_dir and str(config_dir), config_path and str(config_path)) as app:
+        search = Sweep(train.compose(app, args, RunMode.MULTIRUN)).search
+    assert search is not None
+    return search
+
+
 def test_a_search_whose_files_were_edited_is_another_search(tmp_path: Path, data_root: Path) -> None:
-    words = ["-m", "hydra/sweeper=optuna", "experiment=mine", f"data.root={data_root}", "optimizer.lr=0.1,0.2"]
-    args = train.parse_arguments(words)
+    words = ["experiment=mine", f"data.root={data_root}", "optimizer.lr=0.1,0.2"]
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     plans = []
     for smoothing in (0.0, 0.3):
         text = f"# @package _global_\ndefaults: [quickstart, _self_]\nlabel_smoothing: {smoothing}\n"
         (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
-        with open_hydra(str(tmp_path / "own"), None) as app:
-            search = Sweep(train.compose(app, args, RunMode.MULTIRUN)).search
-            assert search is not None
-            plans.append(search.plan)
+        plans.append(check(*words, config_dir=tmp_path / "own").plan)
     storage = Store(plans[0], tmp_path, None).storage
     require_same_plan(storage, plans[0], tmp_path)
     with pytest.raises(UserError, match=r"label_smoothing: 0\.0 in the existing search, 0\.3 in this command"):
@@ -263,15 +265,9 @@ def test_the_test_of_an_earlier_searchs_trial_is_not_that_of_another_with_its_nu
 
 
 def test_the_plan_has_the_folder_that_replaces_conf(tmp_path: Path, data_root: Path) -> None:
-    words = ["-m", "hydra/sweeper=optuna", "data=garments", f"data.root={data_root}", "trainer=cpu", "seed=0"]
-    args = train.parse_arguments([*words, "optimizer.lr=0.1,0.2"])
+    words = ["data=garments", f"data.root={data_root}", "trainer=cpu", "seed=0", "optimizer.lr=0.1,0.2"]
     shutil.copytree(CONF, tmp_path / "conf")
-    found = []
-    for path in (None, str(tmp_path / "conf")):
-        with open_hydra(None, path) as app:
-            search = Sweep(train.compose(app, args, RunMode.MULTIRUN)).search
-            assert search is not None
-            found.append(search.plan.config_path)
+    found = [check(*words, config_path=path).plan.config_path for path in (None, tmp_path / "conf")]
     assert found == [None, str(tmp_path / "conf")]
 
 
@@ -290,16 +286,10 @@ def test_the_best_of_all_trials_is_tested_also_by_a_command_with_fewer(monkeypat
     assert tested == [1]  # as in the report
 
 
-def check(*words: str) -> Sweep:
-    args = train.parse_arguments(["-m", "hydra/sweeper=optuna", *words])
-    with open_hydra() as app:
-        return Sweep(train.compose(app, args, RunMode.MULTIRUN))
-
-
 def test_a_callback_that_changes_training_is_part_of_the_search(data_root: Path) -> None:
     words = ["data=garments", f"data.root={data_root}", "trainer=cpu", "optimizer.lr=0.1,0.2"]
     plain, quiet, average = (
-        check(*words, *more).search.plan.describe() for more in ([], ["callbacks=none"], ["callbacks=ema"])
+        check(*words, *more).plan.describe() for more in ([], ["callbacks=none"], ["callbacks=ema"])
     )
     assert quiet == plain
     assert {key: value for key, value in average.items() if key not in plain} == {
@@ -671,7 +661,7 @@ def test_a_missing_package_is_named(
 def test_a_combination_that_is_refused_does_not_end_the_check(data_root: Path) -> None:
     # momentum=0 with nesterov=true is refused; the first point of the space has it.
     words = ["optimizer=sgd", "optimizer.nesterov=true,false", "optimizer.momentum=0.0,0.9", "schedule=constant"]
-    assert check(*SMALL, f"data.root={data_root}", *words).search
+    check(*SMALL, f"data.root={data_root}", *words)
 
 
 def later(settings: Callable[..., Settings], tmp_path: Path, values: list[float]) -> RunFolder:
@@ -697,8 +687,7 @@ def test_a_trial_below_the_median_is_pruned_and_never_tested(settings: Callable[
 def test_a_search_of_the_number_of_epochs_prunes_no_trial_after_its_own_last_epoch(
     settings: Callable[..., Settings], tmp_path: Path, data_root: Path
 ) -> None:
-    searched = check(*merge([*SMALL, f"data.root={data_root}", "trainer.max_epochs=range(1,4)"])).search
-    assert searched is not None
+    searched = check(*merge([*SMALL, f"data.root={data_root}", "trainer.max_epochs=range(1,4)"]))
     assert searched.plan.max_epochs is None  # the epochs that pruning saves are not known
     given = settings("sweep.prune=true", "sweep.test=false", "callbacks=none", "trainer.max_epochs=1")
     assert run_experiment(given, later(settings, tmp_path, [0.99] * 5))["status"] == "finished"

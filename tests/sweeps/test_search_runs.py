@@ -2,19 +2,30 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from helpers import SMALL, merge
+from helpers import SMALL, merge, read_results
 from nin import cli
 
+Search = Callable[..., tuple[int, str]]
 
-def search(capfd: pytest.CaptureFixture[str], data_root: Path, *words: str) -> tuple[int, str]:
-    """The exit status of a search of short trials, and all that it printed."""
+
+@pytest.fixture
+def search(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Search:
+    """Runs a search of short trials in ``tmp_path``; returns its exit status and all that it printed."""
+    monkeypatch.chdir(tmp_path)
     small = [*SMALL, "callbacks=none", "logger=none", "trainer.max_epochs=1", "threads=1", f"data.root={data_root}"]
-    status = cli.run("train", ["-m", "hydra/sweeper=optuna", "name=tune", *merge([*small, *words])])
-    return status, "".join(capfd.readouterr())
+
+    def run(*words: str) -> tuple[int, str]:
+        status = cli.run("train", ["-m", "hydra/sweeper=optuna", "name=tune", *merge([*small, *words])])
+        return status, "".join(capfd.readouterr())
+
+    return run
 
 
 FAILS_WITH_SEED_5 = """
@@ -28,21 +39,21 @@ class FailingWithSeed5(Callback):
 """
 
 
-def test_the_best_is_trained_anew_with_the_final_seeds_and_a_failed_one_is_reported(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_the_best_is_trained_again_with_the_final_seeds_and_a_failed_one_is_reported(
+    tmp_path: Path, search: Search, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "fails_with_seed_5.py").write_text(FAILS_WITH_SEED_5)
     words = ["optimizer.lr=tag(log,interval(1e-3,1e-1))", "hydra.sweeper.n_trials=2"]
     words += ["hydra.sweeper.final_seeds=[5,3,4]", "+callbacks.own={_target_: fails_with_seed_5.FailingWithSeed5}"]
-    status, printed = search(capfd, data_root, *words, "++seed=1")
+    status, printed = search(*words, "++seed=1")
     assert status == 1, printed
     folder = tmp_path / "outputs/sweeps/tune"
     assert not (folder / "best.json").exists()  # the best trial is not tested as well
-    trials = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trial-*/result.json")}
-    best = max(sorted(trials), key=lambda name: trials[name]["metrics"]["val/acc"])
-    finals = [json.loads((folder / f"final-{best[-4:]}-seed={seed}/result.json").read_text()) for seed in (3, 4)]
+    results = read_results(folder)
+    trials = {name: result for name, result in results.items() if name.startswith("trial-")}
+    best = max(trials, key=lambda name: trials[name]["metrics"]["val/acc"])
+    finals = [results[f"final-{best[-4:]}-seed={seed}"] for seed in (3, 4)]
     assert [final["seed"] for final in finals] == [3, 4]
     (lr,) = (word for word in trials[best]["overrides"] if word.startswith("optimizer.lr="))
     assert all(lr in final["overrides"] for final in finals)
@@ -56,19 +67,15 @@ def test_the_best_is_trained_anew_with_the_final_seeds_and_a_failed_one_is_repor
     assert "Error executing job" not in printed  # of Hydra, with its overrides; the traceback is enough
 
 
-def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(tmp_path: Path, search: Search) -> None:
     words = ["optimizer.lr=tag(log,interval(1e20,1e30))", "model.norm=none", "hydra.sweeper.n_trials=6"]
     for _ in range(2):  # run again, it ends at once
-        status, printed = search(capfd, data_root, *words, "hydra.sweeper.max_failures=2")
+        status, printed = search(*words, "hydra.sweeper.max_failures=2")
         assert status == 1, printed
         assert "the search ends: 2 trials have failed (hydra.sweeper.max_failures)" in printed
         assert "failed: trial-0001: NonFiniteLossError: the loss is nan" in printed
     folder = tmp_path / "outputs/sweeps/tune"
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob("trial-*/result.json"))]
-    assert [result["status"] for result in results] == ["failed", "failed"]
+    assert [result["status"] for result in read_results(folder).values()] == ["failed", "failed"]
     # Nothing is drawn of no completed trial.
     assert {path.name for path in folder.glob("*.*")} >= {"summary.csv", "summary.md"}
     assert not (folder / "best.yaml").exists()
@@ -78,12 +85,11 @@ def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(
 
 @pytest.mark.parametrize("test", ["true", "false"])
 def test_a_trial_is_never_tested_and_the_best_one_at_the_end_unless_sweep_test_is_false(
-    test: str, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    test: str, tmp_path: Path, search: Search
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs/sweeps/tune"
     words = ["model.dropout=interval(0,0.5)", "hydra.sweeper.n_trials=1", f"sweep.test={test}"]
-    status, printed = search(capfd, data_root, *words)
+    status, printed = search(*words)
     assert status == 0, printed
     result = json.loads((folder / "trial-0000/result.json").read_text())
     assert result["metrics"]["test/acc"] is None
@@ -96,38 +102,31 @@ def test_a_trial_is_never_tested_and_the_best_one_at_the_end_unless_sweep_test_i
         config = folder / "trial-0000/.hydra/config.yaml"
         config.write_text(re.sub(r"^data:\n(  .*\n)+", planted + "\n", config.read_text(), flags=re.MULTILINE))
         assert planted in config.read_text()
-        status, again = search(capfd, data_root, *words)
+        status, again = search(*words)
         assert status == 0, again
         assert (folder / "best.json").exists()
 
 
 @pytest.mark.long
-def test_the_result_of_another_search_whose_study_was_removed_is_not_recorded(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_result_of_another_search_whose_study_was_removed_is_not_recorded(tmp_path: Path, search: Search) -> None:
     folder = tmp_path / "outputs/sweeps/tune"
     for space, expected in (("interval(0,0.5)", 0), ("interval(0,0.5)", 0), ("interval(0.5,0.9)", 2)):
-        status, printed = search(capfd, data_root, f"model.dropout={space}", "hydra.sweeper.n_trials=1")
+        status, printed = search(f"model.dropout={space}", "hydra.sweeper.n_trials=1")
         assert status == expected, printed
         (folder / "study.journal").unlink()
     assert "outputs/sweeps/tune/trial-0000: has the result of another search; remove it" in printed
 
 
 @pytest.mark.long
-def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_trials_are_added_later_and_another_search_under_the_name_is_refused(tmp_path: Path, search: Search) -> None:
     folder, space = tmp_path / "outputs/sweeps/tune", "optimizer.lr=tag(log,interval(1e-3,1e-1))"
 
     def trials() -> dict[str, float]:
-        results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trial-*/result.json")}
-        return {name: results[name]["metrics"]["val/loss"] for name in sorted(results)}
+        return {name: result["metrics"]["val/loss"] for name, result in read_results(folder).items()}
 
-    assert search(capfd, data_root, space, "hydra.sweeper.n_trials=1")[0] == 0
+    assert search(space, "hydra.sweeper.n_trials=1")[0] == 0
     first = trials()
-    assert search(capfd, data_root, space, "hydra.sweeper.n_trials=2")[0] == 0
+    assert search(space, "hydra.sweeper.n_trials=2")[0] == 0
     assert list(trials()) == ["trial-0000", "trial-0001"]
     assert first.items() <= trials().items()
     for words, difference in (
@@ -140,24 +139,19 @@ def test_trials_are_added_later_and_another_search_under_the_name_is_refused(
             "optimizer.lr: tag(log, interval(0.001, 0.1)) in the existing search, interval(1",
         ),
     ):
-        status, printed = search(capfd, data_root, *words, "hydra.sweeper.n_trials=3")
+        status, printed = search(*words, "hydra.sweeper.n_trials=3")
         assert status == 2
         assert difference in printed
     assert list(trials()) == ["trial-0000", "trial-0001"]
 
 
-def test_a_trial_whose_settings_are_refused_fails_and_the_search_continues(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_trial_whose_settings_are_refused_fails_and_the_search_continues(tmp_path: Path, search: Search) -> None:
     grid = ["hydra.sweeper.sampler=grid", "hydra.sweeper.n_trials=4", "optimizer=sgd", "trainer.limit_train_batches=1"]
     # Only the settings themselves show that one combination is refused.
     words = ["optimizer.nesterov=true,false", "optimizer.momentum=0.0,0.9"]
-    status, printed = search(capfd, data_root, *grid, *words)
+    status, printed = search(*grid, *words)
     assert status == 0, printed
-    results = [
-        json.loads(path.read_text()) for path in sorted((tmp_path / "outputs/sweeps/tune").glob("trial-*/result.json"))
-    ]
+    results = read_results(tmp_path / "outputs/sweeps/tune").values()
     assert sorted(result["status"] for result in results) == ["failed", "finished", "finished", "finished"]
     (failed,) = (result for result in results if result["status"] == "failed")
     assert any(word.endswith("momentum=0.0") for word in failed["overrides"])
@@ -165,14 +159,11 @@ def test_a_trial_whose_settings_are_refused_fails_and_the_search_continues(
 
 
 @pytest.mark.long
-def test_the_answer_of_a_search_from_the_users_own_config_names_it(
-    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_answer_of_a_search_from_the_users_own_config_names_it(tmp_path: Path, search: Search) -> None:
     (tmp_path / "mine.yaml").write_text("# @package _global_\ndefaults: [train, {override model: nin_small}, _self_]\n")
     options = ["--config-dir", str(tmp_path), "--config-name", "mine"]
     own = ["optimizer.lr=interval(0.01,0.1)", "hydra.sweeper.n_trials=1"]
-    status, printed = search(capfd, data_root, *options, *own)
+    status, printed = search(*options, *own)
     assert status == 0, printed
     assert f"nin train --config-dir {tmp_path} --config-name mine name=tune-best " in printed
     assert not (tmp_path / "outputs/sweeps/tune/best.yaml").exists()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import ENVIRONMENT, SMALL
+from helpers import ENVIRONMENT, SMALL, put_job
 from nin import cli
 from nin.config.schema import UserError
 from nin.runs.folder import RunClaimedError, RunFolder
@@ -94,10 +94,7 @@ def test_a_job_that_another_process_runs_does_not_end_the_sweep(
 
 def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) -> None:
     for lr in range(5):  # of an earlier command, two minutes each
-        job = tmp_path / f"optimizer.lr={lr}"
-        job.mkdir()
-        result = {"status": "finished", "metrics": {}, "train_seconds": 120.0}
-        (job / "result.json").write_text(json.dumps(result))
+        put_job(tmp_path / f"optimizer.lr={lr}", [f"optimizer.lr={lr}"], 0.9, train_seconds=120.0)
     (tmp_path / "optimizer.lr=x").mkdir()  # of other content, as the results of a folder from elsewhere may be
     (tmp_path / "optimizer.lr=x" / "result.json").write_text('{"status": "finished", "train_seconds": "120"}')
     settings: Any = SimpleNamespace(sweep=SimpleNamespace(jobs=4))

@@ -3,6 +3,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,46 +24,43 @@ QUIET = {
 }  # fmt: skip
 
 
-def learning_rates(steps: int, *overrides: str) -> list[float]:
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
-    scheduler, rates = build_schedule(optimizer, validate(compose_config(list(overrides))).schedule, steps), []
+def one_cycle_of(optimizer: torch.optim.Optimizer, name: str = "lr") -> list[tuple[Any, ...]]:
+    """For each parameter group, its value ``name`` in each of the 10 steps of schedule=one_cycle."""
+    return run_schedule(optimizer, 10, "schedule=one_cycle", name=name)
+
+
+def run_schedule(
+    optimizer: torch.optim.Optimizer, steps: int, *overrides: str, name: str = "lr"
+) -> list[tuple[Any, ...]]:
+    scheduler, values = build_schedule(optimizer, validate(compose_config(list(overrides))).schedule, steps), []
     for _ in range(steps):
-        rates.append(optimizer.param_groups[0]["lr"])
+        values.append([group[name] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    return rates
+    return list(zip(*values, strict=True))
+
+
+def learning_rates(steps: int, *overrides: str) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
+    return list(run_schedule(optimizer, steps, *overrides)[0])
 
 
 def test_one_cycle_takes_an_optimizer_without_momentum() -> None:
-    optimizer = torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler, rates = build_schedule(optimizer, validate(compose_config(["schedule=one_cycle"])).schedule, 10), []
-    for _ in range(10):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
+    (rates,) = one_cycle_of(torch.optim.Adagrad([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
     assert max(rates) == pytest.approx(1.0)
     assert rates[0] < 0.1 > rates[-1]
 
 
 def test_one_cycle_has_the_learning_rate_and_momentum_of_each_group() -> None:
-    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
-    groups = [
-        {"params": [weights[0]], "lr": 0.1},
-        {"params": [weights[1]], "lr": 1.0, "momentum": 0.5},
-        {"params": [weights[2]], "lr": 2.0, "momentum": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
-    scheduler = build_schedule(optimizer, validate(compose_config(["schedule=one_cycle"])).schedule, 10)
-    rates: list[list[float]] = []
-    momenta: list[list[float]] = []
-    for _ in range(10):
-        rates.append([group["lr"] for group in optimizer.param_groups])
-        momenta.append([group["momentum"] for group in optimizer.param_groups])
-        optimizer.step()
-        scheduler.step()
-    assert [max(column) for column in zip(*rates, strict=True)] == pytest.approx([0.1, 1.0, 2.0])
-    assert [max(column) for column in zip(*momenta, strict=True)] == pytest.approx([0.95, 0.55, 0.0])
-    assert [min(column) for column in zip(*momenta, strict=True)] == pytest.approx([0.85, 0.45, 0.0])
+    def optimizer() -> torch.optim.Optimizer:
+        own = ({"lr": 0.1}, {"lr": 1.0, "momentum": 0.5}, {"lr": 2.0, "momentum": 0.0})
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], **values} for values in own]
+        return torch.optim.SGD(groups, lr=1.0, momentum=0.9)
+
+    assert [max(rates) for rates in one_cycle_of(optimizer())] == pytest.approx([0.1, 1.0, 2.0])
+    momenta = one_cycle_of(optimizer(), "momentum")
+    assert [max(values) for values in momenta] == pytest.approx([0.95, 0.55, 0.0])
+    assert [min(values) for values in momenta] == pytest.approx([0.85, 0.45, 0.0])
 
 
 def test_cosine_by_hand() -> None:
@@ -96,16 +94,9 @@ def test_one_cycle_of_very_few_steps() -> None:
 @pytest.mark.parametrize(("momentum", "ends"), [(0.9, (0.95, 0.85)), (0.98, (0.99, 0.97)), (0.0, (0.0, 0.0))])
 def test_one_cycle_moves_momentum_around_the_given_value(momentum: float, ends: tuple[float, float]) -> None:
     weights = [torch.nn.Parameter(torch.zeros(1))]
-    chosen = validate(compose_config(["schedule=one_cycle"])).schedule
-    for optimizer, value in (
-        (torch.optim.SGD(weights, lr=1.0, momentum=momentum), lambda group: group["momentum"]),
-        (torch.optim.AdamW(weights, lr=1.0, betas=(momentum, 0.999)), lambda group: group["betas"][0]),
-    ):
-        scheduler, values = build_schedule(optimizer, chosen, 10), []
-        for _ in range(10):
-            values.append(value(optimizer.param_groups[0]))
-            optimizer.step()
-            scheduler.step()
+    (of_sgd,) = one_cycle_of(torch.optim.SGD(weights, lr=1.0, momentum=momentum), "momentum")
+    (betas,) = one_cycle_of(torch.optim.AdamW(weights, lr=1.0, betas=(momentum, 0.999)), "betas")
+    for values in (of_sgd, [first for first, _ in betas]):
         assert (values[0], min(values)) == pytest.approx(ends)
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
-from helpers import SMALL, run_experiment
+from helpers import SMALL, outcome, run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import hash_weights
 from nin.commands.eval import find_checkpoint
@@ -72,8 +72,7 @@ def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(
     _, result = run
     torch.manual_seed(123)
     again = run_experiment(settings("logger=none", "callbacks=none"), RunFolder(tmp_path / "again"))
-    assert again["weights_sha256"] == result["weights_sha256"]
-    assert again["metrics"] == result["metrics"]
+    assert outcome(again) == outcome(result)
     other = run_experiment(settings("seed=1", "logger=none", "callbacks=none"), RunFolder(tmp_path / "other"))
     assert other["weights_sha256"] != result["weights_sha256"]
 
@@ -149,12 +148,7 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
     expected |= {f"zero_units/{count}": [0, 2, 3, 5, 6, 8, 9, 11, 12] for count in counts}
     assert steps == expected
     assert events.Scalars("when_finished/test/acc")[0].value == pytest.approx(result["metrics"]["test/acc"])
-    assert set(events.Tags()["images"]) == {
-        "while_training/samples",
-        *(f"when_finished/{name}" for name in ("confusion", "wrong", "curves")),
-    }
     assert events.Tags()["graph"]
-    assert "custom_scalars__config__" in events.Tags()["tensors"]
     hparams = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     assert b"optimizer.lr" in hparams
     assert b"hp_metric" not in hparams
@@ -465,10 +459,7 @@ def test_in_float64_an_extended_run_and_eval_have_the_weights_of_the_checkpoint(
     folder = RunFolder(tmp_path / "extended")
     run_experiment(settings(*keys, "trainer.max_epochs=1"), folder)
     extended = run_experiment(settings(*keys, "trainer.max_epochs=2"), folder)
-    assert (extended["weights_sha256"], extended["metrics"]) == (
-        uninterrupted["weights_sha256"],
-        uninterrupted["metrics"],
-    )
+    assert outcome(extended) == outcome(uninterrupted)
     best = checkpoint_files.read(folder.best)
     weights = best["state_dict"]["network.0.0.weight"]
     assert weights.dtype == torch.float64
@@ -487,7 +478,7 @@ def test_a_run_without_the_test_is_tested_when_it_is_started_again_with_it(
     assert untested["metrics"]["test/acc"] is None
     assert execute_run(RunRequest(settings(*keys, "sweep.test=false"), folder)) == untested
     tested = execute_run(RunRequest(settings(*keys), folder))
-    assert (tested["weights_sha256"], tested["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
+    assert outcome(tested) == outcome(uninterrupted)
     assert (untested["weights_sha256"], untested["steps"]) == (uninterrupted["weights_sha256"], uninterrupted["steps"])
 
 

@@ -16,12 +16,19 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gate import StopIn
-from helpers import run_experiment
+from helpers import outcome, run_experiment
 from nin.checkpoints import files as checkpoint_files
 from nin.config.changes import find_differences
 from nin.config.schema import OwnData, Settings, UserError
@@ -54,6 +61,15 @@ class Partly(nn.Sequential):
 def with_network(settings: Callable[..., Settings], *overrides: str, network: str = "Partly") -> Settings:
     plain = settings("logger=none", "callbacks=none", *overrides).model_dump(mode="json")
     return validate_plain(plain | {"model": {"_target_": f"{__name__}.{network}", "input_size": 28}})
+
+
+def with_data(settings: Callable[..., Settings], data: str, *overrides: str, **arguments: object) -> Settings:
+    own = {"_target_": f"{__name__}.{data}", "image_size": 28, "batch_size": 4, **arguments}
+    return validate_plain(settings(*overrides).model_dump(mode="json") | {"data": own})
+
+
+# All batches of a data module.
+ALL = tuple(f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test"))
 
 
 class Normalized(Partly):
@@ -288,7 +304,7 @@ def test_a_plateau_schedule_follows_the_validation_loss_and_is_resumed(
     shutil.copyfile(uninterrupted.checkpoints / "last-1.ckpt", folder.last)
     shutil.copyfile(uninterrupted.best, folder.best)
     resumed = run_experiment(requested(), folder)
-    assert (resumed["weights_sha256"], resumed["metrics"]) == (result["weights_sha256"], result["metrics"])
+    assert outcome(resumed) == outcome(result)
     with pytest.raises(UserError, match=r"schedule=.*ReduceLROnPlateau: follows val/loss, which this run does not"):
         run_experiment(requested("trainer.limit_val_batches=0"), RunFolder(tmp_path / "unscored"))
     plateau["mode"] = "max"
@@ -339,10 +355,8 @@ def test_a_data_module_without_a_length_is_trained_on(
 ) -> None:
     # As on a terminal, so that the progress bar has no length either.
     monkeypatch.setattr("nin.training.experiment.sys.stdout.isatty", lambda: True)
-    keys = [f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test")]
-    plain = settings(*keys, *limit, "schedule=constant", "~callbacks.images").model_dump(mode="json")
-    own = {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}
-    result = run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
+    chosen = with_data(settings, "Streams", *ALL, *limit, "schedule=constant", "~callbacks.images")
+    result = run_experiment(chosen, RunFolder(tmp_path))
     assert (result["status"], result["steps"]) == ("finished", 12)
 
 
@@ -350,8 +364,7 @@ def test_a_data_module_without_a_length_is_trained_on(
 def test_a_schedule_over_an_unknown_number_of_steps_is_refused(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    plain = settings("trainer.limit_train_batches=null", "logger=none", "callbacks=none").model_dump()
-    plain |= {"data": {"_target_": f"{__name__}.Streams", "image_size": 28, "batch_size": 4}}
+    plain = with_data(settings, "Streams", ALL[0], "logger=none", "callbacks=none").model_dump(mode="json")
     linear = {"_target_": "torch.optim.lr_scheduler.LinearLR", "total_iters": "steps"}
     for i, schedule in enumerate(({"name": "cosine", "warmup": 0.0}, {"name": "one_cycle", "warmup": 0.3}, linear)):
         request = RunRequest(validate_plain(plain | {"schedule": schedule}), RunFolder(tmp_path / f"{i}"))
@@ -381,13 +394,11 @@ class Once(Streams):
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
 def test_a_loader_that_is_empty_in_a_later_epoch_is_named(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    keys = [f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test")]
-    plain = settings(*keys, "trainer.max_epochs=2", "schedule=constant", "callbacks=none", "logger=none").model_dump()
-    own = {"_target_": f"{__name__}.Once", "image_size": 28, "batch_size": 4}
+    chosen = with_data(settings, "Once", *ALL, "schedule=constant", "callbacks=none", "logger=none")
     with pytest.raises(
         UserError, match=r"^data: its train_dataloader\(\) gave no batch in epoch 2; it must start again"
     ):
-        execute_run(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path)))
+        execute_run(RunRequest(chosen, RunFolder(tmp_path)))
 
 
 class Interrupted(Streams):
@@ -427,14 +438,12 @@ def test_a_stop_says_what_is_saved(
     settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str], epoch: int, message: str
 ) -> None:
     Interrupted.interrupted = False
-    keys = [f"trainer.limit_{part}_batches=null" for part in ("train", "val", "test")]
-    plain = settings(*keys, "trainer.max_epochs=2", "schedule=constant", "callbacks=none", "logger=none").model_dump()
-    own = {"_target_": f"{__name__}.Interrupted", "image_size": 28, "batch_size": 4, "epoch": epoch}
-    request = RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path))
+    keys = (*ALL, "schedule=constant", "callbacks=none", "logger=none")
+    chosen = with_data(settings, "Interrupted", *keys, epoch=epoch)
     with pytest.raises(StoppedError):
-        execute_run(request)
+        execute_run(RunRequest(chosen, RunFolder(tmp_path)))
     assert f"stopped by SIGTERM; {message}" in capsys.readouterr().err
-    result = execute_run(RunRequest(validate_plain(plain | {"data": own}), RunFolder(tmp_path)))
+    result = execute_run(RunRequest(chosen, RunFolder(tmp_path)))
     assert (result["status"], result["steps"]) == ("finished", 12)
 
 
@@ -498,6 +507,14 @@ class Loaders(LightningDataModule):
         match self.kind:
             case "shuffled":
                 return DataLoader(self.images, 4, shuffle=True)
+            case "shuffled in a lasting worker":
+                return DataLoader(self.images, 4, shuffle=True, num_workers=1, persistent_workers=True)
+            case "shuffled with a generator":
+                return DataLoader(self.images, 4, shuffle=True, generator=torch.Generator().manual_seed(0))
+            case "weighted":
+                generator = torch.Generator().manual_seed(0)
+                weighted = WeightedRandomSampler([1.0, 3.0] * 16, num_samples=32, generator=generator)
+                return DataLoader(self.images, batch_sampler=BatchSampler(weighted, 4, drop_last=True))
             case "sampler":  # a worker begins with the batches as soon as there is an iterator
                 return DataLoader(self.images, 4, sampler=DistributedSampler(self.images, 1, 0), num_workers=1)
             case "eager":
@@ -519,7 +536,11 @@ class Loaders(LightningDataModule):
 @pytest.mark.parametrize(
     ("kind", "words", "interruptions"),
     [
+        ("shuffled", [], [("on_train_batch_start", 12)]),
         ("shuffled", ["trainer.reload_dataloaders_every_n_epochs=1"], [("on_train_batch_start", 12)]),
+        ("shuffled in a lasting worker", [], [("on_train_batch_start", 12)]),
+        ("shuffled with a generator", [], [("on_train_batch_start", 12)]),
+        ("weighted", [], [("on_train_batch_start", 12)]),
         ("sampler", [], [("on_train_batch_start", 12)]),
         ("eager", [], [("on_train_batch_start", 12)]),  # with a schedule for which Lightning builds the loader early
         ("eager", ["schedule=constant"], [("on_train_batch_start", 12)]),
@@ -539,19 +560,19 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     words: list[str],
     interruptions: list[tuple[str, int]],
 ) -> None:
-    keys = ["trainer.limit_train_batches=null", "trainer.max_epochs=3", "logger=none", "callbacks=none"]
-    plain = settings(*keys, "model.dropout=0.5", "threads=1", *words).model_dump()
-    own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": kind}
-    requested = validate_plain(plain | {"data": own})
+    keys = (ALL[0], "trainer.max_epochs=3", "logger=none", "callbacks=none", "model.dropout=0.5", "threads=1")
+    requested = with_data(settings, "Loaders", *keys, *words, kind=kind)
     expected = run_experiment(requested, RunFolder(tmp_path / "uninterrupted"))
+    assert "they would be" not in caplog.text
     folder = RunFolder(tmp_path / "interrupted")
     for hook, count in interruptions:
         with pytest.raises(StoppedError):
             run_experiment(requested, folder, callbacks=[StopIn(hook, count)])
     resumed = run_experiment(requested, folder)
-    assert resumed["weights_sha256"] == expected["weights_sha256"]
-    assert resumed["metrics"] == expected["metrics"]
+    assert outcome(resumed) == outcome(expected)
+    # What workers draw is not saved; these draw nothing.
     assert ("with num_workers=0 they would be" in caplog.text) == (kind == "torchdata with a worker")
+    assert ("with persistent_workers=False they would be" in caplog.text) == (kind == "shuffled in a lasting worker")
 
 
 class EndedWorkers(Callback):
@@ -577,19 +598,16 @@ class EndedWorkers(Callback):
 def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
     settings: Callable[..., Settings], tmp_path: Path, hook: str
 ) -> None:
-    plain = settings("trainer.limit_train_batches=null", "logger=none", "callbacks=none").model_dump()
-    own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "sampler"}
+    chosen = with_data(settings, "Loaders", ALL[0], "logger=none", "callbacks=none", kind="sampler")
     with pytest.raises(StoppedError):
-        run_experiment(validate_plain(plain | {"data": own}), RunFolder(tmp_path), callbacks=[EndedWorkers(hook)])
+        run_experiment(chosen, RunFolder(tmp_path), callbacks=[EndedWorkers(hook)])
 
 
 def test_a_data_module_of_ones_own_trains_with_all_callbacks_for_longer_than_their_patience(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ("trainer.limit_train_batches=null", "callbacks.dead_units.patience_steps=1", "optimizer.lr=1e-9")
-    own = {"_target_": f"{__name__}.Loaders", "image_size": 28, "batch_size": 4, "kind": "shuffled"}
-    plain = settings("model=nin_small", *words).model_dump() | {"data": own}
-    result = run_experiment(validate_plain(plain), RunFolder(tmp_path))
+    words = ("model=nin_small", ALL[0], "callbacks.dead_units.patience_steps=1", "optimizer.lr=1e-9")
+    result = run_experiment(with_data(settings, "Loaders", *words, kind="shuffled"), RunFolder(tmp_path))
     assert result["steps"] == 16
     assert "after step 6 (epoch " in caplog.text  # of checks in every second step, the second in a row
     assert "are dead on these" not in caplog.text  # its classes are not counted

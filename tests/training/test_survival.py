@@ -18,18 +18,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Callback, LightningDataModule
+from lightning import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset, WeightedRandomSampler
 
-from helpers import ENVIRONMENT, GATED, SMALL, gated, nin, run_experiment, start, wait_for
+from helpers import ENVIRONMENT, GATED, SMALL, broken_pipe, gated, nin, outcome, run_experiment, start, wait_for
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.checkpoints.files import resume_candidates
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
-from nin.config.validation import validate, validate_plain
+from nin.config.validation import validate
 from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
@@ -143,10 +142,7 @@ def test_interrupted_anywhere_it_is_the_same_run(
         folder = tmp_path / f"{batch}"
         result, interruptions = trained(settings(*requested, *often), folder, batch, kill)
         assert interruptions > 0
-        assert (result["weights_sha256"], result["metrics"]) == (
-            uninterrupted["weights_sha256"],
-            uninterrupted["metrics"],
-        )
+        assert outcome(result) == outcome(uninterrupted)
         assert (result["steps"], result["epochs"]) == (uninterrupted["steps"], uninterrupted["epochs"])
         rows, resumed = record(folder)
         assert rows == curves[0]
@@ -161,8 +157,7 @@ def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
     at_once, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "at_once")
     trained(settings(*requested), tmp_path / "extended")
     extended, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "extended")
-    assert extended["weights_sha256"] == at_once["weights_sha256"]
-    assert extended["metrics"] == at_once["metrics"]
+    assert outcome(extended) == outcome(at_once)
     assert record(tmp_path / "extended") == record(tmp_path / "at_once")
     assert extended["train_seconds"] > 0
 
@@ -186,10 +181,11 @@ def stopped_run(
     return requested, folder / "half", uninterrupted
 
 
+HalfDone = tuple[Settings, RunFolder, dict[str, Any]]
+
+
 @pytest.fixture
-def half_done(
-    stopped_run: tuple[Settings, Path, dict[str, Any]], tmp_path: Path
-) -> tuple[Settings, RunFolder, dict[str, Any]]:
+def half_done(stopped_run: tuple[Settings, Path, dict[str, Any]], tmp_path: Path) -> HalfDone:
     """A copy of the stopped run."""
     requested, folder, uninterrupted = stopped_run
     shutil.copytree(folder, tmp_path / "half")
@@ -223,21 +219,17 @@ def folder_instead(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_off, flip, flip_in_the_checksum, empty, folder_instead])
 def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]],
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], None],
+    half_done: HalfDone, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     requested, folder, uninterrupted = half_done
     damage(folder.last)
     result = run_experiment(requested, folder)
-    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
+    assert outcome(result) == outcome(uninterrupted)
     assert (folder.checkpoints / "last.ckpt.damaged-0").exists()
     assert "renamed to last.ckpt.damaged-0" in caplog.text
 
 
-def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]],
-) -> None:
+def test_with_no_good_checkpoint_left_nothing_is_begun_again(half_done: HalfDone) -> None:
     requested, folder, _ = half_done
     for path in resume_candidates(folder):
         cut_off(path)
@@ -256,11 +248,7 @@ def test_with_no_good_checkpoint_left_nothing_is_begun_anew(
     ],
 )
 def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]],
-    monkeypatch: pytest.MonkeyPatch,
-    owner: Any,
-    function: str,
-    error: Exception,
+    half_done: HalfDone, monkeypatch: pytest.MonkeyPatch, owner: Any, function: str, error: Exception
 ) -> None:
     requested, folder, uninterrupted = half_done
 
@@ -278,7 +266,7 @@ def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
     assert run_experiment(requested, folder)["weights_sha256"] == uninterrupted["weights_sha256"]
 
 
-def test_every_kept_checkpoint_is_data(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+def test_every_kept_checkpoint_is_data(half_done: HalfDone) -> None:
     _, folder, _ = half_done
     paths = sorted(folder.checkpoints.glob("*.ckpt"))
     assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
@@ -313,7 +301,7 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {path.name: path.read_bytes() for path in folder.checkpoints.iterdir()} == saved
     result = run_experiment(requested, folder)
-    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
+    assert outcome(result) == outcome(uninterrupted)
 
 
 @pytest.mark.parametrize(
@@ -324,9 +312,7 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
         ("a weight", "weight is missing"),
     ],
 )
-def test_a_checkpoint_that_lacks_something_says_so(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]], missing: str, message: str
-) -> None:
+def test_a_checkpoint_that_lacks_something_says_so(half_done: HalfDone, missing: str, message: str) -> None:
     requested, folder, _ = half_done
     content = torch.load(folder.last, weights_only=True)
     if missing == "a weight":
@@ -340,9 +326,7 @@ def test_a_checkpoint_that_lacks_something_says_so(
         run_experiment(requested, folder)
 
 
-def test_another_number_of_processes_is_another_experiment(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]],
-) -> None:
+def test_another_number_of_processes_is_another_experiment(half_done: HalfDone) -> None:
     requested, folder, _ = half_done
     content = checkpoint_files.read(folder.last)
     content["callbacks"]["ResumableCheckpoint"]["processes"] *= 2
@@ -386,53 +370,7 @@ def test_a_logger_of_ones_own_is_resumed_too(settings: Callable[..., Settings], 
     assert first + second == rows(tmp_path / "uninterrupted" / "version_0" / "metrics.csv")
 
 
-class OwnData(LightningDataModule):
-    class_names, channels = ("a", "b"), 1
-
-    def __init__(self, sampler: str = "shuffle"):
-        super().__init__()
-        images = torch.rand(32, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-        self.images, self.sampler = TensorDataset(images, torch.arange(32) % 2), sampler
-
-    def train_dataloader(self) -> DataLoader:
-        if self.sampler in ("shuffle", "shuffle with a worker"):
-            workers = {"num_workers": 1, "persistent_workers": True} if self.sampler != "shuffle" else {}
-            return DataLoader(self.images, batch_size=4, shuffle=True, **workers)
-        generator = torch.Generator().manual_seed(0)
-        if self.sampler == "shuffle with a generator":
-            return DataLoader(self.images, batch_size=4, shuffle=True, generator=generator)
-        weighted = WeightedRandomSampler([1.0, 3.0] * 16, num_samples=32, generator=generator)
-        return DataLoader(self.images, batch_sampler=BatchSampler(weighted, 4, drop_last=True))
-
-    def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.images, batch_size=4)
-
-    test_dataloader = val_dataloader
-
-
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
-@pytest.mark.parametrize("sampler", ["shuffle", "shuffle with a worker", "shuffle with a generator", "weighted"])
-def test_a_run_on_a_data_module_of_ones_own_resumes_from_the_end_of_an_epoch(
-    settings: Callable[..., Settings],
-    tmp_path: Path,
-    sampler: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    own = {"_target_": f"{__name__}.OwnData", "image_size": 28, "batch_size": 4, "sampler": sampler}
-    plain = settings("logger=none", "callbacks=none", "model.dropout=0.5").model_dump(mode="json")
-    requested = validate_plain(plain | {"data": own})
-    uninterrupted, _ = trained(requested, tmp_path / "uninterrupted")
-    stopped(requested, RunFolder(tmp_path / "stopped"), batch=12)
-    assert "persistent_workers" not in caplog.text
-    result = run_experiment(requested, RunFolder(tmp_path / "stopped"))
-    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
-    # What workers draw is not saved; these draw nothing.
-    assert ("with persistent_workers=False they would be" in caplog.text) == (sampler == "shuffle with a worker")
-
-
-def test_lost_and_shortened_event_files_are_reported(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_lost_and_shortened_event_files_are_reported(half_done: HalfDone, caplog: pytest.LogCaptureFixture) -> None:
     requested, folder, uninterrupted = half_done
     (events,) = folder.event_files()
     os.truncate(events, events.stat().st_size // 2)
@@ -442,9 +380,7 @@ def test_lost_and_shortened_event_files_are_reported(
     assert f"curves have a gap before step {step}: {events.name}" in caplog.text
 
 
-def test_what_a_resumed_run_is_started_with(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_resumed_run_is_started_with(half_done: HalfDone, monkeypatch: pytest.MonkeyPatch) -> None:
     requested, folder, _ = half_done
     before = checkpoint_files.read(folder.last)["hyper_parameters"]["settings"]["threads"]
     monkeypatch.setenv("NIN_THREADS", str(before + 1))  # a machine with more cores
@@ -466,7 +402,7 @@ def change(path: Path, **changes: Any) -> None:
     AtomicCheckpointIO().save_checkpoint(content, path)
 
 
-def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, RunFolder, dict[str, Any]]) -> None:
+def test_the_state_of_another_run_is_not_continued(half_done: HalfDone) -> None:
     requested, folder, _ = half_done
     content = folder.last.read_bytes()
     state = "callbacks__ResumableCheckpoint"
@@ -487,9 +423,7 @@ def test_the_state_of_another_run_is_not_continued(half_done: tuple[Settings, Ru
     assert experiment.Experiment(RunRequest(requested, folder)).run_id == "b" * 32
 
 
-def test_a_state_that_can_not_be_restored_is_named(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_state_that_can_not_be_restored_is_named(half_done: HalfDone, caplog: pytest.LogCaptureFixture) -> None:
     requested, folder, uninterrupted = half_done
     content = folder.last.read_bytes()
     caplog.set_level("INFO")
@@ -516,17 +450,15 @@ def test_a_state_that_can_not_be_restored_is_named(
         assert "Traceback" in caplog.text
     folder.last.unlink()  # as the message says
     result = run_experiment(requested, folder)
-    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
+    assert outcome(result) == outcome(uninterrupted)
 
 
-def test_killed_between_the_first_best_and_the_first_last_it_resumes_from_the_best(
-    half_done: tuple[Settings, RunFolder, dict[str, Any]],
-) -> None:
+def test_killed_between_the_first_best_and_the_first_last_it_resumes_from_the_best(half_done: HalfDone) -> None:
     requested, folder, uninterrupted = half_done
     for path in resume_candidates(folder)[:-1]:
         path.unlink()
     result = run_experiment(requested, folder)
-    assert (result["weights_sha256"], result["metrics"]) == (uninterrupted["weights_sha256"], uninterrupted["metrics"])
+    assert outcome(result) == outcome(uninterrupted)
 
 
 def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone(
@@ -557,14 +489,8 @@ def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
     assert (folder.config.read_bytes(), folder.result.read_bytes()) == before
 
 
-def broken_pipe() -> int:
-    """Where to write to a reader that is gone, as `tee` is, which has had the Ctrl-C as well."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return writer
-
-
 def test_a_stop_request_is_recorded_though_nobody_reads_the_message_about_it() -> None:
+    """As where the reader is `tee`, which has had the Ctrl-C as well."""
     standard_error, writer = os.dup(2), broken_pipe()
     os.dup2(writer, 2)
     try:
@@ -645,7 +571,7 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, da
     last = nin("resume", "outputs/runs/killed", f"callbacks.gate.path={gate}", "--allow", "gate", **there)
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
-    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert outcome(result) == outcome(expected)
     assert record(runs / "killed") == record(runs / "uninterrupted")
     assert result["resumes"] == 2
     assert (runs / "killed" / "nin.log").read_text().count("resume #") == 2
@@ -688,10 +614,7 @@ def test_a_stop_at_max_steps_before_min_epochs_leaves_an_epoch_that_ends(
     folder = RunFolder(tmp_path / "stopped")
     stopped(settings(*keys), folder, batch=2)
     result = run_experiment(settings(*keys), folder)
-    assert (result["weights_sha256"], result["metrics"]) == (
-        uninterrupted["weights_sha256"],
-        uninterrupted["metrics"],
-    )
+    assert outcome(result) == outcome(uninterrupted)
     assert len((folder.path / "metrics.csv").read_text().splitlines()) == 2
 
 
@@ -733,10 +656,7 @@ def test_interrupted_at_every_batch_it_is_the_same_run(
             break  # the run has fewer batches
         except (StoppedError, KilledError):
             result = run_experiment(requested, folder)
-        assert (result["weights_sha256"], result["metrics"]) == (
-            uninterrupted["weights_sha256"],
-            uninterrupted["metrics"],
-        ), batch
+        assert outcome(result) == outcome(uninterrupted), batch
         assert record(folder.path) == curves, batch
     assert batch > 12
 
@@ -775,6 +695,6 @@ def test_killed_many_times_it_is_the_same_run(tmp_path: Path, data_root: Path) -
     last = nin("resume", "outputs/runs/killed", **there)
     assert last.returncode == 0, last.stderr
     result = json.loads((runs / "killed" / "result.json").read_text())
-    assert (result["weights_sha256"], result["metrics"]) == (expected["weights_sha256"], expected["metrics"])
+    assert outcome(result) == outcome(expected)
     assert record(runs / "killed") == record(runs / "uninterrupted")
     assert deaths > 10  # the run may have come to its end before the last of them
