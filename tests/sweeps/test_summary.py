@@ -333,7 +333,7 @@ def test_a_vertical_bar_does_not_end_a_cell_of_the_summary(tmp_path: Path) -> No
         put_job(tmp_path / "bars" / value, [f"model.norm={value}"], 0.9)
     summary.report(tmp_path / "bars")
     text = (tmp_path / "bars" / "summary.md").read_text()
-    assert "| 'a\\|b' | 0.9000 |" in text
+    assert "| a\\|b | 0.9000 |" in text
 
 
 def test_a_key_from_elsewhere_is_drawn_as_it_is(tmp_path: Path) -> None:
@@ -349,7 +349,7 @@ def test_dollar_signs_are_drawn_as_they_are(tmp_path: Path) -> None:
     summary.report(tmp_path / "money")  # a formula with a syntax error can't be drawn
     rows = group_by_seed(read_jobs(tmp_path / "money"), "val/acc")
     left, _ = chart.draw("money", rows, "val/acc", "epochs").axes
-    assert sorted(label.get_text() for label in left.get_yticklabels()) == [r"widths='\$5_to_\$10'", r"widths='a_\$5'"]
+    assert sorted(label.get_text() for label in left.get_yticklabels()) == [r"widths=\$5_to_\$10", r"widths=a_\$5"]
 
 
 def test_a_job_without_curves_does_not_make_the_axes_narrow(lr_sweep: Path) -> None:
