@@ -248,6 +248,9 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     ]
     with pytest.raises(UserError, match=r"callbacks.swa: a run with .* can't be resumed, .*; use callbacks=ema"):
         experiment.build_trainer(settings(*average), None)
+    pruning = "+callbacks.prune={_target_: lightning.pytorch.callbacks.ModelPruning, pruning_fn: l1_unstructured}"
+    with pytest.raises(UserError, match=r"callbacks.prune: a run with ModelPruning can't be resumed"):
+        experiment.build_trainer(settings(pruning), None)
     failed = [
         f"+callbacks.exc.{word}"
         for word in ("_target_=lightning.pytorch.callbacks.OnExceptionCheckpoint", f"dirpath={tmp_path}")

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning import Callback, LightningDataModule
+from lightning import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -217,6 +219,73 @@ def test_a_network_with_frozen_and_unused_weights_is_resumed(
     after = checkpoint_files.read(folder.last)["state_dict"]
     (frozen,) = (name for name in after if name.endswith("2.weight"))
     assert torch.equal(before[frozen], after[frozen])
+
+
+class Noisy(Partly):
+    """Draws random numbers for every batch, also in the test."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) + torch.randn(len(images), 1)[:, [0] * 10].cumsum(1)  # type: ignore[no-any-return]
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains the first block from the second epoch on."""
+
+    def freeze_before_training(self, pl_module: LightningModule) -> None:
+        self.freeze(pl_module.network[0], train_bn=False)  # type: ignore[index,arg-type]
+
+    def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: Optimizer) -> None:
+        if epoch == 1:
+            self.make_trainable(pl_module.network[0])  # type: ignore[index,arg-type]
+
+
+def add_callback(settings: Settings, target: str, **arguments: object) -> Settings:
+    return settings.model_copy(update={"callbacks": {"own": {"_target_": target, **arguments}}})
+
+
+def noisy(settings: Callable[..., Settings]) -> Settings:
+    return with_network(settings, network="Noisy")
+
+
+def unfreezing(settings: Callable[..., Settings]) -> Settings:
+    return add_callback(settings("trainer.max_epochs=3", "schedule=constant"), f"{__name__}.Unfreezing")
+
+
+def stopping_early(settings: Callable[..., Settings]) -> Settings:
+    """Checks at the end of an epoch, whose last validation is before its last batches."""
+    words = ("trainer.max_epochs=4", "trainer.val_check_interval=3", "trainer.limit_train_batches=5")
+    arguments = {"monitor": "val/acc", "mode": "max", "patience": 1, "check_on_train_epoch_end": True}
+    return add_callback(settings(*words), "lightning.pytorch.callbacks.EarlyStopping", **arguments)
+
+
+def float32_state(settings: Callable[..., Settings]) -> Settings:
+    """torch's NAdam keeps a product of momenta in float32."""
+    plain = settings("trainer.precision=bf16-true", "schedule=constant").model_dump(mode="json")
+    return validate_plain(plain | {"optimizer": {"_target_": "torch.optim.NAdam", "lr": 0.01}})
+
+
+@pytest.mark.parametrize(
+    ("requested", "hook", "count"),
+    [
+        (noisy, "on_test_batch_start", 1),
+        (unfreezing, "on_train_batch_end", 8),
+        (unfreezing, "on_train_batch_end", 12),
+        (stopping_early, "on_train_batch_end", 9),
+        (float32_state, "on_train_batch_end", 3),
+    ],
+)
+def test_state_that_is_not_lightnings_is_resumed(
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    requested: Callable[[Callable[..., Settings]], Settings],
+    hook: str,
+    count: int,
+) -> None:
+    uninterrupted = run_experiment(requested(settings), RunFolder(tmp_path / "uninterrupted"))
+    folder = RunFolder(tmp_path / "stopped")
+    with pytest.raises(StoppedError):
+        run_experiment(requested(settings), folder, callbacks=[StopIn(hook, count)])
+    assert outcome(run_experiment(requested(settings), folder)) == outcome(uninterrupted)
 
 
 class ThreeLooks(torch.optim.SGD):

@@ -33,6 +33,7 @@ from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
+from nin.training.classifier import Classifier
 from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
@@ -307,7 +308,7 @@ def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("optimizer_states", "optimizer_states"),
+        ("optimizer_states", "checkpoint contains only the model"),
         ("hyper_parameters", "no valid checkpoint"),
         ("a weight", "weight is missing"),
     ],
@@ -340,16 +341,17 @@ class Unreadable(Callback):
         return {"where": Path()}
 
 
-def test_a_callback_whose_state_could_not_be_read_again_is_refused_when_it_is_first_saved(
-    settings: Callable[..., Settings], tmp_path: Path
+def test_a_callback_whose_state_could_not_be_read_again_is_refused_before_the_first_step(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(Classifier, "training_step", lambda *_: pytest.fail("a step was taken"))
     requested = settings(
         f"+callbacks.mine._target_={__name__}.Unreadable",
         "trainer.max_epochs=1",
         "+logger.csv={_target_: lightning.pytorch.loggers.CSVLogger}",
     )
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(UserError, match=r"callbacks: the state of one holds a pathlib.*PosixPath, which"):
+    with pytest.raises(UserError, match=r"callbacks: the state of Unreadable holds a pathlib.*PosixPath, which"):
         execute_run(RunRequest(requested, RunFolder(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from nin.checkpoints.checksum import DIGITS
@@ -51,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         if not self._is_checked:  # a state that can't be loaded is found in the first save, not on resuming
-            _require_data(buffer)
+            _require_data(buffer, "one")
             self._is_checked = True
         content = buffer.getbuffer()
         content[-2:] = DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
@@ -81,12 +82,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read(Path(path))
 
 
-def _require_data(buffer: io.BytesIO) -> None:
+def require_loadable_states(trainer: Trainer) -> None:
+    """Checks that a checkpoint with the states of all callbacks can be loaded again as data.
+
+    Raises:
+        UserError: names the callback and the type that can't.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+        buffer = io.BytesIO()
+        torch.save(callback.state_dict(), buffer)
+        _require_data(buffer, type(callback).__name__)
+
+
+def _require_data(buffer: io.BytesIO, callback: str) -> None:
     try:
         torch.load(io.BytesIO(buffer.getbuffer()), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         kind = re.search(r"GLOBAL (\S+)", str(error))
         raise UserError(
-            f"callbacks: the state of one holds a {kind[1] if kind else 'class'}, which can't be loaded without "
+            f"callbacks: the state of {callback} holds a {kind[1] if kind else 'class'}, which can't be loaded without "
             "running code; its state_dict() must return tensors, numbers, strings, lists and dictionaries of them"
         ) from error

@@ -1,11 +1,12 @@
 """The weights in a checkpoint: whether they are those of a network, and their checksum."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nin.config.schema import UserError
 
@@ -53,6 +54,28 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     }
     require_matching_weights(module, {"state_dict": weights})
     module.load_state_dict(weights)
+
+
+def find_frozen(network: nn.Module) -> list[str]:
+    """The names of the weights that are not trained, and of the batch norms that keep no running statistics.
+
+    A callback may change both during training, as Lightning's BaseFinetuning does.
+    """
+    weights = [name for name, weight in network.named_parameters() if not weight.requires_grad]
+    norms = [name for name, norm in _batch_norms(network) if not norm.track_running_stats]
+    return weights + norms
+
+
+def restore_frozen(network: nn.Module, frozen: Collection[str]) -> None:
+    """Trains all weights but those in ``frozen``, which is of `find_frozen`."""
+    for name, weight in network.named_parameters():
+        weight.requires_grad_(name not in frozen)
+    for name, norm in _batch_norms(network):
+        norm.track_running_stats = name not in frozen
+
+
+def _batch_norms(network: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    return ((name, module) for name, module in network.named_modules() if isinstance(module, _BatchNorm))
 
 
 def _same_type(a: Tensor, b: Tensor) -> bool:

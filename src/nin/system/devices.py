@@ -79,7 +79,7 @@ def add_remedy(error: Exception, settings: Settings) -> None:
     """Adds what to try to the error of a full GPU, a failed compilation or a memory format, below its traceback."""
     import torch
 
-    # Raised by ``x.view(len(x), -1)`` in a custom network, by LBFGS, and by Lightning's ModelPruning.
+    # Raised by ``x.view(len(x), -1)`` in a custom network, and by LBFGS.
     if settings.speed.channels_last and "view size is not compatible" in str(error):
         error.add_note(
             "speed.channels_last=true keeps weights and maps of convolutions in the channels-last memory format, which "

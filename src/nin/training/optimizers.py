@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -41,7 +41,9 @@ def build_optimizer(
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "0"
     chosen = settings.optimizer
     if isinstance(chosen, OwnOptimizer):
-        return own_classes.build("optimizer", chosen, torch.optim.Optimizer, parameters)
+        optimizer = own_classes.build("optimizer", chosen, torch.optim.Optimizer, parameters)
+        _keep_types(optimizer)
+        return optimizer
     kind, arguments = OPTIMIZERS[chosen.name], chosen.model_dump(exclude={"name"})
     # Lightning can't clip the gradients of a fused optimizer in mixed precision.
     clipped = settings.trainer.gradient_clip_val is not None
@@ -58,6 +60,29 @@ def build_optimizer(
     optimizer.register_load_state_dict_pre_hook(keep_fused)
     optimizer.register_load_state_dict_post_hook(_match_layout)
     return optimizer
+
+
+def _keep_types(optimizer: torch.optim.Optimizer) -> None:
+    """Makes ``optimizer`` load its state in the types in which it was saved; torch converts it to those of the weights.
+
+    With precision=bf16-true these are bfloat16, in which a state that the optimizer keeps in float32 loses digits.
+    """
+    saved: dict[int, dict[str, Any]] = {}
+
+    def remember(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        saved.update(state["state"])
+
+    def restore(optimizer: torch.optim.Optimizer) -> None:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        for i, values in saved.items():
+            state = optimizer.state[weights[i]]
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.dtype != state[name].dtype:
+                    state[name] = value.to(weights[i].device)
+        saved.clear()
+
+    optimizer.register_load_state_dict_pre_hook(remember)
+    optimizer.register_load_state_dict_post_hook(restore)
 
 
 def _match_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -87,7 +112,8 @@ def require_restored(trainer: Trainer, settings: Settings) -> None:
     chosen = settings.optimizer
     has_state = chosen.momentum > 0 if isinstance(chosen, SGD) else not isinstance(chosen, OwnClass)
     states = trainer.optimizers[0].state.values()
-    if has_state and not (states and all(states)):
+    # With 16-mixed, the scaler of the loss skips the first steps until the gradients are finite.
+    if has_state and trainer.precision != "16-mixed" and not (states and all(states)):
         raise ValueError("the state of the optimizer is missing")
     schedulers = [] if isinstance(settings.schedule, OwnClass) else trainer.lr_scheduler_configs
     if any(config.scheduler.last_epoch == 0 for config in schedulers):

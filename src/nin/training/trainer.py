@@ -14,6 +14,7 @@ from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import (
     Checkpoint,
     ModelCheckpoint,
+    ModelPruning,
     OnExceptionCheckpoint,
     ProgressBar,
     StochasticWeightAveraging,
@@ -36,6 +37,10 @@ _REFUSED = {
         "a run with StochasticWeightAveraging can't be resumed, because it replaces the schedule, and the average is "
         "computed after the last checkpoint, so that it is not tested; use callbacks=ema, or "
         "lightning.pytorch.callbacks.WeightAveraging"
+    ),
+    ModelPruning: (
+        "a run with ModelPruning can't be resumed, because its checkpoints lack the masks; leave it out, and prune the "
+        "trained network with torch.nn.utils.prune"
     ),
     OnExceptionCheckpoint: (
         "with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run failed before; "

@@ -126,7 +126,7 @@ def test_an_optimizer_that_is_added_is_built_and_must_have_its_state_on_resuming
     assert optimizer.param_groups[0]["lr"] == 0.1
     module(torch.rand(2, 1, 28, 28)).sum().backward()
     optimizer.step()
-    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[])
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[], precision="32-true")
     optimizers.require_restored(trainer, module.settings)
     optimizer.state.clear()
     with pytest.raises(ValueError, match="the state of the optimizer is missing"):

@@ -12,10 +12,11 @@ from lightning.pytorch.callbacks import Checkpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
+from nin.checkpoints.checkpoint_io import require_loadable_states
 from nin.checkpoints.files import STATE_FORMAT, rotate_checkpoints
 from nin.checkpoints.loop_state import SavePoint, rewrite_loop_state
 from nin.checkpoints.random_state import get_random_state, set_random_state
-from nin.checkpoints.weights import TRAINING_METRICS
+from nin.checkpoints.weights import TRAINING_METRICS, find_frozen, restore_frozen
 from nin.config.schema import Checkpoint as CheckpointSettings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
@@ -71,6 +72,7 @@ class ResumableCheckpoint(Checkpoint):
             self._restore(trainer, pl_module, self._loaded)
             self._loaded = None
         self.is_restored = True
+        require_loadable_states(trainer)  # now, and not after an epoch
         self.saved_at = time.monotonic()
 
     def _restore(self, trainer: Trainer, pl_module: Classifier, state: dict[str, Any]) -> None:
@@ -84,7 +86,8 @@ class ResumableCheckpoint(Checkpoint):
         position, own = state["batches"], state["processes"][trainer.global_rank]
         if (position is not None) != has_position(trainer):
             raise ValueError("the position in the data is missing, or the dataloader can't restore it")
-        _restore_flags(trainer, state)
+        _restore_attributes(trainer, state)
+        restore_frozen(pl_module.network, state["frozen"])
         if position is not None:
             loader.load_state_dict(position)
         self._restore_iterator(trainer)
@@ -158,6 +161,9 @@ class ResumableCheckpoint(Checkpoint):
         self._save(trainer, SavePoint.EPOCH_END, better)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Classifier) -> None:
+        if self._loaded:  # no step is left of a resumed run; the test may draw random numbers
+            random = self._loaded["processes"][trainer.global_rank]["random_state"]
+            set_random_state(random, pl_module.device, trainer.train_dataloader)
         # on_train_end of WeightAveraging copies the average into the module. Lightning skips the hook if a resumed run
         # has no step left; copying twice changes nothing.
         for average in _averages(trainer):
@@ -236,6 +242,8 @@ class ResumableCheckpoint(Checkpoint):
             "best": self.best,
             "saved_step": self.saved_step,
             "should_stop": trainer.should_stop,
+            "callback_metrics": {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
+            "frozen": find_frozen(pl_module.network),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "reload_epochs": reload_epochs(trainer),
             "processes": processes,
@@ -249,9 +257,11 @@ class ResumableCheckpoint(Checkpoint):
         self.best, self.saved_step = state_dict["best"], state_dict["saved_step"]
 
 
-def _restore_flags(trainer: Trainer, state: dict[str, Any]) -> None:
+def _restore_attributes(trainer: Trainer, state: dict[str, Any]) -> None:
     """Restores attributes of the Trainer that Lightning does not save."""
     trainer.should_stop = state["should_stop"]
+    # EarlyStopping may read those of an epoch before this one.
+    trainer.callback_metrics.update(state["callback_metrics"])
     # A GradientAccumulationScheduler sets it at the start of an epoch only, and refuses another value than 1 in its
     # on_train_start, before this.
     trainer.accumulate_grad_batches = state["accumulate_grad_batches"]
