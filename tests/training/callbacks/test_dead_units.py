@@ -189,3 +189,9 @@ def test_counting_dead_units_changes_nothing(settings: Callable[..., Settings], 
         looks[times] = [event.step for event in logged]
     assert len(hashes) == 1
     assert looks == {1: [0, 6, 9], 6: list(range(10))}
+
+
+def test_the_state_of_a_checkpoint_sets_no_other_attribute() -> None:
+    monitor = DeadUnitMonitor()
+    monitor.load_state_dict({"checked_step": 7, "suspects": None, "warned": True, "images": 10**9})
+    assert (monitor.checked_step, monitor.warned, monitor.images) == (7, True, DeadUnitMonitor().images)

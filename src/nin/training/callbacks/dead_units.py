@@ -127,7 +127,8 @@ class DeadUnitMonitor(Callback):
         return {"checked_step": self.checked_step, "suspects": self.suspects, "warned": self.warned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.__dict__.update(state_dict)
+        for name in self.state_dict():  # no others: a checkpoint may come from elsewhere
+            setattr(self, name, state_dict[name])
 
 
 def _describe(classes: list[int], class_names: tuple[str, ...], images: int) -> str:
