@@ -67,7 +67,7 @@ def test_batches_that_are_read_from_disk_are_moved_to_the_device(tmp_path: Path)
     data.setup("fit")
     seen: list[str] = []
     module: Any = SimpleNamespace(
-        device=torch.device("meta"), training=True, eval=lambda: None, train=lambda _: None,
+        device=torch.device("meta"), modules=list, eval=lambda: None,
         validation_step=lambda batch, _: seen.extend(tensor.device.type for tensor in batch),
         eval_loss=MeanMetric(), eval_acc=MeanMetric(),
     )  # fmt: skip

@@ -288,6 +288,42 @@ def test_state_that_is_not_lightnings_is_resumed(
     assert outcome(run_experiment(requested(settings), folder)) == outcome(uninterrupted)
 
 
+class Frozen(Partly):
+    """Of its two layers of batch norm the first keeps its statistics, as that of a pretrained backbone."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.insert(2, nn.BatchNorm1d(16).eval())
+        self.insert(3, nn.BatchNorm1d(16))
+
+
+class FrozenByTrain(Frozen):
+    """The same, as a class does it that is put in training mode again and again."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.train()
+
+    def train(self, mode: bool = True) -> "FrozenByTrain":
+        super().train(mode)
+        self[2].eval()
+        return self
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module.* in eval mode")  # Lightning's
+@pytest.mark.parametrize("network", ["Frozen", "FrozenByTrain"])
+def test_what_a_network_puts_in_eval_mode_stays_in_it_through_validations_and_a_resumption(
+    settings: Callable[..., Settings], tmp_path: Path, network: str
+) -> None:
+    folder, counts = RunFolder(tmp_path), []
+    for epochs in (2, 3):
+        keys = (f"trainer.max_epochs={epochs}", "schedule=constant", "trainer.val_check_interval=2")
+        run_experiment(with_network(settings, *keys, network=network), folder)
+        state = checkpoint_files.read(folder.last)["state_dict"]
+        counts.append([int(state[name]) for name in state if name.endswith("num_batches_tracked")])
+    assert counts == [[0, 12], [0, 18]]
+
+
 class ThreeLooks(torch.optim.SGD):
     """Evaluates the batch three times for one step, as LBFGS does; records the gradients."""
 

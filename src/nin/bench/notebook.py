@@ -40,7 +40,7 @@ class NotebookLoop:
         # On a CPU there are no workers: they would take cores from the network, also during the other measurements.
         workers = 0 if device.type == "cpu" else min(8, count_cores())
         self.loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)
-        self.network = network.to(device).train()
+        self.network = network.to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01)
 
     def __call__(self) -> float:

@@ -148,7 +148,8 @@ def _transfer(data: ImageDataModule, batch: Any, module: Classifier) -> tuple[Te
 def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, seconds: float) -> float:
     """Images per second of `Classifier.validation_step`, which ``nin eval`` runs too."""
     batch = _transfer(data, next(iter(data.train_dataloader())), module)
-    training, images, started = module.training, 0, time.perf_counter()
+    training = [part for part in module.modules() if part.training]
+    images, started = 0, time.perf_counter()
     module.eval()
     with torch.inference_mode(), trainer.precision_plugin.val_step_context():
         while time.perf_counter() < started + seconds:
@@ -158,7 +159,8 @@ def _scoring_rate(data: ImageDataModule, module: Classifier, trainer: Trainer, s
     seconds = time.perf_counter() - started
     module.eval_loss.reset()
     module.eval_acc.reset()
-    module.train(training)
+    for part in training:
+        part.training = True
     return images / seconds
 
 

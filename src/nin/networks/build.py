@@ -117,12 +117,16 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
 def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: int) -> nn.Sequential:
     """A network of the user's own, as the only layer of an ``nn.Sequential``.
 
+    What its constructor puts in eval mode, as the batch norm of a frozen backbone, stays in it.
+
     Raises:
         UserError: if it can't be built, does not map a batch of images, or a single one, to logits, or has a state
             that no checkpoint can hold.
     """
     shape = {"in_channels": in_channels, "num_classes": num_classes, "image_size": image_size}
-    network = own_classes.build("model", model, nn.Module, **shape).eval()
+    network = own_classes.build("model", model, nn.Module, **shape)
+    frozen = [part for part in network.modules() if not part.training]
+    network.eval()
     for count in (2, 1):
         _require_logits(network, model.target, (count, in_channels, image_size, image_size), num_classes)
     for key, value in network.state_dict().items():
@@ -131,7 +135,10 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
                 f"model: {model.target}: state_dict() has a {type(value).__name__} at {key}; checkpoints hold tensors "
                 "only: let get_extra_state() return one, or keep the value in a buffer"
             )
-    return nn.Sequential(OrderedDict([("own", network.train())]))
+    network.train()  # a class may override it, to keep a part in eval mode
+    for part in frozen:
+        part.training = False
+    return nn.Sequential(OrderedDict([("own", network)]))
 
 
 def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_classes: int) -> None:
