@@ -124,9 +124,14 @@ def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder:
     checkpoint = checkpoint_files.read(run_folder / "checkpoints" / "best.ckpt")
     checkpoint["hyper_parameters"]["settings"]["model"] = {"_target_": "this.s", "input_size": 28}
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
-    with pytest.raises(UserError, match=r"model._target_=this.s: .* add --allow this"):
+    with pytest.raises(UserError, match=r'model._target_=this.s: .* add --allow this \(in Python: allow=\["this"\]\)$'):
         nin.load(tmp_path / "x.ckpt")
     assert "this" not in sys.modules
+    for allow in ("that", ["this"], "this"):
+        with pytest.raises(UserError, match=r"^model\._target_=this\.s: ") as refused:
+            nin.load(tmp_path / "x.ckpt", allow)
+        assert ("may not import" in str(refused.value)) == (allow == "that")
+        sys.modules.pop("this", None)
 
 
 def test_a_data_module_of_ones_own_is_not_needed_to_classify(

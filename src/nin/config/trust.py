@@ -19,6 +19,8 @@ _OWN_CLASSES = ("model", "data", "loss", "optimizer", "schedule")
 OF_TRAINED = ("model", "data")
 # Classes of torch that need no permission.
 _OF_TORCH = {"loss": r"torch\.nn\.\w+Loss", "optimizer": r"torch\.optim\..+", "schedule": r"torch\.optim\..+"}
+# The remedy of a refusal, for the class's module.
+_ALLOW = "add --allow {0}"
 
 
 def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Iterable[str] = ()) -> None:
@@ -33,7 +35,10 @@ def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Ite
             TensorBoard or CSV files, and each path or address that leads out of the run's folder.
     """
     given = [split_override(word)[0] for word in overrides]
-    errors = [*_find_refused_classes(stored, allowed, _OWN_CLASSES), *_find_refused_entries(stored, allowed, given)]
+    errors = [
+        *_find_refused_classes(stored, allowed, _OWN_CLASSES, _ALLOW),
+        *_find_refused_entries(stored, allowed, given),
+    ]
     if errors:
         raise UserError(*errors)
 
@@ -50,19 +55,24 @@ def _leads_out(key: str, value: str) -> bool:
     return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
-def require_allowed_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...] = _OWN_CLASSES) -> None:
+def require_allowed_classes(
+    stored: Settings,
+    allowed: list[str],
+    groups: tuple[str, ...] = _OWN_CLASSES,
+    remedy: str = _ALLOW + ' (in Python: allow=["{0}"])',
+) -> None:
     """Raises UserError if a section in ``groups`` names a class of the user's own outside the modules ``allowed``."""
-    if errors := list(_find_refused_classes(stored, allowed, groups)):
+    if errors := list(_find_refused_classes(stored, allowed, groups, remedy)):
         raise UserError(*errors)
 
 
-def _find_refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...]) -> Iterator[str]:
+def _find_refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...], remedy: str) -> Iterator[str]:
     for group in groups:
         section = getattr(stored, group)
         if not isinstance(section, OwnClass) or is_within(section.target, allowed):
             continue
         if group not in _OF_TORCH or not re.fullmatch(_OF_TORCH[group], section.target):
-            yield _refusal(f"{group}._target_", section.target)
+            yield _refusal(f"{group}._target_", section.target, remedy)
 
 
 def _find_refused_entries(stored: Settings, allowed: list[str], given: list[str]) -> Iterator[str]:
@@ -70,15 +80,15 @@ def _find_refused_entries(stored: Settings, allowed: list[str], given: list[str]
         for key, value in _leaves(getattr(stored, group), group):
             if key.endswith("._target_"):
                 if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
-                    yield _refusal(key, str(value))
+                    yield _refusal(key, str(value), _ALLOW)
             elif isinstance(value, str) and value and key not in given and _leads_out(key, value):
                 yield f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it"
 
 
-def _refusal(key: str, target: str) -> str:
+def _refusal(key: str, target: str, remedy: str) -> str:
     return (
-        f"{key}={target}: a stored config may not import this class; if you trust its module, add "
-        f"--allow {target.partition('.')[0]}"
+        f"{key}={target}: a stored config may not import this class; if you trust its module, "
+        f"{remedy.format(target.partition('.')[0])}"
     )
 
 

@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from nin.deploy.trained import TrainedNetwork
 
 
-def load(path: str | Path, allow: Sequence[str] = ()) -> "TrainedNetwork":
+def load(path: str | Path, allow: str | Sequence[str] = ()) -> "TrainedNetwork":
     """A trained network, ready to classify images.
 
     Args:
         path: a run's folder (its best.ckpt is loaded), a checkpoint, or an ``.onnx`` file written by `nin export`.
-        allow: Python modules of yours whose classes a checkpoint may name: a network of your own is imported from them.
+        allow: a Python module of yours whose classes a checkpoint may name, or several: a network of your own is
+            imported from them.
 
     Returns:
         An object with ``predict(images)``, probabilities ``(batch, classes)``, and ``maps(images)``, score maps
@@ -36,7 +37,7 @@ def load(path: str | Path, allow: Sequence[str] = ()) -> "TrainedNetwork":
     checkpoint = find_checkpoint(path)
     from nin.deploy.pipeline import load_checkpoint
 
-    return load_checkpoint(checkpoint, allow)
+    return load_checkpoint(checkpoint, [allow] if isinstance(allow, str) else allow)
 
 
 def is_export(path: Path) -> bool:

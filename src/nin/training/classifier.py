@@ -61,7 +61,7 @@ class Classifier(LightningModule):
         if not isinstance(settings, Settings):
             settings = Settings.model_validate(settings)
             # The dict may be that of a checkpoint, which imports no module but may name a class of an imported one.
-            require_allowed_classes(settings, list(sys.modules))
+            require_allowed_classes(settings, list(sys.modules), remedy="import {0} first")
         self.settings = settings
         self.class_names, self.in_channels = tuple(map(str, class_names)), in_channels  # NumPy's texts become plain
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
