@@ -109,7 +109,8 @@ def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_th
     assert commands == [["nin", "export", str(copy)]] * 2
     done.returncode = 1
     with pytest.raises(UserError, match="copy: could not be exported"):
-        serve.find_export(copy)
+        serve.main([str(copy), "--port", "0", "--allow", "my_net", "--allow", "my_layers"])
+    assert commands[2:] == [["nin", "export", str(copy), "--allow=my_net", "--allow=my_layers"]]
 
 
 def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

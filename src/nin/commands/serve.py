@@ -4,8 +4,10 @@ import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from nin.commands.options import add_allow_option
 from nin.config.schema import UserError
 from nin.runs.console import format_path
 
@@ -29,7 +31,7 @@ def main(arguments: list[str]) -> int:
 
     listener = server.listen(args.host, args.port)
     with listener:
-        export = find_export(args.network)
+        export = find_export(args.network, args.allow)
         limits = Limits(
             body_bytes=int(args.max_megabytes * 1e6),
             pixels=int(args.max_megapixels * 1e6),
@@ -61,6 +63,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--timeout", type=float, default=30, help="seconds for an upload and for an answer; default: 30"
     )
+    add_allow_option(parser)
     args = parser.parse_args(arguments)
     for name in ("threads", "max_megabytes", "max_megapixels", "max_waiting", "timeout"):
         value = getattr(args, name)
@@ -69,8 +72,11 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def find_export(path: Path) -> Path:
+def find_export(path: Path, allowed: Sequence[str] = ()) -> Path:
     """The export that ``path`` is, or that a run's folder has; one that is missing or of another best.ckpt is made.
+
+    Args:
+        allowed: modules whose classes the checkpoint may name.
 
     Raises:
         UserError: if there is no such file or run, or it can't be exported.
@@ -97,7 +103,8 @@ def find_export(path: Path) -> Path:
     if known is None or known != read_checksum(checkpoint):
         print(f"exporting {format_path(path)} …", flush=True)
         # The export runs in a process of its own, so that the server does not hold the memory of torch.
-        if subprocess.run([sys.executable, "-m", "nin", "export", str(path)], check=False).returncode:
+        command = ["nin", "export", str(path), *(f"--allow={module}" for module in allowed)]
+        if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise UserError(f"{path}: could not be exported")
     return export
 
