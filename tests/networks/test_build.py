@@ -68,12 +68,24 @@ def test_arguments_that_do_not_fit_each_other(override: str, message: str) -> No
     assert message in refused("data.image_size=224" if "image_size" not in override else override, override)
 
 
-def test_a_class_that_can_not_be_imported_is_named_before_data_are_prepared(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("_target_: nowhere.Net", r"^model\._target_=nowhere\.Net: can't be imported \("),
+        (
+            "_target_: torch.nn.Flatten\nstart: 1",
+            r"^model\.start: torch\.nn\.Flatten has no such argument; did you mean start_dim\?",
+        ),
+    ],
+)
+def test_a_class_that_can_not_be_used_is_named_before_data_are_prepared(
+    tmp_path: Path, section: str, message: str
+) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.yaml").write_text("_target_: nowhere.Net\ninput_size: 28\n")
+    (tmp_path / "model" / "mine.yaml").write_text(f"{section}\ninput_size: 28\n")
     with open_hydra(str(tmp_path)):
         settings = compose_settings(["model=mine", "data=garments", f"data.root={tmp_path / 'data'}", "trainer=cpu"])
-    with pytest.raises(UserError, match=r"^model\._target_=nowhere\.Net: can't be imported \("):
+    with pytest.raises(UserError, match=message):
         execute_run(RunRequest(settings, RunFolder(tmp_path / "run")))
     assert not (tmp_path / "data").exists()
 

@@ -20,7 +20,7 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
         kind: what it must be a subclass of.
 
     Raises:
-        UserError: if it can't be imported, or is something else.
+        UserError: if it can't be imported, or is something else; or names the arguments that it does not take.
     """
     try:
         found = get_class(config.target)
@@ -36,6 +36,15 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
         ) from error
     if not issubclass(found, kind):
         raise UserError(f"{key}._target_={config.target}: must be a subclass of {kind.__module__}.{kind.__name__}")
+    parameters = inspect.signature(found).parameters
+    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    errors = [
+        f"{key}.{name}: {config.target} has no such argument; {did_you_mean(name, list(parameters))}"
+        for name in config.arguments
+        if name not in parameters and not takes_any
+    ]
+    if errors:
+        raise UserError(*errors)
     return found
 
 
@@ -47,19 +56,11 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
         available: arguments that are given if the signature has them and the config does not.
 
     Raises:
-        UserError: names an argument that the class does not take, or that it needs; or the error that it raises.
+        UserError: as `import_class`; or names an argument that the class needs, or the error that it raises.
     """
     found = import_class(key, config, kind)
     parameters = inspect.signature(found).parameters
     given = {name: value for name, value in available.items() if name in parameters} | config.arguments
-    takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    errors = [
-        f"{key}.{name}: {config.target} has no such argument; {did_you_mean(name, list(parameters))}"
-        for name in given
-        if name not in parameters and not takes_any
-    ]
-    if errors:
-        raise UserError(*errors)
     try:
         inspect.signature(found).bind(*positional, **given)
     except TypeError as error:

@@ -23,7 +23,8 @@ _LARGEST = 1024  # pixels per side; the maximum of data.image_size
 def require_buildable(settings: Settings) -> None:
     """Checks that the network can be built and that every layer has an output, without computing anything.
 
-    Of a network of the user's own, only whether its class can be imported; the others depend on its data.
+    Of a network of the user's own, only whether its class can be imported and takes the arguments of these names; all
+    else depends on its data.
 
     Raises:
         UserError: names arguments of the network that don't fit each other, or the smallest size of images.

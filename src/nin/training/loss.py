@@ -24,7 +24,7 @@ def require_known_loss(settings: Settings) -> None:
     """Checks what is known of the loss before the data are, so that no job of a sweep starts with a wrong one.
 
     Raises:
-        UserError: if the user's own class can't be imported, or there is a ``label_smoothing`` too.
+        UserError: if the user's own class can't be imported or lacks an argument, or there is ``label_smoothing`` too.
     """
     if settings.loss is None:
         return
