@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import struct
 from pathlib import Path
 
@@ -84,6 +85,14 @@ def test_arrays_and_pictures_of_python_code_become_what_the_network_needs() -> N
     for wrong in (np.zeros((2, 4, 5)), np.zeros((28,), np.uint8), "a.png", [np.zeros((4, 4, 2), np.uint8)]):
         with pytest.raises(ValueError, match="images: "):
             images.as_arrays(wrong, ImageForm(1))
+
+
+def test_a_file_that_python_code_gives_and_that_can_not_be_decoded_is_named(tmp_path: Path) -> None:
+    Image.new("L", (2, 2)).save(tmp_path / "shirt.png")
+    for name, reason in (("gone.png", "No such file or directory"), (".", "Is a directory")):
+        wrong = tmp_path / name
+        with pytest.raises(ImageError, match=rf"^{re.escape(str(wrong))}: {reason}$"):
+            images.as_arrays([str(tmp_path / "shirt.png"), wrong], ImageForm(1))
 
 
 def test_files_for_a_network_of_a_folder_are_brought_to_its_size_as_its_images_were() -> None:

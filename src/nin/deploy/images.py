@@ -113,7 +113,7 @@ def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:
             images and paths. Arrays are uint8; they become what Pillow images of their pixels become.
 
     Raises:
-        ValueError: on another type or shape. ImageError: if a file cannot be decoded.
+        ValueError: on another type or shape. ImageError: names a file that cannot be decoded.
     """
     if not isinstance(images, list | tuple | np.ndarray) and not hasattr(images, "__array__"):
         raise ValueError(f"images: a list or an array of images is expected, not {type(images).__name__}")
@@ -122,7 +122,10 @@ def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:
 
 def _as_array(image: object, form: ImageForm) -> np.ndarray:
     if isinstance(image, str | Path):
-        return form.decode(Path(image))
+        try:
+            return form.decode(Path(image))
+        except ImageError as error:
+            raise type(error)(f"{image}: {error}") from error
     if isinstance(image, Image.Image):
         # A copy: the caller's image stays open and unchanged.
         return form.read(image.copy())
