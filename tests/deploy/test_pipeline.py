@@ -14,6 +14,7 @@ from PIL import Image
 import nin
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
+from nin.config.composition import compose_settings
 from nin.config.schema import UserError
 from nin.data.transforms import resize
 from nin.deploy.export import Exporter
@@ -21,6 +22,7 @@ from nin.deploy.loading import default_export, find_checkpoint
 from nin.deploy.pipeline import Pipeline, read_checkpoint
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
+from nin.training.classifier import Classifier
 from pictures import encode, folder_data
 
 
@@ -84,6 +86,18 @@ def test_colour_networks_take_colour_images() -> None:
     assert pixels[:, 0].min() > 0.999
     assert pixels[:, 1:].max() == 0
     assert pipeline(images)[0].shape == (2, 10)
+
+
+@pytest.mark.parametrize(("model", "maps"), [("mlp", "none"), ("lenet", "grad_cam")])
+def test_a_network_without_maps_is_described_as_one(tmp_path: Path, model: str, maps: str) -> None:
+    module = Classifier(compose_settings([f"model={model}", "data=garments"]), [str(i) for i in range(10)])
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    AtomicCheckpointIO().save_checkpoint({**content, "global_step": 0, "epoch": 0}, tmp_path / "x.ckpt")
+    network = nin.load(tmp_path / "x.ckpt")
+    assert network.description.maps == maps
+    if maps == "none":
+        with pytest.raises(UserError, match=r"^this network has no score maps: they need an nn\.Sequential with"):
+            network.require_maps()
 
 
 def test_load_says_what_a_path_is_not(tmp_path: Path, run_folder: Path) -> None:

@@ -17,7 +17,7 @@ from nin.checkpoints.weights import hash_weights, load_weights
 from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
 from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
-from nin.networks.score_maps import find_map_kind, forward_with_maps, grad_cam
+from nin.networks.score_maps import NO_MAPS, find_last_maps, find_map_kind, forward_with_maps, grad_cam
 from nin.runs.folder import RunFolder
 from nin.runs.versions import read_versions
 from nin.training.classifier import Classifier
@@ -38,7 +38,7 @@ class Pipeline(nn.Module):
         self.channels, self.stored_size, self.image_size = channels, stored_size, image_size
         self.test_time_flip = test_time_flip
         self.maps = _choose_maps(network, channels, image_size)
-        self.has_maps = self.maps != "grad_cam"
+        self.has_maps = self.maps in ("gap", "fc")
 
     def prepare(self, images: Tensor) -> Tensor:
         """The network's input ``(batch, channels, image_size, image_size)``, float32 from 0 to 1.
@@ -77,13 +77,12 @@ class Pipeline(nn.Module):
 
 
 def _choose_maps(network: nn.Module, channels: int, image_size: int) -> str:
-    """ "gap" or "fc" where `forward_with_maps` finds score maps, else "grad_cam"; the network is in evaluation mode."""
-    kind = find_map_kind(network)
-    if kind is None:
-        return "grad_cam"
+    """What `Description.maps` is for the network, which is in evaluation mode."""
+    kind, image = find_map_kind(network), torch.zeros(1, channels, image_size, image_size)
     with torch.no_grad():
-        maps = forward_with_maps(network, torch.zeros(1, channels, image_size, image_size))[1]
-    return "grad_cam" if maps is None else kind  # features without height and width are no maps
+        if kind and forward_with_maps(network, image)[1] is not None:
+            return kind
+    return "none" if find_last_maps(network, image) is None else "grad_cam"
 
 
 def _resize(pixels: Tensor, size: int) -> Tensor:
@@ -188,4 +187,4 @@ def load_checkpoint(path: Path, allow: Sequence[str] = ()) -> TrainedNetwork:
             return Scores(probabilities, logits)
         return Scores(probabilities, logits, found[0] if found else pipeline.grad_cam(batch).numpy())
 
-    return TrainedNetwork(description, compute)
+    return TrainedNetwork(description, compute, NO_MAPS)

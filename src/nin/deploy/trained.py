@@ -47,7 +47,7 @@ class Description:
         fit: how files are brought to the stored size when they are decoded, as those of `data=folder` were ("crop",
             "pad", "stretch"); None: the pipeline resizes them.
         maps: "gap": the mean of a class's map is its logit. "fc": mean and bias are. "grad_cam": an approximation.
-            "none": an export of a network whose maps need gradients.
+            "none": a network without maps, or an export of one whose maps need gradients.
         settings: of the run, as in its config.yaml.
         more: the run's name, weights_sha256, versions, test accuracy, and what the check of an export found.
     """
@@ -88,10 +88,17 @@ class TrainedNetwork:
     Args:
         compute: takes a uint8 batch of one size, ``(batch, height, width)`` for a gray network and
             ``(batch, height, width, 3)`` for a color one, and whether maps are requested.
+        no_maps: the reason if ``description.maps`` is "none"; the default is that of an export.
     """
 
-    def __init__(self, description: Description, compute: Callable[[np.ndarray, bool], Scores]):
-        self.description, self.compute = description, compute
+    def __init__(
+        self,
+        description: Description,
+        compute: Callable[[np.ndarray, bool], Scores],
+        no_maps: str = "this export has no score maps: in this network they need gradients, which an export does not "
+        "have; give the run or its checkpoint instead",
+    ):
+        self.description, self.compute, self.no_maps = description, compute, no_maps
 
     def predict(self, images: Any) -> np.ndarray:
         """Probabilities ``(batch, classes)``, float32; classes as in ``description.class_names``."""
@@ -101,7 +108,7 @@ class TrainedNetwork:
         """Score maps ``(batch, classes, height, width)``, float32: where in each image each class is recognized.
 
         Raises:
-            UserError: if this network has none: an export of a network whose maps need gradients.
+            UserError: if this network has none.
             ValueError: if there are no images: the maps' size is known from those of an image.
         """
         maps = self.score(images, maps=True).maps
@@ -127,13 +134,10 @@ class TrainedNetwork:
         """Checks that there are score maps.
 
         Raises:
-            UserError: if this is an export of a network whose maps need gradients.
+            UserError: if there are none.
         """
         if self.description.maps == "none":
-            raise UserError(
-                "this export has no score maps: in this network they need gradients, which an export does not have; "
-                "give the run or its checkpoint instead"
-            )
+            raise UserError(self.no_maps)
 
 
 def _joined(parts: list[tuple[list[int], Scores]], count: int, classes: int) -> Scores:

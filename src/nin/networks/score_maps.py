@@ -6,6 +6,11 @@ from torch import Tensor, nn
 from nin.config.schema import UserError
 from nin.networks.sequential import list_layers
 
+NO_MAPS = (
+    "this network has no score maps: they need an nn.Sequential with one nn.Flatten after its last maps, which have a "
+    "height and a width"
+)
+
 
 def find_map_kind(network: nn.Module) -> str | None:
     """How the logits follow from the last maps, if they are a linear function of them.
@@ -68,6 +73,27 @@ def forward_with_maps(network: nn.Module, images: Tensor) -> tuple[Tensor, Tenso
     return logits, maps
 
 
+def find_last_maps(network: nn.Module, images: Tensor) -> nn.Module | None:
+    """The layer whose output are the last maps before the fully connected layers, for `grad_cam`.
+
+    Args:
+        images: ``(batch, channels, size, size)``, float; the first is used.
+
+    Returns:
+        None if the network is not a sequence with one `nn.Flatten` after maps, which have a height and a width.
+    """
+    layers = _layers(network)
+    flattens = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Flatten)]
+    if len(flattens) != 1 or flattens[0] == 0:
+        return None
+    last = flattens[0] - 1
+    if last and _pools_to_one(layers[last]):
+        last -= 1
+    with torch.no_grad():
+        maps = nn.Sequential(*layers[: last + 1])(images[:1])
+    return layers[last] if maps.ndim == 4 else None
+
+
 def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017) of the last maps before the fully connected layers, by captum.
 
@@ -81,28 +107,18 @@ def grad_cam(network: nn.Module, images: Tensor) -> Tensor:
         Maps ``(batch, classes, height, width)``.
 
     Raises:
-        UserError: if captum is not installed, or the network is not a sequence with one `nn.Flatten` after maps.
+        UserError: if captum is not installed, or `find_last_maps` finds none.
     """
     try:
         from captum.attr import LayerGradCam
     except ImportError:
         raise UserError("score maps of this network need captum: python3 -m pip install captum") from None
-    layers = _layers(network)
-    flattens = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Flatten)]
-    refused = UserError(
-        "this network has no score maps: they need an nn.Sequential with one nn.Flatten after its last maps, which "
-        "have a height and a width"
-    )
-    if len(flattens) != 1 or flattens[0] == 0:
-        raise refused
-    last = flattens[0] - 1
-    if last and _pools_to_one(layers[last]):
-        last -= 1
+    layer = find_last_maps(network, images)
+    if layer is None:
+        raise UserError(NO_MAPS)
     with torch.no_grad():
         classes = network(images[:1]).shape[1]
-        if nn.Sequential(*layers[: last + 1])(images[:1]).ndim != 4:
-            raise refused
-    cam = LayerGradCam(network, layers[last])
+    cam = LayerGradCam(network, layer)
     images = images.detach().requires_grad_()  # a network without gradients of its weights still has these
     maps = torch.cat([cam.attribute(images, target=i).detach() for i in range(classes)], dim=1)
     # captum weights each map by the mean of its gradients; by their sum the product's mean is the logit's share.
