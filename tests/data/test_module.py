@@ -3,6 +3,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,32 @@ def test_the_data_module_works_without_a_trainer(settings: Callable[..., Setting
     module.setup("test")
     for batches in (module.test_dataloader(), module.predict_dataloader()):
         assert sum(len(labels) for _, labels in batches) == 2000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (
+            ["experiment=cpu", "data=mnist"],
+            "data.augment=flip data.test_time_flip=true mirrors the characters of mnist",
+        ),
+        (["data=kmnist", "data.augment=trivial"], "data.augment=trivial mirrors the characters of kmnist"),
+        (["data=mnist", "data.test_time_flip=true"], "data.test_time_flip=true mirrors the characters of mnist"),
+        (["experiment=cpu", "data=mnist", "data.augment=none", "data.test_time_flip=false"], None),
+        (["experiment=cpu"], None),
+    ],
+)
+def test_a_run_that_mirrors_characters_warns(
+    overrides: list[str], warned: str | None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    four = np.zeros((4, 28, 28), np.uint8), np.zeros(4, np.int64)
+    monkeypatch.setattr("nin.data.module.load", lambda *_: four)
+    data = ImageDataModule(compose_settings([*overrides, "data.val_size=1"]).data)
+    data.setup("test")
+    assert caplog.messages == []
+    data.setup("fit")
+    remedy = ", which makes other characters of some; data.augment=none data.test_time_flip=false does not"
+    assert caplog.messages == ([warned + remedy] if warned else [])
 
 
 def test_setup_without_a_stage_sets_up_all_parts(data_root: Path) -> None:

@@ -20,6 +20,7 @@ class DataSet:
         training_images, test_images: their numbers, before ``data.val_size`` of the first are held out.
         channels: of an image.
         stored_size: height and width of an image, in pixels.
+        has_characters: whether the images are characters, some of which are others when they are mirrored.
     """
 
     folder: str
@@ -28,6 +29,7 @@ class DataSet:
     test_images: int = 10_000
     channels: int = 1
     stored_size: int = 28
+    has_characters: bool = False
 
 
 _CLOTHES = (
@@ -36,8 +38,8 @@ _CLOTHES = (
 _OBJECTS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 DATA_SETS = {
     "fashion_mnist": DataSet("FashionMNIST", _CLOTHES),
-    "mnist": DataSet("MNIST", tuple("0123456789")),
-    "kmnist": DataSet("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")),
+    "mnist": DataSet("MNIST", tuple("0123456789"), has_characters=True),
+    "kmnist": DataSet("KMNIST", ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"), has_characters=True),
     "garments": DataSet("Garments", _CLOTHES, training_images=10_000, test_images=2_000),
     "cifar10": DataSet("CIFAR10", _OBJECTS, training_images=50_000, channels=3, stored_size=32),
 }

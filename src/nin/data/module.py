@@ -10,6 +10,7 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
+from nin.config.data_sets import DATA_SETS
 from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, UserError
 from nin.data.cache import MappedImages
@@ -121,6 +122,8 @@ class ImageDataModule(LightningDataModule):
         if isinstance(self.settings, FolderData):
             self._setup_folder(self.settings, stage)
             return
+        if stage == "fit":
+            _warn_of_mirrored_characters(self.settings)
         if stage in (None, "fit", "validate") and not hasattr(self, "train"):
             images, labels = self._load("train")
             held_out, kept = split(len(labels), self.settings.val_size, self.seed)
@@ -265,6 +268,20 @@ class ImageDataModule(LightningDataModule):
         """
         images = resize(augment(images, augmentation), self.settings.image_size)
         return self.trainer.precision_plugin.convert_input(images) if self.trainer else images
+
+
+def _warn_of_mirrored_characters(data: Data) -> None:
+    """Warns if characters are flipped, as the recipes for clothes do."""
+    if not DATA_SETS[data.name].has_characters:
+        return
+    settings = [f"data.augment={data.augment}"] * (data.augment != "none")
+    settings += ["data.test_time_flip=true"] * data.test_time_flip
+    if settings:
+        log.warning(
+            "%s mirrors the characters of %s, which makes other characters of some; data.augment=none "
+            "data.test_time_flip=false does not",
+            " ".join(settings), data.name,
+        )  # fmt: skip
 
 
 def split(count: int, val_size: int, seed: int) -> tuple[Tensor, Tensor]:
