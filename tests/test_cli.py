@@ -151,7 +151,7 @@ def test_a_message_that_nobody_reads_ends_with_141(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("nin ", "train resume eval predict export serve bench report inspect"),
+        ("nin ", "train resume eval predict export serve report inspect bench"),
         ("nin re", "resume report"),
         ("nin eval ", ""),
         ("nin x ", ""),

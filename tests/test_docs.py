@@ -132,8 +132,8 @@ GROUPS, _, KEYS = CONFIG_PAGE.partition("## The run")
 KEY_ROWS = re.findall(r"^\| `([\w.]+)` \| ([^|]+) \| ([^|]*) \|", KEYS, re.MULTILINE)
 # Further options of the groups, of which the page gives keys or defaults.
 OPTIONS = (
-    "data=folder", "data=garments", "model=alexnet", "model=mlp", "optimizer=adamw", "schedule=cosine",
-    "schedule=one_cycle", "callbacks=early_stopping", "callbacks=ema",
+    "data=folder", "data=garments", "model=nin_small", "model=lenet", "model=alexnet", "model=mlp", "optimizer=adamw",
+    "schedule=cosine", "schedule=one_cycle", "callbacks=early_stopping", "callbacks=ema",
 )  # fmt: skip
 
 

@@ -19,9 +19,9 @@ COMMANDS = {
     "predict": "classify your own images; --maps also draws where each class is recognized",
     "export": "write a file for deployment that includes the preprocessing, and check it on the test set",
     "serve": "serve a trained network over HTTP, with a page to try it",
-    "bench": "measure images per second, compared with the notebooks' loop and a matrix product",
     "report": "print the table and draw the chart of a sweep, also an unfinished one",
     "inspect": "print a network's layers, parameters and multiply-adds",
+    "bench": "measure images per second, compared with the notebooks' loop and a matrix product",
 }
 
 
@@ -92,7 +92,7 @@ def format_usage() -> str:
     width = max(map(len, COMMANDS))
     rows = "\n".join(f"  nin {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
     return (
-        "Network in Network on Fashion-MNIST: an experiment you can trust.\n\n"
+        "Network in Network on Fashion-MNIST as a Lightning + Hydra experiment.\n\n"
         f"{rows}\n\n"
         "Start with:  nin train experiment=quickstart\n"
         "More on each with --help, as in:  nin train --help\n"

@@ -46,7 +46,7 @@ class DeadUnitMonitor(Callback):
     Args:
         images: size of the sample.
         checks_per_epoch: number of checks per epoch, at equal distances, the last one at its end.
-        patience_steps: number of optimizer steps before the first warning.
+        patience_steps: a warning needs two checks in a row at this optimizer step or later.
     """
 
     def __init__(self, images: int = 512, checks_per_epoch: int = 4, patience_steps: int = 200):
