@@ -57,7 +57,7 @@ def _require_statistics_of_one(trainer: Trainer, module: Classifier, images: int
     buffers = [(buffer, buffer.clone()) for layer in norms for buffer in layer.buffers()]
     network.eval()  # in which dropout draws no random numbers
     for layer in norms:
-        layer.training = True
+        layer.training = layer in training  # one that is frozen uses its running statistics
     one = torch.zeros(1, module.in_channels, data.image_size, data.image_size, device=module.device)
     try:
         with torch.no_grad():
