@@ -99,6 +99,22 @@ def test_of_images_with_other_numbers_of_channels_the_first_are_drawn(
     assert [wrong[0].shape for wrong in callback.wrong] == [(drawn, 4, 4)]
 
 
+def test_a_wrong_image_has_its_label_the_predicted_class_and_the_score_maps_of_both(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, scored = torch.rand(2, 1, 4, 4), []
+    maps = torch.arange(12.0).view(1, 3, 2, 2)  # of the wrong image alone: one per class
+    monkeypatch.setattr(tensorboard, "_tensorboard_loggers", lambda _: [None])
+    monkeypatch.setattr(tensorboard, "_score_maps", lambda _, images: (scored.append(images), maps)[1])
+    callback = ImageLogger()
+    callback.on_test_batch_end(None, None, torch.eye(3)[[0, 0]], (images, torch.tensor([0, 2])), 0)
+    ((image, label, predicted, both),) = callback.wrong
+    assert (label, predicted) == (2, 0)
+    assert image.tolist() == images[1].tolist()
+    assert torch.equal(scored[0], images[1:])
+    assert both.tolist() == [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
+
+
 class Hooked(nn.Sequential):
     """Can't be traced by torch.jit; its batch norm is frozen."""
 
@@ -167,6 +183,14 @@ def test_training_and_validation_are_two_kinds_of_lines() -> None:
     assert loss.lines[0].get_color() != loss.lines[1].get_color()
     assert list(loss.lines[1].get_xydata()[1]) == [12, 2 / 12]
     assert [line.get_label() for line in accuracy.lines] == ["train/acc"]
+
+
+def test_the_columns_of_a_confusion_matrix_are_the_predicted_classes() -> None:
+    (axes,) = draw_confusion(torch.tensor([[0, 3], [0, 0]]), ("cat", "dog")).axes  # three cats that are taken for dogs
+    assert [(text.get_text(), text.get_position()) for text in axes.texts] == [("3", (1, 0))]
+    assert axes.images[0].get_array().tolist() == [[0, 3], [0, 0]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog"]
 
 
 def test_class_names_with_dollar_signs_are_drawn_as_they_are() -> None:
