@@ -1,7 +1,10 @@
+import hashlib
+import struct
+
 import pytest
 import torch
 
-from nin.checkpoints.weights import load_weights
+from nin.checkpoints.weights import hash_weights, load_weights
 from nin.config.schema import UserError
 
 
@@ -31,3 +34,11 @@ def test_weights_of_another_network_are_named(weight: object, message: str) -> N
     other = torch.nn.Linear(4, 3)
     load_weights(other, {"state_dict": module.state_dict()})
     assert torch.equal(other.weight, module.weight)
+
+
+def test_the_checksum_of_a_network_is_that_of_its_weights_and_its_buffers() -> None:
+    norm = torch.nn.BatchNorm1d(1)
+    for mean in (0.0, 2.5):
+        norm.running_mean.fill_(mean)
+        values = struct.pack("<4fq", 1.0, 0.0, mean, 1.0, 0)  # weight, bias, mean, variance, number of batches
+        assert hash_weights(norm) == hashlib.sha256(values).hexdigest()

@@ -62,6 +62,8 @@ def test_the_result_is_complete(run: tuple[RunFolder, dict[str, Any]]) -> None:
     assert set(result["metrics"]) == {"val/loss", "val/acc", "test/loss", "test/acc", "test/acc_by_class"}
     assert len(result["metrics"]["test/acc_by_class"]) == 10
     assert result["overrides"] == ["a=1"]
+    # Convolutions and batch norms of the three blocks.
+    assert result["parameters"] == (200 + 48) + (1664 + 96) + (2720 + 84)
     assert result["images_per_second"] > 0
     assert result["train_seconds"] > 0
 

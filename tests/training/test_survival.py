@@ -33,6 +33,7 @@ from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
+from nin.training.callbacks import metrics
 from nin.training.classifier import Classifier
 from nin.training.request import RunRequest
 from nin.training.run import execute_run
@@ -161,6 +162,36 @@ def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
     assert outcome(extended) == outcome(at_once)
     assert record(tmp_path / "extended") == record(tmp_path / "at_once")
     assert extended["train_seconds"] > 0
+
+
+class Clock(Callback):
+    """Stands in for ``time``: a batch of training takes 100 seconds, one of validation 1, and nothing else any."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.now += 100
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self.now += 1
+
+
+def test_the_time_of_a_run_is_that_of_all_its_starts_and_of_its_validations(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, requested, folder = Clock(), settings("logger=none", "callbacks=none"), RunFolder(tmp_path)
+    monkeypatch.setattr(metrics, "time", clock)
+    with pytest.raises(StoppedError):
+        run_experiment(requested, folder, callbacks=[clock, Interruption(11, kill=False)])
+    clock.now += 5000  # until it is started again
+    result = run_experiment(requested, folder, callbacks=[clock])
+    assert result["train_seconds"] == 1204  # two epochs of six batches, each with a validation of two
+    assert result["images_per_second"] == 0.3  # 384 images in 1200 seconds
+    assert [row["seconds"] for row in folder.read_epochs()] == [602, 1204]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
