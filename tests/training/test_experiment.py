@@ -521,6 +521,18 @@ def test_a_logger_is_given_the_runs_folder_where_it_takes_one_and_has_none(
     assert (csv_logger.save_dir, other_logger.save_dir, own.others) == (str(tmp_path), "elsewhere", {})
 
 
+class OwnCallback(Callback):
+    pass
+
+
+def test_checkpoints_are_saved_in_the_runs_folder_only_unless_a_callback_is_ones_own(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    chosen = settings("logger=none", "callbacks=none")
+    trainers: list[Any] = [build_trainer(chosen, tmp_path, own) for own in ([], [OwnCallback()])]
+    assert [trainer.strategy.checkpoint_io.folders for trainer in trainers] == [[tmp_path.resolve()], None]
+
+
 def test_a_csv_logger_does_not_overwrite_its_file_on_resuming(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
