@@ -424,11 +424,15 @@ def database_locks(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], obj
             def try_lock(study: int, number: int) -> int:
                 return int(held.setdefault((study, number), connection) is connection)
 
+            def lock(study: int, number: int) -> None:
+                if not try_lock(study, number):
+                    raise TimeoutError("would wait without end")
+
             def unlock(study: int, number: int) -> int:
                 return int(held.pop((study, number), None) is connection)
 
             connection.create_function("pg_try_advisory_lock", 2, try_lock)
-            connection.create_function("pg_advisory_lock", 2, try_lock)
+            connection.create_function("pg_advisory_lock", 2, lock)
             connection.create_function("pg_advisory_unlock", 2, unlock)
 
         return made
@@ -438,13 +442,18 @@ def database_locks(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], obj
 
 
 def test_claims_in_a_database_are_those_of_one_search(database_locks: dict[tuple[int, int], object]) -> None:
+    from sqlalchemy.exc import OperationalError
+
     one, other, another_search = (DatabaseClaims("postgresql://x@y/z", name) for name in ("s", "s", "t"))
     assert one.claim(0)
     assert not other.claim(0)
     assert another_search.claim(0)
     one.release(0)
     assert other.claim(0)
-    with one.lock():
+    waits = pytest.raises(OperationalError, match="user-defined function raised exception")
+    with one.lock(), waits, other.lock():
+        pytest.fail("has the lock that another process has")
+    with other.lock():
         assert (one._study, -1) in database_locks
     assert (one._study, -1) not in database_locks
 
