@@ -502,6 +502,23 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
     assert "failed: trial-0000: no epoch ended with a validation" in printed
 
 
+def test_a_pruned_trial_has_its_last_value_and_the_values_at_the_rungs_that_it_reached(tmp_path: Path) -> None:
+    search = Search.__new__(Search)
+    search.plan = plan(pruner="hyperband", max_epochs=9)
+    search.store = Store(search.plan, tmp_path, None)
+    search.store.add(propose(search.plan, []))
+    folder = RunFolder(tmp_path / "trial-0000")
+    write_comparison(folder.path, "s", "hyperband", 9, [])
+    folder.metrics.write_text("epoch,val/acc\n1,0.5\n2,\n3,0.4\n")  # no validation in the second epoch
+    folder.write_result({"status": "pruned"})
+    search._record(0, folder)
+    (trial,) = search.store.trials()
+    assert (trial.state, trial.value) == (TrialState.PRUNED, 0.4)
+    assert trial.intermediate_values == {1: 0.5, 3: 0.4}
+    rungs = {key: value for key, value in trial.system_attrs.items() if key.startswith("completed_rung_")}
+    assert rungs == {"completed_rung_0": 0.5, "completed_rung_1": 0.4}
+
+
 def test_the_experiment_of_a_trial_does_not_depend_on_how_it_is_run() -> None:
     words = [
         "+model.depth=2",
