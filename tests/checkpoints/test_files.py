@@ -162,18 +162,29 @@ def test_a_named_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
             checkpoint_files.read(tmp_path / name)
 
 
-@pytest.mark.parametrize("keep", [0, 1, 3])
+@pytest.mark.parametrize("keep", [0, 1, 11])
 def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) -> None:
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
-    for number in range(1, 6):
+    for number in range(1, 14):
         folder.fresh.write_text(str(number))
         rotate_checkpoints(folder, best=number == 2, keep=keep)
     (folder.checkpoints / "last-².ckpt").touch()  # a digit that is no number
     found = {path.name: path.read_text() for path in folder.checkpoints.iterdir() if "²" not in path.name}
-    older = {f"last-{i}.ckpt": str(5 - i) for i in range(1, keep + 1)}
-    assert found == {"last.ckpt": "5", "best.ckpt": "2", **older}
+    older = {f"last-{i}.ckpt": str(13 - i) for i in range(1, keep + 1)}
+    assert found == {"last.ckpt": "13", "best.ckpt": "2", **older}
     assert [path.name for path in resume_candidates(folder)] == ["last.ckpt", *older, "best.ckpt"]
+
+
+def test_a_damaged_checkpoint_is_renamed_only_where_that_is_requested(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    content = {"state_dict": {}, "hyper_parameters": {}, "global_step": 1, "epoch": 0}
+    AtomicCheckpointIO().save_checkpoint(content, folder.best)
+    folder.last.write_bytes(b"damaged")
+    for rename, name in ((False, "last.ckpt"), (True, "last.ckpt.damaged-0")):
+        found = checkpoint_files.load_newest_valid(folder, rename)
+        assert found == (folder.best, content)
+        assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.ckpt", name]
 
 
 # Each event is in a process of its own, which kills itself.

@@ -57,6 +57,14 @@ def test_every_config_file_composes_and_builds_its_network(option: Path) -> None
     assert sum(p.numel() for p in network.parameters()) > 0
 
 
+def test_each_recipe_has_the_number_of_epochs_that_it_was_measured_with() -> None:
+    epochs = {name: compose_config([f"experiment={name}"]).trainer.max_epochs for name in EXPERIMENTS.split(", ")}
+    assert epochs == {
+        "best": 20, "cpu": 4, "cpu_best": 7, "nin_small": 3, "notebook": 10, "paper": 10, "paper_cifar10": 30,
+        "quickstart": 3, "robust": 10,
+    }  # fmt: skip
+
+
 def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
     errors = errors_of("optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2")
     assert [error.split(";")[0] for error in errors] == [

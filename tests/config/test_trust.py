@@ -136,6 +136,7 @@ def test_a_target_in_an_argument_is_refused(settings: Callable[..., Settings]) -
     [
         ("duration", "/etc"), ("duration", "a/../../b"), ("duration", "~/x"), ("duration", "https://example.org"),
         ("dirpath", "src"), ("exclude_batches_path", "README.md"), ("tracking_uri", "example.org"), ("sub_dir", "src"),
+        ("host", "example.org"),
     ],
 )  # fmt: skip
 def test_paths_and_addresses_outside_the_run_are_refused(

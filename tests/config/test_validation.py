@@ -204,10 +204,11 @@ def test_a_callback_without_a_monitored_metric_is_accepted() -> None:
     assert "x" in validate(compose_config([target, "+callbacks.x.monitor=null"])).callbacks
 
 
-def test_test_images_do_not_decide_when_training_ends() -> None:
-    on_test = ("callbacks=early_stopping", "data.score_each_epoch=test", "callbacks.early_stopping.monitor=test/acc")
+@pytest.mark.parametrize("metric", ["test/acc", "test/loss"])
+def test_test_images_do_not_decide_when_training_ends(metric: str) -> None:
+    on_test = ("callbacks=early_stopping", "data.score_each_epoch=test", f"callbacks.early_stopping.monitor={metric}")
     assert refused(*on_test) == (
-        "callbacks.early_stopping.monitor=test/acc: test images must not decide when training ends; choose val/acc or "
+        f"callbacks.early_stopping.monitor={metric}: test images must not decide when training ends; choose val/acc or "
         "val/loss",
     )
 
@@ -294,6 +295,11 @@ def test_a_rule_declares_the_keys_that_it_reads(
 )
 def test_numbers_of_steps_and_batches_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
     assert [error.startswith(message) for error in refused(*overrides)] == [True]
+
+
+def test_a_minimum_may_be_the_maximum() -> None:
+    equal = [f"trainer.{end}_{unit}=4" for end in ("min", "max") for unit in ("epochs", "steps")]
+    assert validate(compose_config(equal)).trainer.min_steps == 4
 
 
 def test_an_interval_between_validations_may_count_the_batches_of_all_epochs() -> None:

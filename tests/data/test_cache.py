@@ -281,6 +281,14 @@ def test_broken_files_can_be_left_out(tmp_path: Path) -> None:
     assert np.array_equal(pixels(cache)[9], to_pixels(open_image(root / "test/red/0.png")))
 
 
+def test_a_cache_without_the_broken_files_is_not_that_of_a_folder_that_may_have_none(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", {"train": 2, "test": 1})
+    (root / "train" / "red" / "1.png").write_bytes(b"no image")
+    assert open_cache(folder_data(root, skip_broken=True)).counts == {"train": 5, "test": 3}
+    with pytest.raises(UserError, match=r"train/red/1.png: not an image"):
+        open_cache(folder_data(root))
+
+
 def test_a_class_whose_images_are_all_broken_is_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "root", {"train": 1, "test": 1})
     for file in (root / "train" / "red" / "0.png", *(root / "test").rglob("*.png")):

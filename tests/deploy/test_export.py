@@ -41,6 +41,16 @@ def test_the_exported_file_gives_the_checkpoints_probabilities_and_maps(
     np.testing.assert_allclose(found.maps.mean((2, 3)), found.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_an_export_is_computed_by_as_many_threads_as_requested(tmp_path: Path) -> None:
+    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("images", "same")]
+    node = onnx.helper.make_node("Identity", ["images"], ["same"])
+    graph = onnx.helper.make_graph([node], "graph", values[:1], values[1:])
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
+    sessions = [open_session(tmp_path / "model.onnx", threads) for threads in (3, None)]
+    assert [session.get_session_options().intra_op_num_threads for session in sessions] == [3, 0]
+
+
 def test_places_that_a_checkpoint_names_are_not_followed(
     run_folder: Path, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

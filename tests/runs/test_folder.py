@@ -256,6 +256,20 @@ def test_a_file_is_on_disk_before_it_replaces_another_and_its_name_afterwards(
     assert events == [("file", 4), ("replace", 4), ("folder", tmp_path.stat().st_ino)]
 
 
+def test_a_result_that_can_not_be_written_leaves_the_one_before_it(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    folder.write_result({"status": "finished"})
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        folder.write_result({"status": "failed"})
+    assert folder.read_result() == {"status": "finished"}
+    assert list(folder.path.iterdir()) == [folder.result]
+
+
 def test_what_a_killed_process_was_writing_is_removed_an_hour_later(tmp_path: Path) -> None:
     names = (".a[1].csv.1f.tmp", ".a[1].csv.2f.tmp", ".a1.csv.1f.tmp", ".b.csv.1f.tmp")
     for name in names:

@@ -351,6 +351,24 @@ def test_a_sweep_waits_for_its_own_jobs_only_and_not_for_others_in_its_folder(
     assert "another process" not in capsys.readouterr().out
 
 
+def test_the_jobs_of_a_further_batch_are_numbered_after_those_before_it(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    launched: list[tuple[int, list[str]]] = []
+
+    def launch_jobs(jobs: list[list[str]], start: int) -> list[Any]:
+        launched.append((start, [job[-1] for job in jobs]))
+        return []
+
+    monkeypatch.setattr(launch.Plugins, "instantiate_launcher", lambda *_, **__: SimpleNamespace(launch=launch_jobs))
+    monkeypatch.setattr(launch.Sweep, "_count_skipped_jobs", lambda _: 0)
+    words = [*SMALL, f"data.root={data_root}", "name=x", "seed=0,1,2", "hydra.sweeper.max_batch_size=2"]
+    assert cli.run("train", ["-m", *words]) == 0
+    first, second, third = (f"hydra.sweep.subdir={quote_value(f'seed={seed}')}" for seed in range(3))
+    assert launched == [(0, [first, second]), (2, [third])]
+
+
 def test_a_rank_left_in_the_environment_does_not_change_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_PROCID", "1")
     assert cli.run("train", ["-m", "name=a,b"]) == 2

@@ -553,6 +553,11 @@ def test_a_csv_logger_has_every_value_when_a_checkpoint_is_saved(
             path = tmp_path / "csv" / "metrics.csv"
             written.append(len(path.read_text().splitlines()) if path.exists() else 0)
 
+        def on_test_start(self, trainer: Trainer, *_: Any) -> None:
+            trainer.fit_loop.epoch_loop._batches_that_stepped += 1  # as after some resumes
+
     run_experiment(settings("logger=csv", "callbacks=none"), RunFolder(tmp_path), callbacks=[Reader()])
     assert written[0] == 0
     assert written[1] > 2  # the header, and rows of training and validation
+    rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows if row["test/acc"]] == ["12"]

@@ -69,6 +69,18 @@ def test_an_extended_run_that_is_killed_at_its_start_is_not_finished(
     assert run.execute_run(longer)["epochs"] == 4
 
 
+def test_a_run_that_ended_early_is_finished_if_as_many_epochs_as_it_has_are_requested(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete = FakeExperiment.run
+    monkeypatch.setattr(FakeExperiment, "run", lambda self, resumes: complete(self, resumes) | {"epochs": 2})
+    result = run.execute_run(request_of("trainer.max_epochs=4"))
+    monkeypatch.setattr(FakeExperiment, "run", lambda *_: pytest.fail("trained again"))
+    assert run.execute_run(request_of("trainer.max_epochs=2")) == result
+    more = request_of("trainer.max_epochs=3")
+    assert run.read_finished_result(more.folder, more.settings) is None
+
+
 def test_a_finished_run_is_not_the_result_of_other_images(
     settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

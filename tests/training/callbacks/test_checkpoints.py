@@ -165,6 +165,14 @@ def test_within_an_epoch_it_saves_when_the_last_save_is_so_many_minutes_ago(
     assert len(hashes) == 1
 
 
+def test_within_an_epoch_it_saves_one_step_before_the_last(
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nin.training.callbacks.checkpoints")
+    run_experiment(settings("trainer.max_steps=4", "callbacks=none", "logger=none"), RunFolder(tmp_path))
+    assert [r.args[1] for r in caplog.records if r.msg.startswith("saved last.ckpt")] == [3, 4]
+
+
 def test_a_stop_between_accumulated_batches_saves_after_the_step(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
