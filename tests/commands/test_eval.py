@@ -58,6 +58,19 @@ def test_what_a_file_from_elsewhere_names_is_not_followed(
     assert (tested.trainer.profiler, tested.logger, tested.callbacks) == (None, {}, {})
 
 
+def test_a_checkpoint_is_tested_on_the_images_where_the_run_found_them(
+    settings: Callable[..., Settings], tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIN_DATA", str(tmp_path / "own"))
+    path = save(tmp_path / "x.ckpt", settings().model_dump(mode="json"))
+    monkeypatch.setattr(evaluation, "evaluate_weights", lambda tested, _: [tested.data.root])
+    assert eval_command.evaluate_checkpoint(path, [], [])[1] == str(data_root)
+    (tmp_path / "chosen").symlink_to(data_root)
+    monkeypatch.chdir(tmp_path)
+    assert eval_command.evaluate_checkpoint(path, ["data.root=chosen"], [])[1] == str(tmp_path / "chosen")
+    assert not (tmp_path / "own").exists()
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -12,6 +12,7 @@ from nin.commands import resume
 from nin.config.schema import OwnLoss, Settings, UserError
 from nin.config.trust import require_trusted_targets, with_local_defaults, without_training_parts
 from nin.config.validation import validate_plain
+from nin.data.sources import FILES, with_found_root
 from nin.runs.folder import RunFolder
 
 CLASS = "lightning.pytorch.callbacks.Timer"
@@ -162,11 +163,11 @@ def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
     followed = without_training_parts(foreign)
     assert followed.data.mirrors == settings().data.mirrors
     assert (followed.trainer.profiler, followed.trainer.model_registry) == (None, None)
-    assert followed.data.root == str(data_root)
+    assert with_found_root(followed).data.root == str(data_root)
     assert (followed.logger, followed.callbacks) == ({}, {})
     photos = settings("data=folder", "data.root=/photos", "data.cache=/foreign")
     for local in (with_local_defaults, without_training_parts):
-        assert (local(photos).data.root, local(photos).data.cache) == ("/photos", None)
+        assert (with_found_root(local(photos)).data.root, local(photos).data.cache) == ("/photos", None)
     resumed = with_local_defaults(foreign)
     assert (resumed.data.mirrors, resumed.trainer.profiler) == (settings().data.mirrors, None)
     assert (resumed.data.root, resumed.logger) == ("/foreign", foreign.logger)
@@ -209,8 +210,11 @@ def test_a_data_set_is_not_written_into_a_folder_that_a_stored_config_names(
 ) -> None:
     monkeypatch.setenv("NIN_DATA", str(tmp_path / "own"))
     folder = RunFolder(tmp_path / "run")
-    # Where the data set is, it is used: the run's folder is the user's own.
-    for root, expected in ((tmp_path / "foreign", tmp_path / "own"), (data_root, data_root)):
+    (tmp_path / "incomplete" / "Garments" / "raw").mkdir(parents=True)
+    for name in FILES:
+        (tmp_path / "incomplete" / "Garments" / "raw" / name).touch()
+    own = tmp_path / "own"
+    for root, expected in ((tmp_path / "foreign", own), (tmp_path / "incomplete", own), (data_root, data_root)):
         folder.write_request(
             settings().model_dump(mode="json") | {"data": settings(f"data.root={root}").data.model_dump()}, []
         )

@@ -64,6 +64,15 @@ def test_places_that_a_checkpoint_names_are_not_followed(
     assert not (tmp_path / "foreign").exists()
 
 
+def test_an_export_is_checked_on_the_images_where_the_run_found_them(
+    run_folder: Path, tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NIN_DATA", str(tmp_path / "own"))
+    checkpoint = run_folder / "checkpoints" / "best.ckpt"
+    assert Exporter(checkpoint, lambda *_: None).local_settings.data.root == str(data_root)
+    assert not (tmp_path / "own").exists()
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 17, 300), (1, 300, 200), (2, 28, 29)])
 def test_batch_height_and_width_are_dynamic(run_folder: Path, export: Path, shape: tuple[int, ...]) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)

@@ -10,8 +10,8 @@ from nin.commands.options import add_allow_option
 from nin.config.composition import apply_overrides
 from nin.config.keys import split_override
 from nin.config.schema import FolderData, Settings, UserError
-from nin.config.trust import without_training_parts
-from nin.data.sources import describe, prepare, require_same_classes
+from nin.config.trust import with_local_root, without_training_parts
+from nin.data.sources import describe, prepare, require_same_classes, with_found_root
 from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, tolerate_output_errors
 from nin.runs.results import print_test
@@ -75,7 +75,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
 
     with log_to(None):
         checkpoint = read(path)
-        stored = without_training_parts(read_checkpoint_settings(checkpoint, path, allowed))
+        stored = with_found_root(without_training_parts(read_checkpoint_settings(checkpoint, path, allowed)))
         settings = apply_overrides(stored, overrides, MAY_CHANGE)
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
@@ -95,7 +95,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     from nin.deploy.scoring import evaluate_network, load_part
 
     description = load_onnx(path).description
-    stored = without_training_parts(read_export_settings(description, path))
+    stored = with_local_root(without_training_parts(read_export_settings(description, path)))
     # An export names no path of the machine that wrote it, and a folder of images has no default place.
     if isinstance(stored.data, FolderData) and "data.root" not in dict(map(split_override, overrides)):
         raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")

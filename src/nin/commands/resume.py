@@ -6,10 +6,10 @@ from pathlib import Path
 from nin.commands.options import add_allow_option
 from nin.config.changes import MAY_CHANGE
 from nin.config.composition import apply_overrides
-from nin.config.schema import Data, Settings, UserError
-from nin.config.trust import require_trusted_targets, with_local_defaults, with_local_root
+from nin.config.schema import Settings, UserError
+from nin.config.trust import require_trusted_targets, with_local_defaults
 from nin.config.validation import validate_plain
-from nin.data.sources import raw_folder
+from nin.data.sources import with_found_root
 from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.sweeps.checks import require_search_packages
@@ -72,10 +72,7 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = with_local_defaults(validate_plain(config))
     require_trusted_targets(stored, allowed, overrides)
-    # Missing files are downloaded or generated, and not into a folder that only the stored config names.
-    if isinstance(stored.data, Data) and not raw_folder(stored.data).is_dir():
-        stored = with_local_root(stored)
-    settings = apply_overrides(stored, overrides, _MAY_CHANGE)
+    settings = apply_overrides(with_found_root(stored), overrides, _MAY_CHANGE)
     if settings.sweep.prune:  # a trial of a search
         require_search_packages()
     # The stored overrides are only recorded, not composed: they may name anything.

@@ -80,6 +80,11 @@ class Data(Images):
     mirrors: list[str]
 
 
+def raw_folder(data: Data) -> Path:
+    """The folder of the files, as in ``<root>/FashionMNIST/raw``."""
+    return Path(data.root) / DATA_SETS[data.name].folder / "raw"
+
+
 class FolderData(Images):
     """The user's own images, one folder per class."""
 

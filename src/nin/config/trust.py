@@ -141,9 +141,8 @@ def with_local_defaults(stored: Settings) -> Settings:
 
 
 def without_training_parts(stored: Settings) -> Settings:
-    """``with_local_defaults``, with this machine's own ``data.root`` and without loggers, callbacks and loss."""
-    stored = with_local_root(with_local_defaults(stored))
-    return stored.model_copy(update={"logger": {}, "callbacks": {}, "loss": None})
+    """``with_local_defaults``, without loggers, callbacks and loss."""
+    return with_local_defaults(stored).model_copy(update={"logger": {}, "callbacks": {}, "loss": None})
 
 
 def with_local_root(stored: Settings) -> Settings:

@@ -1,7 +1,6 @@
 """The data sets: their classes, where their files are downloaded from, and whether the files are intact.
 
-Imports neither torch nor NumPy before files are downloaded or read, so that a missing or altered file is reported
-within a second.
+Imports neither torch nor NumPy before files are downloaded or read: what is missing is reported within a second.
 """
 
 import contextlib
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from nin.config.data_sets import DATA_SETS, AnyData
+from nin.config.data_sets import DATA_SETS, AnyData, raw_folder
 from nin.config.errors import printable
-from nin.config.schema import Data, FolderData, OwnData, UserError
+from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
+from nin.config.trust import with_local_root
 from nin.data.folder import hash_file, hash_once
 
 if TYPE_CHECKING:
@@ -145,9 +145,12 @@ def prepare(data: AnyData) -> None:
         raise UserError(f"{error.filename}: can't be read ({error.strerror})") from error
 
 
-def raw_folder(data: Data) -> Path:
-    """The folder of the files, as in ``<root>/FashionMNIST/raw``."""
-    return Path(data.root) / DATA_SETS[data.name].folder / "raw"
+def with_found_root(stored: Settings) -> Settings:
+    """``stored`` if nothing is missing in its ``data.root``, else with this machine's: files are written only there."""
+    with contextlib.suppress(OSError):  # the folder of another user
+        if not isinstance(stored.data, Data) or not _missing_files(raw_folder(stored.data), stored.data):
+            return stored
+    return with_local_root(stored)
 
 
 def load(data: Data, part: str) -> "tuple[np.ndarray, np.ndarray]":

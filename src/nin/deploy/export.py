@@ -16,7 +16,7 @@ from torch import Tensor
 from nin.config.composition import apply_overrides
 from nin.config.schema import Settings, UserError
 from nin.config.trust import without_training_parts
-from nin.data.sources import describe, prepare, require_same_classes
+from nin.data.sources import describe, prepare, require_same_classes, with_found_root
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.data.transforms import resize
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
@@ -62,7 +62,8 @@ class Exporter:
         self.module, self.pipeline, self.description = read_checkpoint(path, allow)
         self.progress = progress
         # The settings of the run, with the place of the data on this machine.
-        self.local_settings = apply_overrides(without_training_parts(self.module.settings), list(overrides), MAY_CHANGE)
+        stored = with_found_root(without_training_parts(self.module.settings))
+        self.local_settings = apply_overrides(stored, list(overrides), MAY_CHANGE)
         prepare(self.local_settings.data)
         self.local_settings = with_channels(self.local_settings, self.description.channels)
         warn_of_other_images(self.local_settings.data, self.description.more["images_sha256"])
