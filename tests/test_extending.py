@@ -20,7 +20,7 @@ from pictures import write_folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 FEW_STEPS = [word for word in SMALL if word.startswith("trainer.") and "max_epochs" not in word]
-COMMANDS = re.findall(r"^    (?:PYTHONPATH=\. )?nin (train .*)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^    (?:PYTHONPATH=\. )?nin (train .*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
 
 
 @pytest.fixture
@@ -44,8 +44,10 @@ def folder(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(command: str) -> dict[str, object]:
-    arguments = shlex.split(command)[1:]
-    assert train.main([*arguments, "trainer=cpu", "trainer.max_epochs=1", "data.batch_size=8", *FEW_STEPS]) == 0
+    short = ["trainer=cpu", "trainer.max_epochs=1", "data.batch_size=8", *FEW_STEPS]
+    keys = [word.partition("=")[0] for word in short]
+    arguments = [word for word in shlex.split(command)[1:] if word.partition("=")[0] not in keys]
+    assert train.main([*arguments, *short]) == 0
     name = next(word for word in arguments if word.startswith("name=")).removeprefix("name=")
     return json.loads(Path("outputs/runs", name, "result.json").read_text())
 
@@ -84,4 +86,4 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
 
 def test_the_page_has_an_example_of_each(folder: Path) -> None:
     names = {re.search(r"name=(\w+)", command)[1] for command in COMMANDS}
-    assert names == {"mine", "photos", "tiny", "stripes", "weighted", "rmsprop", "steps", "log"}
+    assert names == {"mine", "photos", "ants", "tiny", "stripes", "weighted", "rmsprop", "steps", "log"}
