@@ -8,11 +8,13 @@ from torch import nn
 
 from helpers import run_experiment
 from nin.checkpoints.files import read
+from nin.checkpoints.weights import hash_weights
 from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
 from nin.networks.components import start_from_components
 from nin.runs.folder import RunFolder
 from nin.training.classifier import Classifier
+from nin.training.evaluation import evaluate_weights
 
 
 def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
@@ -33,6 +35,20 @@ def test_a_run_starts_from_normalized_training_images_that_are_not_augmented(
     convolution = nn.Conv2d(1, 8, 3, stride=2)
     start_from_components(convolution, (images[spread].unsqueeze(1) / 255 - mean) / std)
     assert torch.allclose(filters, convolution.weight, atol=1e-5)
+
+
+def test_a_test_is_that_of_the_first_filters_as_they_were_trained(
+    tmp_path: Path, settings: Callable[..., Settings]
+) -> None:
+    init = ["model.init=kaiming_dirac_pca", "optimizer.lr=0.005", "trainer.max_epochs=1"]
+    requested, folder = settings(*init, "callbacks=none", "logger=none"), RunFolder(tmp_path)
+    result = run_experiment(requested, folder)
+    best = read(folder.best)
+    module = Classifier(requested, [str(i) for i in range(10)])
+    module.load_state_dict(best["state_dict"])
+    assert result["best_weights_sha256"] == hash_weights(module.network)
+    tested, _ = evaluate_weights(requested, best)
+    assert tested == {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
 
 
 def fit_without_data(settings: Settings) -> None:
