@@ -41,6 +41,18 @@ def test_metrics_of_more_than_30_classes_and_of_images_in_a_file() -> None:
     assert "test/top5_acc" not in evaluate_network(few, images, labels % 10, lambda *_: None)[0]  # type: ignore[arg-type]
 
 
+def test_an_accuracy_by_class_is_a_share_of_the_images_of_that_class() -> None:
+    """And not of the images for which the class is predicted."""
+    probabilities = np.array([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1], [0.2, 0.5, 0.3]], np.float32)
+    network: Any = SimpleNamespace(
+        predict=lambda _: probabilities, description=SimpleNamespace(class_names=["a", "b", "c"])
+    )
+    images, labels = np.zeros((3, 2, 2), np.uint8), np.array([0, 0, 1])
+    metrics, confusion = evaluate_network(network, images, labels, lambda *_: None)
+    assert metrics["test/acc_by_class"] == {"a": 0.5, "b": 1.0, "c": None}
+    assert confusion.tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 0]]  # rows are true classes
+
+
 def test_the_parts_of_a_folder_are_those_of_its_run(tmp_path: Path) -> None:
     """The test images that are split off the training images depend on the seed of the run."""
     from nin.data.module import ImageDataModule

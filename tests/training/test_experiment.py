@@ -124,6 +124,9 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
         assert reported[f"{part}/loss"] == pytest.approx(float(functional.cross_entropy(logits, labels)), rel=3e-6)
         assert reported[f"{part}/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()), rel=3e-6)
     names = Classifier.load_from_checkpoint(folder.best, weights_only=True).class_names
+    right = (logits.argmax(1) == labels).double()
+    by_class = {name: float(right[labels == i].mean()) for i, name in enumerate(names)}
+    assert reported["test/acc_by_class"] == pytest.approx(by_class)
     never = [name for i, name in enumerate(names) if i not in logits.argmax(1)]
     assert never  # untrained weights predict few of the classes
     assert f"never predicted for any of 2000 test images: {', '.join(never)};" in caplog.text
