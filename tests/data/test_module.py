@@ -187,6 +187,19 @@ def test_more_images_than_the_limit_are_read_by_batch_and_are_the_same(tmp_path:
     assert torch.equal(in_memory.test[0][2:5], mapped.test[0][2:5])
 
 
+def test_statistics_are_those_of_each_channel_of_all_training_images(tmp_path: Path) -> None:
+    module = ImageDataModule(folder_data(write_folder(tmp_path / "root", {"train": 8})))
+    module.setup("fit")
+    images, labels = module.train
+    assert images.shape == (12, 12, 12, 3)
+    # Each image 5000 times, one after another: 25 MiB, of which the first 16 have more of the first class.
+    module.train = MappedImages(images, torch.arange(12).repeat_interleave(5000)), labels
+    mean, deviation = module.compute_statistics()
+    pixels = images.numpy().reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, pixels.mean(0), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(deviation, pixels.std(0), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("are_moved", [False, True])
 def test_a_run_is_not_resumed_with_other_images_or_with_them_in_other_parts(are_moved: bool, tmp_path: Path) -> None:
     root = write_folder(tmp_path / "root", {"train": 8, "val": 2})
