@@ -371,6 +371,25 @@ def test_label_smoothing_is_part_of_the_training_loss_only(settings: Callable[..
     require_trained_on(module, torch.rand(10, 1, 28, 28), labels, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_gradient_of_all_micro_batches_together_is_clipped(settings: Callable[..., Settings]) -> None:
+    chosen = settings(
+        "trainer.gradient_clip_val=0.01", "speed.micro_batch=4", "trainer.max_epochs=1", "model.norm=none",
+        "model.dropout=0", "schedule=constant", "optimizer=sgd", "optimizer.lr=10", "optimizer.momentum=0",
+        "callbacks=none", "logger=none",
+    )  # fmt: skip
+    module = Classifier(chosen, CLASSES)
+    images, labels = torch.rand(10, 1, 28, 28), torch.arange(10)
+    weights = list(module.network.parameters())
+    gradients = torch.autograd.grad(torch.nn.functional.cross_entropy(module(images), labels), weights)
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert norm > 0.1
+    expected = [w.detach() - 10 * g * 0.01 / norm for w, g in zip(weights, gradients, strict=True)]
+    batches = DataLoader(TensorDataset(images, labels), batch_size=10)
+    build_trainer(chosen, None).fit(module, batches, batches)
+    torch.testing.assert_close([weight.detach() for weight in weights], expected)
+
+
 def test_a_second_test_counts_its_own_images_only() -> None:
     module = Classifier(validate(compose_config(["model=nin_small"])), CLASSES)
     batches = DataLoader(TensorDataset(torch.rand(6, 1, 28, 28), torch.arange(6)), batch_size=3)
