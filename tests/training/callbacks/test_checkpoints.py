@@ -187,10 +187,13 @@ def test_a_stop_between_accumulated_batches_saves_after_the_step(
 
 
 class Noise(Callback):
-    """Draws from the generators of Python and of NumPy, as augmentation of the user's own may."""
+    """Draws from the generators of Python and of NumPy, as augmentation of the user's own may.
+
+    Both make two normally distributed numbers at a time, and keep the second for the next call.
+    """
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        batch[0].add_(random.random() + np.random.rand())
+        batch[0].add_(random.gauss(0, 1) + np.random.normal())
 
 
 def test_numbers_that_python_and_numpy_draw_are_those_of_a_run_without_the_stop(
@@ -199,7 +202,11 @@ def test_numbers_that_python_and_numpy_draw_are_those_of_a_run_without_the_stop(
     chosen, folder = settings("~callbacks.images", "logger=none"), RunFolder(tmp_path / "stopped")
     uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"), callbacks=[Noise()])
     with pytest.raises(StoppedError):
-        run_experiment(chosen, folder, callbacks=[Noise(), StopIn("on_train_batch_start", 8)])
+        run_experiment(chosen, folder, callbacks=[Noise(), StopIn("on_train_batch_start", 7)])
+    (process,) = checkpoint_files.read(folder.last)["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["processes"]
+    (*_, kept), (*_, is_kept, _) = (process["random_state"][name] for name in ("python", "numpy"))
+    assert kept is not None
+    assert is_kept == 1
     resumed = run_experiment(chosen, folder, callbacks=[Noise()])
     assert resumed["weights_sha256"] == uninterrupted["weights_sha256"]
 
