@@ -193,6 +193,8 @@ def test_the_final_test_is_logged_where_the_last_epoch_was_not_scored(
     events = EventAccumulator(str(folder.path)).Reload()
     assert [event.step for event in events.Scalars("test/acc")] == [12, 18]
     assert [event.step for event in events.Scalars("when_finished/test/acc")] == [18]
+    # The scores of epoch 2 are not those of epoch 3.
+    assert ["test/acc" in row for row in folder.read_epochs()] == [False, True, False]
 
 
 def test_a_validation_in_the_middle_of_an_epoch_is_no_time_of_its_images(
