@@ -46,6 +46,32 @@ def test_the_mean_of_a_map_is_the_logit_of_both_views(run_folder: Path, test_ima
     np.testing.assert_allclose(scores.probabilities.sum(1), 1, atol=1e-6)
 
 
+@pytest.mark.parametrize("maps", ["gap", "grad_cam"])
+def test_the_maps_of_a_mirrored_image_are_mirrored_back(maps: str) -> None:
+    torch.manual_seed(0)
+    if maps == "gap":
+        head: tuple[torch.nn.Module, ...] = (
+            torch.nn.Conv2d(4, 3, 1),
+            torch.nn.AdaptiveAvgPool2d(1),
+            torch.nn.Flatten(),
+        )
+    else:
+        pytest.importorskip("captum")
+        head = (torch.nn.Flatten(), torch.nn.Linear(4 * 13 * 13, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.ReLU(), *head).requires_grad_(False)
+    plain, both = (Pipeline(network, 1, 28, 28, test_time_flip=flip).eval() for flip in (False, True))
+    assert plain.maps == maps
+
+    def maps_of(pipeline: Pipeline, images: torch.Tensor) -> torch.Tensor:
+        return pipeline(images)[2] if pipeline.has_maps else pipeline.grad_cam(images)
+
+    images = torch.zeros(2, 28, 28, dtype=torch.uint8)
+    images[0, :, 20:] = images[1, 5:, :9] = 255
+    image, mirror = maps_of(plain, images), maps_of(plain, images.flip(-1))
+    torch.testing.assert_close(maps_of(both, images), (image + mirror.flip(-1)) / 2)
+    assert (mirror - mirror.flip(-1)).abs().max() > 0.1 * mirror.abs().max()
+
+
 def test_images_of_several_sizes_keep_their_order(run_folder: Path, test_images: np.ndarray) -> None:
     network = nin.load(run_folder)
     large = np.asarray(Image.fromarray(test_images[1]).resize((90, 60)))
