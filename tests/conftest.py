@@ -174,7 +174,7 @@ def color_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def export(run_folder: Path) -> Path:
+def export(run_folder: Path, data_root: Path) -> Path:
     """`run_folder` exported to ONNX, which checks it on the whole test set."""
     pytest.importorskip("onnxscript")
     from nin.commands.export import main
@@ -182,7 +182,7 @@ def export(run_folder: Path) -> Path:
     path = run_folder / "export" / "model.onnx"
     with FileLock(run_folder / ".test-lock"):
         if not path.exists():
-            assert main([str(run_folder)]) == 0
+            assert main([str(run_folder), f"data.root={data_root}"]) == 0
     return path
 
 

@@ -95,14 +95,14 @@ def test_the_metadata_says_where_the_file_comes_from(run_folder: Path, export: P
 
 
 def test_a_file_that_differs_from_the_checkpoint_is_not_kept(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run_folder: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from nin.commands.export import main
     from nin.deploy import export
 
     exact = export.probabilities_of
     monkeypatch.setattr(export, "probabilities_of", lambda *given: exact(*given) + 2e-5)
-    assert main([str(run_folder), "--out", str(tmp_path / "m.onnx")]) == 1
+    assert main([str(run_folder), "--out", str(tmp_path / "m.onnx"), f"data.root={data_root}"]) == 1
     assert re.search(r"differ by up to 2\S*e-05 \(allowed: 1e-05\); not kept$", capfd.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +151,7 @@ def test_an_export_that_differs_for_a_single_image_is_refused(monkeypatch: pytes
 
 
 def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
-    run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, export: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nin.deploy import export as module
     from nin.deploy import quantize as quantize_module
@@ -164,7 +164,8 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
         quantize(source, path, images)
 
     monkeypatch.setattr(quantize_module, "quantize", record)
-    exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", lambda *_: None)
+    here = [f"data.root={data_root}"]
+    exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", lambda *_: None, here)
     monkeypatch.setattr(module, "images_per_second", lambda *_, **__: 1.0)
     monkeypatch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
     path = tmp_path / "m.int8.onnx"
@@ -178,7 +179,7 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     assert "QuantizeLinear" in kinds
     assert "BatchNormalization" not in kinds
     before = measured["accuracy"]["float"]
-    assert before == evaluate_export(export, [f"data.root={run_folder.parent / 'data'}"])[1]["test/acc"]
+    assert before == evaluate_export(export, here)[1]["test/acc"]
     with monkeypatch.context() as patch:
         patch.setattr(module, "INT8_LOSS", 0.003)
         for lost in (0.003, 0.0031):

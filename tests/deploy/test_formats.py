@@ -27,14 +27,15 @@ def block(language: str, containing: str) -> str:
 
 
 @pytest.mark.long
-def test_tritons_own_protobuf_reads_the_model_repository(run_folder: Path, tmp_path: Path) -> None:
+def test_tritons_own_protobuf_reads_the_model_repository(run_folder: Path, data_root: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     model_config = pytest.importorskip("tritonclient.grpc.model_config_pb2")
     from google.protobuf import text_format
 
     from nin.commands.export import main
 
-    assert main([str(run_folder), "--format", "triton", "--out", str(tmp_path / "repository")]) == 0
+    root = f"data.root={data_root}"
+    assert main([str(run_folder), "--format", "triton", "--out", str(tmp_path / "repository"), root]) == 0
     folder = tmp_path / "repository" / "small"
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == ["1/model.onnx", "config.pbtxt", "labels.txt"]
