@@ -390,6 +390,16 @@ def test_the_gradient_of_all_micro_batches_together_is_clipped(settings: Callabl
     torch.testing.assert_close([weight.detach() for weight in weights], expected)
 
 
+def test_metrics_of_a_network_in_bfloat16_are_summed_in_float32(settings: Callable[..., Settings]) -> None:
+    module = Classifier(settings(), CLASSES).to(torch.bfloat16)  # as Lightning does
+    module.on_fit_start()
+    for metric in (module.train_loss, module.train_acc, module.eval_loss):
+        metric.update(torch.zeros(256))
+        for _ in range(44):  # in bfloat16, 256 + 1 is 256
+            metric.update(torch.ones(1))
+        assert float(metric.compute()) == pytest.approx(44 / 300)
+
+
 def test_a_second_test_counts_its_own_images_only() -> None:
     module = Classifier(validate(compose_config(["model=nin_small"])), CLASSES)
     batches = DataLoader(TensorDataset(torch.rand(6, 1, 28, 28), torch.arange(6)), batch_size=3)

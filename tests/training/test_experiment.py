@@ -438,23 +438,17 @@ def test_overfitted_are_the_same_batches_again_and_again(settings: Callable[...,
     assert torch.equal(torch.cat(trained_on[:2]), torch.cat(trained_on[2:]))
 
 
-def test_losses_in_half_precision_are_summed_in_single(settings: Callable[..., Settings], tmp_path: Path) -> None:
-    # 500 batches of 4: in bfloat16 the sum would stand still at 256 images.
-    requested = ["optimizer.lr=1e-12", "data.batch_size=4", "trainer.limit_test_batches=1.0", "callbacks=none"]
-    requested += ["trainer.limit_train_batches=100", "trainer.log_every_n_steps=100"]
-    folders = [RunFolder(tmp_path / precision) for precision in ("bf16-true", "32-true")]
-    half, single = (
-        run_experiment(settings(*requested, f"trainer.precision={folder.path.name}"), folder) for folder in folders
-    )
-    assert half["metrics"]["test/loss"] == pytest.approx(single["metrics"]["test/loss"], rel=0.02)
-    trained = [folder.read_epochs()[-1]["train/acc"] for folder in folders]
-    assert trained[0] * 400 == pytest.approx(round(trained[0] * 400), abs=1e-3)  # of 400 images
-    assert trained[0] == pytest.approx(trained[1], abs=0.02)
+def test_eval_repeats_the_test_of_bfloat16_weights_and_they_classify_in_float32(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    requested = settings("trainer.precision=bf16-true", "trainer.max_epochs=1", "callbacks=none")
+    folder = RunFolder(tmp_path)
+    result = run_experiment(requested, folder)
     # The network is float32 until the Trainer converts it.
-    best = checkpoint_files.read(RunFolder(tmp_path / "bf16-true").best)
-    tested, _ = evaluate_weights(settings(*requested, "trainer.precision=bf16-true"), best)
-    assert tested == {name: value for name, value in half["metrics"].items() if name.startswith("test/")}
-    module, _, _ = read_checkpoint(RunFolder(tmp_path / "bf16-true").best)
+    best = checkpoint_files.read(folder.best)
+    tested, _ = evaluate_weights(requested, best)
+    assert tested == {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
+    module, _, _ = read_checkpoint(folder.best)
     weight = next(module.network.parameters())
     assert weight.dtype == torch.float32
     assert torch.equal(weight, best["state_dict"]["network.0.0.weight"].float())
