@@ -26,11 +26,12 @@ def test_mistakes(run_folder: Path, arguments: list[str], message: str) -> None:
 
 
 def test_without_a_compiler_nothing_is_written(
-    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    words = ["--format", "pt2", "--out", str(tmp_path / "new" / "model.pt2"), f"data.root={data_root}"]
     with pytest.raises(UserError, match=r"--format pt2: AOTInductor needs a C\+\+ compiler; install g\+\+ or clang"):
-        main([str(run_folder), "--format", "pt2", "--out", str(tmp_path / "new" / "model.pt2")])
+        main([str(run_folder), *words])
     assert list(tmp_path.iterdir()) == []
 
 
