@@ -79,7 +79,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
     Raises:
         UserError: lists every error, or every key that is not among ``may_change``.
     """
-    config = OmegaConf.create(settings.to_plain())
+    config = OmegaConf.create(settings.model_dump())
     words = overrides
     try:
         parsed = parse_overrides(overrides)

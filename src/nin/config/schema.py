@@ -251,7 +251,3 @@ class Settings(Section):
         """Whether Lightning divides the images among processes, as the project's data module does itself."""
         chosen, is_own = self.trainer.use_distributed_sampler, isinstance(self.data, OwnData)
         return is_own and not is_single_process(self.trainer) if chosen is None else chosen
-
-    def to_plain(self) -> dict[str, Any]:
-        """Plain values. In JSON all keys are texts, but a class of the user's own may have numbers, as {6: 2.0}."""
-        return self.model_dump()

@@ -1,6 +1,5 @@
 """The jobs of a sweep: in the sweep's own process one after another, in joblib's workers, or on a cluster."""
 
-import atexit
 import contextlib
 import functools
 import gc
@@ -52,7 +51,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         ReportedError, RunFailedError, StoppedError: what ended the job, where the sweep continues with other jobs.
         SweepInterrupt: if the sweep ends with this job.
     """
-    _free_previous_job()
+    gc.collect()  # of the previous job: the objects of Lightning, which refer to each other, hold its memory
     hydra = HydraConfig.get()
     os.chdir(hydra.runtime.cwd)  # Ray's processes start where the cluster was started
     silence_known_warnings()
@@ -84,14 +83,6 @@ def run_sweep_job(config: DictConfig) -> float | None:
     if status > 128 and is_requeued():
         sys.exit(status)  # SLURM runs this job again: the waiting sweep must not take it for ended
     raise ended
-
-
-def _free_previous_job() -> None:
-    """Frees the memory of the previous job, which the objects of Lightning hold: they refer to each other."""
-    gc.collect()
-    if "lightning" in sys.modules and not gc.get_freeze_count():
-        gc.freeze()  # the modules, which stay: the next collections take 0.01 s and not 0.2 s
-        atexit.register(gc.unfreeze)  # some libraries report objects that are left at the end as leaks
 
 
 def _build_request(config: DictConfig, folder: Path, in_turn: bool) -> RunRequest:

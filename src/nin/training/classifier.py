@@ -66,7 +66,7 @@ class Classifier(LightningModule):
         self.class_names, self.in_channels = tuple(map(str, class_names)), in_channels  # NumPy's texts become plain
         # Plain values: a checkpoint holds no class. `log_results` logs hyperparameters, with the final metrics.
         plain = {
-            "settings": self.settings.to_plain(),
+            "settings": self.settings.model_dump(),
             "class_names": list(self.class_names),
             "in_channels": in_channels,
         }

@@ -258,7 +258,7 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
     # Paths in it are absolute, so that the run can be resumed from any working directory.
-    folder.write_request(experiment.settings.to_plain(), request.overrides)
+    folder.write_request(experiment.settings.model_dump(), request.overrides)
     state = folder.read_state()
     earlier = [start for start in state.get("starts", []) if isinstance(start, dict)]
     starts = [*earlier, code] if resumed else [code]
