@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import nin
-from nin.commands.predict import _MapNames, _Rows, main
+from nin.commands.predict import _CSV, _JSON, _MapNames, _Rows, main
 from nin.config.schema import UserError
 from nin.deploy import map_figures
 from nin.deploy.trained import Description, Scores, TrainedNetwork
@@ -57,6 +57,25 @@ def test_csv_and_table(run_folder: Path, pictures: Path, capfd: pytest.CaptureFi
     header, line = capfd.readouterr().out.splitlines()
     assert header.split() == ["image", "class", "2."]
     assert f"{row['class']} {float(row['probability']):.4f}" in line
+
+
+@pytest.mark.parametrize(("kind", "first"), [("--json", '"犬"'), ("--csv", "image,class,probability,犬,猫")])
+def test_class_names_stay_distinct_in_an_encoding_that_lacks_their_characters(
+    kind: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for encoding in ("utf-8", "ascii"):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))
+        writer = _JSON(["犬", "猫"]) if kind == "--json" else _CSV(["犬", "猫"])
+        writer.add("a.png", np.array([0.25, 0.75]))
+        writer.finish()
+        sys.stdout.flush()
+        text = written.getvalue().decode()
+        assert (first in text) == (encoding == "utf-8")
+        if kind == "--json":
+            assert json.loads(text)[0]["probabilities"] == {"犬": 0.25, "猫": 0.75}
+        elif encoding == "ascii":
+            assert text.splitlines()[0] == "image,class,probability,\\u72ac,\\u732b"
 
 
 def test_the_table_prints_escapes_in_class_names_as_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,5 @@
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -411,6 +412,18 @@ def test_a_folder_of_a_user_whom_the_machine_does_not_know_is_a_relative_path(
     settings: Callable[..., Settings],
 ) -> None:
     assert settings("data.root='~no-such-user/images'").data.root == str(Path("~no-such-user/images").absolute())
+
+
+@pytest.mark.parametrize("name", ["a${b}", os.fsdecode(b"bad\xff")], ids=["interpolation", "not UTF-8"])
+def test_data_in_a_folder_whose_path_a_stored_config_can_not_have_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    assert refused("data.root=data") == (
+        f'data.root="data": must be a path in UTF-8 and without ${{; it is {str(tmp_path / name / "data")!r}; start in '
+        "another folder",
+    )
 
 
 def test_more_epochs_are_another_experiment_where_the_learning_rate_depends_on_them(

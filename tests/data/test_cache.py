@@ -109,6 +109,16 @@ def test_a_folder_that_is_moved_with_its_cache_keeps_it(tmp_path: Path, monkeypa
         assert open_cache(folder_data(tmp_path / "moved" / "root")).fingerprint == first.fingerprint
 
 
+def test_a_group_that_may_write_beside_the_folder_may_write_its_cache(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        cache = open_cache(folder_data(write_folder(tmp_path / "root", {"train": 1})))
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (cache.path, cache.path.parent)} == {"0o775"}
+    assert [path.name for path in cache.path.parent.glob(".new-*")] == []
+
+
 def test_an_image_that_is_altered_in_place_is_decoded_again(tmp_path: Path) -> None:
     """A file of the same name and size; only the time of its modification says that it has other pixels."""
     data = folder_data(write_folder(tmp_path / "root", {"train": 2}), stored_size=6)

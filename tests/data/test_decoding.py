@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -5,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nin.data.decoding import ImageError, ImageTooLargeError, formats, has_color, open_image, to_pixels
 from nin.deploy.images import ImageForm
@@ -41,11 +42,22 @@ def test_every_mode_becomes_gray_or_color(mode: str, color: object, gray: int, r
     assert decode(content, 3).tolist() == [[list(rgb)] * 3] * 2
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_the_gray_level_that_a_png_file_declares_transparent_is_dark(mode: str) -> None:
+    levels = np.array([[77, 255]], np.uint8)
+    image = Image.fromarray(levels if mode == "L" else levels.astype(np.uint16) * 257)
+    file = io.BytesIO()
+    image.save(file, "PNG", transparency=255 if mode == "L" else 65535)
+    assert decode(file.getvalue(), 1).tolist() == [[77, 0]]
+
+
 def test_cmyk_and_float_images_are_converted() -> None:
     cmyk = decode(encode(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "TIFF"), 3)
     assert cmyk[0, 0].tolist() == [0, 255, 255]
     floats = Image.fromarray(np.full((2, 2), 0.5, np.float32))
     assert decode(encode(floats, "TIFF"), 1).tolist() == [[128, 128]] * 2
+    infinite = Image.fromarray(np.array([[np.inf, 0.5, np.nan]], np.float32))
+    assert decode(encode(infinite, "TIFF"), 1).tolist() == [[0, 128, 0]]
 
 
 def test_integers_of_32_bits_are_those_of_8_or_of_16_bits() -> None:
@@ -103,6 +115,11 @@ def test_an_image_is_brought_to_a_square() -> None:
 def test_an_image_of_the_requested_size_is_not_changed() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
     assert np.array_equal(decode(encode(pixels), 3, size=9, fit="pad"), pixels)
+
+
+def test_a_padded_image_has_the_size_that_pillow_gives_it() -> None:
+    pad = decode(encode(Image.new("L", (400, 150), 9)), 1, size=28, fit="pad")
+    assert (pad.max(1) > 0).sum() == ImageOps.contain(Image.new("L", (400, 150)), (28, 28)).height
 
 
 def test_an_image_of_one_column_can_be_padded() -> None:

@@ -101,7 +101,7 @@ def test_killed_while_decoding_and_again_and_again_while_training(
     for _ in range(2):
         before = set(cache_folders(photos))
         with Killed("-c", DECODE, *command, cwd=tmp_path) as process:
-            wait_until(lambda: any((p / "images.bin").exists() for p in {*cache_folders(photos)} - before), process)  # noqa: B023
+            wait_until(lambda: any([*p.rglob("images.bin")] for p in {*cache_folders(photos)} - before), process)  # noqa: B023
         assert len(cache_folders(photos)) == 1  # left by the killed process; that of the one before is removed
     draw, last = random.Random(0), folder / "checkpoints/last.ckpt"
     for limit in range(2, 12, 2):

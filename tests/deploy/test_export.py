@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,13 @@ def test_weights_outside_of_the_file_are_refused(export: Path, tmp_path: Path, m
             load_onnx(_change(export, tmp_path / "m.onnx", refer))
 
 
+def test_an_export_is_read_where_no_temporary_folder_can_be_written(
+    export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    assert load_onnx(export).predict(np.zeros((1, 28, 28), np.uint8)).shape == (1, 10)
+
+
 def test_an_export_without_maps_says_so(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """That of a network whose maps need gradients."""
 
@@ -374,7 +382,13 @@ from nin import cli
 sys.argv = ["nin", "predict", {str(run_folder)!r}, {str(tmp_path / "a.png")!r}]
 cli.main()
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")} | {"HOME": str(home)}
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    # Telemetry of onnxruntime would have its files in .cache/Microsoft; matplotlib has its own.
+    assert {str(path.relative_to(home)) for path in home.glob(".cache/*")} <= {".cache/matplotlib"}
     assert run.returncode == 2
     assert run.stderr.startswith("nin predict: needs torch and the project's other dependencies; without torch ")
     assert run.stderr.count("\n") == 1

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import nin
+from nin.config.schema import UserError
 from nin.deploy.images import ImageForm
 
 PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
@@ -63,6 +64,21 @@ def test_each_of_tritons_labels_is_one_line(tmp_path: Path) -> None:
     exporter: Any = SimpleNamespace(description=known, export_onnx=lambda _: known, map_size=lambda: None)
     labels = (export_triton(exporter, tmp_path) / "labels.txt").read_text()
     assert labels == "ant\nbee\\nhive\n"
+
+
+def test_a_run_does_not_replace_another_one_in_a_model_repository(tmp_path: Path) -> None:
+    from nin.deploy.triton import export_triton
+
+    for run in ("x=1", "x=1", "x 1"):
+        known = SimpleNamespace(class_names=["ant"], channels=1, more={"run": run, "weights_sha256": "0"})
+        exporter: Any = SimpleNamespace(
+            description=known, export_onnx=lambda _, known=known: known, map_size=lambda: None
+        )
+        if run == "x=1":
+            assert export_triton(exporter, tmp_path) == tmp_path / "x_1"  # the same run is exported again
+            continue
+        with pytest.raises(UserError, match=r"x_1: has another run than x 1; give another folder with --out"):
+            export_triton(exporter, tmp_path)
 
 
 def test_the_pages_onnxruntime_program_runs_with_onnxruntime_and_numpy_alone(export: Path) -> None:

@@ -61,6 +61,18 @@ def test_the_seconds_are_the_median_and_the_hardware_is_named(tmp_path: Path) ->
     assert float(row["train_seconds median"]) == 43
 
 
+def test_runs_of_different_commits_are_named(tmp_path: Path) -> None:
+    sweep, commits = tmp_path / "seeds", ["1" * 40, "1" * 40, "2" * 40 + "+"]
+    for seed in range(2):
+        put_job(sweep / f"seed={seed}", [f"seed={seed}"], 0.9, git_commit=commits[seed])
+    summary.report(sweep)
+    assert "commits" not in (sweep / "summary.md").read_text()
+    put_job(sweep / "seed=2", ["seed=2"], 0.9, git_commit=commits[2])
+    summary.report(sweep)
+    line = "The runs are of different commits of the code: 1111111111, 2222222222+."
+    assert line in (sweep / "summary.md").read_text()
+
+
 def test_the_summary_says_what_plus_minus_is_and_how_far_test_images_decide(lr_sweep: Path) -> None:
     summary.report(lr_sweep)
     text = (lr_sweep / "summary.md").read_text()

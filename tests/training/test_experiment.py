@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import time
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from nin.config.composition import compose_config
 from nin.config.schema import Data, Settings, UserError
 from nin.config.validation import validate
 from nin.data import module as data_module
+from nin.data import splits
 from nin.data.module import split
 from nin.data.sources import load
 from nin.data.transforms import resize
@@ -42,6 +44,7 @@ from nin.training.loss import NonFiniteLossError, require_finite
 from nin.training.request import RunRequest
 from nin.training.run import execute_run
 from nin.training.trainer import build_trainer
+from pictures import folder_data, write_folder
 
 CLASSES = tuple("abcdefghij")
 
@@ -560,3 +563,20 @@ def test_a_csv_logger_has_every_value_when_a_checkpoint_is_saved(
     assert written[1] > 2  # the header, and rows of training and validation
     rows = list(csv.DictReader((tmp_path / "csv" / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows if row["test/acc"]] == ["12"]
+
+
+def test_a_folder_with_another_class_is_named_when_a_run_is_resumed(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its network has weights of another shape, which are not what the user has changed."""
+    root, folder = write_folder(tmp_path / "photos", {"train": 8}), RunFolder(tmp_path / "run")
+    for epochs in (1, 2):
+        chosen = settings(f"trainer.max_epochs={epochs}", "trainer.log_every_n_steps=1", "schedule=constant")
+        chosen = chosen.model_copy(update={"data": folder_data(root, image_size=28)})
+        if epochs == 1:
+            run_experiment(chosen, folder)
+            shutil.copytree(root / "train" / "red", root / "train" / "zebra")
+            monkeypatch.setattr(splits, "_opened", {})  # as in a new process, which lists the folder again
+            continue
+        with pytest.raises(UserError, match="photos: has other images than those the run was started with"):
+            run_experiment(chosen, folder)

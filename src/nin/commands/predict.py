@@ -253,6 +253,7 @@ class _JSON:
 
     def __init__(self, class_names: list[str]):
         self.class_names, self.begun = class_names, False
+        self.is_ascii = sys.stdout.encoding.lower() not in ("utf-8", "utf8")  # other encodings lack characters
 
     def add(self, name: str, probabilities: "np.ndarray") -> None:
         by_class = {c: round(float(p), 9) for c, p in zip(self.class_names, probabilities, strict=True)}
@@ -262,7 +263,7 @@ class _JSON:
         self._write({"image": name, "error": error})
 
     def _write(self, row: dict[str, Any]) -> None:
-        sys.stdout.write(("," if self.begun else "[") + "\n" + json.dumps(row, ensure_ascii=False))
+        sys.stdout.write(("," if self.begun else "[") + "\n" + json.dumps(row, ensure_ascii=self.is_ascii))
         self.begun = True
 
     def finish(self) -> None:
@@ -273,6 +274,8 @@ class _CSV:
     """A row per image: name, class, its probability, then each class's."""
 
     def __init__(self, class_names: list[str]):
+        # An encoding that lacks characters must not make two names equal.
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a text file, as Python opens it
         self.class_names, self.rows = class_names, csv.writer(sys.stdout, lineterminator="\n")
         self.rows.writerow(["image", "class", "probability", *class_names])
 

@@ -49,7 +49,11 @@ IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
 
 def _absolute(folder: str) -> str:
     """A checkpoint can be evaluated from another working directory than that of its run."""
-    return str(Path(os.path.expanduser(folder)).absolute())  # noqa: PTH111  # pathlib raises for an unknown ~user
+    path = str(Path(os.path.expanduser(folder)).absolute())  # noqa: PTH111  # pathlib raises for an unknown ~user
+    if "${" in path or path != path.encode(errors="replace").decode():
+        # Of the run's stored config the first would be an interpolation, and the second can't be written as YAML.
+        raise ValueError(f"must be a path in UTF-8 and without ${{; it is {path!r}; start in another folder")
+    return path
 
 
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
@@ -65,7 +69,8 @@ class Images(Section):
     # checkpoint is then not chosen by these metrics.
     score_each_epoch: Literal["val", "test"]
     augment: Literal["none", "flip", "flip_shift", "erase", "trivial"]
-    # Whether the network's input has mean 0 and standard deviation 1 over the training images, for each channel.
+    # Whether the network's input has mean 0 and standard deviation 1 for each channel, over the training images as they
+    # are stored.
     normalize: bool
     # Whether predictions are the mean of the probabilities for the image and for its flipped image.
     test_time_flip: bool

@@ -88,9 +88,9 @@ def _expectation(error: ErrorDetails) -> str:
     return re.sub(r"^\w+ should |,? after validation.*$", "", error["msg"])
 
 
-def shorten(text: str) -> str:
-    """``text`` with at most 80 characters; "…" replaces what is cut off."""
-    return text if len(text) <= 80 else f"{text[:79]}…"
+def shorten(text: str, limit: int = 80) -> str:
+    """``text`` with at most ``limit`` characters; "…" replaces what is cut off."""
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def printable(name: str) -> str:

@@ -26,7 +26,7 @@ from nin.data.decoding import NOT_NOW
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, hash_file, hash_once, list_images, require_usable
 from nin.data.parallel import decode_folder
 
-_FORMAT = 3  # the version of a cache; a change of the decoding needs another number
+_FORMAT = 4  # the version of a cache; a change of the decoding needs another number
 _HASHED = 2**30  # a larger file is not read to verify it; its size is compared
 # The attributes of a `Cache` that about.json stores.
 _STORED = ("channels", "counts", "broken", "fingerprint", "stored_size")
@@ -203,8 +203,10 @@ def _remove_unused(place: Path, key: str) -> None:
 def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
     for left_over in path.parent.glob(f".new-{path.name}-*"):  # left by a killed process, whose lock is held here now
         shutil.rmtree(left_over, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".new-{path.name}-", dir=path.parent) as new:
-        images = Path(new) / "images.bin"
+    with tempfile.TemporaryDirectory(prefix=f".new-{path.name}-", dir=path.parent) as parent:
+        new = Path(parent) / "cache"  # a temporary folder itself is readable by this user alone
+        new.mkdir()
+        images = new / "images.bin"
         channels, broken = decode_folder(data, listing, images)
         broken = dict(sorted({**listing.broken, **broken}.items()))
         require_unchanged(data, listing)
@@ -220,17 +222,15 @@ def _write(path: Path, data: FolderData, listing: Listing) -> Cache:
                 counts[part] = counts.get(part, 0) + 1
         if len(rows) < len(every):
             _keep_rows(images, rows, data.stored_size**2 * channels)
-        np.save(Path(new) / "labels.npy", np.array(labels, dtype=np.int64))
+        np.save(new / "labels.npy", np.array(labels, dtype=np.int64))
         sha256 = hash_file(images)
         fingerprint = _fingerprint(sha256, labels, listing.class_names)
         values = (channels, counts, broken, fingerprint, data.stored_size)
         about: dict[str, Any] = dict(zip(_STORED, values, strict=True))
         about |= {"class_names": listing.class_names, "sha256": sha256, "root": printable(data.root)}
-        (Path(new) / "about.json").write_text(json.dumps(about))
+        (new / "about.json").write_text(json.dumps(about))
         shutil.rmtree(path, ignore_errors=True)  # a cache that is incomplete or altered
-        Path(new).chmod(0o755)
-        Path(new).replace(path)
-        Path(new).mkdir()  # the context manager removes it
+        new.replace(path)
     return Cache(path, listing.class_names, *(about[name] for name in _STORED))
 
 

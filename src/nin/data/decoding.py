@@ -205,9 +205,12 @@ def _flatten(image: Image.Image, ground: int) -> Image.Image:
         # 16-bit PNG and TIFF files; 65535 becomes 255. Of 32 bits, programs use as many as 16 bits or 8 bits have.
         values = np.asarray(image).astype(np.float64)
         scale = 257 if image.mode != "I" or values.max(initial=0) > 255 else 1
-        image = Image.fromarray((values / scale).round().clip(0, 255).astype(np.uint8))
+        levels = (values / scale).round().clip(0, 255).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):  # the value that a PNG declares transparent
+            levels[values == transparent] = ground
+        image = Image.fromarray(levels)
     elif image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
         scale = 255 if values.max(initial=0) <= 1 else 1  # floats are from 0 to 1 or from 0 to 255
         image = Image.fromarray((values * scale).round().clip(0, 255).astype(np.uint8))
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
@@ -228,8 +231,8 @@ def _fit(image: Image.Image, size: int, fit: str, padding: int) -> Image.Image:
         return image.resize((size, size), Image.Resampling.BILINEAR)
     if fit == "crop":
         return ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR)
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    # As ImageOps.contain rounds, which fails where a side would have no pixel.
+    width, height = (max(1, round(side / max(image.size) * size)) for side in image.size)
     padded = Image.new(image.mode, (size, size), (padding,) * len(image.getbands()))
     inner = image.resize((width, height), Image.Resampling.BILINEAR)
     padded.paste(inner, ((size - width) // 2, (size - height) // 2))

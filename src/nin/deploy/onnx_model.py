@@ -6,7 +6,7 @@ operators that onnxruntime itself does not have.
 
 import dataclasses
 import json
-import tempfile
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ from nin.config.errors import read_first_line
 from nin.config.schema import Settings, UserError
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.runs.files import read_bytes
+
+# onnxruntime (1.32, for one) sends telemetry to Microsoft, unless this variable is set when it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # The key of an export's description in its metadata; other programs read the other keys.
 METADATA_KEY = "nin"
@@ -66,15 +69,15 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     options.intra_op_num_threads = threads or 0
     # Between two batches the threads sleep; the server's other work needs the cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    with tempfile.TemporaryDirectory() as empty:
-        # A file that refers to weights in other files would have onnxruntime read any file of this machine.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty)
-        try:
-            return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        # onnxruntime's exceptions share no base class but Exception.
-        except Exception as error:
-            reason = read_first_line(error)[:300]
-            raise UserError(f"{path}: refused: damaged, or not a self-contained ONNX file ({reason})") from error
+    # A file that refers to weights in other files would have onnxruntime read any file of this machine: in this folder
+    # there is none.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    try:
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    # onnxruntime's exceptions share no base class but Exception.
+    except Exception as error:
+        reason = read_first_line(error)[:300]
+        raise UserError(f"{path}: refused: damaged, or not a self-contained ONNX file ({reason})") from error
 
 
 def read_description(metadata: dict[str, str], path: Path) -> Description:

@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 from nin.config.errors import printable
+from nin.config.schema import UserError
 from nin.deploy.export import BATCH_IMAGES, Exporter, ExportError
 from nin.deploy.trained import Description
-from nin.runs.files import write_atomically
+from nin.runs.files import read_text, write_atomically
 
 # The time that Triton waits for more images before it computes a batch that is not full.
 QUEUE_MICROSECONDS = 500
@@ -21,6 +22,7 @@ def export_triton(exporter: Exporter, repository: Path) -> Path:
     """
     name = re.sub(r"\W+", "_", exporter.description.more["run"])
     folder = repository / name
+    require_same_run(folder / "config.pbtxt", exporter.description.more["run"])
     try:
         description = exporter.export_onnx(folder / "1" / "model.onnx")
     except ExportError:
@@ -32,6 +34,16 @@ def export_triton(exporter: Exporter, repository: Path) -> Path:
     map_size = exporter.map_size()
     write_atomically(folder / "config.pbtxt", _config(name, description, map_size))
     return folder
+
+
+def require_same_run(config: Path, run: str) -> None:
+    """Raises UserError if ``config`` is of another run, whose name differs in a character that Triton does not take."""
+    if config.is_file() and _value("run", run) not in read_text(config):
+        raise UserError(f"{config.parent}: has another run than {printable(run)}; give another folder with --out")
+
+
+def _value(key: str, value: object) -> str:
+    return f'{{ key: "{key}" value: {{ string_value: {json.dumps(str(value))} }} }}'
 
 
 def _config(name: str, description: Description, map_size: tuple[int, int] | None) -> str:
@@ -47,10 +59,7 @@ def _config(name: str, description: Description, map_size: tuple[int, int] | Non
             *maps,
         )
     )
-    about = ",\n".join(
-        f'  {{ key: "{key}" value: {{ string_value: {json.dumps(str(description.more[key]))} }} }}'
-        for key in ("run", "weights_sha256")
-    )
+    about = ",\n".join(f"  {_value(key, description.more[key])}" for key in ("run", "weights_sha256"))
     return f"""\
 name: "{name}"
 backend: "onnxruntime"

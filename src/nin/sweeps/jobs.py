@@ -179,7 +179,9 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             if "seed" in result:
                 overrides.setdefault("seed", printable(str(result["seed"])))
             numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and abs(v) < 1e300}
-            return Job(path, overrides, result["status"], numbers, hardware=describe_hardware(result))
+            commit = printable(str(result.get("git_commit") or ""))
+            hardware = describe_hardware(result)
+            return Job(path, overrides, result["status"], numbers, hardware=hardware, commit=commit)
     epochs = folder.read_epochs()
     metrics = {k: v for k, v in epochs[-1].items() if k in METRICS} if epochs else {}
     return Job(path, overrides, "running" if is_running(folder) else "unfinished", metrics)

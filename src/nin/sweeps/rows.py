@@ -17,6 +17,7 @@ class Job:
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
     hardware: str = ""  # the device, and the version of torch
+    commit: str = ""  # of the code
 
 
 @dataclass

@@ -116,7 +116,7 @@ def _describe_seeds(rows: list[Row]) -> str:
 
 
 def describe_errors(rows: list[Row]) -> list[str]:
-    """Explains ±, the sampling error of test/acc that the choice of test images causes, and the hardware."""
+    """Explains ±, the sampling error of test/acc that the choice of test images causes, hardware and different code."""
     notes = []
     if any(len(row.values(metric)) > 1 for row in rows for metric in METRICS):
         notes.append("± is the sample standard deviation over seeds.")
@@ -130,6 +130,9 @@ def describe_errors(rows: list[Row]) -> list[str]:
         )
     if hardware := dict.fromkeys(job.hardware for row in rows for job in row.jobs if job.hardware):
         notes.append(f"Median seconds of training on {'; '.join(hardware)}.")
+    commits = dict.fromkeys(job.commit[:10] + job.commit[40:] for row in rows for job in row.jobs if job.commit)
+    if len(commits) > 1:
+        notes.append(f"The runs are of different commits of the code: {', '.join(commits)}.")
     return notes
 
 

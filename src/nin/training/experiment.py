@@ -103,10 +103,11 @@ class Experiment:
     def _require_resumable(self) -> None:
         if self.resume_checkpoint is None:
             return
-        require_matching_weights(self.module, self.resume_checkpoint)
+        # The images first: a folder with one more class makes another network.
         state = self.resume_checkpoint.get(checkpoint_files.DATA_STATE_KEY)
         if isinstance(self.datamodule, ImageDataModule) and isinstance(state, dict):
             self.datamodule.load_state_dict(state)  # as Lightning does when the run has begun
+        require_matching_weights(self.module, self.resume_checkpoint)
         done = _completed_epochs(self.resume_checkpoint)
         max_epochs = self.settings.trainer.max_epochs
         if max_epochs not in (-1, None) and done > max_epochs:

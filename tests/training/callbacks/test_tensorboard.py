@@ -193,6 +193,12 @@ def test_the_columns_of_a_confusion_matrix_are_the_predicted_classes() -> None:
     assert [label.get_text() for label in axes.get_xticklabels()] == ["cat", "dog"]
 
 
+def test_long_class_names_leave_room_for_a_confusion_matrix() -> None:
+    figure = draw_confusion(torch.eye(2, dtype=torch.long), ("a" * 80, "b" * 80))
+    figure.savefig(io.BytesIO())  # a warning, which is an error in tests, if there is no room
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["a" * 39 + "…", "b" * 39 + "…"]
+
+
 def test_class_names_with_dollar_signs_are_drawn_as_they_are() -> None:
     figure = draw_confusion(torch.eye(2, dtype=torch.long), ("under_$5", "$5_to_$10"))
     figure.savefig(io.BytesIO())  # a formula with a syntax error can't be drawn

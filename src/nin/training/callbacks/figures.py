@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from nin.config.errors import shorten
 from nin.data.overlays import blend, draw_image, escape, ignore_local_matplotlibrc, largest_magnitude
 
 ignore_local_matplotlibrc()
@@ -58,7 +59,7 @@ def draw_confusion(counts: Tensor, class_names: tuple[str, ...]) -> Figure:
     axes = figure.subplots()
     part = counts[shown][:, shown].numpy()
     axes.imshow(part, cmap="Blues")
-    names = [escape(class_names[i]) for i in shown]
+    names = [escape(shorten(class_names[i], 40)) for i in shown]
     axes.set_xticks(range(len(shown)), names, rotation=90)
     axes.set_yticks(range(len(shown)), names)
     for (row, column), count in np.ndenumerate(part):
