@@ -20,6 +20,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side: with all threads each they would wait for one another.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from composition_cache import cached_compositions
 from helpers import SMALL, STARTED, nin
 from nin.config.composition import compose_config
 from nin.config.schema import Settings
@@ -47,6 +48,12 @@ def pytest_sessionfinish() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first: one that begins at the end would keep a single process busy."""
     items.sort(key=lambda item: item.name not in LONGEST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compose_each_config_once() -> Iterator[None]:
+    with cached_compositions():
+        yield
 
 
 @pytest.fixture(autouse=True)
