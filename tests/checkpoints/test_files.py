@@ -221,7 +221,6 @@ for keep in (0, 2):
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork and no SIGKILL")
 def test_killed_while_it_publishes_a_best_checkpoint_the_best_is_never_older_than_the_last_says(tmp_path: Path) -> None:
     program = [sys.executable, "-c", KILLED_WHILE_PUBLISHING, str(tmp_path)]
     done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, check=True)

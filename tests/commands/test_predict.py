@@ -19,7 +19,6 @@ import nin
 from nin.commands.predict import _CSV, _JSON, _MapNames, _Rows, main
 from nin.config.schema import UserError
 from nin.deploy import map_figures
-from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
 @pytest.fixture
@@ -113,12 +112,12 @@ def test_json_goes_to_a_file_while_the_bar_is_on_a_terminal(export: Path, pictur
     os.close(terminal)
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+@pytest.mark.parametrize("closed", ["<&- >&-", "2>&-"])
 def test_a_closed_stream_is_no_error(export: Path, pictures: Path, closed: str) -> None:
     command = [sys.executable, "-m", "nin", "predict", str(export), str(pictures), "--csv"]
     run = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", *command], capture_output=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, b"")
-    assert run.stdout.count(b"\n") == (0 if closed == ">&-" else 4)
+    assert run.stdout.count(b"\n") == (0 if ">&-" in closed.split() else 4)
 
 
 def test_an_idx_file_and_standard_input(
@@ -157,20 +156,6 @@ def test_a_light_ground_is_noticed_and_inverted(
     assert inverted.err == ""
     assert main([str(export), str(tmp_path / "dark.png"), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)[0]["probabilities"] == json.loads(inverted.out)[0]["probabilities"]
-
-
-def test_light_and_dark_are_swapped_before_an_image_is_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    received = []
-
-    def compute(images: np.ndarray, maps: bool) -> Scores:
-        received.extend(images)
-        return Scores(np.ones((len(images), 1), np.float32), np.ones((len(images), 1), np.float32))
-
-    known = Description(["a"], 1, 28, 28, False, "gap", {"data": {}}, fit="pad")
-    monkeypatch.setattr("nin.deploy.loading.load", lambda path, allow: TrainedNetwork(known, compute))
-    Image.new("L", (84, 28), 255).save(tmp_path / "wide.png")
-    assert main([str(tmp_path), str(tmp_path / "wide.png"), "--invert"]) == 0
-    assert [image.max() for image in received] == [0]
 
 
 def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Path, tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from helpers import ENVIRONMENT, GATED, SMALL, gated, merge, nin, outcome, run_e
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
-
 RUN = (*SMALL, "data=folder", "data.batch_size=4", "data.image_size=28", "data.augment=flip_shift", "threads=1")
 
 

@@ -138,25 +138,6 @@ def test_a_failure_of_the_network_is_answered_counted_and_logged(caplog: pytest.
     assert record.levelname == "ERROR"
 
 
-def test_light_and_dark_are_swapped_before_an_image_is_padded() -> None:
-    received = []
-
-    def compute(batch: np.ndarray, maps: bool) -> Scores:
-        received.append(batch[0])
-        return brightness(batch, maps)
-
-    async def play() -> None:
-        known = Description(["a"], 1, 28, 28, False, "gap", {}, fit="pad")
-        service = Service(TrainedNetwork(known, compute), LIMITS, None)
-        service.batcher.start()
-        for size in ((28, 84), (280, 840)):  # decoded at once, and in the decoder's thread
-            assert await post(service, encode(np.full(size, 255, np.uint8)), b"invert=true") == (200, "")
-        await asyncio.to_thread(service.batcher.close)
-
-    asyncio.run(play())
-    assert [image.max() for image in received] == [0, 0]
-
-
 def test_a_form_is_read_where_no_temporary_file_can_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     photo = bytes(2_000_000)

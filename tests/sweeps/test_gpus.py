@@ -55,6 +55,11 @@ def test_jobs_on_the_cpu_share_nothing(settings: Callable[..., Settings]) -> Non
     assert (launcher.n_jobs, os.environ["NIN_GPUS"]) == (2, "0,1")
 
 
+def test_without_shared_gpus_a_job_takes_none(tmp_path: Path) -> None:
+    assert acquire_gpu(tmp_path, StopRequest()) is None
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 @pytest.fixture
 def in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, FileLock]:
     """The locks of both shared GPUs, held as by other jobs."""

@@ -255,13 +255,6 @@ def test_a_range_may_be_as_long_as_the_limit() -> None:
     assert len(sweep.expand_jobs(parse_overrides(["seed=range(100)", "model.norm=none,batch"]))) == 200
 
 
-def test_the_name_can_not_be_varied(tmp_path: Path) -> None:
-    run = nin("train", "-m", "experiment=quickstart", "name=a,b", cwd=tmp_path)
-    assert run.returncode == 2
-    assert run.stderr.startswith("nin train: name: can't be varied")
-    assert not (tmp_path / "outputs").exists()
-
-
 @pytest.mark.parametrize("content", ["{}", "[]", "5", "null", '"finished"', '{"status": "finished"}',
                                      '{"status": "finished", "metrics": 5}', '{"status": 5}', '{"sta'])  # fmt: skip
 def test_a_result_with_other_content_is_none(tmp_path: Path, content: str) -> None:
@@ -426,13 +419,10 @@ def test_every_ready_sweep_is_valid_in_its_first_and_last_job(path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", sorted((CONF / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_experiment_is_valid_and_states_its_result(path: Path) -> None:
-    settings = validate(compose_config([f"experiment={path.stem}"]))
+def test_every_experiment_states_its_result(path: Path) -> None:
     header = path.read_text().partition("\ndefaults:")[0].partition("\ndata:")[0]
     assert f"experiment={path.stem}" in header
     assert "test/acc" in header or "nmeasured" in header
-    if settings.model.name == "nin":
-        assert settings.model.head == "gap"  # no fully connected layer
 
 
 def test_a_result_of_impossible_numbers_does_not_end_the_report(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ from nin.config.hydra_options import open_hydra
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import checks, gpus, launch, summary
+from nin.sweeps import checks, launch, summary
 from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
-from nin.system.processes import StoppedError, StopRequest
+from nin.system.processes import StoppedError
 from nin.training import experiment
 
 
@@ -175,19 +175,6 @@ def test_jobs_that_are_all_sent_at_once_cannot_end_at_the_first_failure() -> Non
         config = compose("train", overrides=requested, return_hydra_config=True)
     with pytest.raises(UserError, match=r"sweep.fail_fast=true: all jobs are submitted before one can fail"):
         launch.Sweep(config)
-
-
-def test_each_process_takes_a_gpu_that_no_other_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert gpus.acquire_gpu(tmp_path, StopRequest()) is None  # none are shared
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
-    monkeypatch.setenv("NIN_GPUS", "4,GPU-7")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-7")
-    with FileLock(tmp_path / ".gpu-4.lock"):
-        held = gpus.acquire_gpu(tmp_path, StopRequest())
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-7"
-    assert held is not None
-    held.release()
 
 
 def test_one_run_is_not_begun_by_each_of_sruns_processes(
@@ -568,7 +555,6 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
 
 
 @pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_torchruns_processes_share_one_folder_and_are_not_one_run_each(tmp_path: Path, data_root: Path) -> None:
     # Without experiment=quickstart, which has a name: this one is to be the time of start.
     requested, there = (
@@ -621,7 +607,6 @@ def test_joblib_ends_at_the_first_failure_if_requested_with_the_others_checkpoin
 
 
 @pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 def test_torchruns_processes_are_stopped_and_resume_to_the_same_weights(tmp_path: Path, data_root: Path) -> None:
     # 99 images in batches of 16 for both: the last one is 2 and 1, and from then on their dropout differs.
     requested = [

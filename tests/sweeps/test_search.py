@@ -684,12 +684,6 @@ def test_a_missing_package_is_named(
     assert not run.result.exists()
 
 
-def test_a_combination_that_is_refused_does_not_end_the_check(data_root: Path) -> None:
-    # momentum=0 with nesterov=true is refused; the first point of the space has it.
-    words = ["optimizer=sgd", "optimizer.nesterov=true,false", "optimizer.momentum=0.0,0.9", "schedule=constant"]
-    check(*SMALL, f"data.root={data_root}", *words)
-
-
 def later(settings: Callable[..., Settings], tmp_path: Path, values: list[float]) -> RunFolder:
     """The folder of a trial that follows others, each of which had one of ``values`` after every epoch."""
     earlier = [create_trial(value=v, intermediate_values={1: v, 2: v}) for v in values]

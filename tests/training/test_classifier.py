@@ -91,6 +91,13 @@ def test_one_cycle_of_very_few_steps() -> None:
     assert learning_rates(2, "schedule=one_cycle") == pytest.approx([1 / 25, 1])
 
 
+def test_the_shortest_and_the_longest_warmup() -> None:
+    lowest = 1 / 250_000
+    expected = [1 / 25, 1, (1 + lowest) / 2, lowest]
+    assert learning_rates(4, "schedule=one_cycle", "schedule.warmup=0.0") == pytest.approx(expected)
+    assert learning_rates(4, "schedule=cosine", "schedule.warmup=0.99") == pytest.approx([0.25, 0.5, 0.75, 1])
+
+
 @pytest.mark.parametrize(("momentum", "ends"), [(0.9, (0.95, 0.85)), (0.98, (0.99, 0.97)), (0.0, (0.0, 0.0))])
 def test_one_cycle_moves_momentum_around_the_given_value(momentum: float, ends: tuple[float, float]) -> None:
     weights = [torch.nn.Parameter(torch.zeros(1))]

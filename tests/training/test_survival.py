@@ -29,12 +29,12 @@ from nin.checkpoints.files import resume_candidates
 from nin.config.composition import compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
-from nin.runs.console import tolerate_output_errors
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
 from nin.training import experiment
 from nin.training.callbacks import metrics
 from nin.training.classifier import Classifier
+from nin.training.evaluation import evaluate_weights
 from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
@@ -155,13 +155,20 @@ def test_interrupted_anywhere_it_is_the_same_run(
 def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
-    requested = ["schedule=constant", "optimizer=sgd", "~callbacks.images"]
-    at_once, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "at_once")
-    trained(settings(*requested), tmp_path / "extended")
-    extended, _ = trained(settings(*requested, "trainer.max_epochs=4"), tmp_path / "extended")
+    # In float64, for which Lightning has two names; its Trainer then says "64-true".
+    requested = ["schedule=constant", "~callbacks.images", "trainer.precision=64"]
+    at_once, _ = trained(settings(*requested), tmp_path / "at_once")
+    trained(settings(*requested, "trainer.max_epochs=1"), tmp_path / "extended")
+    extended, _ = trained(settings(*requested), tmp_path / "extended")
     assert outcome(extended) == outcome(at_once)
     assert record(tmp_path / "extended") == record(tmp_path / "at_once")
     assert extended["train_seconds"] > 0
+    best = checkpoint_files.read(RunFolder(tmp_path / "extended").best)
+    weights = best["state_dict"]["network.0.0.weight"]
+    assert weights.dtype == torch.float64
+    assert not torch.equal(weights, weights.float().double())
+    tested, _ = evaluate_weights(settings(*requested), best)
+    assert tested == {name: value for name, value in extended["metrics"].items() if name.startswith("test/")}
 
 
 class Clock(Callback):
@@ -263,7 +270,9 @@ def test_a_damaged_last_checkpoint_is_set_aside_and_the_one_before_it_used(
 
 def test_with_no_good_checkpoint_left_nothing_is_begun_again(half_done: HalfDone) -> None:
     requested, folder, _ = half_done
-    for path in resume_candidates(folder):
+    candidates = resume_candidates(folder)
+    assert [path.name for path in candidates] == ["last.ckpt", "last-1.ckpt", "last-2.ckpt", "best.ckpt"]
+    for path in candidates:
         cut_off(path)
     for _ in range(2):
         with pytest.raises(UserError, match=r"no valid checkpoint to resume from .*last.ckpt.damaged-0.*start again"):
@@ -298,17 +307,6 @@ def test_a_checkpoint_that_can_not_be_read_now_is_not_taken_for_a_damaged_one(
     assert run_experiment(requested, folder)["weights_sha256"] == uninterrupted["weights_sha256"]
 
 
-def test_every_kept_checkpoint_is_data(half_done: HalfDone) -> None:
-    _, folder, _ = half_done
-    paths = sorted(folder.checkpoints.glob("*.ckpt"))
-    assert [path.name for path in paths] == ["best.ckpt", "last-1.ckpt", "last-2.ckpt", "last.ckpt"]
-    for path in paths:
-        assert (
-            torch.load(path, weights_only=True)["state_dict"].keys() == checkpoint_files.read(path)["state_dict"].keys()
-        )
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit on a file's size")
 def test_a_disk_that_is_full_costs_nothing_but_the_checkpoint(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
@@ -536,15 +534,6 @@ def test_a_stop_request_is_recorded_though_nobody_reads_the_message_about_it() -
         os.close(standard_error)
 
 
-def test_a_run_whose_reader_is_gone_continues_to_its_result(
-    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with os.fdopen(broken_pipe(), "w") as gone:
-        monkeypatch.setattr(sys, "stdout", gone)
-        tolerate_output_errors()
-        assert run_experiment(settings("callbacks=none", "logger=none"), RunFolder(tmp_path))["epochs"] == 2
-
-
 def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     (folder.checkpoints / ".ipynb_checkpoints").mkdir(parents=True)
@@ -565,7 +554,6 @@ def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path)
 LONGER = (*SMALL, "trainer.limit_train_batches=30", "checkpoint.every_n_steps=1", "callbacks=none")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM to catch and no SIGKILL")
 def test_killed_stopped_refused_and_resumed_as_a_person_would(tmp_path: Path, data_root: Path) -> None:
     there, gate = {"cwd": tmp_path, "NIN_DATA": str(data_root), **GATED}, tmp_path / "gate"
     runs, words = tmp_path / "outputs" / "runs", [*LONGER, *gated(gate)]
@@ -623,7 +611,6 @@ with StopRequest():
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_a_second_ctrl_c_ends_a_run_at_once() -> None:
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", ENDLESS], env=ENVIRONMENT, **pipes) as process:
@@ -695,7 +682,6 @@ def test_interrupted_at_every_batch_it_is_the_same_run(
 
 
 @pytest.mark.long
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_killed_many_times_it_is_the_same_run(tmp_path: Path, data_root: Path) -> None:
     real = os.environ.get("NIN_DATA")  # on real images where they are
     data = "fashion_mnist" if real and (Path(real) / "FashionMNIST" / "raw").is_dir() else "garments"

@@ -1,6 +1,5 @@
 import io
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 from lightning.pytorch.callbacks import LambdaCallback
 from rich.console import Console
 
-from helpers import ENVIRONMENT, SMALL, run_experiment
+from helpers import run_experiment
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
@@ -170,15 +169,3 @@ def test_what_is_not_known_yet_is_not_shown() -> None:
     assert progress._format({}) == ""
     assert progress._format({"val/acc": 0.5}) == "val 0.5000"
     assert progress._format({"val/acc": 0.5, "images_per_second": 1200.4}) == "val 0.5000  1,200 images/s"
-
-
-@pytest.mark.long
-def test_a_run_finishes_where_its_output_can_not_be_written(data_root: Path, tmp_path: Path) -> None:
-    words = [*SMALL, f"data.root={data_root}", "callbacks=none", "logger=none"]
-    command = [sys.executable, "-m", "nin", "train", *words]
-    with Path("/dev/full").open("w") as full:
-        environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
-    (run,) = (tmp_path / "outputs" / "runs").iterdir()
-    assert RunFolder(run).result_status() == "finished"
