@@ -276,19 +276,20 @@ def noisy(settings: Callable[..., Settings]) -> Settings:
 
 
 def unfreezing(settings: Callable[..., Settings]) -> Settings:
-    return add_callback(settings("trainer.max_epochs=3", "schedule=constant"), f"{__name__}.Unfreezing")
+    return add_callback(settings("trainer.max_epochs=3", "schedule=constant", "logger=none"), f"{__name__}.Unfreezing")
 
 
 def stopping_early(settings: Callable[..., Settings]) -> Settings:
     """Checks at the end of an epoch, whose last validation is before its last batches."""
-    words = ("trainer.max_epochs=4", "trainer.val_check_interval=3", "trainer.limit_train_batches=5")
+    words = ("trainer.max_epochs=4", "trainer.val_check_interval=3", "trainer.limit_train_batches=5", "logger=none")
     arguments = {"monitor": "val/acc", "mode": "max", "patience": 1, "check_on_train_epoch_end": True}
     return add_callback(settings(*words), "lightning.pytorch.callbacks.EarlyStopping", **arguments)
 
 
 def float32_state(settings: Callable[..., Settings]) -> Settings:
     """torch's NAdam keeps a product of momenta in float32."""
-    plain = settings("trainer.precision=bf16-true", "schedule=constant").model_dump(mode="json")
+    words = ("trainer.precision=bf16-true", "schedule=constant", "logger=none", "callbacks=none")
+    plain = settings(*words).model_dump(mode="json")
     return validate_plain(plain | {"optimizer": {"_target_": "torch.optim.NAdam", "lr": 0.01}})
 
 
@@ -628,6 +629,13 @@ class EagerPosition(Position):
         return 8
 
 
+class Dropping(nn.Sequential):
+    """Draws random numbers for every batch."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(nn.AvgPool2d(7), nn.Flatten(), nn.Dropout(0.5), nn.Linear(16, num_classes))
+
+
 class Loaders(LightningDataModule):
     class_names, channels = ("even", "odd"), 1
 
@@ -693,8 +701,9 @@ def test_loaders_of_all_kinds_are_resumed_exactly(
     words: list[str],
     interruptions: list[tuple[str, int]],
 ) -> None:
-    keys = (ALL[0], "trainer.max_epochs=3", "logger=none", "callbacks=none", "model.dropout=0.5", "threads=1")
-    requested = with_data(settings, "Loaders", *keys, *words, kind=kind)
+    keys = (ALL[0], "trainer.max_epochs=3", "logger=none", "callbacks=none", "threads=1")
+    plain = with_data(settings, "Loaders", *keys, *words, kind=kind).model_dump(mode="json")
+    requested = validate_plain(plain | {"model": {"_target_": f"{__name__}.Dropping", "input_size": 28}})
     expected = run_experiment(requested, RunFolder(tmp_path / "uninterrupted"))
     assert "they would be" not in caplog.text
     folder = RunFolder(tmp_path / "interrupted")
@@ -739,7 +748,13 @@ def test_a_signal_that_also_ends_the_processes_of_a_loader_is_a_stop(
 def test_a_data_module_of_ones_own_trains_with_all_callbacks_for_longer_than_their_patience(
     settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    words = ("model=nin_small", ALL[0], "callbacks.dead_units.patience_steps=1", "optimizer.lr=1e-9")
+    words = (
+        "model=nin_small",
+        ALL[0],
+        "callbacks=default",
+        "callbacks.dead_units.patience_steps=1",
+        "optimizer.lr=1e-9",
+    )
     result = run_experiment(with_data(settings, "Loaders", *words, kind="shuffled"), RunFolder(tmp_path))
     assert result["steps"] == 16
     assert "after step 6 (epoch " in caplog.text  # of checks in every second step, the second in a row
