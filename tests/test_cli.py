@@ -208,7 +208,7 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
 def test_train_then_run_the_command_again_then_eval(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = [*SMALL, "name=first"]
+    small = [*SMALL, "callbacks.images.wrong_images=4", "callbacks.images.sample_images=4", "name=first"]
     first = nin("train", *small, cwd=tmp_path, NIN_DATA=str(data_root))
     assert (first.returncode, first.stderr) == (0, "")
     folder = tmp_path / "outputs" / "runs" / "first"

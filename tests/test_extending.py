@@ -20,6 +20,7 @@ from pictures import write_folder
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
 FEW_STEPS = [word for word in SMALL if word.startswith("trainer.") and "max_epochs" not in word]
+NARROW = [word for word in SMALL if word.startswith("model.")]
 COMMANDS = re.findall(r"^    (?:PYTHONPATH=\. )?nin (train .*)$", PAGE.replace("\\\n", ""), re.MULTILINE)
 
 
@@ -45,6 +46,10 @@ def folder(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def run(command: str) -> dict[str, object]:
     short = ["trainer=cpu", "trainer.max_epochs=1", "data.batch_size=8", *FEW_STEPS]
+    if "experiment=quickstart" in command and "model=" not in command:
+        short += NARROW
+    if not re.search(r"(model|data)=(tiny|stripes|folder)", command):
+        short.append("~callbacks.images")  # its figures take as long as the run, and are the same in all of these
     keys = [word.partition("=")[0] for word in short]
     arguments = [word for word in shlex.split(command)[1:] if word.partition("=")[0] not in keys]
     assert train.main([*arguments, *short]) == 0

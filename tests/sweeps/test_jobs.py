@@ -1,12 +1,13 @@
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from helpers import SMALL, nin, put_job, read_results, run_experiment
+from helpers import SMALL, merge, put_job, read_results, run_experiment
 from nin import cli
 from nin.config.composition import compose_config, parse_overrides
 from nin.config.schema import CONF, UserError
@@ -330,11 +331,15 @@ def test_what_is_no_sweep_is_named(tmp_path: Path) -> None:
 def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["-m", *SMALL, "callbacks=none", "name=lr", "schedule=constant", "model.norm=none"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NIN_DATA", str(data_root))
+    small = merge([*SMALL, "callbacks=none", "logger=none", "trainer.max_epochs=1", "threads=1"])
+    command = ["-m", *small, "name=lr", "schedule=constant", "model.norm=none"]
     words = ["optimizer.lr=1e30,0.001,0.002", "hydra.sweeper.max_batch_size=2"]  # one more in its batch, one after it
-    first = nin("train", *command, *words, cwd=tmp_path, NIN_DATA=str(data_root))
-    assert first.returncode == 1, first.stderr
-    assert "Error executing job" not in first.stderr  # Hydra's own line, with the overrides of the first that failed
+    assert cli.run("train", [*command, *words]) == 1
+    sys.stdout.flush()
+    first = capfd.readouterr()
+    assert "Error executing job" not in first.err  # Hydra's own line, with the overrides of the first that failed
     folder = tmp_path / "outputs" / "sweeps" / "lr"
     results = read_results(folder)
     assert {name: result["status"] for name, result in results.items()} == {
@@ -344,19 +349,17 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     }
     error = results["optimizer.lr=1e+30"]["error"]
     assert error.startswith("NonFiniteLossError: the loss is")
-    for text in (first.stderr, (folder / "optimizer.lr=1e+30" / "nin.log").read_text()):
+    for text in (first.err, (folder / "optimizer.lr=1e+30" / "nin.log").read_text()):
         assert "Traceback" in text
         assert error.partition(": ")[2] in text
-    assert "failed: optimizer.lr=1e+30: NonFiniteLossError" in first.stdout
+    assert "failed: optimizer.lr=1e+30: NonFiniteLossError" in first.out
 
-    # The same job alone, in a process that did other things, is the same job.
-    small = [*SMALL, "callbacks=none", *command[-2:], "optimizer.lr=0.001", f"data.root={data_root}"]
-    alone = run_experiment(validate(compose_config(small)), RunFolder(tmp_path / "alone"))
+    # The same job alone is the same job.
+    requested = [*small, *command[-2:], "optimizer.lr=0.001", f"data.root={data_root}"]
+    alone = run_experiment(validate(compose_config(requested)), RunFolder(tmp_path / "alone"))
     assert results["optimizer.lr=0.001"]["weights_sha256"] == alone["weights_sha256"]
 
     # The same command again leaves finished jobs as they are; one more value is one more job.
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("NIN_DATA", str(data_root))
     times = {p: p.stat().st_mtime_ns for p in (folder / "optimizer.lr=0.001").rglob("*")}
     time.sleep(0.01)
     assert cli.run("train", [*command, "optimizer.lr=0.001,0.003"]) == 0
