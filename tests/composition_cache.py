@@ -1,8 +1,8 @@
 """Reads the files of ``conf/`` once, and composes the same config once: a composition takes a tenth of a second.
 
 Every run composes the default config to name what differs from it, and every refused command line to find all errors.
-What a test gets is a copy. Configs of which a part is in another folder, as in that of a test, are read and composed as
-always.
+What a test gets is a copy. Files in other folders, as in that of a test, are read as always, and configs of which a
+part may be there are composed as always.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from typing import Any, cast
 import pytest
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from omegaconf import DictConfig
 
 from nin.config import composition
@@ -23,15 +24,17 @@ read, compose = ConfigRepository.load_config, composition.compose
 
 @contextlib.contextmanager
 def cached_compositions() -> Iterator[None]:
-    files: dict[str, bytes] = {}
+    files: dict[tuple[str, str], bytes] = {}
     configs: dict[tuple[str, ...], bytes] = {}
 
     def read_once(repository: ConfigRepository, config_path: str) -> Any:
-        if not _are_the_projects(repository.get_sources()):
+        source = repository._find_object_source(config_path, ObjectType.CONFIG)
+        if source is None or not _are_the_projects([source]):
             return read(repository, config_path)
-        if config_path not in files:
-            files[config_path] = pickle.dumps(read(repository, config_path))
-        return pickle.loads(files[config_path])
+        key = (source.path, config_path)
+        if key not in files:
+            files[key] = pickle.dumps(read(repository, config_path))
+        return pickle.loads(files[key])
 
     def compose_once(config_name: str, overrides: list[str], with_hydra: bool) -> DictConfig:
         # The section hydra has the working directory.

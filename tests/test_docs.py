@@ -22,8 +22,8 @@ from nin.config.validation import validate
 
 ROOT = Path(__file__).parents[1]
 PLAIN_LOOP = ROOT / "docs" / "plain_loop.py"
-# Two epochs of ten batches, the tenth with 12 images: a new order and an incomplete batch are part of the comparison.
-EXPERIMENT = {"image_size": 67, "batch_size": 32, "val_size": 9700}
+# Two epochs of ten batches, the tenth with 3 images: a new order and an incomplete batch are part of the comparison.
+EXPERIMENT = {"image_size": 67, "batch_size": 8, "val_size": 9925}
 
 
 def _plain_loop() -> ModuleType:
