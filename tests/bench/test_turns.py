@@ -96,7 +96,15 @@ def test_the_limit_in_float32_is_that_of_tf32_on_gpus_as_in_convolutions(monkeyp
     matmul = torch.backends.cuda.matmul
     before, during = matmul.fp32_precision, []
     monkeypatch.setattr(turns, "synchronize", lambda _: during.append(matmul.fp32_precision))
+    rand, sizes = torch.rand, []
+
+    def small(*size: int, **options: Any) -> torch.Tensor:
+        sizes.append(size)
+        return rand(8, 8, **options)
+
+    monkeypatch.setattr(torch, "rand", small)
     assert turns.measure_matrix_product(torch.device("cpu"), torch.float32, 0.01) > 0
+    assert sizes == [(size, size) for size in (1024, 2048, 4096) for _ in range(2)]
     assert set(during) == {"tf32"}
     assert matmul.fp32_precision == before
 

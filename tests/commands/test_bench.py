@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from helpers import broken_pipe
 from nin import cli
+from nin.bench import overhead, turns
 from nin.commands import bench
 from nin.config.schema import Settings, UserError
 
@@ -18,6 +20,11 @@ def test_results_are_printed_and_written(
     tmp_path: Path, data_root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(overhead, "_STEPS", 20)
+    monkeypatch.setattr(overhead, "_WARM_UP", 2)
+    # On the meta device, where the largest matrices take no time either.
+    measure, meta = turns.measure_matrix_product, torch.device("meta")
+    monkeypatch.setattr(turns, "measure_matrix_product", lambda _, *arguments: measure(meta, *arguments))
     out = tmp_path / "bench.json"
     overrides = [
         "model=nin_small", "model.widths=[4,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}",
