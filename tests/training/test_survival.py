@@ -32,10 +32,9 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError, StopRequest
-from nin.training import experiment
+from nin.training import evaluation, experiment
 from nin.training.callbacks import metrics
 from nin.training.classifier import Classifier
-from nin.training.evaluation import evaluate_weights
 from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
@@ -154,7 +153,7 @@ def test_interrupted_anywhere_it_is_the_same_run(
 
 
 def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
-    settings: Callable[..., Settings], tmp_path: Path
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In float64, for which Lightning has two names; its Trainer then says "64-true".
     requested = ["schedule=constant", "~callbacks.images", "trainer.precision=64"]
@@ -168,7 +167,10 @@ def test_an_extended_run_ends_as_if_all_epochs_had_been_requested_at_once(
     weights = best["state_dict"]["network.0.0.weight"]
     assert weights.dtype == torch.float64
     assert not torch.equal(weights, weights.float().double())
-    tested, _ = evaluate_weights(settings(*requested), best)
+    test, used = evaluation.test, []
+    monkeypatch.setattr(evaluation, "test", lambda *arguments: used.append(arguments[1]) or test(*arguments))
+    tested, _ = evaluation.evaluate_weights(settings(*requested), best)
+    assert torch.equal(used[0].state_dict()["network.0.0.weight"], weights)  # not rounded to float32
     assert tested == {name: value for name, value in extended["metrics"].items() if name.startswith("test/")}
 
 
