@@ -50,8 +50,8 @@ IDX_FORMAT = ("fashion_mnist", "mnist", "kmnist", "garments")
 def _absolute(folder: str) -> str:
     """A checkpoint can be evaluated from another working directory than that of its run."""
     path = str(Path(os.path.expanduser(folder)).absolute())  # noqa: PTH111  # pathlib raises for an unknown ~user
-    if "${" in path or path != path.encode(errors="replace").decode():
-        # Of the run's stored config the first would be an interpolation, and the second can't be written as YAML.
+    if ("${" in path and "${" not in folder) or path != path.encode(errors="replace").decode():
+        # In the run's stored config the first would be an interpolation, and the second can't be read from YAML.
         raise ValueError(f"must be a path in UTF-8 and without ${{; it is {path!r}; start in another folder")
     return path
 

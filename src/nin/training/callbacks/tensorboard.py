@@ -211,6 +211,8 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
 
     The metrics are those of the tested checkpoint: single points in the group ``when_finished``.
     """
+    if not trainer.loggers:
+        return
     values = hyperparameters(settings, result["overrides"])
     finals = {name: value for name, value in result["metrics"].items() if isinstance(value, float)}
     for logger in trainer.loggers:
