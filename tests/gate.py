@@ -12,13 +12,17 @@ from lightning import Callback, Trainer
 
 
 class Gate(Callback):
-    """Training waits before the step whose number is in the file ``path``, until there is a larger one."""
+    """Training waits before the step whose number is in the file ``path``, until there is a larger one.
+
+    A process that has begun to wait has written the file ``<path>.<process id>``.
+    """
 
     def __init__(self, path: str):
         self.path = Path(path)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         while trainer.global_step >= self._limit():
+            self.path.with_name(f"{self.path.name}.{os.getpid()}").touch()
             time.sleep(0.01)
 
     def _limit(self) -> int:

@@ -41,6 +41,7 @@ from helpers import (
     run_experiment,
     start,
     wait_for,
+    wait_until,
 )
 from nin import cli
 from nin.checkpoints import files as checkpoint_files
@@ -446,6 +447,7 @@ def test_ctrl_c_of_a_terminal_reaches_each_process_of_a_joblib_sweep(
         try:
             for seed in (0, 1):
                 wait_for(sweep / f"seed={seed}" / "checkpoints" / "last.ckpt", process)
+            wait_until(lambda: len(list(tmp_path.glob("gate.*"))) == 2, process)
             os.killpg(process.pid, signal.SIGINT)
             if again:
                 stopping = (line for line in process.stdout if line.startswith("stopping after"))
