@@ -66,15 +66,20 @@ def test_class_names_stay_distinct_in_an_encoding_that_lacks_their_characters(
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))
         writer = _JSON(["犬", "猫"]) if kind == "--json" else _CSV(["犬", "猫"])
-        writer.add("a.png", np.array([0.25, 0.75]))
+        for name in ("a.png", os.fsdecode(b"b\xff.png"), os.fsdecode(b"b\xfe.png")):
+            writer.add(name, np.array([0.25, 0.75]))
         writer.finish()
         sys.stdout.flush()
         text = written.getvalue().decode()
         assert (first in text) == (encoding == "utf-8")
         if kind == "--json":
-            assert json.loads(text)[0]["probabilities"] == {"犬": 0.25, "猫": 0.75}
-        elif encoding == "ascii":
-            assert text.splitlines()[0] == "image,class,probability,\\u72ac,\\u732b"
+            rows = json.loads(text)
+            assert [row["image"] for row in rows] == ["a.png", "b\udcff.png", "b\udcfe.png"]
+            assert all(row["probabilities"] == {"犬": 0.25, "猫": 0.75} for row in rows)
+        else:
+            header, *lines = text.splitlines()
+            assert encoding == "utf-8" or header == "image,class,probability,\\u72ac,\\u732b"
+            assert [line.partition(",")[0] for line in lines] == ["a.png", "b\\udcff.png", "b\\udcfe.png"]
 
 
 def test_the_table_prints_escapes_in_class_names_as_text(capsys: pytest.CaptureFixture[str]) -> None:

@@ -415,7 +415,7 @@ def test_a_folder_of_a_user_whom_the_machine_does_not_know_is_a_relative_path(
 
 
 @pytest.mark.parametrize("name", ["a${b}", os.fsdecode(b"bad\xff")], ids=["interpolation", "not UTF-8"])
-def test_data_in_a_folder_whose_path_a_stored_config_can_not_have_are_refused(
+def test_data_in_a_folder_whose_path_a_stored_config_can_not_have_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / name).mkdir()

@@ -1,4 +1,3 @@
-import io
 import struct
 import zlib
 from pathlib import Path
@@ -42,13 +41,29 @@ def test_every_mode_becomes_gray_or_color(mode: str, color: object, gray: int, r
     assert decode(content, 3).tolist() == [[list(rgb)] * 3] * 2
 
 
-@pytest.mark.parametrize("mode", ["L", "I;16"])
-def test_the_gray_level_that_a_png_file_declares_transparent_is_dark(mode: str) -> None:
-    levels = np.array([[77, 255]], np.uint8)
-    image = Image.fromarray(levels if mode == "L" else levels.astype(np.uint16) * 257)
-    file = io.BytesIO()
-    image.save(file, "PNG", transparency=255 if mode == "L" else 65535)
-    assert decode(file.getvalue(), 1).tolist() == [[77, 0]]
+@pytest.mark.parametrize(
+    ("bits", "color", "pixels", "transparent", "dark"),
+    [
+        (1, 0, "40", "0001", 0),
+        (2, 0, "70", "0003", 85),
+        (4, 0, "5f", "000f", 85),
+        (8, 0, "55ff", "00ff", 85),
+        (16, 0, "5555ffff", "ffff", 85),
+        (8, 2, "555555121212", "001200120012", 85),
+        (16, 2, "555555555555123412341234", "123412341234", 85),
+    ],
+)
+def test_the_level_that_a_png_file_declares_transparent_is_dark(
+    bits: int, color: int, pixels: str, transparent: str, dark: int
+) -> None:
+    """Two pixels, a darker one and the transparent one."""
+    header = struct.pack(">IIBBBBB", 2, 1, bits, color, 0, 0, 0)
+    content = zlib.compress(b"\0" + bytes.fromhex(pixels))
+    chunks = [(b"IHDR", header), (b"tRNS", bytes.fromhex(transparent)), (b"IDAT", content), (b"IEND", b"")]
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    assert decode(file, 1).tolist() == [[dark, 0]]
 
 
 def test_cmyk_and_float_images_are_converted() -> None:

@@ -385,6 +385,7 @@ cli.main()
     home = tmp_path / "home"
     home.mkdir()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")} | {"HOME": str(home)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)  # set in this process by the code that is tested
     command = [sys.executable, "-c", program]
     run = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     # Telemetry of onnxruntime would have its files in .cache/Microsoft; matplotlib has its own.

@@ -1,4 +1,4 @@
-"""Requests to a service in this process: images that wait to be decoded, and those that are padded."""
+"""Requests to a service in this process: images that wait to be decoded, and what a form may have."""
 
 import asyncio
 import contextlib

@@ -66,10 +66,10 @@ def test_runs_of_different_commits_are_named(tmp_path: Path) -> None:
     for seed in range(2):
         put_job(sweep / f"seed={seed}", [f"seed={seed}"], 0.9, git_commit=commits[seed])
     summary.report(sweep)
-    assert "commits" not in (sweep / "summary.md").read_text()
+    assert "different code" not in (sweep / "summary.md").read_text()
     put_job(sweep / "seed=2", ["seed=2"], 0.9, git_commit=commits[2])
     summary.report(sweep)
-    line = "The runs are of different commits of the code: 1111111111, 2222222222+."
+    line = "The runs are of different code (commits; + is one with changes): 1111111111, 2222222222+."
     assert line in (sweep / "summary.md").read_text()
 
 

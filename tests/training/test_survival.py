@@ -46,6 +46,9 @@ class KilledError(Exception):
     pass
 
 
+TIME = event_file_writer.time.time
+
+
 @pytest.fixture(autouse=True)
 def a_second_for_every_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """TensorBoard names event files by the second, and nobody starts a process twice in one; these tests do."""
@@ -557,7 +560,7 @@ def test_only_what_the_run_itself_had_half_written_is_taken_away(tmp_path: Path)
 def test_killed_stopped_refused_and_resumed_as_a_person_would(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.undo()  # the time of all processes is the real one
+    monkeypatch.setattr(event_file_writer.time, "time", TIME)  # as in the other processes
     monkeypatch.chdir(tmp_path)
     there, gate = {"cwd": tmp_path, "NIN_DATA": str(data_root), **GATED}, tmp_path / "gate"
     runs, words = tmp_path / "outputs" / "runs", [*SMALL, "checkpoint.every_n_steps=1", "callbacks=none", *gated(gate)]
@@ -581,11 +584,10 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(
     with pytest.raises(UserError, match=rf"{seed}\n  optimizer.lr: 0.005 in the existing run, 0.001 in this command"):
         execute_run(RunRequest(validate(other), RunFolder(runs / "killed")))
 
-    # Requested to stop, it does at once, with a checkpoint of that step.
-    gate.write_text("10")
-    (runs / "killed" / "checkpoints" / "last-1.ckpt").unlink(missing_ok=True)
+    # Requested to stop, it does at once, with a checkpoint of that step, the third of the second epoch.
+    gate.write_text("8")
     third = start("train", *words, "name=killed", **there)
-    wait_for(runs / "killed" / "checkpoints" / "last-1.ckpt", third)
+    wait_for(tmp_path / f"gate.{third.pid}", third)
     third.send_signal(signal.SIGINT)
     gate.write_text("1000")
     output = third.communicate(timeout=60)[0]

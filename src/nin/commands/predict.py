@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from nin.commands.options import add_allow_option, expand_path
 from nin.config.errors import printable
 from nin.config.schema import UserError
-from nin.runs.console import Console, log_to
+from nin.runs.console import Console, format_for_output, log_to
 from nin.system.imports import without_garbage_collection
 
 if TYPE_CHECKING:
@@ -253,7 +253,6 @@ class _JSON:
 
     def __init__(self, class_names: list[str]):
         self.class_names, self.begun = class_names, False
-        self.is_ascii = sys.stdout.encoding.lower() not in ("utf-8", "utf8")  # other encodings lack characters
 
     def add(self, name: str, probabilities: "np.ndarray") -> None:
         by_class = {c: round(float(p), 9) for c, p in zip(self.class_names, probabilities, strict=True)}
@@ -263,7 +262,10 @@ class _JSON:
         self._write({"image": name, "error": error})
 
     def _write(self, row: dict[str, Any]) -> None:
-        sys.stdout.write(("," if self.begun else "[") + "\n" + json.dumps(row, ensure_ascii=self.is_ascii))
+        text = json.dumps(row, ensure_ascii=False)
+        if format_for_output(text) != text:
+            text = json.dumps(row)  # with escapes for what is not ASCII
+        sys.stdout.write(("," if self.begun else "[") + "\n" + text)
         self.begun = True
 
     def finish(self) -> None:
@@ -274,10 +276,12 @@ class _CSV:
     """A row per image: name, class, its probability, then each class's."""
 
     def __init__(self, class_names: list[str]):
-        # An encoding that lacks characters must not make two names equal.
-        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a text file, as Python opens it
-        self.class_names, self.rows = class_names, csv.writer(sys.stdout, lineterminator="\n")
+        self.class_names, self.rows = class_names, csv.writer(self, lineterminator="\n")
         self.rows.writerow(["image", "class", "probability", *class_names])
+
+    def write(self, text: str) -> None:
+        """What ``csv.writer`` calls."""
+        sys.stdout.write(format_for_output(text))
 
     def add(self, name: str, probabilities: "np.ndarray") -> None:
         best = int(probabilities.argmax())

@@ -11,5 +11,6 @@ A module imports only from the modules below it:
     splits                a folder's images for training, validation and test
     cache                 the decoded images of a folder: written once, and memory-mapped
     parallel              decoding in parallel processes
+    chunks                the files that one process decodes
     folder, decoding      the files of a folder, and what is wrong with them; decoding of one image
 """

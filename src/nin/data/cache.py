@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
-from nin.data.decoding import NOT_NOW
+from nin.data.chunks import NOT_NOW
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, hash_file, hash_once, list_images, require_usable
 from nin.data.parallel import decode_folder
 

@@ -3,12 +3,10 @@
 Imports NumPy and Pillow only, since each process that decodes imports this module.
 """
 
-import errno
 import functools
 import io
 import re
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +24,6 @@ MAX_SCANS, ALWAYS_ALLOWED_SCANS, MAX_SCANNED_PIXELS = 100, 25, 625_000_000
 # Markers of a JPEG file, without the bytes 255 and the restarts inside a scan.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _FRAMES, _START, _END, _SCAN = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xD8, 0xD9, 0xDA
-# How the reason begins where a file can't be read for now, whatever its content.
-NOT_NOW = "can't be read now"
 # How the pixels of an EXIF orientation are turned upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -158,6 +154,8 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
                 # Decodes a JPEG file at 1/2, 1/4 or 1/8 of its size, several times faster, where that is at least twice
                 # the requested one.
                 image.draft(None, (2 * size, 2 * size))
+            if image.format == "PNG":
+                _scale_transparency(image)
             # A JPEG file has its orientation in one of these, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
                 image = _turn_upright(image)
@@ -165,6 +163,16 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
             return _fit(image, size, fit, padding) if size else image
     except Exception as error:
         raise _name_error(error) from error
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scales the level that a PNG file declares transparent to 8 bits, as Pillow does the pixels but not this level."""
+    tiles = getattr(image, "tile", None)  # of a file that is not read yet
+    match image.info.get("transparency"), tiles[0].args if tiles else None:
+        case int(level), "L;2" | "L;4" as mode:
+            image.info["transparency"] = level * (85 if mode == "L;2" else 17)
+        case (red, green, blue), "RGB;16B":
+            image.info["transparency"] = (red >> 8, green >> 8, blue >> 8)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -237,57 +245,3 @@ def _fit(image: Image.Image, size: int, fit: str, padding: int) -> Image.Image:
     inner = image.resize((width, height), Image.Resampling.BILINEAR)
     padded.paste(inner, ((size - width) // 2, (size - height) // 2))
     return padded
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some files of a folder, which one process decodes one after the other.
-
-    Attributes:
-        root: the folder.
-        names: of the files, relative to ``root``; empty ones are left out.
-        images: the file to which the pixels are written, ``(size, size, channels)`` for each name; None: nowhere.
-        start: the row of ``images`` that is the first one's.
-        size: height and width to which images are brought, in pixels.
-        fit: "crop", "pad" or "stretch", as in `to_pixels`.
-        channels: 1 or 3.
-        search: the number of images, the first ones, that are searched for color.
-    """
-
-    root: str
-    names: list[str]
-    images: Path | None
-    start: int
-    size: int
-    fit: str
-    channels: int
-    search: int
-
-
-def _may_succeed_later(cause: BaseException | None) -> bool:
-    """Whether another attempt may succeed. A damaged file lets Pillow seek to a place before its start (EINVAL)."""
-    return isinstance(cause, MemoryError) or (
-        isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
-    )
-
-
-def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
-    """Decodes the files of ``chunk``; returns the broken ones with the reason, and whether any image has color."""
-    # All images one below the other: Pillow copies pixels between images faster than to bytes.
-    pixels = Image.new("L" if chunk.channels == 1 else "RGB", (chunk.size, chunk.size * len(chunk.names)))
-    broken, color = {}, False
-    for i, name in enumerate(chunk.names):
-        if not name:
-            continue
-        try:
-            image = to_pixels(open_image(f"{chunk.root}/{name}"), chunk.size, chunk.fit)
-        except ImageError as error:
-            broken[name] = f"{NOT_NOW} ({error})" if _may_succeed_later(error.__cause__) else str(error)
-            continue
-        color = color or (i < chunk.search and has_color(image))
-        pixels.paste(image, (0, i * chunk.size))  # converts its mode
-    if chunk.images is not None:
-        with chunk.images.open("r+b") as file:
-            file.seek(chunk.start * chunk.size**2 * chunk.channels)
-            file.write(pixels.tobytes())
-    return broken, color

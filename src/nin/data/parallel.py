@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nin.config.errors import printable
 from nin.config.schema import FolderData, UserError
-from nin.data.decoding import Chunk, decode_chunk, silence_pillow
+from nin.data.chunks import Chunk, decode_chunk
+from nin.data.decoding import silence_pillow
 from nin.data.folder import PARTS, Listing
 
 _CHUNK = 256  # images per chunk, at most

@@ -8,7 +8,7 @@ from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.deploy.export import BATCH_IMAGES, Exporter, ExportError
 from nin.deploy.trained import Description
-from nin.runs.files import read_text, write_atomically
+from nin.runs.files import read_bytes, write_atomically
 
 # The time that Triton waits for more images before it computes a batch that is not full.
 QUEUE_MICROSECONDS = 500
@@ -38,7 +38,7 @@ def export_triton(exporter: Exporter, repository: Path) -> Path:
 
 def require_same_run(config: Path, run: str) -> None:
     """Raises UserError if ``config`` is of another run, whose name differs in a character that Triton does not take."""
-    if config.is_file() and _value("run", run) not in read_text(config):
+    if config.is_file() and _value("run", run).encode() not in read_bytes(config):
         raise UserError(f"{config.parent}: has another run than {printable(run)}; give another folder with --out")
 
 

@@ -137,6 +137,12 @@ def tolerate_output_errors() -> None:
             setattr(sys, name, tolerant)
 
 
+def format_for_output(text: str) -> str:
+    """``text`` with escapes for what the encoding of standard output lacks: ``?`` would make two names equal."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def format_path(path: Path) -> str:
     """``path`` relative to the working directory if it lies in it, otherwise absolute."""
     path, working_directory = path.resolve(), Path.cwd()

@@ -132,7 +132,7 @@ def describe_errors(rows: list[Row]) -> list[str]:
         notes.append(f"Median seconds of training on {'; '.join(hardware)}.")
     commits = dict.fromkeys(job.commit[:10] + job.commit[40:] for row in rows for job in row.jobs if job.commit)
     if len(commits) > 1:
-        notes.append(f"The runs are of different commits of the code: {', '.join(commits)}.")
+        notes.append(f"The runs are of different code (commits; + is one with changes): {', '.join(commits)}.")
     return notes
 
 
