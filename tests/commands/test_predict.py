@@ -19,6 +19,7 @@ import nin
 from nin.commands.predict import _CSV, _JSON, _MapNames, _Rows, main
 from nin.config.schema import UserError
 from nin.deploy import map_figures
+from nin.deploy.trained import Description, Scores, TrainedNetwork
 
 
 @pytest.fixture
@@ -143,6 +144,23 @@ def test_an_idx_file_and_standard_input(
     assert rows[1]["image"] == f"{idx}[1]"
     found = np.array([list(row["probabilities"].values()) for row in rows[:2000]])
     np.testing.assert_allclose(found, nin.load(export).predict(test_images), atol=1e-6)
+
+
+def test_images_are_brought_to_the_form_of_the_network_and_inverted_before_they_are_padded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = []
+
+    def compute(images: np.ndarray, maps: bool) -> Scores:
+        received.extend(images)
+        return Scores(np.ones((len(images), 1), np.float32), np.ones((len(images), 1), np.float32))
+
+    known = Description(["a"], 1, 28, 28, False, "gap", {"data": {}}, fit="pad")
+    monkeypatch.setattr("nin.deploy.loading.load", lambda path, allow: TrainedNetwork(known, compute))
+    Image.new("L", (84, 28), 200).save(tmp_path / "wide.png")
+    assert main([str(tmp_path), str(tmp_path / "wide.png"), "--invert"]) == 0
+    (image,) = received
+    assert [row.tolist() for row in image[[0, 13, 27]]] == [[0] * 28, [55] * 28, [0] * 28]
 
 
 def test_a_light_ground_is_noticed_and_inverted(

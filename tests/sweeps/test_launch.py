@@ -635,7 +635,6 @@ def test_twenty_jobs_in_one_process_leave_nothing_behind(tmp_path: Path, data_ro
 import logging, os, sys, threading
 from nin.commands import train
 from nin.sweeps import launch
-from nin.sweeps import launch
 
 run = launch.run_sweep_job
 
