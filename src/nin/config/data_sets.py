@@ -52,8 +52,7 @@ def _absolute(folder: str) -> str:
     path = str(Path(os.path.expanduser(folder)).absolute())  # noqa: PTH111  # pathlib raises for an unknown ~user
     if ("${" in path and "${" not in folder) or path != path.encode(errors="replace").decode():
         # In the run's stored config the first would be an interpolation, and the second can't be read from YAML.
-        remedy = "start in another folder" if folder.isprintable() else "rename it"
-        raise ValueError(f"must be a path in UTF-8 and without ${{; it is {path!r}; {remedy}")
+        raise ValueError(f"must be a path in UTF-8 and without ${{; it is {path!r}; start in another folder")
     return path
 
 

@@ -40,13 +40,6 @@ class Chunk:
     search: int
 
 
-def _may_succeed_later(cause: BaseException | None) -> bool:
-    """Whether another attempt may succeed. A damaged file lets Pillow seek to a place before its start (EINVAL)."""
-    return isinstance(cause, MemoryError) or (
-        isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
-    )
-
-
 def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
     """Decodes the files of ``chunk``; returns the broken ones with the reason, and whether any image has color."""
     # All images one below the other: Pillow copies pixels between images faster than to bytes.
@@ -67,3 +60,10 @@ def decode_chunk(chunk: Chunk) -> tuple[dict[str, str], bool]:
             file.seek(chunk.start * chunk.size**2 * chunk.channels)
             file.write(pixels.tobytes())
     return broken, color
+
+
+def _may_succeed_later(cause: BaseException | None) -> bool:
+    """Whether another attempt may succeed. A damaged file lets Pillow seek to a place before its start (EINVAL)."""
+    return isinstance(cause, MemoryError) or (
+        isinstance(cause, OSError) and cause.errno not in (None, errno.EINVAL, errno.EOVERFLOW)
+    )

@@ -257,7 +257,8 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     code = {"versions": read_versions(), "git_commit": read_git_commit()}
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
-    # Paths in it are absolute, so that the run can be resumed from any working directory.
+    # Paths in it are absolute, so that the run can be resumed from any working directory. Not mode="json", in which all
+    # keys are texts: a class of the user's own may have numbers, as {6: 2.0}.
     folder.write_request(experiment.settings.model_dump(), request.overrides)
     state = folder.read_state()
     earlier = [start for start in state.get("starts", []) if isinstance(start, dict)]
