@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from nin.bench import overhead
-from nin.commands.bench import read_settings
+from nin.commands.bench import compose_bench_settings
 from pictures import write_folder
 
 
@@ -17,7 +17,7 @@ def test_color_images_of_any_number_of_classes_are_measured(
     words = ["data=folder", f"data.root={root}", "model=nin_small", "model.widths=[4,8]", "data.batch_size=4"]
     words.append(f"model.init={init}")
     milliseconds = overhead.measure_overhead(
-        read_settings([*words, "trainer=cpu", "trainer.log_every_n_steps=1"]), 1, lambda *_: None
+        compose_bench_settings([*words, "trainer=cpu", "trainer.log_every_n_steps=1"]), 1, lambda *_: None
     )
     assert set(milliseconds) == {"plain loop", "bare Trainer", "nin train"}
     assert min(milliseconds.values()) > 0

@@ -131,15 +131,15 @@ def test_images_that_are_too_small_are_refused(data_root: Path, capsys: pytest.C
 
 
 def test_data_and_schedule_can_be_chosen() -> None:
-    chosen = bench.read_settings(["data=mnist", "schedule=cosine"])
+    chosen = bench.compose_bench_settings(["data=mnist", "schedule=cosine"])
     assert (chosen.data.name, chosen.schedule.name) == ("mnist", "cosine")
-    default = bench.read_settings(["experiment=cpu"])
+    default = bench.compose_bench_settings(["experiment=cpu"])
     assert (default.data.name, default.schedule.name) == ("garments", "constant")
-    assert bench.read_settings(["experiment=paper_cifar10"]).data.name == "cifar10"
+    assert bench.compose_bench_settings(["experiment=paper_cifar10"]).data.name == "cifar10"
     assert default.trainer.max_epochs == chosen.trainer.max_epochs == 1000
     for word in ("trainer.max_steps=3", "trainer.max_time=00:00:01:00", "trainer.fast_dev_run=true"):
         with pytest.raises(UserError, match=f"^{word.partition('=')[0]}: nin bench sets it"):
-            bench.read_settings([word])
+            bench.compose_bench_settings([word])
 
 
 def test_the_users_own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,7 @@ def test_overrides_of_a_foreign_run_are_not_composed(
     folder.write_request(settings().model_dump(mode="json"), [])
     folder.overrides.write_text("".join(f"- '{word}'\n" for word in foreign))
     for own in (["trainer.max_epochs=3"], ["callbacks=default", "logger=csv", "trainer=cpu"]):
-        resumed, overrides = resume.read_settings(folder, own, [])
+        resumed, overrides = resume.read_resumed_settings(folder, own, [])
         assert overrides == [*foreign, *own]
         assert "this.s" not in str(resumed)
         assert "this" not in sys.modules
@@ -218,7 +218,7 @@ def test_a_data_set_is_not_written_into_a_folder_that_a_stored_config_names(
         folder.write_request(
             settings().model_dump(mode="json") | {"data": settings(f"data.root={root}").data.model_dump()}, []
         )
-        assert resume.read_settings(folder, [], [])[0].data.root == str(expected)
+        assert resume.read_resumed_settings(folder, [], [])[0].data.root == str(expected)
 
 
 def test_a_key_that_only_the_runs_own_config_has_can_be_changed(
@@ -228,12 +228,12 @@ def test_a_key_that_only_the_runs_own_config_has_can_be_changed(
     chosen = settings("callbacks=early_stopping", f"+callbacks.x._target_={CLASS}", "+callbacks.x.duration=00:01:00:00")
     folder.write_request(chosen.model_dump(mode="json"), [])
     own = ["callbacks.early_stopping.patience=7", "callbacks.x.duration=00:02:00:00", "~callbacks.dead_units"]
-    callbacks = resume.read_settings(folder, own, [])[0].callbacks
+    callbacks = resume.read_resumed_settings(folder, own, [])[0].callbacks
     assert callbacks["early_stopping"]["patience"] == 7
     assert callbacks["x"]["duration"] == "00:02:00:00"
     assert "dead_units" not in callbacks
-    assert resume.read_settings(folder, ["~callbacks.early_stopping"], [])[0].callbacks.keys() == {
+    assert resume.read_resumed_settings(folder, ["~callbacks.early_stopping"], [])[0].callbacks.keys() == {
         "images", "dead_units", "x",
     }  # fmt: skip
     with pytest.raises(UserError, match=r"callbacks.early_stopping.patienc=7: no such key"):
-        resume.read_settings(folder, ["callbacks.early_stopping.patienc=7"], [])
+        resume.read_resumed_settings(folder, ["callbacks.early_stopping.patienc=7"], [])

@@ -26,7 +26,7 @@ def archive_of(path: Path, batches: dict[str, object]) -> None:
 
 
 def batches() -> dict[str, object]:
-    names = [*cifar10._BATCHES["train"], *cifar10._BATCHES["t10k"]]
+    names = [*cifar10._BATCHES["train"], *cifar10._BATCHES["test"]]
     return {name: {b"data": ARRAYS[i], b"labels": [i, 1, 2, 9]} for i, name in enumerate(names)}
 
 
@@ -48,7 +48,7 @@ def test_images_and_labels_are_read_in_the_order_of_the_batches(data: Data) -> N
     assert labels.tolist() == [label for i in range(5) for label in (i, 1, 2, 9)]
     # The file has all red values of an image, then all green, then all blue ones.
     assert images[5, 2, 7].tolist() == [int(ARRAYS[1][1, c * 1024 + 2 * 32 + 7]) for c in range(3)]
-    assert sources.load(data, "t10k")[1].tolist() == [5, 1, 2, 9]
+    assert sources.load(data, "test")[1].tolist() == [5, 1, 2, 9]
 
 
 def test_an_altered_archive_is_refused(data: Data) -> None:
@@ -78,7 +78,7 @@ def test_the_archive_is_downloaded_and_stays_packed(
     mirrors = [str(tmp_path / name) for name in ("other", "mirror")]
     sources.prepare(data.model_copy(update={"mirrors": mirrors}))
     assert [file.name for file in path.parent.iterdir() if file.name != ".lock"] == [cifar10.ARCHIVE]
-    assert sources.load(data, "t10k")[1].tolist() == [5, 1, 2, 9]
+    assert sources.load(data, "test")[1].tolist() == [5, 1, 2, 9]
 
 
 class Attack:
@@ -91,5 +91,5 @@ def test_a_batch_is_data_and_never_code(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     archive_of(tmp_path / "archive.tar.gz", {"test_batch": batch})
     with pytest.raises(UserError, match="not the archive of CIFAR-10"):
-        cifar10.read(tmp_path / "archive.tar.gz", "t10k")
+        cifar10.read(tmp_path / "archive.tar.gz", "test")
     assert not (tmp_path / "attacked").exists()

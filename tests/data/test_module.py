@@ -214,7 +214,7 @@ def test_a_run_is_not_resumed_with_other_images_or_with_them_in_other_parts(are_
     other = ImageDataModule(folder_data(root), seed=0)
     other.prepare_data()
     other.setup("fit")
-    assert (other.fingerprint == state["fingerprint"]) is are_moved
+    assert (other.notes["images_sha256"] == state["fingerprint"]) is are_moved
     with pytest.raises(UserError, match="has other images than those the run was started with, or in other parts, so"):
         other.load_state_dict(state)
 

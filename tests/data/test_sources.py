@@ -346,7 +346,7 @@ def test_a_data_set_knows_its_classes(data: Callable[..., Data]) -> None:
 
 def test_the_garments_are_the_same_in_every_run(data_root: Path, data: Callable[..., Data]) -> None:
     (images, labels), (test_images, test_labels) = (
-        files.load(data(data_root, name="garments"), part) for part in ("train", "t10k")
+        files.load(data(data_root, name="garments"), part) for part in ("train", "test")
     )
     assert (images.shape, np.bincount(labels).tolist()) == ((10_000, 28, 28), [1000] * 10)
     assert (test_images.shape, len(test_labels)) == ((2_000, 28, 28), 2_000)
@@ -392,4 +392,4 @@ def test_the_real_files_are_the_published_ones(real_root: Path, data: Callable[.
     files.prepare(real)
     images, labels = files.load(real, "train")
     assert (images.shape, np.bincount(labels).tolist()) == ((60_000, 28, 28), [6000] * 10)
-    assert files.load(real, "t10k")[0].shape == (10_000, 28, 28)
+    assert files.load(real, "test")[0].shape == (10_000, 28, 28)

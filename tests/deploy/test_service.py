@@ -197,7 +197,7 @@ def test_an_offered_upgrade_is_ignored(server: Server, test_images: np.ndarray) 
             assert [read_answer(reader) for _ in answers] == answers
         assert reader.read() == b""
     with socket.create_connection(("127.0.0.1", server.port), 30) as client, client.makefile("rb") as reader:
-        client.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x:1\r\n\r\n" + hidden)  # asks for a tunnel
+        client.sendall(b"CONNECT x:1 HTTP/1.1\r\nHost: x:1\r\n\r\n" + hidden)  # requests a tunnel
         assert reader.read().startswith(b"HTTP/1.1 400 Bad Request")
 
 
@@ -256,7 +256,7 @@ def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
     assert connection.loop.call_later.call_args_list == [call(HEAD_SECONDS, connection.transport.close)] * 3
 
 
-def test_a_body_does_not_count_as_the_next_head_that_begins_behind_it() -> None:
+def test_a_body_does_not_count_as_the_next_head_after_it() -> None:
     connection = Connection()
     protocol, write = connection.protocol, connection.transport.write
     protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(100_000))

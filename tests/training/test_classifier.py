@@ -323,7 +323,7 @@ def test_a_loss_of_ones_own_is_trained_and_scores_stay_cross_entropy(settings: C
     require_trained_on(module, torch.rand(100, 1, 99, 99), labels, expected)
 
 
-def test_a_loss_that_would_not_do_what_was_asked_is_refused(settings: Callable[..., Settings]) -> None:
+def test_a_loss_that_would_not_do_what_was_requested_is_refused(settings: Callable[..., Settings]) -> None:
     with pytest.raises(UserError, match=r"^loss: .*Learned has weights of its own, which would not be trained$"):
         Classifier(with_loss(settings, Learned), CLASSES)
     with pytest.raises(UserError, match=r"^label_smoothing=0.1: is for the cross-entropy alone; set label_smoothing=0"):

@@ -119,7 +119,7 @@ def test_losses_and_accuracies_are_means_over_images_though_the_last_batch_is_sm
     module.load_state_dict(checkpoint_files.read(folder.last)["state_dict"])
     images, labels = map(torch.from_numpy, load(requested.data, "train"))
     held_out, kept = split(len(labels), 9901, requested.seed)
-    test = tuple(map(torch.from_numpy, load(requested.data, "t10k")))
+    test = tuple(map(torch.from_numpy, load(requested.data, "test")))
     parts = {"train": (images[kept], labels[kept]), "val": (images[held_out], labels[held_out]), "test": test}
     for part, (images, labels) in parts.items():  # 99, 9901 and 2000, in batches of 32
         with torch.no_grad():
@@ -289,7 +289,7 @@ def test_training_and_selection_do_not_depend_on_the_test_images(
 ) -> None:
     def load_with_noise(data: Data, part: str) -> tuple[np.ndarray, np.ndarray]:
         images, labels = load(data, part)
-        if part == "t10k":
+        if part == "test":
             noise = np.random.default_rng(0)
             images = noise.integers(0, 256, images.shape, dtype=np.uint8)
             labels = noise.integers(0, 10, labels.shape)

@@ -45,14 +45,14 @@ _FIXED = [
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     with open_hydra(args.config_dir, args.config_path, args.overrides):
-        settings = read_settings(args.overrides, args.config_name)
+        settings = compose_bench_settings(args.overrides, args.config_name)
     if not is_single_process(settings.trainer):
         raise UserError("trainer: nin bench runs in one process; leave out trainer=ddp and trainer.devices")
     if isinstance(settings.data, OwnData):
         raise UserError("data: nin bench measures this project's own data modules; choose data=garments")
     require_accelerator(settings.trainer)
     prepare(settings.data)
-    stderr_console = Console(stderr=True, highlight=False)
+    stderr_console = Console(stderr=True)
     try:
         with show_progress(stderr_console) as progress:
             progress("loading torch and Lightning …", "", 0, None)
@@ -103,7 +103,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def read_settings(overrides: list[str], config_name: str = "train") -> Settings:
+def compose_bench_settings(overrides: list[str], config_name: str = "train") -> Settings:
     """The settings that are measured: those of ``nin train`` with other defaults.
 
     Raises:
@@ -173,7 +173,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
 
 def print_results(results: dict[str, Any]) -> None:
     """Prints what `run_benchmarks` returns: rates, overhead and memory."""
-    console = Console(highlight=False)
+    console = Console()
     rates = results["rates"]
     console.print(_rates_table(results))
     console.print(

@@ -18,7 +18,7 @@ from nin.runs.results import print_test
 from nin.system.devices import require_accelerator
 from nin.system.imports import without_garbage_collection
 
-MAY_CHANGE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
+OVERRIDABLE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
 
 def main(arguments: list[str]) -> None:
@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         "overrides",
         nargs="*",
         default=[],
-        help=f"key=value; may change: {', '.join(MAY_CHANGE)} (for an exported file only data.… and threads)",
+        help=f"key=value; may change: {', '.join(OVERRIDABLE)} (for an exported file only data.… and threads)",
     )
     add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
@@ -76,7 +76,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
     with log_to(None):
         checkpoint = read(path)
         stored = with_found_root(without_training_parts(read_checkpoint_settings(checkpoint, path, allowed)))
-        settings = apply_overrides(stored, overrides, MAY_CHANGE)
+        settings = apply_overrides(stored, overrides, OVERRIDABLE)
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
         prepare(settings.data)
@@ -99,7 +99,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     # An export names no path of the machine that wrote it, and a folder of images has no default place.
     if isinstance(stored.data, FolderData) and "data.root" not in dict(map(split_override, overrides)):
         raise UserError(f"{path}: its run's images were in a folder; say where they are: data.root=…")
-    settings = apply_overrides(stored, overrides, (*(key for key in MAY_CHANGE if key.startswith("data.")), "threads"))
+    settings = apply_overrides(stored, overrides, (*(key for key in OVERRIDABLE if key.startswith("data.")), "threads"))
     with log_to(None):
         prepare(settings.data)
         warn_of_other_images(settings.data, description.more.get("images_sha256"))

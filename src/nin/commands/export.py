@@ -23,7 +23,7 @@ FORMATS = ("onnx", "pt2", "triton")
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     checkpoint, out = choose_files(args)
-    stderr_console = Console(stderr=True, highlight=False)
+    stderr_console = Console(stderr=True)
     with log_to(None), open_progress(stderr_console) as progress:
         with without_garbage_collection():
             from nin.deploy.export import Exporter, ExportError
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
         try:
             return export(exporter, out, args.format, args.int8)
         except ExportError as error:
-            stderr_console.print(f"nin export: {error}", markup=False, soft_wrap=True)
+            stderr_console.print(f"nin export: {error}", soft_wrap=True)
             return 1
         except OSError as error:
             raise UserError(f"{out}: can't be written ({error.strerror})") from error

@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     args = parser.parse_intermixed_args(arguments)  # overrides may follow an option
     with open_hydra(args.config_dir, args.config_path, args.overrides):
         settings = compose_settings(args.overrides, args.config_name)
-    console = Console(highlight=False)
+    console = Console()
     console.width = max(console.width, _WIDTH)  # rich would cut numbers off in a narrower terminal
     console.print(_layers_table(settings))
     unknown = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""

@@ -126,7 +126,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     )
     names = _MapNames(args.maps) if args.maps else None
     found, broken, light = 0, 0, 0
-    stderr_console = Console(stderr=True, highlight=False, soft_wrap=True)
+    stderr_console = Console(stderr=True, soft_wrap=True)
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
     with Progress(
         *columns,
@@ -142,7 +142,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         for found, (name, image, scores) in enumerate(_score_each(network, images, maps=bool(names)), start=1):
             if scores is None:
                 broken += 1
-                stderr_console.print(f"nin predict: {printable(name)}: {printable(str(image))}", markup=False)
+                stderr_console.print(f"nin predict: {printable(name)}: {printable(str(image))}")
                 writer.add_error(name, str(image))
             else:
                 light += has_light_border(image)
@@ -156,11 +156,10 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     if not args.invert and light > 0 and description.light_on_dark:
         stderr_console.print(
             f"nin predict: images with a light border: {light} of {found - broken}; the network was trained on light "
-            "objects on a dark background: if they are dark on light, add --invert",
-            markup=False,
+            "objects on a dark background: if they are dark on light, add --invert"
         )
     if broken:
-        stderr_console.print(f"nin predict: {broken} of {found} could not be read", markup=False)
+        stderr_console.print(f"nin predict: {broken} of {found} could not be read")
     return 1 if broken else 0
 
 

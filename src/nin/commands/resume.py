@@ -17,14 +17,14 @@ from nin.system.processes import StoppedError, global_rank, require_matching_sta
 from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
 
-_MAY_CHANGE = tuple(key for key in MAY_CHANGE if key != "resume")  # resuming is what this command does
+OVERRIDABLE = tuple(key for key in MAY_CHANGE if key != "resume")  # resuming is what this command does
 
 
 def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     tolerate_output_errors()
     folder = RunFolder(args.run)
-    settings, overrides = read_settings(folder, args.overrides, args.allow)
+    settings, overrides = read_resumed_settings(folder, args.overrides, args.allow)
     require_matching_start(settings.trainer)
     try:
         execute_run(RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer)))
@@ -43,7 +43,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         description="Continue an interrupted or failed run from its last.ckpt, to the result that it would have had "
         "without the interruption; with trainer.max_epochs=… also a finished one, if its schedule does not depend on "
         "the number of steps.",
-        epilog=f"may change: {', '.join(_MAY_CHANGE)}; of the callbacks those that only observe the training",
+        epilog=f"may change: {', '.join(OVERRIDABLE)}; of the callbacks those that only observe the training",
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder, as in outputs/runs/first")
     parser.add_argument(
@@ -53,7 +53,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
 
-def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -> tuple[Settings, list[str]]:
+def read_resumed_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -> tuple[Settings, list[str]]:
     """The settings to resume with, and all overrides that led to them.
 
     The stored config is plain data: no interpolation is resolved, it names no addresses to download from, and no class
@@ -72,7 +72,7 @@ def read_settings(folder: RunFolder, overrides: list[str], allowed: list[str]) -
         raise UserError(f"{folder.path}: not a run's folder (it has no .hydra/config.yaml); runs are in outputs/runs")
     stored = with_local_defaults(validate_plain(config))
     require_trusted_targets(stored, allowed, overrides)
-    settings = apply_overrides(with_found_root(stored), overrides, _MAY_CHANGE)
+    settings = apply_overrides(with_found_root(stored), overrides, OVERRIDABLE)
     if settings.sweep.prune:  # a trial of a search
         require_search_packages()
     # The stored overrides are only recorded, not composed: they may name anything.

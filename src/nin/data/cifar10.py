@@ -13,7 +13,7 @@ from nin.config.schema import UserError
 
 ARCHIVE = "cifar-10-python.tar.gz"
 SIZE = 32
-_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "t10k": ["test_batch"]}
+_BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
 # Raised for a file that is no archive, is cut off, or has other content.
 _ERRORS = (
     KeyError, TypeError, ValueError, AttributeError, EOFError, zlib.error, pickle.UnpicklingError, tarfile.TarError,
@@ -24,7 +24,7 @@ def read(archive: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads images ``(count, 32, 32, 3)`` uint8 and labels ``(count,)`` int64.
 
     Args:
-        part: "train" or "t10k", the test images.
+        part: "train" or "test".
 
     Raises:
         UserError: if the archive lacks a file, or one has other content than images and labels.

@@ -237,7 +237,7 @@ def hash_file(path: Path) -> str:
 
 
 def hash_once(path: Path) -> str:
-    """The SHA-256 of a file, computed once per process while it is unchanged: each job of a sweep asks for it."""
+    """The SHA-256 of a file, computed once per process while it is unchanged: each job of a sweep needs it."""
     state = path.stat()
     return _hash_file_in_state(path, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
 

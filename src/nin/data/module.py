@@ -131,7 +131,7 @@ class ImageDataModule(LightningDataModule):
         if not hasattr(self, "test") and (
             stage in (None, "test", "predict") or self.settings.score_each_epoch == "test"
         ):
-            self.test = self._load("t10k")
+            self.test = self._load("test")
 
     def _load(self, part: str) -> tuple[Tensor, Tensor]:
         """All images are kept on the training device, 47 MB of Fashion-MNIST: no transfer during a step."""
@@ -171,15 +171,16 @@ class ImageDataModule(LightningDataModule):
             else:
                 parts[part] = MappedImages(images, indices), labels[indices]
         self.train, self.val, self.test = (parts[part] for part in PARTS)
-        self.fingerprint = self.notes["images_sha256"] = cache.fingerprint
-        self.counts = self.notes["images"] = dict(cache.counts)
+        self.notes |= {"images_sha256": cache.fingerprint, "images": dict(cache.counts)}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the SHA-256 of a folder's decoded images and labels, and the number of images in each part.
 
         The number is needed because the SHA-256 is the same whether the last images were in ``val/`` or in ``test/``.
         """
-        return {"fingerprint": self.fingerprint, "counts": self.counts} if hasattr(self, "fingerprint") else {}
+        if "images_sha256" not in self.notes:
+            return {}
+        return {"fingerprint": self.notes["images_sha256"], "counts": self.notes["images"]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compares the folder's images with those of the checkpoint.

@@ -121,7 +121,7 @@ def _start_worker() -> None:
 @contextlib.contextmanager
 def _progress(total: int, root: str) -> Iterator[Any]:
     """Yields a function that advances a progress bar on standard error."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True)
     if not console.is_terminal:
         if total:  # an empty folder is reported as an error
             print(f"decoding {total:,} images of {printable(root)} (once)", file=sys.stderr, flush=True)

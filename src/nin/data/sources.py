@@ -160,11 +160,10 @@ def load(data: Data, part: str) -> "tuple[np.ndarray, np.ndarray]":
     files, which no checksum covers.
 
     Args:
-        part: "train" or "t10k", the test images.
+        part: "train" or "test".
 
     Raises:
-        UserError: if a file is no IDX file or cut off, if there are not as many labels as images, or if a label names
-            no class.
+        UserError: if a file is no IDX file or cut off, labels and images differ in number, or a label names no class.
     """
     folder = raw_folder(data)
     if data.name == "cifar10":
@@ -173,14 +172,15 @@ def load(data: Data, part: str) -> "tuple[np.ndarray, np.ndarray]":
         return cifar10.read(folder / cifar10.ARCHIVE, part)
     from nin.data.idx import read_idx
 
-    images = read_idx(folder / f"{part}-images-idx3-ubyte", dimensions=3)
-    labels = read_idx(folder / f"{part}-labels-idx1-ubyte", dimensions=1).astype("int64")
+    prefix = {"train": "train", "test": "t10k"}[part]
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte", dimensions=3)
+    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte", dimensions=1).astype("int64")
     remedy = "remove the folder and run the command again"
     if len(images) != len(labels):
-        raise UserError(f"{folder}: {part} has {len(images)} images and {len(labels)} labels; {remedy}")
+        raise UserError(f"{folder}: {prefix} has {len(images)} images and {len(labels)} labels; {remedy}")
     classes = len(DATA_SETS[data.name].class_names)
     if len(labels) and labels.max() >= classes:
-        raise UserError(f"{folder}: {part} has the label {labels.max()}, and there are {classes} classes; {remedy}")
+        raise UserError(f"{folder}: {prefix} has the label {labels.max()}, and there are {classes} classes; {remedy}")
     return images, labels
 
 

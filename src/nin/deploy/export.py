@@ -29,7 +29,7 @@ from nin.training.classifier import Classifier
 TOLERANCE = 1e-5
 # How much accuracy an int8 file may lose.
 INT8_LOSS = 0.003
-MAY_CHANGE = ("data.root", "data.cache", "data.mirrors")
+OVERRIDABLE = ("data.root", "data.cache", "data.mirrors")
 
 ReportImages = Callable[[str, int, int], None]
 
@@ -44,7 +44,7 @@ class Exporter:
     Args:
         path: the checkpoint.
         progress: called with what is done, the number of images done, and of all.
-        overrides: where the data set is: `MAY_CHANGE`.
+        overrides: where the data set is: `OVERRIDABLE`.
         allow: modules whose classes the checkpoint may name.
 
     Raises:
@@ -63,7 +63,7 @@ class Exporter:
         self.progress = progress
         # The settings of the run, with the place of the data on this machine.
         stored = with_found_root(without_training_parts(self.module.settings))
-        self.local_settings = apply_overrides(stored, list(overrides), MAY_CHANGE)
+        self.local_settings = apply_overrides(stored, list(overrides), OVERRIDABLE)
         prepare(self.local_settings.data)
         self.local_settings = with_channels(self.local_settings, self.description.channels)
         warn_of_other_images(self.local_settings.data, self.description.more["images_sha256"])

@@ -1,6 +1,5 @@
 """A checkpoint as one PyTorch module with all preprocessing, for `nin predict` and for every export."""
 
-import contextlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +126,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
     data, file = settings.data, path.absolute()
     pipeline = Pipeline(module.network, in_channels, _stored_size(data), data.image_size, data.test_time_flip).eval()
     run = RunFolder(file.parents[1]) if file.parent.name == "checkpoints" else None
+    test_accuracy = run.find_result().get("metrics", {}).get("test/acc") if run and file == run.best else None
     description = Description(
         class_names=class_names,
         channels=pipeline.channels,
@@ -143,19 +143,11 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
             "checkpoint_sha256": checksum,
             "weights_sha256": hash_weights(module.network),
             "images_sha256": checkpoint_files.read_images_sha256(checkpoint),
-            "test_accuracy": _read_test_accuracy(run) if run and file == run.best else None,
+            "test_accuracy": test_accuracy,
             "versions": read_versions(),
         },
     )
     return module, pipeline, description
-
-
-def _read_test_accuracy(run: RunFolder) -> Any:
-    """The test accuracy of the run's best checkpoint; None if the run has not ended, or result.json is damaged."""
-    # The accuracy is a note: a checkpoint can be used without it.
-    with contextlib.suppress(UserError):
-        return (run.read_result() or {}).get("metrics", {}).get("test/acc")
-    return None
 
 
 def _portable(settings: Settings) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def load_part(settings: Settings, part: str) -> tuple[np.ndarray | MappedImages,
             f"data: {data.target} makes its images itself, so no export can be checked or tested on them; nin predict "
             "and nin eval take the run or its checkpoint"
         )
-    return load(data, "train" if part == "train" else "t10k")
+    return load(data, part)
 
 
 def evaluate_network(

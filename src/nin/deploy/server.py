@@ -71,7 +71,7 @@ class TimedProtocol(HttpToolsProtocol):
         """Parses what arrived; a head that offers an upgrade is parsed again without the offer (RFC 9110, 7.8).
 
         Raises:
-            httptools.HttpParserError: if it is no HTTP, or asks for a tunnel.
+            httptools.HttpParserError: if it is no HTTP, or requests a tunnel.
         """
         while data:
             try:

@@ -106,7 +106,13 @@ def _route_lightning_logs() -> None:
 
 
 class Console(rich.console.Console):
-    """rich's console; a closed pipe ends the command as it does after ``print``, with exit status 141 instead of 1."""
+    """rich's console; it prints text as it is, without colored numbers, ``[bold]`` and ``:smile:``.
+
+    A closed pipe ends the command as it does after ``print``, with exit status 141 instead of 1.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"highlight": False, "markup": False, "emoji": False} | options)
 
     def on_broken_pipe(self) -> None:
         raise  # the BrokenPipeError, for `nin.cli`

@@ -204,6 +204,12 @@ class RunFolder:
             raise UserError(f"{self.result}: not the result of a run; remove it and run the command again")
         return result
 
+    def find_result(self) -> dict[str, Any]:
+        """As `read_result`, but empty if the run has not ended or the file is damaged: a new start writes it again."""
+        with contextlib.suppress(UserError):
+            return self.read_result() or {}
+        return {}
+
     def write_result(self, result: dict[str, Any]) -> None:
         """Writes ``result.json`` atomically."""
         write_atomically(self.result, json.dumps(result, indent=2) + "\n")

@@ -35,7 +35,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     table.add_row("training", f"{result['train_seconds']:.0f} s, {result.get('images_per_second') or 0:,.0f} images/s")
     table.add_row("parameters", f"{result['parameters']:,}")
     table.add_row("weights", printable(result["weights_sha256"][:16]))
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = Console(soft_wrap=True)
     console.print(table)
     curves = f"\ncurves:     {tensorboard_command(folder.path.resolve().parent)}" if folder.event_files() else ""
     print(f"run folder: {format_path(folder.path)}{curves}", flush=True)  # several processes may share the terminal
@@ -54,7 +54,7 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
     shown, width = table(names, accuracies, confusion.tolist()), max(Console().width, 120)
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console = Console(width=width)
     title, shown.title = shown.title, None  # rich would wrap it at the width of a small table
     console.print(title, shown, sep="\n")
     if missing := never_predicted(names, confusion):

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
-from nin.config.changes import MAY_CHANGE, PART_OF_RESULT
+from nin.config.changes import PART_OF_RESULT, SAME_EXPERIMENT
 from nin.config.composition import count_sweep_values
 from nin.config.errors import printable, read_first_line
 from nin.config.keys import is_within, split_override
@@ -167,10 +167,7 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
     if not _are_words(words):
         return None
     overrides = _select_experiment(words, swept, path.name)
-    result: Any = None
-    with contextlib.suppress(UserError):  # not a result: it is written again when the run is started again
-        result = folder.read_result()
-    match result:
+    match result := folder.find_result():
         case {"status": "failed"}:
             lines = str(result.get("error", "")).splitlines()
             return Job(path, overrides, "failed", error=printable(lines[0]) if lines else "unknown error")
@@ -193,9 +190,7 @@ def _select_experiment(words: list[str], swept: list[str], folder: str) -> dict[
         printable(key): printable(normalize_value(key, value))
         for key, value in dict(map(split_override, words)).items()
         # An earlier sweep in this folder may have varied other keys than the last one.
-        if key in (*swept, "trainer.max_epochs")
-        or f"{key}=" in folder
-        or not (key == "trainer" or is_within(key, MAY_CHANGE))
+        if key in swept or f"{key}=" in folder or not (key == "trainer" or is_within(key, SAME_EXPERIMENT))
     }
 
 

@@ -72,7 +72,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     study = _load_study(folder, description, url)
     trials = study.get_trials(deepcopy=False)
     title = f"{printable(description['name'])}: {_count(trials, description['n_trials'])}; best val/acc first"
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console()
     console.print(title, style="italic", soft_wrap=True)
     rows = _tabulate(trials)
     _print_table(console, rows[: _MAX_ROWS + 1])
@@ -198,9 +198,8 @@ def describe_answer(folder: Path, description: dict[str, Any], study: optuna.Stu
 def _describe_test(folder: Path, best: FrozenTrial, seeds: list[int] | None) -> list[str]:
     finals, failed = [], []
     for seed in seeds or []:
-        path, result = folder / f"final-{best.number:04d}-seed={seed}", {}
-        with contextlib.suppress(UserError):  # not a result: it is written again when the search is started again
-            result = RunFolder(path).read_result() or {}
+        path = folder / f"final-{best.number:04d}-seed={seed}"
+        result = RunFolder(path).find_result()
         if result.get("status") == "finished" and isinstance(acc := result.get("metrics", {}).get("test/acc"), float):
             finals.append(acc)
         elif result.get("status") == "failed":

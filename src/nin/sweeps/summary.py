@@ -44,7 +44,7 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
     rows = group_by_seed(jobs, metric)
     name, seeds = printable(folder.resolve().name), _describe_seeds(rows)
     title = f"{name}: best {metric} first{seeds}"
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console()
     console.print(title, style="italic", soft_wrap=True)
     console.print(fit_table(_layouts(rows, metric), console))
     for note in describe_errors(rows):

@@ -133,10 +133,8 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
     assert settings.sweep.jobs is not None  # set by the sweep
     seconds: dict[str, float] = {}
     for path in folder.parent.glob("*/result.json"):
-        with contextlib.suppress(UserError):
-            result = RunFolder(path.parent).read_result() or {}
-            if isinstance(taken := result.get("train_seconds"), int | float):
-                seconds[path.parent.name] = taken
+        if isinstance(taken := RunFolder(path.parent).find_result().get("train_seconds"), int | float):
+            seconds[path.parent.name] = taken
     left = ""
     if seconds:
         # Finished jobs of other commands in the folder count for the time of a job, and not for how many are left.

@@ -61,7 +61,7 @@ def test_the_first_process_alone_draws_a_bar_and_ends_it_once(
     # A terminal without a cursor, where the bar is printed when it is stopped.
     console = Console(file=screen, force_terminal=True, _environ={"TERM": "dumb"})
     monkeypatch.setattr(progress, "Console", lambda: console)
-    monkeypatch.setattr(progress, "count_batches", lambda trainer: (12, 0))
+    monkeypatch.setattr(progress, "count_progress", lambda trainer: (12, 0))
     trainer = SimpleNamespace(
         is_global_zero=is_global_zero,
         num_training_batches=6,
@@ -116,7 +116,7 @@ def test_a_long_run_on_a_cpu_is_estimated_once(
     seconds = iter((0, 30, 60, 90))  # after the first batch, the second, …
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(progress, "cpu_has_bfloat16", lambda: True)
-    monkeypatch.setattr(progress, "count_batches", lambda trainer: (batches, 2))
+    monkeypatch.setattr(progress, "count_progress", lambda trainer: (batches, 2))
     trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
     settings = SimpleNamespace(data=SimpleNamespace(name=data, image_size=size))
     module = SimpleNamespace(device=SimpleNamespace(type=device), settings=settings)
@@ -151,7 +151,7 @@ def test_too_few_cores_for_the_threads_are_reported_once(
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
     monkeypatch.setattr(progress.time, "process_time", lambda: next(cpu))
     monkeypatch.setattr(progress.torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(progress, "count_batches", lambda trainer: (10, 2))
+    monkeypatch.setattr(progress, "count_progress", lambda trainer: (10, 2))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     if policy:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)

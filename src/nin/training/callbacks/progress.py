@@ -56,7 +56,7 @@ class TrainingProgressBar(Callback):
         self.progress.start()
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        total, done = count_batches(trainer)
+        total, done = count_progress(trainer)
         epochs = math.ceil(total / trainer.num_training_batches) if 0 < total < math.inf else 0
         self.epochs = f"/{epochs}" if epochs else ""
         self.training = self.progress.add_task(
@@ -107,7 +107,7 @@ class TrainingProgressBar(Callback):
         self.teardown(trainer, pl_module, "")
 
 
-def count_batches(trainer: Trainer) -> tuple[float, int]:
+def count_progress(trainer: Trainer) -> tuple[float, int]:
     """The number of training batches of the run in all, infinity if it has no limit; and of those that are done."""
     batches, epochs = trainer.num_training_batches, trainer.max_epochs or -1
     total = batches * epochs if epochs > 0 else math.inf
@@ -173,7 +173,7 @@ class SlowTrainingWarner(Callback):
         self.is_done = True
         if pl_module.device.type != "cpu" or not trainer.is_global_zero:
             return
-        total, done = count_batches(trainer)
+        total, done = count_progress(trainer)
         hours = (total - done) * seconds / self.batches / 3600
         if 1 < hours < math.inf:
             log.warning("about %s of training left on this CPU. %s", _format_hours(hours), _advise(trainer, pl_module))
