@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, Trainer
 
 
@@ -50,6 +51,18 @@ class SlowEnd(Callback):
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
         if trainer.is_global_zero:
             time.sleep(12)
+
+
+class Draws(Callback):
+    """Each process writes a random number of its first and of its last step, and the sum of its weights."""
+
+    def __init__(self, path: str):
+        self.path = Path(path)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        weights = sum(float(parameter.double().sum()) for parameter in pl_module.parameters())
+        with self.path.with_name(f"{self.path.name}.{trainer.global_rank}").open("a") as file:
+            print(trainer.global_step, f"{weights:.9f}", float(torch.rand(1)), file=file)
 
 
 class FailingRank(Callback):

@@ -1,3 +1,4 @@
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from nin.data.decoding import ImageError, ImageTooLargeError, formats, has_color, open_image, to_pixels
-from nin.deploy.images import ImageForm
+from nin.deploy.images import ImageForm, as_arrays
 from pictures import encode
 
 RED = (250, 10, 20)
@@ -64,6 +65,7 @@ def test_the_level_that_a_png_file_declares_transparent_is_dark(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
     assert decode(file, 1).tolist() == [[dark, 0]]
+    assert as_arrays([Image.open(io.BytesIO(file))], ImageForm(1))[0].tolist() == [[dark, 0]]
 
 
 def test_cmyk_and_float_images_are_converted() -> None:

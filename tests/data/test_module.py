@@ -170,8 +170,11 @@ def test_a_folder_gives_color_batches_and_says_what_was_split_off(tmp_path: Path
         "images_sha256": module.state_dict()["fingerprint"],
         "images": {"train": 24, "val": 6},
     }
-    # The channel that is largest in each class's color: blue, green, red.
-    assert module.val[0].float().mean((1, 2)).argmax(1).tolist() == [2, 2, 1, 1, 0, 0]
+    for images, labels in (module.val, module.test):
+        # The channel that is largest in each class's color: blue, green, red.
+        assert images.float().mean((1, 2)).argmax(1).tolist() == (2 - labels).tolist()
+        # Also the first batches, which are all that a limit leaves, have every class.
+        assert sorted(labels[:3].tolist()) == sorted(labels[3:].tolist()) == [0, 1, 2]
 
 
 def test_more_images_than_the_limit_are_read_by_batch_and_are_the_same(tmp_path: Path) -> None:

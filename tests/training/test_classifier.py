@@ -14,6 +14,7 @@ from nin.config.composition import apply_overrides, compose_config
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate, validate_plain
 from nin.training.classifier import Classifier
+from nin.training.loss import require_logits
 from nin.training.optimizers import build_schedule
 from nin.training.trainer import build_trainer
 
@@ -203,8 +204,10 @@ def test_a_validation_in_bfloat16_sums_in_float32(settings: Callable[..., Settin
     (metrics,) = trainer.validate(module, images, verbose=False)
     with torch.inference_mode():
         loss = -module(torch.zeros(1, 1, 28, 28, dtype=torch.bfloat16)).float().log_softmax(1)[0, 0]
-    # Each loss has three digits. In bfloat16 their sum would be 2% off.
-    assert metrics["val/loss"] == pytest.approx(loss.item(), rel=4e-3)
+    # In bfloat16 each loss would have three digits, and their sum would be 2% off.
+    assert metrics["val/loss"] == pytest.approx(loss.item(), rel=1e-6)
+    kinds = {torch.bfloat16: torch.float32, torch.float32: torch.float32, torch.float64: torch.float64}
+    assert {kind: require_logits(torch.ones(1, dtype=kind)).dtype for kind in kinds} == kinds
     assert set(metrics) == {"val/loss", "val/acc"}
 
 

@@ -388,6 +388,32 @@ def test_an_optimizer_that_evaluates_a_batch_several_times_has_its_gradients(
         run_experiment(accumulating, RunFolder(tmp_path / "accumulating"))
 
 
+class SearchesAlongALine(ThreeLooks):
+    """Evaluates the batch at three other weights, as LBFGS does; records the losses."""
+
+    losses: list[float] = []  # noqa: RUF012  # read by the test
+
+    def _look(self, closure: Any) -> Any:
+        loss = super()._look(closure)
+        self.losses.append(loss.item())
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.mul_(1.5)
+        return loss
+
+
+def test_metrics_are_those_of_the_first_evaluation_of_a_batch(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = ("logger=none", "callbacks=none", "trainer.max_steps=2", "model.dropout=0", "schedule=constant")
+    plain = settings(*keys, "speed.micro_batch=null").model_dump(mode="json")
+    own = {"_target_": f"{__name__}.SearchesAlongALine", "lr": 0.1}
+    run_experiment(validate_plain(plain | {"optimizer": own}), RunFolder(tmp_path))
+    losses = SearchesAlongALine.losses
+    assert len({round(loss, 4) for loss in losses}) == 6
+    assert RunFolder(tmp_path).read_epochs()[0]["train/loss"] == pytest.approx((losses[0] + losses[3]) / 2, abs=1e-6)
+
+
 def test_in_several_processes_lightning_divides_the_images_of_ones_own_data_module(
     settings: Callable[..., Settings],
 ) -> None:

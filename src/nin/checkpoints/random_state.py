@@ -42,6 +42,14 @@ def set_random_state(state: dict[str, Any], device: torch.device, loader: Any) -
         torch.mps.set_rng_state(state["mps"])
 
 
+def seed_rank(seed: int, rank: int) -> None:
+    """Seeds the generators of one process of several; with those of the others it would draw the same masks."""
+    own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(own)
+    np.random.seed(own)
+    torch.manual_seed(own)  # also those of CUDA
+
+
 def _generators(loader: Any) -> list[torch.Generator]:
     """Returns the generators of a dataloader and its samplers; a shared generator is listed once for each owner."""
     owners = (

@@ -154,8 +154,8 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
                 # Decodes a JPEG file at 1/2, 1/4 or 1/8 of its size, several times faster, where that is at least twice
                 # the requested one.
                 image.draft(None, (2 * size, 2 * size))
-            if image.format == "PNG":
-                _scale_transparency(image)
+            if level := find_transparent_level(image):
+                image.info["transparency"] = level
             # A JPEG file has its orientation in one of these, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
                 image = _turn_upright(image)
@@ -165,14 +165,18 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
         raise _name_error(error) from error
 
 
-def _scale_transparency(image: Image.Image) -> None:
-    """Scales the level that a PNG file declares transparent to 8 bits, as Pillow does the pixels but not this level."""
-    tiles = getattr(image, "tile", None)  # of a file that is not read yet
+def find_transparent_level(image: Image.Image) -> int | tuple[int, ...] | None:
+    """The level that a PNG file declares transparent, in 8 bits, where Pillow scales the pixels but not this level.
+
+    None for other images, and if the pixels have been read: the number of bits is then unknown.
+    """
+    tiles = getattr(image, "tile", None) if image.format == "PNG" else None
     match image.info.get("transparency"), tiles[0].args if tiles else None:
         case int(level), "L;2" | "L;4" as mode:
-            image.info["transparency"] = level * (85 if mode == "L;2" else 17)
+            return level * (85 if mode == "L;2" else 17)
         case (red, green, blue), "RGB;16B":
-            image.info["transparency"] = (red >> 8, green >> 8, blue >> 8)
+            return (red >> 8, green >> 8, blue >> 8)
+    return None
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

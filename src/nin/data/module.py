@@ -13,10 +13,10 @@ from torch import Tensor
 from nin.config.data_sets import DATA_SETS
 from nin.config.errors import printable
 from nin.config.schema import Data, FolderData, UserError
+from nin.data import splits
 from nin.data.cache import MappedImages
 from nin.data.folder import PARTS
 from nin.data.sources import describe, load, prepare
-from nin.data.splits import describe_split, open_folder, require_training_images, split_folder
 from nin.data.transforms import augment, resize
 
 log = logging.getLogger(__name__)
@@ -144,8 +144,8 @@ class ImageDataModule(LightningDataModule):
         """Images up to ``data.memory_limit_mib`` are copied to the training device, more are read by batch."""
         if hasattr(self, "train"):
             return
-        cache = open_folder(data)
-        self.notes |= describe_split(cache, data, self.seed)
+        cache = splits.open_folder(data)
+        self.notes |= splits.describe_split(cache, data, self.seed)
         if cache.broken:
             self.notes["skipped_files"] = len(cache.broken)
             log.warning(
@@ -163,8 +163,10 @@ class ImageDataModule(LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         parts: dict[str, Any] = {}
         if stage in (None, "fit"):
-            require_training_images(data, self.seed)
-        for part, rows in split_folder(cache, data, self.seed).items():
+            splits.require_training_images(data, self.seed)
+        for part, rows in splits.split_folder(cache, data, self.seed).items():
+            if part != "train":  # they are stored by class; trainer.limit_val_batches takes the first
+                rows = rows[splits.order_in_proportion(cache.labels()[rows], self.seed)]
             indices = torch.from_numpy(rows)
             if count <= data.memory_limit_mib * 2**20:
                 parts[part] = images[indices].to(device), labels[indices].to(device)
@@ -190,7 +192,7 @@ class ImageDataModule(LightningDataModule):
         """
         if not isinstance(self.settings, FolderData):
             return
-        cache = open_folder(self.settings)
+        cache = splits.open_folder(self.settings)
         if state_dict != {"fingerprint": cache.fingerprint, "counts": dict(cache.counts)}:
             raise UserError(
                 f"data.root={self.settings.root}: has other images than those the run was started with, or in other "

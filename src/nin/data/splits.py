@@ -118,7 +118,7 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
     held_out = count_held_out(cache, data)
     labels = cache.labels()[rows["train"]]
     # The same test images for every number of validation images, so they are taken first.
-    order = _in_proportion(labels, seed)
+    order = order_in_proportion(labels, seed)
     start = 0
     for part in ("test", "val"):
         if part in held_out:
@@ -156,7 +156,7 @@ def require_training_images(data: Data | FolderData | OwnData, seed: int) -> Non
         raise UserError(*errors)
 
 
-def _in_proportion(labels: np.ndarray, seed: int) -> np.ndarray:
+def order_in_proportion(labels: np.ndarray, seed: int) -> np.ndarray:
     """A random order in which every stretch has the classes in about the proportion of all ``labels``."""
     order = np.random.default_rng(seed).permutation(len(labels))
     position = np.empty(len(labels))

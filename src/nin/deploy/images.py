@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from nin.data import idx
-from nin.data.decoding import ImageError, formats, open_image, to_pixels
+from nin.data.decoding import ImageError, find_transparent_level, formats, open_image, to_pixels
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,10 @@ def _as_array(image: object, form: ImageForm) -> np.ndarray:
         except ImageError as error:
             raise type(error)(f"{image}: {error}") from error
     if isinstance(image, Image.Image):
-        # A copy: the caller's image stays open and unchanged.
-        return form.read(image.copy())
+        level = find_transparent_level(image)  # before the pixels are read, which copying does
+        copied = image.copy()  # the caller's image stays open and unchanged
+        copied.info |= {} if level is None else {"transparency": level}
+        return form.read(copied)
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:
         raise ValueError(

@@ -1,6 +1,5 @@
 """The LightningModule: loss, metrics, optimizer and learning rate schedule for any of the networks."""
 
-import itertools
 import logging
 import math
 import sys
@@ -84,6 +83,7 @@ class Classifier(LightningModule):
         self.confusion = MulticlassConfusionMatrix(self.num_classes, validate_args=False)
         self.network = build_network(self.settings, in_channels, self.num_classes)
         self.micro_batch_size, self.dropouts = speed.optimize(self.network, self.settings, in_channels)
+        self.evaluations = 0  # of the batch, in one step of the optimizer
         # Set by `MetricsLogger` where the loggers already have test metrics at this step; each tag has a step once.
         self.test_metrics_logged = False
 
@@ -152,8 +152,9 @@ class Classifier(LightningModule):
         # Reading the loss would synchronize a GPU in every step; there, it is checked when metrics are logged.
         if batch_loss.is_cpu:
             require_finite(self, batch_loss.item())
-        self.train_loss.update(batch_loss.expand(len(labels)))
-        self.train_acc.update((logits.argmax(1) == labels).float())
+        if self.evaluations <= 1:  # the metrics are those before the step
+            self.train_loss.update(batch_loss.expand(len(labels)))
+            self.train_acc.update((logits.argmax(1) == labels).float())
         return loss
 
     def micro_batch(self, images: int) -> int:
@@ -163,16 +164,12 @@ class Classifier(LightningModule):
         return max(images, 1)
 
     def optimizer_zero_grad(self, *_: Any) -> None:
-        """Does nothing. `optimizer_step` zeroes the gradients after the step instead.
-
-        Lightning calls this before backward, when `training_step` has accumulated those of the first micro-batches.
-        """
+        """Does nothing: Lightning calls it when micro-batches have gradients already. `optimizer_step` zeroes them."""
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        calls = itertools.count()
-
         def closure() -> Any:
-            if next(calls):  # an optimizer that evaluates the batch several times for one step, as LBFGS does
+            self.evaluations += 1
+            if self.evaluations > 1:  # an optimizer that evaluates the batch several times for one step, as LBFGS does
                 if self.trainer.accumulate_grad_batches > 1:  # the other batches' gradients would be lost
                     several = f"{self.settings.optimizer.name}, which evaluates a batch several times"
                     raise UserError(f"trainer.accumulate_grad_batches: must be 1 with {several}")
@@ -180,6 +177,7 @@ class Classifier(LightningModule):
             return optimizer_closure()
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        self.evaluations = 0
         optimizer.zero_grad()
 
     def on_train_epoch_end(self) -> None:
@@ -231,7 +229,7 @@ class Classifier(LightningModule):
         logits = self._predict_in_micro_batches(images)
         if not len(labels):  # in the last batch of several processes, if it has fewer images than processes
             return logits
-        self.eval_loss.update(functional.cross_entropy(logits, labels, reduction="none"))
+        self.eval_loss.update(functional.cross_entropy(require_logits(logits), labels, reduction="none"))
         self.eval_acc.update(logits, labels)
         return logits
 

@@ -98,7 +98,9 @@ def backward_micro_batches(
 
 
 def require_logits(output: Any) -> Tensor:
-    """Returns the output of a network in training mode if it is logits alone.
+    """Returns the output of a network in training mode, in float32 or more, if it is logits alone.
+
+    With ``precision=bf16-true`` the loss would otherwise have the three digits of bfloat16.
 
     Raises:
         UserError: if a network of the user's own returns more.
@@ -106,7 +108,7 @@ def require_logits(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         found = f"the network returns {type(output).__name__} in training, and not logits alone"
         raise UserError(f"model: {found}; turn off what it adds, as aux_logits=false")
-    return output
+    return output.to(torch.promote_types(output.dtype, torch.float32))
 
 
 def process_weight(strategy: Strategy, images: int, device: torch.device) -> Tensor:

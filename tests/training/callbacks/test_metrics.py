@@ -48,6 +48,16 @@ def test_lr_and_gradient_norm_are_those_of_the_step(settings: Callable[..., Sett
     assert [float(row["lr"]) for row in rows] == pytest.approx([steps.rates[5], steps.rates[11]])
 
 
+def test_an_epoch_has_no_scores_of_earlier_weights(settings: Callable[..., Settings], tmp_path: Path) -> None:
+    keys = ("trainer.max_epochs=2", "trainer.limit_train_batches=5", "trainer.val_check_interval=3", "callbacks=none")
+    run_experiment(settings(*keys), folder := RunFolder(tmp_path))
+    assert [sorted(row.keys() & {"step", "train/acc", "val/acc"}) for row in folder.read_epochs()] == [
+        ["step", "train/acc"]
+    ] * 2
+    events = EventAccumulator(str(folder.path)).Reload()
+    assert [event.step for event in events.Scalars("val/acc")] == [3, 8]
+
+
 def test_the_gradient_norm_is_that_without_the_scale_of_float16() -> None:
     # GradScaler works on a GPU only; a fused optimizer is given scaled gradients, and others unscaled ones.
     plugin = SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda: 8.0))

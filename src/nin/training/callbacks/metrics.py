@@ -152,7 +152,8 @@ class MetricsLogger(Callback):
             "lr": self.lr,
             "train/loss": round(epoch["loss"] / epoch["images"], 7),
             "train/acc": round(epoch["right"] / epoch["images"], 7),
-            **self.scores,
+            # Those of a validation in the middle of the epoch are of other weights.
+            **(self.scores if self.scored_step == trainer.global_step else {}),
             "images_per_second": round(epoch["images"] / epoch["seconds"], 1),
             "seconds": round(time.perf_counter() - self.started, 3),
         }

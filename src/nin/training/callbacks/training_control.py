@@ -1,4 +1,4 @@
-"""Ends training at ``max_steps``, steps a schedule that follows val/loss, refuses a last batch without statistics."""
+"""What Lightning leaves open at the start, the end and between the epochs of training."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import torch
 from lightning import Callback, Trainer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from nin.checkpoints.random_state import seed_rank
 from nin.config.schema import UserError
 from nin.data.module import TensorDataLoader
 from nin.networks.speed import BATCH_NORMS
@@ -17,7 +18,8 @@ class TrainingControl(Callback):
     """Ends training at ``max_steps`` with a validation, and steps a ReduceLROnPlateau schedule after each epoch.
 
     Lightning would step the schedule after the epoch's checkpoint is saved. Before the first step, a last batch that
-    batch norm would refuse is refused.
+    batch norm would refuse is refused, and each of several processes gets random generators of its own, for dropout
+    and augmentation: Lightning seeds all alike, so that they start with the same weights.
 
     Args:
         metrics: the callback that has the epoch's validation metrics; it must be called before this one.
@@ -27,6 +29,8 @@ class TrainingControl(Callback):
         self.metrics = metrics
 
     def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        if trainer.global_rank:  # a checkpoint, which is restored after this, has the generators of each process
+            seed_rank(pl_module.settings.seed, trainer.global_rank)
         loader, max_batches = trainer.train_dataloader, trainer.max_steps * trainer.accumulate_grad_batches
         if (
             isinstance(loader, TensorDataLoader)
