@@ -14,7 +14,6 @@ from nin.config.changes import MAY_CHANGE, find_differences
 from nin.config.composition import compose_config
 from nin.config.keys import flatten, is_within
 from nin.config.schema import Settings, Trainer, UserError
-from nin.config.types import Section
 from nin.config.validation import validate, validate_plain
 from nin.training.callbacks.dead_units import DeadUnitMonitor
 from nin.training.callbacks.tensorboard import ImageLogger
@@ -233,47 +232,6 @@ def test_batch_norm_is_synchronized_on_gpus_only() -> None:
     validate(compose_config(["trainer=ddp", "trainer.sync_batchnorm=true"]))
 
 
-class Reading:
-    """Settings that note which keys are read."""
-
-    def __init__(self, settings: object, read: set[str], prefix: str = ""):
-        self._of = settings, read, prefix
-
-    @property
-    def __class__(self) -> type:  # for isinstance
-        return type(self._of[0])
-
-    def __getattr__(self, name: str) -> object:
-        settings, read, prefix = self._of
-        value = getattr(settings, name)
-        if isinstance(value, Section):
-            return Reading(value, read, f"{prefix}{name}.")
-        read.add(f"{prefix}{name}")
-        return value
-
-
-@pytest.mark.parametrize(("keys", "rule"), rules.RULES, ids=lambda part: getattr(part, "__name__", ""))
-def test_a_rule_declares_the_keys_that_it_reads(
-    keys: tuple[str, ...], rule: Callable[[Settings], Iterator[str]]
-) -> None:
-    # Otherwise it would run on invalid values, and end in a traceback.
-    read: set[str] = set()
-    for words in (
-        ["callbacks=early_stopping", "trainer.limit_train_batches=5"],
-        ["trainer.val_check_interval=4"],
-        ["trainer.val_check_interval=4", "trainer.limit_train_batches=0.5", "trainer=ddp"],
-        ["trainer.max_epochs=-1", "trainer.max_time=00:01:00:00", "data.val_size=0", "data.score_each_epoch=test"],
-        ["trainer.sync_batchnorm=true", "trainer.accelerator=gpu", "trainer.devices=2"],
-        ["optimizer=sgd", "optimizer.nesterov=true", "optimizer.momentum=0.9"],
-    ):
-        assert list(rule(Reading(validate(compose_config(words)), read))) == []
-    assert [key for key in read if not is_within(key, keys)] == []
-    # Declared together with others, of which some rules read one only.
-    together = ("num_nodes", "strategy", "limit_val_batches", "limit_test_batches", "overfit_batches")
-    read |= {f"trainer.{key}" for key in together}
-    assert [key for key in keys if not any(is_within(one, [key]) for one in read)] == []
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -317,10 +275,22 @@ def test_a_fault_in_a_rule_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     def misspelled(settings: Settings) -> Iterator[str]:
         yield settings.data.image_sise
 
-    monkeypatch.setattr(validation, "RULES", [(("data.image_size",), misspelled)])
+    monkeypatch.setattr(validation, "RULES", [misspelled])
     with pytest.raises(AttributeError, match="image_sise"):
         validate(compose_config([]))
     assert refused("data.image_size=0") == ("data.image_size=0: must be greater than or equal to 1",)
+
+
+def test_an_invalid_key_hides_only_what_can_not_be_known_without_it() -> None:
+    assert refused("data.batch_size=0", "data.val_size=60000", "trainer.limit_train_batches=0.001") == (
+        "data.batch_size=0: must be greater than or equal to 1",
+        "data.val_size=60000: fashion_mnist has 60000 training images; hold out fewer",
+    )
+    # This rule reads the number of epochs first, and then the time.
+    assert refused("trainer.max_epochs=0", "trainer.max_time=5") == (
+        "trainer.max_time=5: must be a valid string or a valid dictionary",
+        "trainer.max_epochs=0: nothing would be trained; give 1 or more",
+    )
 
 
 def test_all_errors_are_reported_together() -> None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from nin.config.schema import CONF, Settings
-from nin.config.types import OwnClass, Section
+from nin.config.types import Section
 
 NAME_RULE = "consist of letters, digits and the characters _-=,+@. and not begin with a dot"
 
@@ -140,16 +140,3 @@ def did_you_mean(word: str, known: list[str], prefix: str = "") -> str:
 def list_options(group: str) -> list[str]:
     """The options of a config group: the names of the files in its folder of ``conf/``."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def construct_unchecked(plain: dict) -> Settings:
-    """Builds Settings without validation, so that the rules can also check the valid keys of a config with errors."""
-    sections = {}
-    for key, field in Settings.model_fields.items():
-        for section in sections_of(field.annotation):
-            values = plain.get(key)
-            if not isinstance(values, dict) or ("_target_" in values) != issubclass(section, OwnClass):
-                continue
-            if issubclass(section, OwnClass) or values.get("name") in (None, *names_of(section)):
-                sections[key] = section.model_construct(**values)
-    return Settings.model_construct(**{**plain, **sections})

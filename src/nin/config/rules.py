@@ -16,17 +16,9 @@ from nin.config.keys import is_within
 from nin.config.schema import SGD, Settings, is_single_process
 from nin.config.types import OwnClass
 
-
-def _trainer_keys(*keys: str) -> tuple[str, ...]:
-    return tuple(f"trainer.{key}" for key in keys)
-
-
-_DEVICES = _trainer_keys("devices", "num_nodes", "strategy")
-_LIMITS = _trainer_keys("limit_train_batches", "limit_val_batches", "limit_test_batches")
+_LIMITS = ("trainer.limit_train_batches", "trainer.limit_val_batches", "trainer.limit_test_batches")
 # An int is a number of batches, a float is a fraction of all batches.
-BATCH_LIMITS = (*_LIMITS, *_trainer_keys("limit_predict_batches", "overfit_batches", "val_check_interval"))
-_DATA_KEYS = ("data.name", "data.val_size", "data.batch_size", "data.score_each_epoch")
-_BATCH_KEYS = (*_LIMITS, *_DEVICES, *_DATA_KEYS, "trainer.overfit_batches")
+BATCH_LIMITS = (*_LIMITS, "trainer.limit_predict_batches", "trainer.overfit_batches", "trainer.val_check_interval")
 
 # Lightning's names, without the strategies that `require_separate_processes` refuses.
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
@@ -40,28 +32,23 @@ STRATEGIES = (
 _COPIES = "_(spawn|fork|notebook)"
 
 Rule = Callable[[Settings], Iterator[str]]
-# Each rule with the keys that it reads: keys, or sections with all their keys.
-RULES: list[tuple[tuple[str, ...], Rule]] = []
+RULES: list[Rule] = []
 
 
-def reads(*keys: str) -> Callable[[Rule], Rule]:
-    """Adds a rule, which reads these keys, to `RULES`; it runs if all of them are valid."""
-
-    def add(rule: Rule) -> Rule:
-        RULES.append((keys, rule))
-        return rule
-
-    return add
+def rule(check: Rule) -> Rule:
+    """Adds a rule to `RULES`. It ends where it reads a key that has no valid value, which is reported already."""
+    RULES.append(check)
+    return check
 
 
-@reads("data.name", "data.val_size")
+@rule
 def require_training_images(settings: Settings) -> Iterator[str]:
     data = settings.data  # how many images a folder has is known when it is read
     if isinstance(data, Data) and data.val_size >= (images := DATA_SETS[data.name].training_images):
         yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"
 
 
-@reads("data.name", "data.val_size", "data.batch_size")
+@rule
 def require_one_full_batch(settings: Settings) -> Iterator[str]:
     data = settings.data
     if (
@@ -74,7 +61,7 @@ def require_one_full_batch(settings: Settings) -> Iterator[str]:
         )
 
 
-@reads("data.val_size", "data.score_each_epoch")
+@rule
 def require_images_for_selection(settings: Settings) -> Iterator[str]:
     data = settings.data
     if isinstance(data, Data) and not data.val_size and data.score_each_epoch == "val":
@@ -84,7 +71,7 @@ def require_images_for_selection(settings: Settings) -> Iterator[str]:
         )
 
 
-@reads(*BATCH_LIMITS)
+@rule
 def require_valid_limits(settings: Settings) -> Iterator[str]:
     """Lightning's convention: an int is a number of batches, a float is a fraction of all batches."""
     for key in BATCH_LIMITS:
@@ -95,7 +82,7 @@ def require_valid_limits(settings: Settings) -> Iterator[str]:
             )
 
 
-@reads(*_BATCH_KEYS)
+@rule
 def require_batches_within_limits(settings: Settings) -> Iterator[str]:
     """Lightning rounds a fraction of the batches down, and refuses 0 batches when training has begun."""
     if not (batches := count_batches(settings)):
@@ -114,7 +101,7 @@ def format_empty_fraction(key: str, fraction: float, batches: int) -> str:
     return f"{key}={fraction:g}: leaves none of {batches} batches; {rest}"
 
 
-@reads(*_BATCH_KEYS, *_trainer_keys("val_check_interval", "check_val_every_n_epoch"))
+@rule
 def require_scoring_within_epochs(settings: Settings) -> Iterator[str]:
     interval = settings.trainer.val_check_interval
     if interval is None or not isinstance(interval, int | float):
@@ -152,7 +139,7 @@ def count_batches(settings: Settings) -> dict[str, int]:
     return {key: math.ceil(max(0, n) / data.batch_size) for key, n in zip(_LIMITS, images, strict=True)}
 
 
-@reads(*_trainer_keys("max_epochs", "max_steps", "max_time"), "schedule")
+@rule
 def require_an_end_of_training(settings: Settings) -> Iterator[str]:
     trainer, schedule = settings.trainer, settings.schedule
     if trainer.max_epochs not in (-1, None) or trainer.max_steps != -1:
@@ -164,7 +151,7 @@ def require_an_end_of_training(settings: Settings) -> Iterator[str]:
         yield f"trainer.max_epochs={given}: training would never end; set it, or trainer.max_steps"
 
 
-@reads(*_trainer_keys("min_epochs", "max_epochs", "min_steps", "max_steps"))
+@rule
 def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
     trainer = settings.trainer
     for unit in ("epochs", "steps"):
@@ -173,7 +160,7 @@ def require_minimum_below_maximum(settings: Settings) -> Iterator[str]:
             yield f"trainer.min_{unit}={least}: must be at most trainer.max_{unit}, which is {most}"
 
 
-@reads(*_trainer_keys("max_epochs", "max_steps", "max_time", "barebones"), *_LIMITS)
+@rule
 def require_work_and_results(settings: Settings) -> Iterator[str]:
     for key in ("max_epochs", "max_steps", "limit_train_batches"):
         if getattr(settings.trainer, key) == 0:
@@ -189,7 +176,7 @@ def require_work_and_results(settings: Settings) -> Iterator[str]:
         yield "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false"
 
 
-@reads(*_trainer_keys("accelerator", "strategy"), "loss", "logger", "callbacks")
+@rule
 def require_known_accelerator_and_strategy(settings: Settings) -> Iterator[str]:
     sections = [getattr(settings, key, None) for key in ("model", "data", "loss", "optimizer", "schedule")]
     targets = [section.target for section in sections if isinstance(section, OwnClass)]
@@ -206,7 +193,7 @@ def require_known_accelerator_and_strategy(settings: Settings) -> Iterator[str]:
         yield f"trainer.strategy={strategy}: no such strategy; {did_you_mean(name, [*STRATEGIES])}"
 
 
-@reads("trainer.strategy")
+@rule
 def require_separate_processes(settings: Settings) -> Iterator[str]:
     """The metrics and the state of a run are known to the processes that train, and to none that started them."""
     strategy = settings.trainer.strategy
@@ -214,7 +201,7 @@ def require_separate_processes(settings: Settings) -> Iterator[str]:
         yield f"trainer.strategy={strategy}: starts its processes as copies of one that does not train; choose ddp"
 
 
-@reads(*_trainer_keys("sync_batchnorm", "accelerator"), *_DEVICES)
+@rule
 def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
     if not settings.trainer.sync_batchnorm:
         return
@@ -224,7 +211,7 @@ def require_devices_to_synchronize(settings: Settings) -> Iterator[str]:
         yield "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize; set it to false"
 
 
-@reads("callbacks", "data.score_each_epoch", "trainer.limit_val_batches")
+@rule
 def require_monitored_metrics(settings: Settings) -> Iterator[str]:
     """A callback that monitors a metric needs one that is computed, and computed on held-out images."""
     unscored = settings.data.score_each_epoch == "test" or settings.trainer.limit_val_batches == 0
@@ -246,7 +233,7 @@ def require_monitored_metrics(settings: Settings) -> Iterator[str]:
             )
 
 
-@reads("optimizer")
+@rule
 def require_momentum(settings: Settings) -> Iterator[str]:
     optimizer = settings.optimizer
     if isinstance(optimizer, SGD) and optimizer.nesterov and optimizer.momentum == 0:

@@ -3,6 +3,7 @@
 Imports no torch.
 """
 
+import contextlib
 import json
 from collections.abc import Collection
 from typing import Any
@@ -12,11 +13,19 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from pydantic import ValidationError
 
-from nin.config.errors import construct_unchecked, did_you_mean, format_errors, list_options, read_first_line, shorten
+from nin.config.errors import (
+    did_you_mean,
+    format_errors,
+    list_options,
+    names_of,
+    read_first_line,
+    sections_of,
+    shorten,
+)
 from nin.config.keys import is_within
 from nin.config.rules import RULES
 from nin.config.schema import CONF, DeadUnitMonitor, EarlyStopping, ImageLogger, Settings, UserError
-from nin.config.types import Section
+from nin.config.types import OwnClass, Section
 
 # Hydra would merge several options into one.
 _ONE_OPTION = ("model", "data", "loss", "optimizer", "schedule", "trainer")
@@ -81,15 +90,16 @@ def validate_plain(plain: Any) -> Settings:
     if not isinstance(plain, dict):
         raise UserError(f"the config must be a dictionary, not {shorten(json.dumps(plain, default=str))}")
     errors: dict[str, str] = {}  # the message for each key
-    settings = None
     try:
         settings = Settings.model_validate(plain)
     except ValidationError as error:
         errors |= format_errors(error, Settings, plain)
-    # One invalid key must not hide the errors of others, so the rules also get the valid keys of invalid settings.
-    combinations = find_errors(settings or construct_unchecked(plain), errors)
+        # One invalid key must not hide the errors of others, so the rules also get the valid keys of invalid settings.
+        combinations = find_errors(construct_unchecked(plain, errors), AttributeError)
+    else:
+        combinations = find_errors(settings)
     errors |= _find_callback_errors(plain)
-    if errors or combinations or settings is None:
+    if errors or combinations:
         raise UserError(*dict.fromkeys([*errors.values(), *combinations]))
     return settings
 
@@ -120,11 +130,34 @@ def _find_callback_section(target: str) -> type[Section] | None:
     return own.get(target)
 
 
-def find_errors(settings: Settings, invalid: Collection[str]) -> list[str]:
-    """Returns the errors of every rule that reads no key in ``invalid``; those keys are already reported."""
-    return [
-        error
-        for keys, rule in RULES
-        if not any(is_within(key, keys) or any(is_within(k, [key]) for k in keys) for key in invalid)
-        for error in rule(settings)
-    ]
+def construct_unchecked(plain: dict, invalid: Collection[str]) -> Settings:
+    """Builds Settings from the valid keys of a config with errors; to read an ``invalid`` one is an AttributeError."""
+
+    def has_errors(key: str) -> bool:
+        return any(is_within(one, [key]) for one in invalid)
+
+    values = {key: value for key, value in plain.items() if not has_errors(key)}
+    for key, field in Settings.model_fields.items():
+        given = plain.get(key)
+        if key in invalid or not isinstance(given, dict):
+            continue
+        valid = {name: value for name, value in given.items() if not has_errors(f"{key}.{name}")}
+        for section in sections_of(field.annotation):
+            is_own = issubclass(section, OwnClass)
+            if is_own == ("_target_" in given) and (is_own or given.get("name") in (None, *names_of(section))):
+                values[key] = section.model_construct(**valid)
+    return Settings.model_construct(**values)
+
+
+def find_errors(settings: Settings, *missing: type[Exception]) -> list[str]:
+    """Returns the errors of every rule.
+
+    Args:
+        missing: the error that ends a rule where it reads a key without a valid value.
+    """
+    errors: list[str] = []
+    for rule in RULES:
+        with contextlib.suppress(*missing):
+            for error in rule(settings):  # one at a time: those before a rule ends are kept
+                errors.append(error)
+    return errors
