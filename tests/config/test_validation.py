@@ -271,6 +271,12 @@ def test_a_target_of_another_type_is_reported_and_no_rule_takes_the_section_for_
     assert error.startswith("data._target_=3: ")
 
 
+def test_keys_that_are_numbers_are_reported() -> None:
+    first, second = refused("callbacks=early_stopping", "++trainer={4: 1}", "++callbacks.early_stopping={3: 1}")
+    assert first.startswith("trainer.4: no such key; there are: accelerator, strategy")
+    assert second.startswith("callbacks.early_stopping.3: no such key; there are: monitor, min_delta")
+
+
 def test_a_fault_in_a_rule_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def misspelled(settings: Settings) -> Iterator[str]:
         yield settings.data.image_sise

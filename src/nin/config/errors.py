@@ -53,7 +53,7 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
     """One error in words: the key, its value, the rule, the remedy."""
     first = errors[0]
     match first["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             known, name = _known_keys(section, first["loc"][:-1]), str(first["loc"][-1])
             return f"{key}: no such key; {did_you_mean(name, known, key.removesuffix(name))}"
         case "missing":

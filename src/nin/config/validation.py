@@ -111,7 +111,7 @@ def _find_callback_errors(plain: dict) -> dict[str, str]:
         section = _find_callback_section(str(entry.get("_target_"))) if isinstance(entry, dict) else None
         if section is None:
             continue
-        arguments = {key: value for key, value in entry.items() if not key.startswith("_")}
+        arguments = {key: value for key, value in entry.items() if not str(key).startswith("_")}
         try:
             section.model_validate(arguments)
         except ValidationError as error:
