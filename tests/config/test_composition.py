@@ -5,14 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from nin import cli
 from nin.config.composition import (
     apply_overrides,
     compose_config,
     compose_settings,
-    count_sweep_values,
 )
 from nin.config.hydra_options import open_hydra, parse_arguments
 from nin.config.schema import CONF, FolderData, Settings, UserError
@@ -192,22 +190,6 @@ def test_a_name_is_not_changed_by_being_read_as_a_number() -> None:
     )
     assert compose_settings(['name="2024_01_15"']).name == "2024_01_15"
     assert compose_settings(["name=2024"]).name == "2024"
-
-
-@pytest.mark.parametrize(
-    ("word", "count"),
-    [
-        ("seed=1", 1),
-        ("seed=1,2,3", 3),
-        ("seed=range(1000000000)", 1_000_000_000),
-        ("seed=range(1,10,4)", 3),
-        ("a=range(0,1,0.25)", 4),
-        ("seed=choice(1,2)", 2),
-        ("seed=range(5,1)", 0),
-    ],
-)
-def test_values_of_a_sweep_are_counted_without_listing_them(word: str, count: int) -> None:
-    assert count_sweep_values(OverridesParser.create().parse_override(word)) == count
 
 
 def test_importing_changes_no_warning_filter() -> None:

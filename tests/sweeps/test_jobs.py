@@ -232,28 +232,35 @@ def test_a_stopped_run_is_unfinished(tmp_path: Path) -> None:
 
 
 def test_values_that_can_not_be_enumerated_are_refused() -> None:
-    for values, message in (("interval(0,1)", "an interval is for a search"), ("range(0,3,0)", "must not be 0")):
+    for values, message in (
+        ("interval(0,1)", "an interval is for a search"),
+        ("range(0,3,0)", "can't be enumerated .*must not be zero"),
+        ("range(0,1,0.0)", "can't be enumerated .*step:0"),
+        ("range(0,nan)", "can't be enumerated"),
+    ):
         with pytest.raises(UserError, match=message):
             sweep.expand_jobs(parse_overrides([f"seed={values}"]))
 
 
 @pytest.mark.parametrize(
-    ("task", "count"),
+    "task",
     [
-        (["seed=range(1000000000)"], "1,000,000,000"),
-        (["seed=shuffle(range(1000000000))"], "1,000,000,000"),
-        (["seed=range(200)", "optimizer.lr=range(0.1,1.1,0.01)"], "20,000"),
-        (["seed=range(10001,0,-1)"], "10,001"),
-        (["seed=range(5000)", "model.head=gap,fc,mlp"], "15,000"),
+        ["seed=range(1000000000)"],
+        ["seed=shuffle(range(1000000000))"],
+        ["seed=range(0,inf)"],
+        ["seed=range(200)", "optimizer.lr=range(0.1,1.1,0.01)"],
+        ["seed=range(10001,0,-1)"],
+        ["seed=range(5000)", "model.head=gap,fc,mlp"],
     ],
 )
-def test_too_many_jobs_are_refused_before_they_are_listed(task: list[str], count: str) -> None:
-    with pytest.raises(UserError, match=f": {count} jobs; a sweep has at most 10,000"):
+def test_too_many_jobs_are_refused_before_they_are_listed(task: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
         sweep.expand_jobs(parse_overrides(task))
+    assert str(refused.value) == f"{' '.join(task)}: a sweep has at most 10,000 jobs; vary fewer values"
 
 
 def test_a_range_may_be_as_long_as_the_limit() -> None:
-    assert len(sweep.expand_jobs(parse_overrides(["seed=range(100)", "model.norm=none,batch"]))) == 200
+    assert len(sweep.expand_jobs(parse_overrides(["seed=range(5000)", "model.norm=none,batch"]))) == 10_000
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "5", "null", '"finished"', '{"status": "finished"}',

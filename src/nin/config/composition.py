@@ -3,7 +3,6 @@
 import bisect
 import contextlib
 import functools
-import math
 import re
 from typing import Any
 
@@ -11,7 +10,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -196,22 +195,6 @@ def _first_value(override: Override) -> str | None:
     with contextlib.suppress(ValueError):  # range(0,3,0)
         return next(override.sweep_string_iterator(), None)
     return None
-
-
-def count_sweep_values(override: Override) -> int:
-    """The number of values that a swept key takes, without listing them; 1 for a key that is not swept.
-
-    Raises:
-        UserError: if a range has no step.
-    """
-    if not override.is_discrete_sweep():
-        return 1
-    value = override.value()
-    if not isinstance(value, RangeSweep):
-        return sum(1 for _ in override.sweep_iterator())
-    if not value.step:
-        raise UserError(f"{override.input_line}: the step must not be 0")
-    return max(0, math.ceil(((value.stop or 0) - (value.start or 0)) / value.step))
 
 
 def quote_value(text: str) -> str:

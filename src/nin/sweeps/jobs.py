@@ -1,18 +1,18 @@
 """A sweep's jobs: their overrides, folders and results, and what they have in common."""
 
 import contextlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from nin.config.changes import PART_OF_RESULT, SAME_EXPERIMENT
-from nin.config.composition import count_sweep_values
 from nin.config.errors import printable, read_first_line
 from nin.config.keys import is_within, split_override
 from nin.config.schema import UserError
@@ -56,13 +56,23 @@ def expand_jobs(overrides: list[Override]) -> list[list[str]]:
 
     swept = " ".join(override.input_line or "" for override in overrides if override.is_sweep_override())
     try:
-        if (count := math.prod(map(count_sweep_values, overrides))) > _MAX_JOBS:
-            raise UserError(f"{swept}: {count:,} jobs; a sweep has at most {_MAX_JOBS:,}, vary fewer values")
+        if math.prod(map(_count_values, overrides)) > _MAX_JOBS:
+            raise UserError(f"{swept}: a sweep has at most {_MAX_JOBS:,} jobs; vary fewer values")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
-    except (HydraException, ValueError, OverflowError) as error:  # interval(0,1), range(0,3,0)
+    except (HydraException, ValueError, ArithmeticError) as error:  # interval(0,1), range(0,3,0), range(0,nan)
         if any(override.is_interval_sweep() for override in overrides):
             raise UserError(f"{swept}: an interval is for a search; add hydra/sweeper=optuna") from error
         raise UserError(f"{swept}: its values can't be enumerated ({read_first_line(error)})") from error
+
+
+def _count_values(override: Override) -> int:
+    """The number of values of a swept key, counted up to one more than a sweep has jobs; 1 for a key with one value."""
+    if not override.is_discrete_sweep():
+        return 1
+    value = override.value()
+    # Hydra's own iterator lists a range to shuffle it.
+    values = value.range() if isinstance(value, RangeSweep) else override.sweep_iterator()
+    return sum(1 for _ in itertools.islice(values, _MAX_JOBS + 1))
 
 
 def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
