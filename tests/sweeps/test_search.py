@@ -37,7 +37,7 @@ from nin.sweeps import search_best, search_checks, search_report
 from nin.sweeps.claims import DatabaseClaims
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
-from nin.sweeps.search_best import best_command, best_config
+from nin.sweeps.search_best import SearchFile, best_command, best_config, read_search_file, write_search_file
 from nin.sweeps.search_checks import count_points, experiment_words
 from nin.sweeps.search_report import best_trial, count_saved_epochs, describe_answer
 from nin.sweeps.space import enumerate_values, overrides_of, read_space, sample_corners
@@ -476,8 +476,8 @@ def test_a_search_in_a_database_has_its_claims_there(
 
 def describe_search(folder: Path, **changed: Any) -> None:
     """Writes search.json as a search does."""
-    description = {"name": "s", "storage": None, "fixed": [], "n_trials": 1, "max_epochs": 4} | changed
-    (folder / "search.json").write_text(json.dumps(description))
+    content = {"name": "s", "fixed": [], "n_trials": 1, "max_epochs": 4} | changed
+    (folder / "search.json").write_text(json.dumps(content))
 
 
 def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_report_continue(
@@ -604,7 +604,7 @@ def test_a_storage_that_is_no_database_of_postgresql_is_refused(
 
 
 @pytest.mark.parametrize(
-    "changed", [{"name": 5}, {"fixed": [1]}, {"n_trials": "many"}, {"storage": {}}, {"config_name": 1}]
+    "changed", [{"name": 5}, {"fixed": [1]}, {"n_trials": "many"}, {"storage": {}}, {"config_name": 1}, {"other": 1}]
 )
 def test_a_description_with_other_content_is_refused(
     changed: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -612,6 +612,12 @@ def test_a_description_with_other_content_is_refused(
     describe_search(tmp_path, **changed)
     assert cli.run("report", [str(tmp_path)]) == 2
     assert "search.json: can't be read" in capsys.readouterr().err
+
+
+def test_a_description_is_read_as_it_was_written_whatever_a_folder_is_called(tmp_path: Path) -> None:
+    search = SearchFile(name="s", fixed=["seed=1"], n_trials=1, final_seeds=[0], config_dir=os.fsdecode(b"bad\xff"))
+    write_search_file(tmp_path, search)
+    assert read_search_file(tmp_path) == search
 
 
 def test_the_report_of_a_search_without_its_journal_says_so_and_writes_none(
@@ -748,8 +754,8 @@ def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_pat
     best = best_trial(trials)
     assert best is trials[1]
     assert best_trial([create_trial(state=TrialState.FAIL)]) is None
-    description = {"name": "s", "fixed": ["experiment=cpu", "name=s", "data.batch_size=64", "sweep=null"]}
-    (tmp_path / "best.yaml").write_text(best_config(description, best))
+    words = ["experiment=cpu", "name=s", "data.batch_size=64", "sweep=null"]
+    (tmp_path / "best.yaml").write_text(best_config(SearchFile(name="s", fixed=words, n_trials=3), best))
     found = requested("--config-dir", str(tmp_path), "--config-name", "best")
     words = [f"{key}={value}" for key, value in best.params.items()]
     expected = validate(compose_config(["experiment=cpu", "data.batch_size=64", "name=s-best", *words]))
@@ -796,11 +802,11 @@ def test_the_best_of_a_search_that_is_ready_is_what_its_trial_was(fixed: list[st
     best.number, best.values = 0, [0.5]
     trial = requested(*words, *overrides_of(best.params), "hydra.sweeper.params=null")
     assert "schedule=cosine" in fixed or trial.schedule.name == "one_cycle"  # of experiment=nin_small
-    description = {"name": "s", "fixed": words, "in_files": True}
-    (tmp_path / "best.yaml").write_text(best_config(description, best))
+    search = SearchFile(name="s", fixed=words, n_trials=3, in_files=True)
+    (tmp_path / "best.yaml").write_text(best_config(search, best))
     expected = trial.model_copy(update={"name": "s-best"})
     assert requested("--config-dir", str(tmp_path), "--config-name", "best") == expected
-    nin, command, *arguments = shlex.split(best_command(description, best))
+    nin, command, *arguments = shlex.split(best_command(search, best))
     assert (nin, command, requested(*arguments)) == ("nin", "train", expected)
 
 
@@ -808,24 +814,24 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
     study = optuna.create_study()
     lr = FloatDistribution(0.1, 0.2)
     study.add_trial(create_trial(params={"optimizer.lr": 0.1}, distributions={"optimizer.lr": lr}, value=0.5))
-    description: dict[str, Any] = {"name": "s", "fixed": ["model=tiny"], "config_dir": "/my", "max_epochs": 0}
-    notes = describe_answer(tmp_path, description, study)
+
+    def describe(name: str, *fixed: str, **options: str) -> list[str]:
+        return describe_answer(tmp_path, SearchFile(name=name, fixed=[*fixed], n_trials=1, **options), study)  # type: ignore[arg-type]
+
+    notes = describe("s", "model=tiny", config_dir="/my")
     assert "    nin train --config-dir /my name=s-best model=tiny optimizer.lr=0.1" in notes
     assert not any("--config-name best" in note for note in notes)
-    description |= {"fixed": ["~optimizer.momentum"], "config_dir": None}
-    notes = describe_answer(tmp_path, description, study)
+    notes = describe("s", "~optimizer.momentum")
     assert "    nin train name=s-best '~optimizer.momentum' optimizer.lr=0.1" in notes
     assert not any("--config-name best" in note for note in notes)
-    description |= {"fixed": ["model=tiny"], "config_name": "mine", "config_path": "/p"}
-    notes = describe_answer(tmp_path, description, study)
+    notes = describe("s", "model=tiny", config_name="mine", config_path="/p")
     command = "nin train --config-path /p --config-name mine name=s-best model=tiny optimizer.lr=0.1"
     assert f"    {command} hydra.sweeper.params=null" in notes
     assert not any("--config-name best" in note for note in notes)
-    description |= {"fixed": ["++name=s"], "config_name": None, "config_path": None, "name": "s=1"}
-    notes = describe_answer(tmp_path, description | {"search_path": "hydra.searchpath=[/a b]"}, study)
+    notes = describe("s=1", "++name=s", search_path="hydra.searchpath=[/a b]")
     assert """    nin train 'name="s=1-best"' 'hydra.searchpath=[/a b]' optimizer.lr=0.1""" in notes
     assert not any("--config-name best" in note for note in notes)
-    assert any("--config-name best" in note for note in describe_answer(tmp_path, description, study))
+    assert any("--config-name best" in note for note in describe("s=1", "++name=s"))
 
 
 def test_pruning_says_how_many_epochs_it_saved() -> None:

@@ -24,7 +24,7 @@ from nin.config.schema import CONF, Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
-from nin.sweeps.search_best import SEARCH_PATH_KEY, test_best
+from nin.sweeps.search_best import SearchFile, test_best, write_search_file
 from nin.sweeps.search_checks import check_search, count_points, experiment_words, read_settings
 from nin.sweeps.search_report import best_trial
 from nin.sweeps.space import overrides_of
@@ -72,7 +72,7 @@ class Search:
         add_common_overrides(self.config, "sweep.wait=true", "sweep.test=false", f"sweep.prune={prune}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.store = Store(self.plan, self.folder, self.settings.storage)
-        self._write_description()
+        self._write_search_file()
         if self.total < self.settings.n_trials:
             print(f"the grid has {self.total} points, so there are {self.total} trials")
         elif (points := self.points) and points > self.total:
@@ -80,20 +80,25 @@ class Search:
         self._run_trials()
         self._finish()
 
-    def _write_description(self) -> None:
+    def _write_search_file(self) -> None:
         """Writes what ``nin report`` needs."""
-        final_seeds = self.settings.final_seeds
-        content: dict[str, Any] = {"name": self.plan.name, "storage": self.settings.storage, "fixed": self.fixed}
         sources = {source.provider: source.path for source in self.config.hydra.runtime.config_sources}
         config_name = self.config.hydra.job.config_name
-        content["config_dir"] = sources.get("command-line")
-        content["config_path"] = sources["main"] if sources["main"] != str(CONF) else None
-        content["config_name"] = config_name if config_name != "train" else None
         words: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
-        content[SEARCH_PATH_KEY] = next((word for word in words if split_override(word)[0] == SEARCH_PATH), None)
-        content["in_files"] = bool(self.config.hydra.sweeper.params)  # the space, or a part of it
-        content |= {"n_trials": self.total, "max_epochs": self.plan.max_epochs, "final_seeds": final_seeds}
-        write_atomically(self.folder / "search.json", json.dumps(content, indent=2) + "\n")
+        content = SearchFile(
+            name=self.plan.name,
+            fixed=self.fixed,
+            n_trials=self.total,
+            max_epochs=self.plan.max_epochs,
+            final_seeds=self.settings.final_seeds,
+            storage=self.settings.storage,
+            config_dir=sources.get("command-line"),
+            config_path=sources["main"] if sources["main"] != str(CONF) else None,
+            config_name=config_name if config_name != "train" else None,
+            search_path=next((word for word in words if split_override(word)[0] == SEARCH_PATH), None),
+            in_files=bool(self.config.hydra.sweeper.params),
+        )
+        write_search_file(self.folder, content)
 
     def _run_trials(self) -> None:
         shared = False

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial
 from nin.config.composition import parse_overrides
 from nin.config.keys import split_override
 from nin.config.schema import CONF, Settings, UserError
+from nin.config.types import Section
 from nin.data.sources import prepare
 from nin.runs.console import format_name_override, format_path, log_to
 from nin.runs.files import read_text, write_atomically
@@ -21,35 +22,69 @@ from nin.sweeps.space import overrides_of
 from nin.sweeps.study import trial_name
 from nin.system.devices import require_accelerator
 
-# The keys in a search's description, and the options of its command that choose other configs than conf/train.yaml.
-CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
-SEARCH_PATH_KEY = "search_path"  # in a search's description: its override hydra.searchpath=[…]
 _NO_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
 
 
-def best_command(description: dict[str, Any], best: FrozenTrial) -> str:
+class SearchFile(Section):
+    """``search.json``: what the report needs to know of the search's command."""
+
+    name: str
+    fixed: list[str]  # the overrides that all trials share
+    n_trials: int
+    max_epochs: int | None = None
+    final_seeds: list[int] | None = None
+    storage: str | None = None
+    # Options of the command that choose other configs than conf/train.yaml, and its override hydra.searchpath=[…].
+    config_dir: str | None = None
+    config_path: str | None = None
+    config_name: str | None = None
+    search_path: str | None = None
+    in_files: bool = False  # whether a file gives the space, or a part of it
+
+
+def write_search_file(folder: Path, search: SearchFile) -> None:
+    # Not by pydantic, which refuses to write paths that are not UTF-8.
+    write_atomically(folder / "search.json", json.dumps(search.model_dump(), indent=2) + "\n")
+
+
+def read_search_file(folder: Path) -> SearchFile:
+    """What `write_search_file` wrote; the file may come from elsewhere.
+
+    Raises:
+        UserError: if it can't be read, or has other content.
+    """
+    path = folder / "search.json"
+    try:
+        return SearchFile.model_validate(json.loads(read_text(path)))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
+
+
+def best_command(search: SearchFile, best: FrozenTrial) -> str:
     """The command that trains the configuration of the ``best`` trial alone."""
-    options = [
-        word for key, option in CONFIG_OPTIONS.items() if (own := description.get(key)) for word in (option, own)
-    ]
-    words = [format_name_override(f"{description['name']}-best")]
-    words += [search_path] if (search_path := description.get(SEARCH_PATH_KEY)) else []
-    words += [word for word in description["fixed"] if not re.match(r"\+*(name=|hydra)", word)]
-    words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(description) else [])]
+    given = {
+        "--config-dir": search.config_dir,
+        "--config-path": search.config_path,
+        "--config-name": search.config_name,
+    }
+    options = [word for option, own in given.items() if own for word in (option, own)]
+    words = [format_name_override(f"{search.name}-best"), *([search.search_path] if search.search_path else [])]
+    words += [word for word in search.fixed if not re.match(r"\+*(name=|hydra)", word)]
+    words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(search) else [])]
     return shlex.join(["nin", "train", *options, *words])
 
 
-def fits_config_file(description: dict[str, Any]) -> bool:
+def fits_config_file(search: SearchFile) -> bool:
     """Whether best.yaml can hold the best configuration: it deletes no key, and needs no other config."""
-    is_own = any(description.get(key) for key in (*CONFIG_OPTIONS, SEARCH_PATH_KEY))
-    return not (is_own or any(word.startswith("~") for word in description["fixed"]))
+    is_own = search.config_dir or search.config_path or search.config_name or search.search_path
+    return not (is_own or any(word.startswith("~") for word in search.fixed))
 
 
-def best_config(description: dict[str, Any], best: FrozenTrial) -> str:
+def best_config(search: SearchFile, best: FrozenTrial) -> str:
     """The best configuration as a file that ``--config-name`` takes: only what differs from ``conf/train.yaml``."""
-    name, values = description["name"], OmegaConf.create()
+    values = OmegaConf.create()
     groups: list[str] = []
-    for override in parse_overrides([*description["fixed"], *overrides_of(best.params)]):
+    for override in parse_overrides([*search.fixed, *overrides_of(best.params)]):
         key = override.key_or_group
         if key.split(".")[0] in ("name", "hydra") or key.startswith(("sweep.", "hydra/")):
             continue
@@ -57,19 +92,20 @@ def best_config(description: dict[str, Any], best: FrozenTrial) -> str:
             groups.append(f"  - override {key}: {override.get_value_element_as_str()}\n")
         else:
             OmegaConf.update(values, key, override.value(), force_add=True)
-    OmegaConf.update(values, "name", f"{name}-best")
-    if _has_space_in_file(description):
+    OmegaConf.update(values, "name", f"{search.name}-best")
+    if _has_space_in_file(search):
         OmegaConf.update(values, "hydra", {"sweeper": {"params": None}}, force_add=True)
     header = (
-        f"# The best of the search {name}: {trial_name(best.number)}, val/acc {best.value:.4f}.\n# @package _global_\n"
+        f"# The best of the search {search.name}: {trial_name(best.number)}, val/acc {best.value:.4f}.\n"
+        "# @package _global_\n"
     )
     return f"{header}defaults:\n  - train\n{''.join(groups)}  - _self_\n{OmegaConf.to_yaml(values)}"
 
 
-def _has_space_in_file(description: dict[str, Any]) -> bool:
+def _has_space_in_file(search: SearchFile) -> bool:
     """Whether a file may give the space: that of ``sweep=…``, one of ``--config-name``, or any other."""
-    has_sweep = any(split_override(word)[0] == "sweep" for word in description["fixed"])
-    return has_sweep or bool(description.get("config_name") or description.get("in_files"))
+    has_sweep = any(split_override(word)[0] == "sweep" for word in search.fixed)
+    return has_sweep or search.in_files or bool(search.config_name)
 
 
 def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:

@@ -3,14 +3,12 @@
 import contextlib
 import csv
 import io
-import json
 import shlex
 import statistics
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import optuna
 from hydra.errors import HydraException
@@ -20,16 +18,16 @@ from optuna.trial import FrozenTrial, TrialState
 from nin.config.errors import printable, printable_lines
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, markdown_table, tensorboard_command
-from nin.runs.files import read_text, write_atomically
+from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.chart import draw_study
 from nin.sweeps.claims import database_name
 from nin.sweeps.search_best import (
-    CONFIG_OPTIONS,
-    SEARCH_PATH_KEY,
+    SearchFile,
     best_command,
     best_config,
     fits_config_file,
+    read_search_file,
     read_test,
 )
 from nin.sweeps.study import JOURNAL, open_database, open_journal, trial_name
@@ -68,10 +66,10 @@ def report_search(folder: Path, url: str | None = None) -> None:
     Raises:
         UserError: if the storage can't be read, or its ``url`` is missing.
     """
-    description = _read_description(folder)
-    study = _load_study(folder, description, url)
+    search = read_search_file(folder)
+    study = _load_study(folder, search, url)
     trials = study.get_trials(deepcopy=False)
-    title = f"{printable(description['name'])}: {_count(trials, description['n_trials'])}; best val/acc first"
+    title = f"{printable(search.name)}: {_count(trials, search.n_trials)}; best val/acc first"
     console = Console()
     console.print(title, style="italic", soft_wrap=True)
     rows = _tabulate(trials)
@@ -82,11 +80,11 @@ def report_search(folder: Path, url: str | None = None) -> None:
         if trial.state == TrialState.FAIL:
             reason = printable_lines(str(trial.user_attrs.get("error", "unknown error")))
             print(f"failed: {trial_name(trial.number)}: {reason}")
-    notes = [printable(note) for note in describe_answer(folder, description, study)]
+    notes = [printable(note) for note in describe_answer(folder, search, study)]
     for note in notes:
         console.print(note, soft_wrap=True)
     try:
-        written = _write(folder, description, title, rows, notes, study)
+        written = _write(folder, search, title, rows, notes, study)
     except OSError as error:
         print(f"no summary: {error.filename or folder} can't be written ({error.strerror})", file=sys.stderr)
     else:
@@ -96,26 +94,10 @@ def report_search(folder: Path, url: str | None = None) -> None:
         print(f"            {shlex.join(['optuna-dashboard', f'{format_path(folder)}/{JOURNAL}'])}")
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / "search.json"
-    try:
-        match json.loads(read_text(path)):
-            case {"name": str(), "n_trials": int(), "fixed": list(), "max_epochs": int() | None} as description if (
-                isinstance(description.get("storage"), str | None)
-                and all(isinstance(description.get(key), str | None) for key in (*CONFIG_OPTIONS, SEARCH_PATH_KEY))
-                and all(isinstance(word, str) for word in description["fixed"])
-                and all(isinstance(seed, int) for seed in description.get("final_seeds") or [])
-            ):
-                return description
-        raise ValueError("not the description of a search")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: can't be read; run the search's own command again, which writes it") from error
-
-
-def _load_study(folder: Path, description: dict[str, Any], url: str | None) -> optuna.Study:
+def _load_study(folder: Path, search: SearchFile, url: str | None) -> optuna.Study:
     """The study with its trials, in memory. Raises UserError if its storage can't be read, or ``url`` is missing."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    if not url and (named := description.get("storage")):
+    if not url and (named := search.storage):
         raise UserError(
             f"{folder}: its trials are in the database {database_name(named)}; a file does not decide where nin "
             f"connects to: add --storage postgresql://user@{database_name(named)}"
@@ -125,9 +107,9 @@ def _load_study(folder: Path, description: dict[str, Any], url: str | None) -> o
         raise UserError(f"{journal}: missing; the search's own command, run again, makes it from the trials' folders")
     storage = open_database(url) if url else open_journal(journal)
     try:
-        stored = optuna.load_study(study_name=description["name"], storage=storage)
+        stored = optuna.load_study(study_name=search.name, storage=storage)
     except KeyError:
-        raise UserError(f"{folder}: its storage has no study {description['name']}") from None
+        raise UserError(f"{folder}: its storage has no study {search.name}") from None
     study = optuna.create_study(study_name=stored.study_name, direction="maximize")
     try:
         study.add_trials(stored.get_trials(deepcopy=False))
@@ -175,23 +157,23 @@ def _three_digits(cell: str) -> str:
         return cell
 
 
-def describe_answer(folder: Path, description: dict[str, Any], study: optuna.Study) -> list[str]:
+def describe_answer(folder: Path, search: SearchFile, study: optuna.Study) -> list[str]:
     """The lines of the answer: the best trial and its command, its test, what mattered, what pruning saved."""
     trials = study.get_trials(deepcopy=False)
     best = best_trial(trials)
     if best is None:
         return ["no trial has completed yet"]
-    notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {best_command(description, best)}"]
-    if fits_config_file(description):
+    notes = [f"best: {trial_name(best.number)}, val/acc {best.value:.4f}", f"    {best_command(search, best)}"]
+    if fits_config_file(search):
         same = shlex.join(["nin", "train", "--config-dir", format_path(folder), "--config-name", "best"])
         notes.append(f"    {same}    (the same)")
-    notes += _describe_test(folder, best, description.get("final_seeds"))
+    notes += _describe_test(folder, best, search.final_seeds)
     if importances := _importances(study):
         shown = ", ".join(f"{key} {share:.2f}" for key, share in importances.items())
         notes.append(f"importance for val/acc (fANOVA): {shown}")
-    if description["max_epochs"] and any(trial.state == TrialState.PRUNED for trial in trials):
-        saved = count_saved_epochs(trials, description["max_epochs"])
-        notes.append(f"pruning saved {saved} of {len(trials) * description['max_epochs']} epochs")
+    if search.max_epochs and any(trial.state == TrialState.PRUNED for trial in trials):
+        saved = count_saved_epochs(trials, search.max_epochs)
+        notes.append(f"pruning saved {saved} of {len(trials) * search.max_epochs} epochs")
     return notes
 
 
@@ -228,7 +210,7 @@ def _importances(study: optuna.Study) -> dict[str, float]:
 
 def _write(
     folder: Path,
-    description: dict[str, Any],
+    search: SearchFile,
     title: str,
     rows: list[list[str]],
     notes: list[str],
@@ -248,10 +230,10 @@ def _write(
     if best:
         draw_study(study, folder / "summary.png")
         written += ", summary.png"
-        if fits_config_file(description):
+        if fits_config_file(search):
             # The folder may come from elsewhere, and its words may be no overrides.
             with contextlib.suppress(HydraException, OmegaConfBaseException):
-                config = best_config(description, best)
+                config = best_config(search, best)
     if config:
         write_atomically(folder / "best.yaml", config)
         written += ", best.yaml"
