@@ -83,10 +83,8 @@ def validate(config: DictConfig) -> Settings:
 def validate_plain(plain: Any) -> Settings:
     """`validate` for plain values, as checkpoints and run folders store them: no interpolation is resolved.
 
-    ``plain`` is a dictionary, or a config whose interpolations are left as they are. Raises as `validate` does.
+    Raises as `validate` does.
     """
-    if isinstance(plain, DictConfig):
-        plain = OmegaConf.to_container(plain, resolve=False)
     if not isinstance(plain, dict):
         raise UserError(f"the config must be a dictionary, not {shorten(json.dumps(plain, default=str))}")
     errors: dict[str, str] = {}  # the message for each key

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -156,14 +156,14 @@ class RunFolder:
         write_atomically(self.overrides, OmegaConf.to_yaml(OmegaConf.create(overrides)))
         write_atomically(self.config, OmegaConf.to_yaml(OmegaConf.create(config)))
 
-    def read_request(self) -> DictConfig | None:
-        """The config of the run in this folder, or None if the folder is new.
+    def read_request(self) -> dict[Any, Any] | None:
+        """The config of the run in this folder, in plain values; None if the folder is new.
 
         Raises:
             UserError: if the file is there and is not a config.
         """
         config = _read_yaml(self.config)
-        if config is not None and not (isinstance(config, DictConfig) and config):
+        if config is not None and not (isinstance(config, dict) and config):
             raise UserError(f"{self.config}: not a run's config; remove the run's folder, or give another name=…")
         return config
 
@@ -173,11 +173,12 @@ class RunFolder:
         Raises:
             UserError: if the file is not a list of overrides.
         """
-        config = _read_yaml(self.overrides)
-        overrides = [] if config is None else OmegaConf.to_container(config)
+        overrides = _read_yaml(self.overrides)
+        if overrides is None:
+            return []
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
             raise UserError(f"{self.overrides}: not a list of overrides (key=value); remove the file")
-        return overrides  # type: ignore[return-value]  # checked above
+        return overrides
 
     def has_progress(self) -> bool:
         """Whether the folder holds a result or checkpoints, which another experiment must not replace."""
@@ -246,12 +247,16 @@ class RunFolder:
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
 
 
-def _read_yaml(path: Path) -> DictConfig | ListConfig | None:
-    """The content of a YAML file, None if it is missing; raises UserError if it can't be read."""
+def _read_yaml(path: Path) -> Any:
+    """The plain values in a YAML file, with no interpolation resolved; None if the file is missing.
+
+    Raises:
+        UserError: if it can't be read.
+    """
     if not path.exists():
         return None
     try:
-        return OmegaConf.load(io.StringIO(read_yaml_text(path)))
+        return OmegaConf.to_container(OmegaConf.load(io.StringIO(read_yaml_text(path))))
     except _UNREADABLE as error:
         raise UserError(f"{path}: can't be read ({read_first_line(error)})") from error
 
