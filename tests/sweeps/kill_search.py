@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from optuna.storages.journal import JournalFileBackend
 
 from nin.commands import train
-from nin.config.composition import compose_settings
+from nin.config.composition import compose_settings, parse_overrides
 from nin.config.hydra_options import open_hydra
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
@@ -135,7 +135,7 @@ def prepare(app: Hydra, sampler: str, pruner: str, n_jobs: int, trials: int) -> 
     config = train.compose(app, args, RunMode.MULTIRUN)
     config.hydra.overrides.hydra.append("sweep.keys=[]")
     config.hydra.sweeper.params = {}
-    checked = search.Search(config, list(config.hydra.overrides.task), on_this_machine=True)
+    checked = search.Search(config, parse_overrides(list(config.hydra.overrides.task)), on_this_machine=True)
 
     def run_search(most: int, _: float) -> kills.Found:
         killed = 0  # as often as it happens, unless it is not to be

@@ -48,7 +48,7 @@ def test_jobs_that_have_not_started_are_listed(tmp_path: Path) -> None:
 def write_request(folder: Path, *task: str) -> None:
     """Writes the jobs of a command with these overrides."""
     overrides = parse_overrides(list(task))
-    jobs, swept = sweep.expand_jobs(overrides), sweep.swept_keys(overrides)
+    jobs, swept = sweep.expand_jobs(overrides), [sweep.key_of(o) for o in overrides if o.is_sweep_override()]
     sweep.write_requested_jobs(folder, swept, dict(zip(sweep.folder_names(jobs, swept), jobs, strict=True)))
 
 
@@ -395,7 +395,7 @@ def test_each_option_of_a_group_in_a_package_has_a_folder() -> None:
     jobs = [["+extra@callbacks=a", "seed=0"], ["+extra@callbacks=b", "seed=0"], ["~extra@callbacks", "seed=0"]]
     assert sweep.folder_names(jobs[:2], ["extra@callbacks"]) == ["+extra@callbacks=a", "+extra@callbacks=b"]
     overrides = parse_overrides(["+extra@callbacks=a,b", "+extra@logger=c,d", "seed=0"])
-    assert sweep.swept_keys(overrides) == ["extra@callbacks", "extra@logger"]
+    assert list(map(sweep.key_of, overrides)) == ["extra@callbacks", "extra@logger", "seed"]
     assert sweep.folder_names(jobs, ["seed"]) == ["seed=0"] * 3
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from helpers import SMALL, merge, run_experiment
 from nin import cli
 from nin.commands import train
-from nin.config.composition import compose_config
+from nin.config.composition import compose_config, parse_overrides
 from nin.config.hydra_options import open_hydra
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
@@ -77,29 +77,28 @@ LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
 )
 def test_hydras_syntax_becomes_optunas_distributions(word: str, distribution: BaseDistribution) -> None:
     key = word.partition("=")[0]
-    assert read_space({}, [word, "seed=1"]) == ({key: distribution}, ["seed=1"])
-    assert read_space({key: word.partition("=")[2]}, []) == ({key: distribution}, [])
+    assert read_space(parse_overrides([word, "seed=1"])) == ({key: distribution}, ["seed=1"])
 
 
 def test_a_grid_has_the_decimals_of_a_range() -> None:
-    (distribution,) = read_space({}, ["model.dropout=range(0.1, 0.8, 0.1)"])[0].values()
+    (distribution,) = read_space(parse_overrides(["model.dropout=range(0.1, 0.8, 0.1)"]))[0].values()
     values = enumerate_values("model.dropout", distribution)
     assert values == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     assert all(map(distribution._contains, values))  # as Optuna checks it
 
 
 def test_a_grid_of_too_many_points_is_refused_before_they_are_listed() -> None:
-    space = read_space({}, ["data.batch_size=tag(int, interval(1, 1000000000))"])[0]
+    space = read_space(parse_overrides(["data.batch_size=tag(int, interval(1, 1000000000))"]))[0]
     with pytest.raises(UserError, match=r"^data.batch_size: has 1,000,000,000 values; a grid takes at most 10,000"):
         count_points(dataclasses.replace(plan(), space=space))
     three = [f"optimizer.{key}=tag(int, interval(1, 500))" for key in ("lr", "momentum", "weight_decay")]
     with pytest.raises(UserError, match=r"^hydra.sweeper.sampler=grid: has 125,000,000 points; give fewer values"):
-        count_points(dataclasses.replace(plan(), space=read_space({}, three)[0]))
+        count_points(dataclasses.replace(plan(), space=read_space(parse_overrides(three))[0]))
 
 
 def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
     with open_hydra():
-        space, _ = read_space({"model": "glob(nin*)"}, ["optimizer=glob(*)"])
+        space, _ = read_space(parse_overrides(["model=glob(nin*)", "optimizer=glob(*)"]))
     models, optimizers = ["nin", "nin_small"], ["adamw", "sgd"]
     assert space == {"model": CategoricalDistribution(models), "optimizer": CategoricalDistribution(optimizers)}
 
@@ -114,6 +113,8 @@ def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
         ("optimizer.lr=tag(lg, interval(1, 2))", "no such tag lg; there are: float, int, log"),
         ("model.last_width=range(5, 5)", "the range has no values"),
         ("model.last_width=range(5, 1)", "the range has no values"),
+        ("model.dropout=range(0, inf)", r"model.dropout=range\(0, inf\): not a space \(cannot convert Infinity"),
+        ("model=glob(*)", r"model=glob\(\*\): not a space \(ConfigLoader is not set\)"),
         ("model.last_width=tag(int, interval(1.5, 3))", "both ends must be integers"),
         ("model.last_width=tag(log, range(1, 3))", "a range has steps; use tag"),
         ("model.norm=none,none", "has a value twice"),
@@ -123,14 +124,14 @@ def test_the_options_of_a_group_are_chosen_by_a_pattern() -> None:
 )
 def test_a_space_without_values_is_refused(word: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_space({}, [word])
+        read_space(parse_overrides([word]))
 
 
 def plan(sampler: str = "tpe", batch_size: int = 1, **more: Any) -> Plan:
     words = [LR, "model.dropout=interval(0, 0.8)", "model.norm=none,batch"]
     if sampler == "grid":
         words = ["optimizer.lr=0.1,0.01", "model.dropout=range(0, 1, 0.25)"]
-    space = read_space({}, words)[0]
+    space = read_space(parse_overrides(words))[0]
     given = {"seed": 7, "pruner": "none", "fixed": (), "max_epochs": 4} | more
     return Plan("s", space, sampler, batch_size=batch_size, **given)
 
@@ -797,7 +798,7 @@ def test_the_best_of_a_search_that_is_ready_is_what_its_trial_was(fixed: list[st
     with open_hydra() as app:
         params = train.compose(app, args, RunMode.MULTIRUN).hydra.sweeper.params
     params = {key: value for key, value in params.items() if "model=lenet" not in fixed or not key.startswith("model.")}
-    space, words = read_space(params, given)
+    space, words = read_space(parse_overrides([*(f"{key}={value}" for key, value in params.items()), *given]))
     best = propose(dataclasses.replace(plan(), space=space), [])
     best.number, best.values = 0, [0.5]
     trial = requested(*words, *overrides_of(best.params), "hydra.sweeper.params=null")
@@ -860,7 +861,7 @@ def test_a_pipe_in_the_place_of_the_journal_is_not_waited_for(tmp_path: Path) ->
 
 
 def test_proposals_of_a_range_are_decimals_and_every_choice_is_checked_before_the_start() -> None:
-    space = read_space({}, ["model.dropout=range(0.1,1.0,0.1)", "model=nin,lenet,alexnet,vgg,mlp"])[0]
+    space = read_space(parse_overrides(["model.dropout=range(0.1,1.0,0.1)", "model=nin,lenet,alexnet,vgg,mlp"]))[0]
     trials: list[Any] = []
     for _ in range(12):
         trials.append(propose(dataclasses.replace(plan(), space=space, sampler="random"), trials))

@@ -37,12 +37,8 @@ def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[s
     return {key: value for key, value in params.items() if key not in given}
 
 
-def swept_keys(overrides: list[Override]) -> list[str]:
-    """The keys and groups that a sweep varies; of an option's package too, as in ``model@teacher``."""
-    return [key_of(override) for override in overrides if override.is_sweep_override()]
-
-
 def key_of(override: Override) -> str:
+    """The key or group of an override; of an option's package too, as in ``model@teacher``."""
     return override.get_key_element().lstrip("+~")
 
 

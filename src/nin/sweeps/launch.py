@@ -34,7 +34,6 @@ from nin.sweeps.jobs import (
     expand_jobs,
     folder_names,
     key_of,
-    swept_keys,
     without_overridden,
     write_requested_jobs,
 )
@@ -89,7 +88,6 @@ class Sweep:
         require_launcher(config.hydra.launcher._target_)
         remove_left_over_ranks()  # before lightning is imported; no job has several processes
         task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)
-        self.task: list[str] = task
         if (sweeper := config.hydra.sweeper._target_) not in (_GRID, _SEARCH):
             raise UserError(
                 f"hydra.sweeper: {sweeper} is not supported; a sweep trains with all values, and hydra/sweeper=optuna "
@@ -99,8 +97,7 @@ class Sweep:
         self._require_same_kind(is_search)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
-        overrides = self._parse(params)
-        self.swept = swept_keys(overrides)
+        overrides, self.swept = self._parse([*(f"{key}={value}" for key, value in params.items()), *task])
         settings = self._check(overrides, is_search)
         if is_joblib(config.hydra.launcher._target_):
             self._configure_joblib(config.hydra.launcher, settings)
@@ -116,10 +113,10 @@ class Sweep:
         if is_search and not has_search and not all(name.startswith(("trial-", "final-")) for name in jobs):
             raise UserError(f"{self.folder}: has a sweep of this name; give another name=…")
 
-    def _parse(self, params: dict[str, Any]) -> list[Override]:
-        """The overrides of the sweep: those of ``hydra.sweeper.params``, then the command line's."""
+    def _parse(self, words: list[str]) -> tuple[list[Override], list[str]]:
+        """The overrides of the sweep, and the keys and groups that it varies."""
         try:
-            overrides = parse_overrides([*(f"{k}={v}" for k, v in params.items()), *self.task])
+            overrides = parse_overrides(words)
         except OverrideParseException as error:  # of hydra.sweeper.params in a file
             raise UserError(format_error(error.override, error, self.config)) from None
         swept, fixed = ([key_of(o) for o in overrides if o.is_sweep_override() == varies] for varies in (True, False))
@@ -132,7 +129,7 @@ class Sweep:
             raise UserError(f"{both[0]}: given more than once; give it once, with all its values")
         if errors := find_override_errors([str(o.input_line) for o in overrides if not o.is_sweep_override()]):
             raise UserError(*errors)
-        return overrides
+        return overrides, swept
 
     def _check(self, overrides: list[Override], is_search: bool) -> list[Settings]:
         """The settings of the jobs; of a search those of one point of its space."""
@@ -147,7 +144,7 @@ class Sweep:
             require_search_packages()
             from nin.sweeps.search import Search
 
-            self.search = Search(self.config, self.task, on_this_machine=not self.on_cluster)
+            self.search = Search(self.config, overrides, on_this_machine=not self.on_cluster)
             return [self.search.point]
         expanded = expand_jobs(overrides)
         self.jobs = dict(zip(folder_names(expanded, self.swept), expanded, strict=True))

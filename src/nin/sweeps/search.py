@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import optuna
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf
 from optuna.trial import FrozenTrial, TrialState
@@ -41,17 +42,17 @@ class Search:
 
     Args:
         config: as Hydra composed it for a multirun. What the trials have in common is added when the search starts.
-        task: the command line's overrides.
+        overrides: those of ``hydra.sweeper.params``, then the command line's.
         on_this_machine: whether the trials run here, so that this machine needs the accelerators that they request.
 
     Raises:
         UserError: lists every error that is found.
     """
 
-    def __init__(self, config: DictConfig, task: list[str], on_this_machine: bool):
+    def __init__(self, config: DictConfig, overrides: list[Override], on_this_machine: bool):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the search prints a line for each trial itself
         self.config, self.settings, self.folder = config, read_settings(config), Path(config.hydra.sweep.dir)
-        self.plan, self.fixed, self.point = check_search(config, task, self.settings, on_this_machine)
+        self.plan, self.fixed, self.point = check_search(config, overrides, self.settings, on_this_machine)
         # The search itself sets which of its jobs are tested, and which may be pruned.
         self.job_words = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]
         self.points = count_points(self.plan) if self.plan.sampler == "grid" else None

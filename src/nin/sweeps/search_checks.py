@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -65,7 +66,7 @@ def read_settings(config: DictConfig) -> SearchSettings:
 
 
 def check_search(
-    config: DictConfig, task: list[str], settings: SearchSettings, on_this_machine: bool
+    config: DictConfig, overrides: list[Override], settings: SearchSettings, on_this_machine: bool
 ) -> tuple[Plan, list[str], Settings]:
     """Checks a search before anything is written; `nin.sweeps.search.Search` describes the arguments.
 
@@ -77,7 +78,7 @@ def check_search(
     """
     if config.sweep.fail_fast:
         raise UserError("sweep.fail_fast=true: for a search, set hydra.sweeper.max_failures=1 instead")
-    space, fixed = read_space(config.hydra.sweeper.params, task)
+    space, fixed = read_space(overrides)
     if not space:
         raise UserError(
             "a search has no space: give at least one key as in 'optimizer.lr=tag(log, interval(1e-4, 1e-1))', "

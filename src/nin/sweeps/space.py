@@ -9,7 +9,6 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from nin.config.composition import parse_overrides
 from nin.config.errors import read_first_line
 from nin.config.schema import UserError
 
@@ -20,27 +19,21 @@ _MAX_CHECKED = 50  # choices of a key that are tried before the search starts; e
 Space = dict[str, BaseDistribution]
 
 
-def read_space(params: Mapping[str, Any], task: Iterable[str]) -> tuple[Space, list[str]]:
+def read_space(overrides: Iterable[Override]) -> tuple[Space, list[str]]:
     """The distribution of every searched key, and the overrides that all trials share.
-
-    Args:
-        params: ``hydra.sweeper.params``.
-        task: the command line's overrides.
 
     Raises:
         UserError: lists every space that is empty, inverted or not defined.
     """
-    words = [*(f"{key}={value}" for key, value in params.items()), *task]
     space, fixed, errors = {}, [], []
-    for word in words:
+    for override in overrides:
         try:
-            (override,) = parse_overrides([word])
             if override.is_sweep_override():
                 space[override.get_key_element()] = _distribution(override)
             else:
-                fixed.append(word)
-        except (HydraException, ValueError) as error:
-            errors.append(f"{word}: not a space ({read_first_line(error)})")
+                fixed.append(str(override.input_line))
+        except (HydraException, ValueError, OverflowError) as error:
+            errors.append(f"{override.input_line}: not a space ({read_first_line(error)})")
         except UserError as error:
             errors += error.errors
     if errors:
