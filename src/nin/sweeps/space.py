@@ -55,8 +55,6 @@ def _distribution(override: Override) -> BaseDistribution:
     if tags:
         raise UserError(f"{given}: {' and '.join(sorted(tags))} is for interval and range; leave the tag out")
     texts = [str(text) for text in override.sweep_string_iterator()]
-    if not texts:
-        raise UserError(f"{given}: has no values; give at least one")
     if len(set(texts)) < len(texts):
         raise UserError(f"{given}: has a value twice; give each once")
     return CategoricalDistribution(texts)
@@ -68,16 +66,11 @@ def _interval(value: IntervalSweep, tags: set[str], given: str) -> BaseDistribut
     assert high is not None
     if not math.isfinite(low) or not math.isfinite(high):
         raise UserError(f"{given}: both ends must be finite")
-    if low >= high:
-        problem = "empty" if low == high else "inverted"
-        raise UserError(f"{given}: the interval is {problem}; its first end must be less than its second")
-    if "log" in tags and low <= 0:
-        raise UserError(f"{given}: the logarithm of {low:g} does not exist; with log, both ends must be above 0")
+    if low == high:  # Optuna refuses all other ends that do not fit
+        raise UserError(f"{given}: the interval is empty; its first end must be less than its second")
     if "int" in tags or (isinstance(low, int) and isinstance(high, int)):
         if low != int(low) or high != int(high):
             raise UserError(f"{given}: with int, both ends must be integers")
-        if "log" in tags and low < 1:
-            raise UserError(f"{given}: with int and log, both ends must be 1 or more")
         return IntDistribution(int(low), int(high), log="log" in tags)
     return FloatDistribution(low, high, log="log" in tags)
 
