@@ -1,7 +1,7 @@
 """The space of a search: Hydra's syntax for sweeps as Optuna's distributions."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
@@ -135,9 +135,12 @@ def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:
 def sample_corners(space: Space) -> list[dict[str, str]]:
     """A few points of the space as text, to find errors before the search starts: ends of intervals, all choices."""
     ends = {key: ends_of(distribution) for key, distribution in space.items()}
-    picks: list[Callable[[int], int]] = [lambda i: 0, lambda i: -1, lambda i: i, lambda i: i + 1]
-    picks += [lambda _, n=n: n for n in range(min(_MAX_CHECKED, max(map(len, ends.values()), default=0)))]  # type: ignore[misc]
-    points = [{key: values[pick(i) % len(values)] for i, (key, values) in enumerate(ends.items())} for pick in picks]
+    count, most = len(ends), min(_MAX_CHECKED, max(map(len, ends.values()), default=0))
+    # For each point the place of each key's value. With a shift from key to key, low and high ends also meet.
+    picks = [[0] * count, [-1] * count, [*range(count)], [*range(1, count + 1)], *([n] * count for n in range(most))]
+    points = [
+        {key: values[n % len(values)] for n, (key, values) in zip(pick, ends.items(), strict=True)} for pick in picks
+    ]
     return [point for i, point in enumerate(points) if point not in points[:i]]
 
 
