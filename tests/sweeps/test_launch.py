@@ -46,8 +46,9 @@ from helpers import (
 from nin import cli
 from nin.checkpoints import files as checkpoint_files
 from nin.commands import train
-from nin.config.composition import compose_config, quote_value
+from nin.config.composition import compose_config
 from nin.config.hydra_options import open_hydra
+from nin.config.keys import quote_value
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder

@@ -195,8 +195,3 @@ def _first_value(override: Override) -> str | None:
     with contextlib.suppress(ValueError):  # range(0,3,0)
         return next(override.sweep_string_iterator(), None)
     return None
-
-
-def quote_value(text: str) -> str:
-    """``text`` as a quoted value in Hydra's override grammar."""
-    return "'" + text.replace("'", "\\'") + "'"

@@ -1,4 +1,4 @@
-"""Dotted config keys and overrides: flattening, splitting, prefixes."""
+"""Dotted config keys and overrides: flattening, splitting, quoting, prefixes."""
 
 from typing import Any
 
@@ -15,6 +15,11 @@ def split_override(word: str) -> tuple[str, str]:
     """The key and the value of an override: ``+model.norm=none`` gives ``("model.norm", "none")``."""
     key, _, value = word.lstrip("+~").partition("=")
     return key, value
+
+
+def quote_value(text: str) -> str:
+    """``text`` as a quoted value in Hydra's override grammar."""
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:

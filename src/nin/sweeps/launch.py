@@ -16,10 +16,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf
 
-from nin.config.composition import parse_overrides, quote_value
+from nin.config.composition import parse_overrides
 from nin.config.errors import read_first_line
 from nin.config.hydra_options import unwrap_job_result
-from nin.config.keys import split_override
+from nin.config.keys import quote_value, split_override
 from nin.config.override_errors import format_error
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
@@ -168,7 +168,7 @@ class Sweep:
         self.config.hydra.overrides.hydra += [
             f"hydra.sweep.dir={quote_value(str(folder))}",
             # The name may be the time of the start, or come from a variable that another machine lacks.
-            f"name='{self.config.name}'",
+            f"name={quote_value(str(self.config.name))}",
             f"sweep.jobs={self.search.total if self.search else len(self.jobs)}",
             f"{KEYS}=[{','.join(self.swept)}]",  # last: the job's own overrides follow it
         ]

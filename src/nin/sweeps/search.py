@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from nin.config.composition import compose_settings
 from nin.config.errors import printable
 from nin.config.hydra_options import SEARCH_PATH, unwrap_job_result
-from nin.config.keys import split_override
+from nin.config.keys import quote_value, split_override
 from nin.config.schema import CONF, Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
@@ -246,7 +246,7 @@ class Search:
         add_common_overrides(self.config, jobs_in_all, "sweep.test=true", "sweep.prune=false")
         words = [*(w for w in self.job_words if split_override(w)[0] != "seed"), *overrides_of(best.params)]
         jobs = [
-            [*words, f"seed={seed}", f"hydra.sweep.subdir='final-{best.number:04d}-seed={seed}'"]
+            [*words, f"seed={seed}", f"hydra.sweep.subdir={quote_value(f'final-{best.number:04d}-seed={seed}')}"]
             for seed in self.settings.final_seeds
         ]
         for ended in self.launcher.launch(jobs, self.total):

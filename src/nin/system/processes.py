@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-from nin.config.composition import quote_value
+from nin.config.keys import quote_value
 from nin.config.schema import Trainer, UserError, is_single_process
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")  # as Lightning reads them
