@@ -483,7 +483,7 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
 ) -> None:
     search = Search.__new__(Search)
     search.plan, search.store = plan(), Store(plan(), tmp_path, None)
-    for number, score in enumerate((None, 0.5)):
+    for number, score in enumerate((None, 0.5000167)):
         search.store.add(propose(plan(), search.store.trials()))
         folder = RunFolder(tmp_path / f"trial-000{number}")
         folder.write_result({"status": "finished", "metrics": {"val/acc": score}})
@@ -498,6 +498,7 @@ def test_a_trial_that_ends_without_a_score_has_failed_and_the_search_and_its_rep
     assert "s: 2 of 2 trials, 1 failed; best val/acc first" in printed
     assert "best: trial-0001, val/acc 0.5000" in printed
     assert "failed: trial-0000: no epoch ended with a validation" in printed
+    assert [(tmp_path / f"summary.{kind}").read_text().count("0.5000167") for kind in ("csv", "md")] == [1, 0]
 
 
 def test_a_pruned_trial_has_its_last_value_and_the_values_at_the_rungs_that_it_reached(tmp_path: Path) -> None:

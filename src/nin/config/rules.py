@@ -42,7 +42,7 @@ def rule(check: Rule) -> Rule:
 
 
 @rule
-def require_training_images(settings: Settings) -> Iterator[str]:
+def require_images_to_train_on(settings: Settings) -> Iterator[str]:
     data = settings.data  # how many images a folder has is known when it is read
     if isinstance(data, Data) and data.val_size >= (images := DATA_SETS[data.name].training_images):
         yield f"data.val_size={data.val_size}: {data.name} has {images} training images; hold out fewer"

@@ -26,7 +26,7 @@ from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
 from nin.sweeps.search_best import SearchFile, test_best, write_search_file
-from nin.sweeps.search_checks import check_search, count_points, experiment_words, read_settings
+from nin.sweeps.search_checks import check_search, count_points, experiment_words, read_search_settings
 from nin.sweeps.search_report import best_trial
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import Store, hide_concurrent_values, propose, trial_name
@@ -51,7 +51,7 @@ class Search:
 
     def __init__(self, config: DictConfig, overrides: list[Override], on_this_machine: bool):
         optuna.logging.set_verbosity(optuna.logging.WARNING)  # the search prints a line for each trial itself
-        self.config, self.settings, self.folder = config, read_settings(config), Path(config.hydra.sweep.dir)
+        self.config, self.settings, self.folder = config, read_search_settings(config), Path(config.hydra.sweep.dir)
         self.plan, self.fixed, self.point = check_search(config, overrides, self.settings, on_this_machine)
         # The search itself sets which of its jobs are tested, and which may be pruned.
         self.job_words = [word for word in self.fixed if split_override(word)[0] not in ("sweep.test", "sweep.prune")]

@@ -45,7 +45,7 @@ class SearchSettings(Section):
     )
 
 
-def read_settings(config: DictConfig) -> SearchSettings:
+def read_search_settings(config: DictConfig) -> SearchSettings:
     """The keys of ``hydra.sweeper``.
 
     Raises:

@@ -73,7 +73,7 @@ def report_search(folder: Path, url: str | None = None) -> None:
     console = Console()
     console.print(title, style="italic", soft_wrap=True)
     rows = _tabulate(trials)
-    _print_table(console, rows[: _MAX_ROWS + 1])
+    _print_table(console, _round_accuracies(rows[: _MAX_ROWS + 1]))
     if len(rows) > _MAX_ROWS + 1:
         print(f"the other {len(rows) - 1 - _MAX_ROWS} trials are in summary.csv")
     for trial in trials:
@@ -132,11 +132,16 @@ def _tabulate(trials: Sequence[FrozenTrial]) -> list[list[str]]:
     names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
     rows = [["trial", "val/acc", "epochs", "status", *map(printable, trials[0].params if trials else [])]]
     for trial in sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0), t.number)):
-        value = "" if trial.value is None else f"{trial.value:.4f}"
+        value = "" if trial.value is None else str(trial.value)
         state = names.get(trial.state, trial.state.name.lower())
         params = [printable(str(param)) for param in trial.params.values()]
         rows.append([str(trial.number), value, str(_last_epoch(trial)), state, *params])
     return rows
+
+
+def _round_accuracies(rows: list[list[str]]) -> list[list[str]]:
+    """The table with four decimals of val/acc. summary.csv has all digits, which more trials differ in."""
+    return [rows[0], *([number, acc and f"{float(acc):.4f}", *rest] for number, acc, *rest in rows[1:])]
 
 
 def _print_table(console: Console, rows: list[list[str]]) -> None:
@@ -223,7 +228,8 @@ def _write(
     write_atomically(folder / "summary.csv", text.getvalue())
     answer = [line for note in notes for line in ("", note)]
     picture = ["![](summary.png)", ""] if best else []
-    content = [f"# {title}", *answer, "", *markdown_table(rows[0], rows[1:]), "", *picture]
+    header, *lines = _round_accuracies(rows)
+    content = [f"# {title}", *answer, "", *markdown_table(header, lines), "", *picture]
     write_atomically(folder / "summary.md", "\n".join(content))
     written = "summary.csv, summary.md"
     config = None

@@ -152,7 +152,7 @@ def ends_of(distribution: BaseDistribution) -> list[str]:
     return [format_value(distribution.low), format_value(distribution.high)]
 
 
-def describe(distribution: BaseDistribution) -> str:
+def format_distribution(distribution: BaseDistribution) -> str:
     """A distribution as Hydra writes it, for messages."""
     if isinstance(distribution, CategoricalDistribution):
         return ",".join(map(str, distribution.choices))

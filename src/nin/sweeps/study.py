@@ -24,7 +24,7 @@ from nin.config.errors import read_first_line
 from nin.config.schema import UserError
 from nin.runs.files import read_bytes
 from nin.sweeps.claims import DatabaseClaims, FileClaims, database_name, require_postgresql
-from nin.sweeps.space import Space, describe, enumerate_values, exact_value
+from nin.sweeps.space import Space, enumerate_values, exact_value, format_distribution
 from nin.training.pruning import build_pruner, without_values
 
 _STUDY = "nin:study"  # a trial's key for the state that a sampler keeps in the study
@@ -60,7 +60,7 @@ class Plan:
 
     def describe(self) -> dict[str, str]:
         """The keys and values that must not change."""
-        searched = {key: describe(distribution) for key, distribution in self.space.items()}
+        searched = {key: format_distribution(distribution) for key, distribution in self.space.items()}
         fixed = dict(word.partition("=")[::2] for word in self.fixed)
         given = {"seed": str(self.seed), "--config-name": self.config_name}
         if self.config_path:
