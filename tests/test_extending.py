@@ -46,6 +46,10 @@ def folder(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def run(command: str) -> dict[str, object]:
     short = ["trainer=cpu", "trainer.max_epochs=1", "data.batch_size=8", *FEW_STEPS]
+    if "data=" not in command:
+        short.append("data=garments")
+    if base := re.search(r"weights=outputs/runs/(\w+)", command):
+        run(next(other for other in COMMANDS if f"name={base[1]}" in other))
     if "experiment=quickstart" in command and "model=" not in command:
         short += NARROW
     if not re.search(r"(model|data)=(tiny|stripes|folder)", command):
@@ -91,4 +95,5 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
 
 def test_the_page_has_an_example_of_each(folder: Path) -> None:
     names = {re.search(r"name=(\w+)", command)[1] for command in COMMANDS}
-    assert names == {"mine", "photos", "ants", "tiny", "stripes", "weighted", "rmsprop", "steps", "log"}
+    models, others = {"tiny", "clothes", "tuned"}, {"stripes", "weighted", "rmsprop", "steps", "log"}
+    assert names == {"mine", "photos", "ants"} | models | others

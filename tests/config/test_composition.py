@@ -22,8 +22,8 @@ MODELS, EXPERIMENTS = (
     ", ".join(option.name for option in OPTIONS if str(option.parent) == group) for group in ("model", "experiment")
 )
 KEYS = (
-    "seed, name, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, loss, optimizer, "
-    "schedule, trainer, logger, callbacks, experiment"
+    "seed, name, weights, resume, threads, label_smoothing, speed, compile, checkpoint, sweep, model, data, loss, "
+    "optimizer, schedule, trainer, logger, callbacks, experiment"
 )
 
 

@@ -56,6 +56,30 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     module.load_state_dict(weights)
 
 
+def load_matching_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> list[str]:
+    """Loads a checkpoint's weights where ``network`` has weights of the same name and shape.
+
+    Returns:
+        The names of the weights that keep their values, as those of the last layer, if there are other classes.
+
+    Raises:
+        UserError: if none fits, or one is NaN or infinite.
+    """
+    current, prefix = network.state_dict(), "network."
+    saved = {str(name).removeprefix(prefix): value for name, value in checkpoint["state_dict"].items()}
+    fitting = {
+        name: saved[name]
+        for name, value in current.items()
+        if isinstance(saved.get(name), Tensor) and saved[name].shape == value.shape
+    }
+    if not any(name in fitting for name, _ in network.named_parameters()):
+        raise UserError("none of its weights has the name and the shape of one of this network; is it another model?")
+    if wrong := [name for name, value in fitting.items() if not bool(value.isfinite().all())]:
+        raise UserError(f"{wrong[0]} has values that are NaN or infinite")
+    network.load_state_dict(fitting, strict=False)
+    return [name for name in current if name not in fitting]
+
+
 def find_frozen(network: nn.Module) -> list[str]:
     """The names of the weights that are not trained, and of the batch norms that keep no running statistics.
 

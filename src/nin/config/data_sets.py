@@ -56,13 +56,13 @@ def _absolute(folder: str) -> str:
     return path
 
 
-Folder = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_absolute)]
 
 
 class Images(Section):
     """The keys that all data sets have."""
 
-    root: Folder
+    root: LocalPath
     image_size: Pixels
     batch_size: Positive
     # The images on which metrics are computed after every epoch. "test" is the notebooks' protocol; the best
@@ -103,7 +103,7 @@ class FolderData(Images):
     channels: Literal[1, 3, "auto"]
     skip_broken: bool
     # The folder of the decoded images; None: beside the root, or in ~/.cache/nin.
-    cache: Folder | None
+    cache: LocalPath | None
     # More decoded images than this are read from disk by batch, and not kept in memory.
     memory_limit_mib: NonNegative
 

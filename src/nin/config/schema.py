@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from nin.config.data_sets import Data, FolderData, OwnData
+from nin.config.data_sets import Data, FolderData, LocalPath, OwnData
 from nin.config.networks import OwnModel, TypedModel
 from nin.config.types import Fraction, NonNegative, OwnClass, Positive, Precision, Section
 
@@ -218,6 +218,9 @@ class Settings(Section):
         Field(pattern=NAME, max_length=200),
         BeforeValidator(lambda v: str(v) if type(v) in (int, float) else v),
     ]
+    # A run's folder or a checkpoint whose weights training starts with. A default, because runs of earlier versions
+    # have no such key.
+    weights: LocalPath | None = None
     resume: Literal["auto", "never"]
     # CPU threads of torch. None: torch's default, or as many as the run was started with. torch takes any number,
     # and crashes with a segmentation fault when the system refuses that many threads.

@@ -152,7 +152,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
 
 def _portable(settings: Settings) -> dict[str, Any]:
     """The settings as plain values, without paths of this machine and what only training needs."""
-    plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}}
+    plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}, "weights": None}
     places = {"root": "data"} | ({"cache": None} if "cache" in plain["data"] else {})
     return plain | {"data": plain["data"] | places}
 

@@ -32,7 +32,9 @@ _UNREADABLE = (OSError, YAMLError, ValueError, OmegaConfBaseException, Recursion
 STATUSES = ("finished", "failed", "pruned")
 _MAX_NAME_BYTES = 100  # the longest name of a folder; file systems allow 255
 # The keys of state.json, each with the type of its value.
-_STATE: dict[str, type] = {"pid": int, "host": str, "run_id": str, "starts": list, "resumes": int}
+_STATE: dict[str, type] = {
+    "pid": int, "host": str, "run_id": str, "starts": list, "resumes": int, "weights": str,
+}  # fmt: skip
 
 
 class RunClaimedError(UserError):

@@ -9,7 +9,7 @@ A module imports only from the modules below it:
     callbacks           what Lightning calls during training: metrics, TensorBoard, dead units, progress, checkpoints
     classifier, pruning  the LightningModule: training, validation and test steps, metrics; the pruner of a search
     optimizers          the optimizer, and the learning rate of every step
-    initial_statistics  what the network takes from its training images: their mean and deviation, its first filters
+    initialization  weights of a checkpoint to start with; mean, deviation and first filters from training images
     loss                the loss of a batch: cross-entropy or one's own, in micro-batches, among processes, finite
     request             what is to be run, and where
 """

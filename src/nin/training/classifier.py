@@ -24,7 +24,7 @@ from nin.config.trust import require_allowed_classes
 from nin.networks import speed
 from nin.networks.build import build_network
 from nin.system import devices
-from nin.training.initial_statistics import start_from_training_images
+from nin.training.initialization import start_from_training_images
 from nin.training.loss import (
     backward_micro_batches,
     build_loss,
@@ -103,7 +103,9 @@ class Classifier(LightningModule):
     def setup(self, stage: str) -> None:
         model = self.settings.model
         # A network of the user's own may have an argument of that name.
-        has_components = not isinstance(model, OwnModel) and model.init == "kaiming_dirac_pca"
+        has_components = (
+            not isinstance(model, OwnModel) and model.init == "kaiming_dirac_pca" and self.settings.weights is None
+        )
         # A resumed run has the weights of its checkpoint, which Lightning loads after this.
         if stage == "fit" and (self.settings.data.normalize or has_components):
             start_from_training_images(self.network, getattr(self.trainer, "datamodule", None), has_components)
@@ -183,8 +185,8 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         require_finite_weights(self)  # before any callback saves them
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self._update_eval_metrics(batch)
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return self._update_eval_metrics(batch)  # the logits, for callbacks
 
     def on_validation_epoch_end(self) -> None:
         # In a run `MetricsLogger` logs them, at the number of optimizer steps.

@@ -27,6 +27,7 @@ from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_
 from nin.training.callbacks.training_control import TrainingControl
 from nin.training.classifier import Classifier
 from nin.training.evaluation import build_data, require_test_batches, test
+from nin.training.initialization import start_from_checkpoint
 from nin.training.request import RunRequest
 from nin.training.trainer import build_trainer
 
@@ -52,6 +53,9 @@ class Experiment:
         lightning.seed_everything(self.settings.seed, verbose=False)
         self.datamodule = build_data(self.settings)
         self.module = Classifier(self.settings, self.datamodule.class_names, self.datamodule.channels)
+        self.initial_weights = None
+        if self.settings.weights and self.resume_checkpoint is None:
+            self.initial_weights = start_from_checkpoint(self.module.network, Path(self.settings.weights))
         self.metrics_logger = MetricsLogger(self.folder.metrics)
         self.checkpoint_callback = ResumableCheckpoint(
             self.folder, self.settings.checkpoint, self.metrics_logger, request.stop
@@ -123,15 +127,16 @@ class Experiment:
             )
 
     def describe_start(self) -> str:
-        """Network, data, device and precision in one line."""
+        """Network, data, device and precision in one line, and in a second one the weights that it starts with."""
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
         count = trainer.max_epochs or -1
         epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
+        weights = f"\n{self.initial_weights.description}" if self.initial_weights else ""
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
             f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
-            f"precision {trainer.precision}"
+            f"precision {trainer.precision}{weights}"
         )
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
@@ -176,6 +181,9 @@ class Experiment:
         if self.resume_checkpoint is None:
             self.folder.truncate_event_files({})  # left by a process that was killed before its first checkpoint
             self.folder.metrics.unlink(missing_ok=True)
+            if self.initial_weights:
+                log.info("%s", self.initial_weights.description)
+                self.folder.update_state(weights=self.initial_weights.checksum)
             log_request(self.trainer, self.settings, self.request.overrides)
             return
         assert self.resume_path is not None  # found together with the checkpoint
@@ -268,6 +276,8 @@ class Experiment:
         }
         if test_images is not None:
             result["test_images"] = test_images
+        if self.settings.weights:  # of the first start
+            result["initial_weights_sha256"] = self.folder.read_state().get("weights")
         return result | (self.datamodule.notes if isinstance(self.datamodule, ImageDataModule) else {})
 
 
