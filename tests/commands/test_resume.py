@@ -106,3 +106,17 @@ def test_a_run_is_continued_though_nobody_reads_what_it_prints(
         assert cli.run("resume", [str(run.path), "trainer.max_epochs=3"]) == 0
     assert requests[0].settings.trainer.max_epochs == 3
     assert requests[0].overrides == ["seed=0", "trainer.max_epochs=3"]
+
+
+def test_the_command_of_a_resumed_run_has_the_options_of_its_start_and_each_key_once(
+    run: RunFolder, settings: Callable[..., Settings], requests: list[RunRequest]
+) -> None:
+    run.update_state(options=["--config-dir", "/my own", 5])
+    words = ["seed=0", "trainer.max_epochs=2", "+logger.mine={_target_: x}", "+callbacks.other.x=1"]
+    run.write_request(settings().model_dump(mode="json"), words)
+    later = ["trainer.max_epochs=3", "~logger.mine", "callbacks.other.x=2"]
+    request = RunRequest(settings(), run, [*words, *later])
+    assert request.command == "nin train seed=0 trainer.max_epochs=3 +callbacks.other.x=2"
+    assert cli.run("resume", [str(run.path), "trainer.max_epochs=3"]) == 0
+    start = "nin train --config-dir '/my own' seed=0 trainer.max_epochs=3 "
+    assert requests[0].command.startswith(start)

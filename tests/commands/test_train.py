@@ -1,4 +1,5 @@
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from nin.commands import train
 from nin.commands.train import compose, parse_arguments
 from nin.config.hydra_options import open_hydra
 from nin.config.schema import UserError
-from nin.sweeps import launch
+from nin.sweeps import launch, workers
 from nin.training.request import RunRequest
 
 
@@ -157,6 +158,38 @@ def test_errors_are_those_of_the_config_that_the_command_names(tmp_path: Path) -
     assert error_of("nosuch").startswith(f"--config-dir {tmp_path} --config-name nosuch: Cannot find primary config")
     (tmp_path / "open.yaml").write_text("# @package _global_\ndefaults: [{model: '???'}]\n")
     assert error_of("open", "model=nosuch").startswith("In 'open': Could not find 'model/nosuch'")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--config-dir", "my own", "model=tiny", "name=x"],
+        ["--config-dir", "my own", "--config-name", "mine", "hydra.sweeper.params=null"],
+        ["hydra.searchpath=[file://my own]", "model=tiny", "hydra.run.dir=x", "~callbacks.images"],
+        ["-m", "--config-dir", "my own", "--config-name", "mine", "name=x"],
+    ],
+)
+def test_the_recorded_command_requests_the_same_run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("my own/model").mkdir(parents=True)
+    Path("my own/model/tiny.yaml").write_text("defaults: [mlp, _self_]\nhidden_width: 8\n")
+    defaults = "defaults: [train, {override model: tiny}, _self_]"
+    space = "hydra: {sweeper: {params: {seed: 1}}}"
+    Path("my own/mine.yaml").write_text(f"# @package _global_\n{defaults}\n{space}\n")
+    requests: list[RunRequest] = []
+
+    def execute(request: RunRequest) -> dict:
+        requests.append(request)
+        return {"metrics": {"val/acc": 0.5}}
+
+    monkeypatch.setattr(train, "execute_run", execute)
+    monkeypatch.setattr(workers, "execute_run", execute)
+    assert cli.run("train", [*arguments, "data=garments", "trainer=cpu"]) == 0
+    program, command, *words = shlex.split(requests[0].command)
+    assert (program, command) == ("nin", "train")
+    assert cli.run("train", words) == 0
+    recorded, again = (r.settings.model_dump(exclude={"name", "sweep"}) for r in (requests[0], requests[-1]))
+    assert (again, recorded["model"]["hidden_width"]) == (recorded, 8)
+    assert shlex.join(words) == requests[-1].command.removeprefix("nin train ")  # also of the run that it starts
 
 
 @pytest.mark.parametrize(

@@ -828,7 +828,7 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
     assert f"    {command} hydra.sweeper.params=null" in notes
     assert not any("--config-name best" in note for note in notes)
     notes = describe("s=1", "++name=s", search_path="hydra.searchpath=[/a b]")
-    assert """    nin train 'name="s=1-best"' 'hydra.searchpath=[/a b]' optimizer.lr=0.1""" in notes
+    assert """    nin train 'hydra.searchpath=[/a b]' 'name="s=1-best"' optimizer.lr=0.1""" in notes
     assert not any("--config-name best" in note for note in notes)
     assert any("--config-name best" in note for note in describe("s=1", "++name=s"))
 

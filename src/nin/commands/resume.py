@@ -26,8 +26,9 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(args.run)
     settings, overrides = read_resumed_settings(folder, args.overrides, args.allow)
     require_matching_start(settings.trainer)
+    options = [word for word in folder.read_state().get("options", []) if isinstance(word, str)]
     try:
-        execute_run(RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer)))
+        execute_run(RunRequest(settings, folder, overrides, options, rank=global_rank(settings.trainer)))
     except RunFailedError:
         return 1
     except StoppedError as stopped:

@@ -19,7 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 from nin.config.changes import SAME_EXPERIMENT, select_training_callbacks
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.errors import printable_lines
-from nin.config.hydra_options import open_hydra, parse_arguments, unwrap_job_result
+from nin.config.hydra_options import (
+    SEARCH_PATH,
+    find_config_options,
+    format_config_options,
+    open_hydra,
+    parse_arguments,
+    unwrap_job_result,
+)
 from nin.config.keys import is_within, split_override
 from nin.config.schema import CONF, UserError
 from nin.config.validation import find_override_errors, validate
@@ -165,7 +172,9 @@ def _build_request(config: DictConfig) -> RunRequest:
     if not config.hydra.run.dir.strip():
         raise UserError("hydra.run.dir: is empty; leave it out, or give the run's folder")
     broadcast_run_dir(config.hydra.run.dir)
-    return RunRequest(settings, folder, overrides, rank=global_rank(settings.trainer))
+    of_hydra = [w for w in config.hydra.overrides.hydra if split_override(w)[0] not in ("hydra.mode", SEARCH_PATH)]
+    options = [*format_config_options(find_config_options(config.hydra)), *of_hydra]
+    return RunRequest(settings, folder, overrides, options, rank=global_rank(settings.trainer))
 
 
 def _remove_empty(folder: Path, existing: Path) -> None:

@@ -5,7 +5,7 @@ A module imports only from the modules below it:
     trust                what a stored config must not do
     composition          Hydra's composition; every error of a command line in one message
     override_errors      Hydra's errors about one override
-    hydra_options        Hydra's options on the command line; the folders in which Hydra looks for configs
+    hydra_options        Hydra's options on the command line, and those that a printed command needs
     validation           the composed config to `Settings`
     rules                the rules on several keys at once
     own_classes          classes of the user's own

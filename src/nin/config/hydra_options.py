@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from nin.config.errors import did_you_mean
+from nin.config.keys import split_override
 from nin.config.schema import CONF, UserError
 
 SEARCH_PATH = "hydra.searchpath"
+# The options that choose other configs than conf/train.yaml, by the keys of `find_config_options`.
+CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
+SEARCH_PATH_KEY = "search_path"  # the key of the override hydra.searchpath=[…]
+WITHOUT_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -87,6 +93,28 @@ def _read_search_path(overrides: Iterable[str]) -> list[str]:
                 value = OverridesParser.create().parse_override(word).value()
                 return value if isinstance(value, list) and all(isinstance(path, str) for path in value) else []
     return []
+
+
+def find_config_options(hydra: Any) -> dict[str, str | None]:
+    """The options that a command needs to compose the same config; None for those that it does not need.
+
+    Args:
+        hydra: the section ``hydra`` of the composed config, also as `HydraConfig.get` returns it.
+    """
+    sources = {source.provider: source.path for source in hydra.runtime.config_sources}
+    words: Any = OmegaConf.to_container(hydra.overrides.hydra, resolve=False)
+    return {
+        "config_dir": sources.get("command-line"),
+        "config_path": sources["main"] if sources["main"] != str(CONF) else None,
+        "config_name": hydra.job.config_name if hydra.job.config_name != "train" else None,
+        SEARCH_PATH_KEY: next((word for word in words if split_override(word)[0] == SEARCH_PATH), None),
+    }
+
+
+def format_config_options(found: Mapping[str, Any]) -> list[str]:
+    """The words of a command for what `find_config_options` has found."""
+    options = [word for key, option in CONFIG_OPTIONS.items() if (own := found.get(key)) for word in (option, own)]
+    return options + ([search_path] if (search_path := found.get(SEARCH_PATH_KEY)) else [])
 
 
 def unwrap_job_result(job: JobReturn) -> Any:

@@ -34,6 +34,7 @@ _MAX_NAME_BYTES = 100  # the longest name of a folder; file systems allow 255
 # The keys of state.json, each with the type of its value.
 _STATE: dict[str, type] = {
     "pid": int, "host": str, "run_id": str, "starts": list, "resumes": int, "weights": str,
+    "options": list,
 }  # fmt: skip
 
 

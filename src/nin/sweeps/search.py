@@ -14,14 +14,14 @@ import optuna
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.plugins.launcher import Launcher
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from optuna.trial import FrozenTrial, TrialState
 
 from nin.config.composition import compose_settings
 from nin.config.errors import printable
-from nin.config.hydra_options import SEARCH_PATH, unwrap_job_result
+from nin.config.hydra_options import find_config_options, unwrap_job_result
 from nin.config.keys import quote_value, split_override
-from nin.config.schema import CONF, Settings, UserError
+from nin.config.schema import Settings, UserError
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder
 from nin.sweeps.jobs import add_common_overrides
@@ -83,9 +83,6 @@ class Search:
 
     def _write_search_file(self) -> None:
         """Writes what ``nin report`` needs."""
-        sources = {source.provider: source.path for source in self.config.hydra.runtime.config_sources}
-        config_name = self.config.hydra.job.config_name
-        words: Any = OmegaConf.to_container(self.config.hydra.overrides.hydra, resolve=False)
         content = SearchFile(
             name=self.plan.name,
             fixed=self.fixed,
@@ -93,11 +90,8 @@ class Search:
             max_epochs=self.plan.max_epochs,
             final_seeds=self.settings.final_seeds,
             storage=self.settings.storage,
-            config_dir=sources.get("command-line"),
-            config_path=sources["main"] if sources["main"] != str(CONF) else None,
-            config_name=config_name if config_name != "train" else None,
-            search_path=next((word for word in words if split_override(word)[0] == SEARCH_PATH), None),
             in_files=bool(self.config.hydra.sweeper.params),
+            **find_config_options(self.config.hydra),
         )
         write_search_file(self.folder, content)
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from optuna.trial import FrozenTrial
 
 from nin.config.composition import parse_overrides
+from nin.config.hydra_options import WITHOUT_SPACE, format_config_options
 from nin.config.keys import split_override
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.types import Section
@@ -21,8 +22,6 @@ from nin.runs.folder import RunFolder
 from nin.sweeps.space import overrides_of
 from nin.sweeps.study import trial_name
 from nin.system.devices import require_accelerator
-
-_NO_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
 
 
 class SearchFile(Section):
@@ -62,16 +61,10 @@ def read_search_file(folder: Path) -> SearchFile:
 
 def best_command(search: SearchFile, best: FrozenTrial) -> str:
     """The command that trains the configuration of the ``best`` trial alone."""
-    given = {
-        "--config-dir": search.config_dir,
-        "--config-path": search.config_path,
-        "--config-name": search.config_name,
-    }
-    options = [word for option, own in given.items() if own for word in (option, own)]
-    words = [format_name_override(f"{search.name}-best"), *([search.search_path] if search.search_path else [])]
+    words = [*format_config_options(search.model_dump()), format_name_override(f"{search.name}-best")]
     words += [word for word in search.fixed if not re.match(r"\+*(name=|hydra)", word)]
-    words += [*overrides_of(best.params), *([_NO_SPACE] if _has_space_in_file(search) else [])]
-    return shlex.join(["nin", "train", *options, *words])
+    words += [*overrides_of(best.params), *([WITHOUT_SPACE] if _has_space_in_file(search) else [])]
+    return shlex.join(["nin", "train", *words])
 
 
 def fits_config_file(search: SearchFile) -> bool:

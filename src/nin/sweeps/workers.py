@@ -15,6 +15,7 @@ from filelock import FileLock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from nin.config.hydra_options import WITHOUT_SPACE, find_config_options, format_config_options
 from nin.config.schema import Settings, UserError
 from nin.config.validation import validate
 from nin.runs.console import silence_known_warnings, tolerate_output_errors
@@ -98,10 +99,13 @@ def _build_request(config: DictConfig, folder: Path, in_turn: bool) -> RunReques
         if in_turn and config.sweep.fail_fast is True:
             raise SweepInterrupt(2) from None
         raise ReportedError(*error.errors) from None
+    hydra = HydraConfig.get()
+    space_in_file = [WITHOUT_SPACE] if hydra.sweeper.get("params") else []
     return RunRequest(
         settings,
         RunFolder(folder),
-        own_overrides(HydraConfig.get().overrides.task),
+        own_overrides(hydra.overrides.task),
+        [*format_config_options(find_config_options(hydra)), *space_in_file],
         label="" if in_turn else f"{folder.name}  ",
         rank=global_rank(settings.trainer),
         wait=settings.sweep.wait,

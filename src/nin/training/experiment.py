@@ -184,7 +184,7 @@ class Experiment:
             if self.initial_weights:
                 log.info("%s", self.initial_weights.description)
                 self.folder.update_state(weights=self.initial_weights.checksum)
-            log_request(self.trainer, self.settings, self.request.overrides)
+            log_request(self.trainer, self.settings, self.request.command)
             return
         assert self.resume_path is not None  # found together with the checkpoint
         done, step = _completed_epochs(self.resume_checkpoint), self.resume_checkpoint["global_step"]
@@ -273,6 +273,7 @@ class Experiment:
             # Read again after training: with several processes, Lightning chooses the number of threads.
             "device": devices.describe_device(self.trainer.strategy.root_device),
             "overrides": self.request.overrides,
+            "command": self.request.command,
         }
         if test_images is not None:
             result["test_images"] = test_images

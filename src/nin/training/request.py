@@ -1,7 +1,9 @@
 """The request for a run: one object that all its steps share."""
 
+import shlex
 from dataclasses import dataclass, field
 
+from nin.config.keys import split_override
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
 from nin.system.processes import StopRequest
@@ -15,6 +17,7 @@ class RunRequest:
         settings: validated settings.
         folder: the run's folder; it need not exist.
         overrides: the overrides that led to ``settings``, for the result.
+        options: what the command needs besides them to compose the same config, as ``--config-dir``.
         label: a prefix of the lines that the run prints, where several runs print at the same time.
         stop: receives the signals that stop the run.
         rank: of this process, where several train together.
@@ -24,7 +27,23 @@ class RunRequest:
     settings: Settings
     folder: RunFolder
     overrides: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
     label: str = ""
     stop: StopRequest = field(default_factory=StopRequest)
     rank: int = 0
     wait: bool = False
+
+    @property
+    def command(self) -> str:
+        """The command of this run, to be typed in a shell; for a sweep's job the command that runs it alone."""
+        given: dict[str, str] = {}
+        for word in self.overrides:
+            key = split_override(word)[0]
+            if key == "name" and self.settings.sweep.keys:
+                continue  # the sweep's name
+            is_added = given.get(key, "").startswith("+")  # by an earlier start, and changed when it was resumed
+            if is_added and word.startswith("~"):
+                del given[key]
+            else:
+                given[key] = f"+{word}" if is_added and not word.startswith("+") else word
+        return shlex.join(["nin", "train", *self.options, *given.values()])

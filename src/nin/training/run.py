@@ -238,7 +238,7 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             add_remedy(error, request.settings)
             log.exception("the run failed")
             reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
-            failed = {"status": "failed", "error": reason, "overrides": request.overrides}
+            failed = {"status": "failed", "error": reason, "overrides": request.overrides, "command": request.command}
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error
@@ -265,6 +265,6 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     starts = [*earlier, code] if resumed else [code]
     resumes = state.get("resumes", 0) + 1 if resumed else 0
     run_id = experiment.run_id or state.get("run_id") or uuid.uuid4().hex
-    folder.update_state(run_id=run_id, starts=starts, resumes=resumes)
+    folder.update_state(run_id=run_id, starts=starts, resumes=resumes, options=request.options or None)
     others = [start for start in starts[1:] if start != starts[0]]
     return starts[0] | {"resumes": resumes} | ({"resumed_with": others} if others else {})

@@ -60,6 +60,7 @@ def test_a_run_logs_its_request_its_result_and_augmented_samples(
         return events.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
 
     assert text("command") == "    nin train experiment=quickstart 'name=my run'\n"
+    assert result["command"] == "nin train experiment=quickstart 'name=my run'"
     assert "    optimizer:\n      name: adamw\n      lr: 0.005\n" in text("config")
     assert f"| metrics.test/acc | {result['metrics']['test/acc']:.4f} |" in text("result")
     assert set(events.Tags()["images"]) == {

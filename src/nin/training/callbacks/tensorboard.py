@@ -8,7 +8,6 @@ import contextlib
 import copy
 import io
 import logging
-import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -186,7 +185,7 @@ def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
     return None if maps is None else maps.float().cpu()
 
 
-def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
+def log_request(trainer: Trainer, settings: Settings, command: str) -> None:
     """Logs what a run is started with: the command and the config as text, and the layout of the custom charts."""
     split = "test" if settings.data.score_each_epoch == "test" else "val"
     # Side by side: a chart has one color per run, so that two curves of a run in one chart would look alike.
@@ -197,7 +196,7 @@ def log_request(trainer: Trainer, settings: Settings, overrides: list[str]) -> N
     config = OmegaConf.to_yaml(OmegaConf.create(settings.model_dump(mode="json")))
     for logger in _tensorboard_loggers(trainer):
         logger.experiment.add_custom_scalars(layout)
-        logger.experiment.add_text("command", _code(shlex.join(["nin", "train", *overrides])), 0)
+        logger.experiment.add_text("command", _code(command), 0)
         logger.experiment.add_text("config", _code(config), 0)
 
 
@@ -261,7 +260,7 @@ def hyperparameters(settings: Settings, overrides: list[str]) -> dict[str, bool 
 
 def _table(result: dict[str, Any]) -> str:
     """``result`` as a Markdown table."""
-    rows = flatten({name: value for name, value in result.items() if name != "overrides"})
+    rows = flatten({name: value for name, value in result.items() if name not in ("overrides", "command")})
     return "\n".join(markdown_table(["", ""], [(k, _cell(value)) for k, value in rows.items() if value is not None]))
 
 
