@@ -261,6 +261,13 @@ def test_what_lightning_refuses_is_the_users_mistake(settings: Callable[..., Set
     pruning = "+callbacks.prune={_target_: lightning.pytorch.callbacks.ModelPruning, pruning_fn: l1_unstructured}"
     with pytest.raises(UserError, match=r"callbacks.prune: a run with ModelPruning can't be resumed"):
         experiment.build_trainer(settings(pruning), None)
+    for finder, remedy in (
+        ("LearningRate", r"optimizer.lr=0.001,0.01,0.1 sweep.test=false"),
+        ("BatchSize", "nin bench"),
+    ):
+        found = settings(f"+callbacks.find._target_=lightning.pytorch.callbacks.{finder}Finder")
+        with pytest.raises(UserError, match=rf"callbacks.find: {finder}Finder would change .*{remedy}"):
+            experiment.build_trainer(found, None)
     failed = [
         f"+callbacks.exc.{word}"
         for word in ("_target_=lightning.pytorch.callbacks.OnExceptionCheckpoint", f"dirpath={tmp_path}")

@@ -12,7 +12,9 @@ import torch
 from hydra.errors import HydraException
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     Checkpoint,
+    LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
     OnExceptionCheckpoint,
@@ -45,6 +47,14 @@ _REFUSED = {
     OnExceptionCheckpoint: (
         "with OnExceptionCheckpoint, Lightning starts a new run from the checkpoint of whichever run failed before; "
         "leave it out: last.ckpt is saved when a signal stops a run"
+    ),
+    LearningRateFinder: (
+        "LearningRateFinder would change optimizer.lr, which is a setting of the run; compare several by a sweep: "
+        "nin train -m optimizer.lr=0.001,0.01,0.1 sweep.test=false"
+    ),
+    BatchSizeFinder: (
+        "BatchSizeFinder would change data.batch_size, which is a setting of the run; nin bench prints the memory of a "
+        "step by batch size, then give data.batch_size=…"
     ),
 }
 
