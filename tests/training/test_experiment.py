@@ -62,6 +62,7 @@ def test_the_result_is_complete(run: tuple[RunFolder, dict[str, Any]]) -> None:
     _, result = run
     assert json.loads(json.dumps(result)) == result
     assert (result["status"], result["epochs"], result["steps"], result["seed"]) == ("finished", 2, 12, 0)
+    assert "stopped_by" not in result
     assert set(result["metrics"]) == {"val/loss", "val/acc", "test/loss", "test/acc", "test/acc_by_class"}
     assert len(result["metrics"]["test/acc_by_class"]) == 10
     assert result["overrides"] == ["a=1"]
@@ -415,17 +416,21 @@ def test_it_runs_to_its_end_in_many_ways(data_root: Path, tmp_path: Path, overri
     last = checkpoint_files.read(RunFolder(tmp_path).last)
     assert last["global_step"] == result["steps"] > 0
     assert steps in (None, result["steps"])
+    assert result.get("stopped_by", "").startswith("Timer: ") == ("max_time" in overrides)
 
 
-def test_an_epoch_that_ends_between_accumulated_batches_has_its_row(
-    settings: Callable[..., Settings], tmp_path: Path
+def test_an_epoch_that_ends_between_accumulated_batches_has_its_row_and_the_reason(
+    settings: Callable[..., Settings], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     class TimeIsUp(Callback):
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
             trainer.should_stop = trainer.current_epoch == 1
 
     folder = RunFolder(tmp_path)
-    run_experiment(settings("trainer.accumulate_grad_batches=2", "callbacks=none"), folder, callbacks=[TimeIsUp()])
+    chosen = settings("trainer.accumulate_grad_batches=2", "callbacks=none")
+    result = run_experiment(chosen, folder, callbacks=[TimeIsUp()])
+    assert result["stopped_by"] == "trainer.should_stop was set by one of: TimeIsUp"  # within the last epoch
+    assert f"training ended early, in epoch 2: {result['stopped_by']}\n" in capsys.readouterr().out
     rows = folder.read_epochs()
     assert [(row["epoch"], row["step"]) for row in rows] == [(1, 3), (2, 3)]
     assert rows[1]["train/loss"] > 0

@@ -282,7 +282,7 @@ def unfreezing(settings: Callable[..., Settings]) -> Settings:
 def stopping_early(settings: Callable[..., Settings]) -> Settings:
     """Checks at the end of an epoch, whose last validation is before its last batches."""
     words = ("trainer.max_epochs=4", "trainer.val_check_interval=3", "trainer.limit_train_batches=5", "logger=none")
-    arguments = {"monitor": "val/acc", "mode": "max", "patience": 1, "check_on_train_epoch_end": True}
+    arguments = {"monitor": "val/loss", "mode": "max", "patience": 1, "check_on_train_epoch_end": True}
     return add_callback(settings(*words), "lightning.pytorch.callbacks.EarlyStopping", **arguments)
 
 
@@ -300,6 +300,7 @@ def float32_state(settings: Callable[..., Settings]) -> Settings:
         (unfreezing, "on_train_batch_end", 8),
         (unfreezing, "on_train_batch_end", 12),
         (stopping_early, "on_train_batch_end", 9),
+        (stopping_early, "on_test_batch_start", 1),  # after its training has ended
         (float32_state, "on_train_batch_end", 3),
     ],
 )
@@ -314,7 +315,11 @@ def test_state_that_is_not_lightnings_is_resumed(
     folder = RunFolder(tmp_path / "stopped")
     with pytest.raises(StoppedError):
         run_experiment(requested(settings), folder, callbacks=[StopIn(hook, count)])
-    assert outcome(run_experiment(requested(settings), folder)) == outcome(uninterrupted)
+    resumed = run_experiment(requested(settings), folder)
+    assert outcome(resumed) == outcome(uninterrupted)
+    reason = "EarlyStopping: Monitored metric val/loss did not improve in the last 1 records. Best score: 2."
+    for result in (uninterrupted, resumed):
+        assert result.get("stopped_by", "").startswith(reason) == (requested is stopping_early)
 
 
 class Frozen(Partly):

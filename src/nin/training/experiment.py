@@ -24,7 +24,7 @@ from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
 from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
-from nin.training.callbacks.training_control import TrainingControl
+from nin.training.callbacks.training_control import TrainingControl, why_stopped
 from nin.training.classifier import Classifier
 from nin.training.evaluation import build_data, require_test_batches, test
 from nin.training.initialization import start_from_checkpoint
@@ -157,6 +157,7 @@ class Experiment:
             cleanup.enter_context(self.request.stop)
             cleanup.push(self._end_other_processes)
             self._fit()
+            self._report_early_end()
             final_weights = hash_weights(self.module.network)
             # If best.ckpt is missing or damaged, no other weights are tested instead.
             load_weights(self.module, checkpoint_files.read(self.folder.best))
@@ -216,6 +217,14 @@ class Experiment:
                 f"{self.resume_path}: can't be resumed: its state could not be restored ({type(error).__name__}: "
                 f"{error}, see nin.log); remove it to resume from the checkpoint before it, or give another name=…"
             ) from error
+
+    def _report_early_end(self) -> None:
+        reason = None if self._is_pruned else why_stopped(self.trainer)
+        self.stopped_by = {"stopped_by": reason} if reason else {}
+        if reason and self.trainer.is_global_zero:
+            message = f"training ended early, in epoch {self.trainer.current_epoch}: {reason}"
+            log.info("%s", message)
+            print(f"{self.request.label}{message}", flush=True)
 
     def _test(self) -> tuple[dict[str, Any], int | None]:
         """Tests the module's weights; returns the metrics and the number of test images.
@@ -279,6 +288,7 @@ class Experiment:
             result["test_images"] = test_images
         if self.settings.weights:  # of the first start
             result["initial_weights_sha256"] = self.folder.read_state().get("weights")
+        result |= self.stopped_by
         return result | (self.datamodule.notes if isinstance(self.datamodule, ImageDataModule) else {})
 
 

@@ -1,12 +1,15 @@
-"""What Lightning leaves open at the start, the end and between the epochs of training."""
+"""What Lightning leaves open at the start, the end and between the epochs of training, and what has ended it early."""
 
 from typing import Any
 
 import torch
 from lightning import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nin.checkpoints.random_state import seed_rank
+from nin.config.keys import is_within
 from nin.config.schema import UserError
 from nin.data.module import TensorDataLoader
 from nin.networks.speed import BATCH_NORMS
@@ -49,6 +52,26 @@ class TrainingControl(Callback):
         for config in trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau) and "val/loss" in self.metrics.scores:
                 config.scheduler.step(self.metrics.scores["val/loss"])
+
+
+def why_stopped(trainer: Trainer) -> str | None:
+    """Why training ended before ``max_epochs`` and ``max_steps``; None if it did not.
+
+    Also None for a run that is resumed after its training ended within its last epoch: no checkpoint says where.
+    """
+    batches = trainer.fit_loop.epoch_loop.batch_progress
+    is_within_epoch = batches.current.ready > 0 and not batches.is_last_batch
+    is_complete = trainer.current_epoch == trainer.max_epochs and not is_within_epoch
+    if not trainer.should_stop or is_complete or trainer.global_step == trainer.max_steps:
+        return None
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+            return f"EarlyStopping: {callback.stopping_reason_message}".removesuffix(" Signaling Trainer to stop.")
+        if isinstance(callback, Timer) and (remaining := callback.time_remaining()) is not None and remaining <= 0:
+            return "Timer: its time, as trainer.max_time, is over"
+    own = [type(c).__name__ for c in callbacks if not is_within(type(c).__module__, ["nin", "lightning"])]
+    return f"trainer.should_stop was set by one of: {', '.join(own)}" if own else "trainer.should_stop was set"
 
 
 def _require_statistics_of_one(trainer: Trainer, module: Classifier, images: int) -> None:
