@@ -2,11 +2,14 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -308,6 +311,32 @@ def test_the_commit_is_that_of_the_start_and_those_of_resumes_are_kept(
     assert (result["git_commit"], result["resumes"]) == ("first", 2)
     assert started.folder.read_state()["run_id"] == run_id
     assert result["resumed_with"] == [{"versions": {}, "git_commit": "second"}]
+    assert "own_code" not in result
+
+
+def test_the_files_of_own_classes_are_those_of_the_start_and_changed_ones_are_those_of_a_resume(
+    request_of: Callable[..., RunRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(run, "read_git_commit", lambda: None)
+    monkeypatch.setattr(versions, "read_git_commit", lambda file: f"of {Path(file).name}")
+    source = tmp_path / "own_part.py"
+    targets = {"own": "own_part.Own", "broken": "no_such.Own", "known": "lightning.Callback"}
+    request = request_of(*(f"+callbacks.{key}._target_={target}" for key, target in targets.items()))
+    found, expected = [], []
+    for content in ("class Own: pass", "class Own: pass  # changed"):
+        source.write_text(content)
+        found.append(run.execute_run(request))
+        sha = sha256(content.encode()).hexdigest()[:16]
+        expected.append({"own_part": {"sha256": sha, "git_commit": "of own_part.py"}})
+        source.write_text("class Own: ...  # changed while the first one is in use")
+        assert versions.read_own_code(request.settings) == expected[-1]
+        request.folder.result.unlink()
+        del sys.modules["own_part"]  # as in a new process
+        importlib.invalidate_caches()
+    first, resumed = found
+    assert first["own_code"] == resumed["own_code"] == expected[0]
+    assert [start["own_code"] for start in resumed["resumed_with"]] == expected[1:]
 
 
 def test_numbers_as_keys_of_a_callback_are_numbers_when_the_run_is_resumed_from_its_config(
@@ -338,6 +367,8 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert versions.read_git_commit() == git("rev-parse", "HEAD")
     source.write_text("2")
     assert versions.read_git_commit() == git("rev-parse", "HEAD") + "+"
+    monkeypatch.undo()
+    assert versions.read_git_commit(str(source)) == git("rev-parse", "HEAD") + "+"
 
 
 def fill_memory(_: FakeExperiment) -> None:

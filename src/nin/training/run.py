@@ -17,7 +17,7 @@ from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder
 from nin.runs.results import PRINTED, print_result
 from nin.runs.undo import undo_if_refused
-from nin.runs.versions import read_git_commit, read_versions
+from nin.runs.versions import read_git_commit, read_own_code, read_versions
 from nin.system.devices import add_remedy, require_accelerator
 from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError, multi_process_launcher
@@ -250,11 +250,13 @@ def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any
     It is called when everything that can be refused before data are loaded has been checked.
 
     Returns:
-        The part of the result about the code that the run used: ``versions`` and ``git_commit`` of the first start,
-        ``resumes``, and ``resumed_with`` for resumes with other code.
+        The part of the result about the code that the run used: ``versions``, ``git_commit`` and ``own_code`` of the
+        first start, ``resumes``, and ``resumed_with`` for resumes with other code.
     """
     folder, resumed = request.folder, experiment.resume_checkpoint is not None
-    code = {"versions": read_versions(), "git_commit": read_git_commit()}
+    code: dict[str, Any] = {"versions": read_versions(), "git_commit": read_git_commit()}
+    if own_code := read_own_code(experiment.settings):
+        code["own_code"] = own_code
     # The result first: after a crash in between, an extended run must not look finished.
     folder.result.unlink(missing_ok=True)
     # Paths in it are absolute, so that the run can be resumed from any working directory. Not mode="json", in which all
