@@ -535,13 +535,14 @@ def test_a_csv_logger_does_not_overwrite_its_file_on_resuming(
     assert (first.log_dir, resumed.log_dir) == (str(tmp_path / "csv"), str(tmp_path / "csv-9"))
 
 
-def test_a_csv_logger_has_every_value_when_a_checkpoint_is_saved(
+def test_a_csv_logger_has_the_settings_at_the_start_and_every_value_when_a_checkpoint_is_saved(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     written = []
 
     class Reader(Callback):
         def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+            assert "optimizer.lr: 0.005\n" in (tmp_path / "csv" / "hparams.yaml").read_text()
             path = tmp_path / "csv" / "metrics.csv"
             written.append(len(path.read_text().splitlines()) if path.exists() else 0)
 

@@ -23,7 +23,7 @@ from nin.system.processes import StoppedError, convert_worker_exit_to_stop, mult
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
-from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results
+from nin.training.callbacks.tensorboard import SingleFileTensorBoardLogger, log_request, log_results, log_settings
 from nin.training.callbacks.training_control import TrainingControl, why_stopped
 from nin.training.classifier import Classifier
 from nin.training.evaluation import build_data, require_test_batches, test
@@ -179,6 +179,7 @@ class Experiment:
         """Removes what an interrupted process wrote after the checkpoint, and reports what is resumed."""
         if self.request.rank != 0:
             return
+        log_settings(self.trainer, self.settings, self.request.overrides)
         if self.resume_checkpoint is None:
             self.folder.truncate_event_files({})  # left by a process that was killed before its first checkpoint
             self.folder.metrics.unlink(missing_ok=True)

@@ -200,13 +200,23 @@ def log_request(trainer: Trainer, settings: Settings, command: str) -> None:
         logger.experiment.add_text("config", _code(config), 0)
 
 
+def log_settings(trainer: Trainer, settings: Settings, overrides: list[str]) -> None:
+    """Logs the settings to loggers other than TensorBoard's, also when a run is resumed: many begin a new log then."""
+    # A sweep may vary options of config groups, as model=nin_small.
+    values = hyperparameters(settings, overrides) if settings.sweep.keys else {}
+    values |= flatten(settings.model_dump(mode="json"))
+    for logger in trainer.loggers:
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams(values)
+
+
 def _code(text: str) -> str:
     """An indented Markdown code block."""
     return "".join(f"    {line}\n" for line in text.splitlines())
 
 
 def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], metrics: MetricsLogger) -> None:
-    """Logs the result as text, and the hyperparameters with the final metrics for TensorBoard's HParams tab.
+    """Logs to TensorBoard the result as text, and the hyperparameters with the final metrics for its HParams tab.
 
     The metrics are those of the tested checkpoint: single points in the group ``when_finished``.
     """
@@ -228,8 +238,6 @@ def log_results(trainer: Trainer, settings: Settings, result: dict[str, Any], me
             logger.experiment.add_text("result", _table(result), result["steps"])
             if metrics.rows:
                 _add_figure(logger, "curves", result["steps"], draw_curves, metrics.rows)
-        else:
-            logger.log_hyperparams(values)
         logger.finalize("success")
 
 
