@@ -16,7 +16,8 @@ def printed(names: list[str], confusion: np.ndarray, capsys: pytest.CaptureFixtu
 
 def test_a_few_classes_have_a_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(["[red]ants", "bees\nand wasps", "none"], np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), capsys)
-    assert lines[:3] == ["test/acc  0.5000", "test/loss 1.0000", "true class (rows), predicted class (columns)"]
+    scores = ["test/acc  0.5000", "test/loss 1.0000", "worst class [red]ants 0.7500", "test images 6"]
+    assert lines[:5] == [*scores, "true class (rows), predicted class (columns)"]
     assert [line.split() for line in lines[-4:]] == [
         ["accuracy", "0", "1", "2"],
         ["0", "[red]ants", "0.7500", "3", "1", "·"],
@@ -52,10 +53,17 @@ def test_of_many_classes_the_worst_are_listed(capsys: pytest.CaptureFixture[str]
 
 
 def test_the_values_of_a_result_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = {"metrics": {"test/acc": None}, "epochs": 1, "steps": 2, "train_seconds": 1.0, "images_per_second": None}
-    print_result(
-        RunFolder(tmp_path), result | {"parameters": 3, "weights_sha256": "[/x]", "best_weights_sha256": ":x:"}
-    )
+    metrics = {"test/acc": None, "test/acc_by_class": {"bees": 1.0, "[/b]\n": 0.0, "none": None}}
+    result = {"metrics": metrics, "epochs": 1, "steps": 2, "train_seconds": 1.0, "images_per_second": None}
+    result |= {"parameters": 3, "weights_sha256": "[/x]", "best_weights_sha256": ":x:", "test_images": 1300}
+    print_result(RunFolder(tmp_path), result)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["worst", "class", "[/b]\\n", "0.0000"] in lines
+    assert ["test", "images", "1,300"] in lines
     assert ["weights", "[/x]"] in lines
     assert ["best", "weights", ":x:"] in lines
+    for other in (None, [], {}, {"a": None}, {"a": "b", "c": 1.0}):  # in a file from elsewhere
+        print_result(RunFolder(tmp_path), result | {"metrics": {"test/acc_by_class": other}, "test_images": "b"})
+        printed = capsys.readouterr().out
+        assert "worst class" not in printed
+        assert "test images" not in printed

@@ -26,6 +26,10 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
     for name in PRINTED:
         if result["metrics"].get(name) is not None:
             table.add_row(name, f"{result['metrics'][name]:.4f}")
+    if worst := _find_worst_class(result["metrics"]):
+        table.add_row("worst class", worst)
+    if isinstance(images := result.get("test_images"), int):
+        table.add_row("test images", f"{images:,}")
     if tested := result.get("best_weights_sha256"):
         table.add_row(
             "tested weights" if result["metrics"].get("test/acc") is not None else "best weights",
@@ -42,7 +46,7 @@ def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
 
 
 def print_test(metrics: dict[str, Any], confusion: Any) -> None:
-    """Prints test accuracy and loss, and the accuracy per class with what it is confused with.
+    """Prints test accuracy and loss, the worst class, and the accuracy per class with what it is confused with.
 
     Args:
         confusion: an integer matrix, ``(classes, classes)``: rows are true classes, columns predicted classes.
@@ -50,6 +54,7 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     print(f"test/acc  {metrics['test/acc']:.4f}\ntest/loss {metrics['test/loss']:.4f}")
     if "test/top5_acc" in metrics:  # with many classes
         print(f"test/top5_acc {metrics['test/top5_acc']:.4f}")
+    print(f"worst class {_find_worst_class(metrics)}\ntest images {int(confusion.sum()):,}")
     names = [printable(name) for name in metrics["test/acc_by_class"]]
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
@@ -59,6 +64,16 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     console.print(title, shown, sep="\n")
     if missing := never_predicted(names, confusion):
         console.print(f"never predicted: {', '.join(missing)}", soft_wrap=True)
+
+
+def _find_worst_class(metrics: dict[str, Any]) -> str | None:
+    """The class with the lowest test accuracy, and that accuracy; None if the result, of a file, has none."""
+    by_class = metrics.get("test/acc_by_class")
+    tested = [(acc, name) for name, acc in by_class.items() if acc is not None] if isinstance(by_class, dict) else []
+    if not tested or not all(isinstance(acc, int | float) for acc, _ in tested):
+        return None
+    acc, name = min(tested, key=lambda entry: entry[0])
+    return f"{printable(name)} {acc:.4f}"
 
 
 def never_predicted(names: Sequence[str], confusion: Any) -> list[str]:
