@@ -596,7 +596,7 @@ class Interrupted(Streams):
     ("epoch", "message"),
     [
         (0, "no checkpoint is saved yet; start again from the beginning"),
-        (1, "last.ckpt has step 6 of 8; resume with: the same command and name=quickstart\n"),
+        (1, "last.ckpt has step 6 of 8; resume with: nin resume {folder} --allow {module}\n"),
     ],
 )
 def test_a_stop_says_what_is_saved(
@@ -607,7 +607,10 @@ def test_a_stop_says_what_is_saved(
     chosen = with_data(settings, "Interrupted", *keys, epoch=epoch)
     with pytest.raises(StoppedError):
         execute_run(RunRequest(chosen, RunFolder(tmp_path)))
+    message = message.format(folder=tmp_path, module=__name__.partition(".")[0])
     assert f"stopped by SIGTERM; {message}" in capsys.readouterr().err
+    abroad = chosen.model_copy(update={"callbacks": {"x": {"_target_": f"{__name__}.X", "dirpath": "/elsewhere"}}})
+    assert RunRequest(abroad, RunFolder(tmp_path)).resume_command == "the same command and name=quickstart"
     result = execute_run(RunRequest(chosen, RunFolder(tmp_path)))
     assert (result["status"], result["steps"]) == ("finished", 12)
 

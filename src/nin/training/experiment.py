@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -14,12 +13,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import hash_weights, load_weights, require_matching_weights
 from nin.config.schema import Settings, UserError, is_single_process
-from nin.config.trust import require_trusted_targets
 from nin.data.module import ImageDataModule
-from nin.runs.console import format_name_override, format_path
+from nin.runs.console import format_path
 from nin.runs.results import never_predicted
 from nin.system import devices
-from nin.system.processes import StoppedError, convert_worker_exit_to_stop, multi_process_launcher
+from nin.system.processes import StoppedError, convert_worker_exit_to_stop
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -254,18 +252,7 @@ class Experiment:
         if not self.folder.last.exists():
             return "no checkpoint is saved yet; start again from the beginning"
         state = "last.ckpt is saved" if saved == step else f"last.ckpt has step {saved} of {step}"
-        return f"{state}; resume with: {self._resume_command()}"
-
-    def _resume_command(self) -> str:
-        # Without a name=… the same command would start another run or sweep, whose name is the time.
-        same = f"the same command and {shlex.quote(format_name_override(self.settings.name))}"
-        if self.settings.sweep.keys or multi_process_launcher():
-            return same
-        try:
-            require_trusted_targets(self.settings, [])
-        except UserError:  # nin resume would need --allow
-            return same
-        return shlex.join(["nin", "resume", format_path(self.folder.path)])
+        return f"{state}; resume with: {self.request.resume_command}"
 
     def _build_result(self, final_weights: str, tested: dict[str, Any], test_images: int | None) -> dict[str, Any]:
         best, logger = self.checkpoint_callback.best, self.metrics_logger
