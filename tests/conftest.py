@@ -67,6 +67,11 @@ def end_started_processes() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def print_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)  # `nin train --help` sets it for its process
+
+
+@pytest.fixture(autouse=True)
 def restore_loggers() -> Iterator[None]:
     """Removes the log handlers that Hydra and Optuna install when a sweep runs in this process.
 

@@ -16,6 +16,7 @@ import pytest
 
 from helpers import ENVIRONMENT, SMALL, broken_pipe, full_disk, merge, nin, put_job
 from nin import cli
+from nin.config.schema import UserError
 
 
 def test_bare_nin_and_help_list_the_commands(
@@ -203,6 +204,20 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_traceback_of_a_mistake_is_printed_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(arguments: list[str]) -> None:
+        raise UserError("model: fails") from KeyError(arguments[0])
+
+    monkeypatch.setattr("nin.commands.report.main", refuse)
+    for value, first in (("0", "nin report: model: fails"), ("1", "KeyError: 'sweep'")):
+        monkeypatch.setenv("HYDRA_FULL_ERROR", value)
+        assert cli.run("report", ["sweep"]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert (lines[0], lines[-1]) == (first, "nin report: model: fails")
 
 
 def test_train_then_run_the_command_again_then_eval(

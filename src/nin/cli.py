@@ -10,6 +10,7 @@ import importlib
 import os
 import re
 import sys
+import traceback
 from typing import TextIO
 
 COMMANDS = {
@@ -125,6 +126,8 @@ def _run_command(name: str, arguments: list[str]) -> int:
     try:
         return command.main(arguments) or 0
     except UserError as error:
+        if error.__cause__ and os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exception(error.__cause__)
         print(f"nin {name}: {printable_lines(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ class Thing:
             raise KeyError("Shirt")
         if width == 1:
             raise ModuleNotFoundError("No module named 'timm'")
+        if width == 2:
+            json.loads("{")
         if width < 0:
             raise FileNotFoundError(2, "No such file or directory", "weights.pt")
         self.values = first, width, image_size
@@ -52,7 +55,9 @@ def test_the_signature_decides_what_is_given() -> None:
         ({"widht": 3}, r"model.widht: .*Thing has no such argument; did you mean width\?"),
         ({}, "model: .*Thing: missing a required argument: 'width'"),
         ({"width": 10}, r"model: .*Thing fails with width=10 \(ValueError: too wide\)"),
-        ({"width": 0}, r"model: .*Thing fails with width=0 \(KeyError: 'Shirt'\)"),
+        ({"width": 0}, r"model: .* with width=0 \(KeyError: 'Shirt'\) \(test_own_classes.py:\d+, in __init__\)$"),
+        # Not the line of json's file.
+        ({"width": 2}, r"model: .*\(JSONDecodeError: .*\) \(test_own_classes.py:\d+, in __init__\)$"),
         ({"width": 1}, r"model: .*Thing fails with width=1 \(ModuleNotFoundError: No module named 'timm'\)"),
         ({"width": -1}, r"model: .*Thing fails with width=-1 \(FileNotFoundError: .*: 'weights.pt'\)"),
     ],

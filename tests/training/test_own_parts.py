@@ -168,6 +168,18 @@ def test_a_network_that_fails_with_a_single_image_is_refused(settings: Callable[
         Classifier(with_network(settings, network="Squeezing"), [str(i) for i in range(10)])
 
 
+class Mismatched(Partly):
+    def forward(self, images: Tensor) -> Tensor:
+        return self[3](images)
+
+
+def test_the_error_of_a_network_has_the_line_of_its_file(settings: Callable[..., Settings]) -> None:
+    line = Mismatched.forward.__code__.co_firstlineno + 1
+    message = rf"^model: .*Mismatched fails on images .*: mat1 and .* \(test_own_parts.py:{line}, in forward\); if they"
+    with pytest.raises(UserError, match=message):
+        Classifier(with_network(settings, network="Mismatched"), [str(i) for i in range(10)])
+
+
 class Remembering(Partly):
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": 3}
@@ -220,7 +232,7 @@ def test_a_network_that_returns_more_than_logits_in_training_is_refused(
     [
         ("BCEWithLogitsLoss", r"fails with logits \(21, 10\) and int64 labels \(21,\): ValueError: Target size"),
         ("CosineEmbeddingLoss", "TypeError: .*missing 1 required positional argument"),
-        ("MSELoss", "RuntimeError: The size of tensor a"),
+        ("MSELoss", r"RuntimeError: The size of tensor a .* dimension 1$"),  # no line: none is the user's
     ],
 )
 def test_a_loss_that_takes_no_logits_and_labels_is_refused_before_training(

@@ -4,6 +4,9 @@ import difflib
 import itertools
 import json
 import re
+import sysconfig
+import traceback
+from pathlib import Path
 from typing import Any, get_args
 
 import yaml
@@ -13,6 +16,9 @@ from pydantic_core import ErrorDetails
 from nin.config.schema import CONF, Settings
 from nin.config.types import Section
 
+# Code that is not the user's own, by the name of its package (which may be installed from a clone) or by its place.
+_LIBRARIES = ("nin", "torch", "torchvision", "lightning")
+_SITE_PACKAGES, _STDLIB = {"site-packages", "dist-packages"}, sysconfig.get_path("stdlib")
 NAME_RULE = "consist of letters, digits and the characters _-=,+@. and not begin with a dot"
 
 
@@ -25,6 +31,16 @@ def read_first_line(error: BaseException) -> str:
         key = next((line for line in lines if line.startswith("full_key: ")), "")
         return " ".join([lines[0], *lines[1:2], *([f"({key.removeprefix('full_key: ')})"] if key else [])])
     return lines[0] if lines else type(error).__name__
+
+
+def locate_in_own_code(error: BaseException) -> str:
+    """The innermost line of the user's own code in the traceback, as in " (nets.py:21, in forward)"; "" if none is."""
+    for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+        file, package = Path(frame.f_code.co_filename), str(frame.f_globals.get("__name__")).partition(".")[0]
+        is_library = package in _LIBRARIES or file.is_relative_to(_STDLIB) or _SITE_PACKAGES.intersection(file.parts)
+        if not (is_library or file.name.startswith("<")):  # generated code, as "<string>"
+            return f" ({file.name}:{line}, in {frame.f_code.co_name})"
+    return ""
 
 
 def format_errors(error: ValidationError, section: type[Section], plain: dict, prefix: str = "") -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from hydra.errors import HydraException
 from hydra.utils import get_class
 
-from nin.config.errors import did_you_mean, read_first_line
+from nin.config.errors import did_you_mean, locate_in_own_code, read_first_line
 from nin.config.schema import UserError
 from nin.config.types import OwnClass
 
@@ -72,4 +72,5 @@ def build(key: str, config: OwnClass, kind: type, *positional: Any, **available:
     except Exception as error:  # raised by the user's own class, about a value, a file or a package
         values = ", ".join(f"{name}={value!r}" for name, value in config.arguments.items())
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{key}: {config.target} fails with {values or 'its defaults'} ({reason})") from error
+        where = locate_in_own_code(error)
+        raise UserError(f"{key}: {config.target} fails with {values or 'its defaults'} ({reason}){where}") from error

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nin.config import own_classes
-from nin.config.errors import read_first_line
+from nin.config.errors import locate_in_own_code, read_first_line
 from nin.config.networks import NETWORKS, Model, OwnModel
 from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Init
@@ -150,7 +150,7 @@ def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_
     except UserError:  # raised by this package, which the class calls
         raise
     except Exception as error:  # raised by the user's own class
-        reason = read_first_line(error)
+        reason = f"{read_first_line(error)}{locate_in_own_code(error)}"
         raise UserError(
             f"model: {target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
             "data.image_size"

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from nin.config import own_classes
+from nin.config.errors import locate_in_own_code
 from nin.config.schema import Schedule, Settings, UserError
 
 
@@ -62,7 +63,8 @@ def _require_mean_loss(loss: nn.Module, target: str, classes: int) -> None:
             output = copy.deepcopy(loss)(torch.zeros(len(labels), classes), labels)
     except Exception as error:
         shapes = f"logits {(len(labels), classes)} and int64 labels {(len(labels),)}"
-        raise UserError(f"loss: {target} fails with {shapes}: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}{locate_in_own_code(error)}"
+        raise UserError(f"loss: {target} fails with {shapes}: {reason}") from error
     if not isinstance(output, Tensor) or output.dim():
         found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(f"loss: its class returns {found}, and not the mean loss of the batch as a tensor of shape ()")
