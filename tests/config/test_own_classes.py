@@ -76,7 +76,8 @@ def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_the
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(own_classes, "get_class", get_class)  # Hydra's
-    (tmp_path / "needs_a_gpu.py").write_text("assert False\n")
+    for name, code in (("needs_a_gpu", "assert False"), ("with_typo", "\ndef f(:"), ("needs_timm", "import no_timm")):
+        (tmp_path / f"{name}.py").write_text(f"{code}\n")
     monkeypatch.syspath_prepend(tmp_path)
     for target, message in (
         ("pathlib.Paht", r"model._target_=pathlib.Paht: pathlib has no class Paht$"),
@@ -85,7 +86,9 @@ def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_the
             "no_such.Net",
             r"model._target_=no_such.Net: can't be imported .*; is the folder of its file in PYTHONPATH\?$",
         ),
-        ("needs_a_gpu.Net", r"model._target_=needs_a_gpu.Net: can't be imported \(AssertionError\); is"),
+        ("needs_a_gpu.Net", r"can't be imported \(AssertionError\) \(needs_a_gpu.py:1, in <module>\)$"),
+        ("with_typo.Net", r"can't be imported \(SyntaxError: invalid syntax\) \(with_typo.py:2\)$"),
+        ("needs_timm.Net", r"imported \(No module named 'no_timm'\) \(needs_timm.py:1, in <module>\)$"),
     ):
         config = OwnModel.model_validate({"_target_": target, "input_size": 28})
         with pytest.raises(UserError, match=message):

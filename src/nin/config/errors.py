@@ -26,6 +26,8 @@ def read_first_line(error: BaseException) -> str:
     """The first line of its message, or the name of its class if it has none."""
     if isinstance(error, yaml.YAMLError):  # the other lines name the file and the place in it
         return " ".join(str(error).split())
+    if isinstance(error, SyntaxError):  # `locate_in_own_code` has the file and the line
+        return f"{type(error).__name__}: {error.msg}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if lines and lines[0].endswith("composing config:"):  # of Hydra; the reason and the key follow
         key = next((line for line in lines if line.startswith("full_key: ")), "")
@@ -34,7 +36,12 @@ def read_first_line(error: BaseException) -> str:
 
 
 def locate_in_own_code(error: BaseException) -> str:
-    """The innermost line of the user's own code in the traceback, as in " (nets.py:21, in forward)"; "" if none is."""
+    """The innermost line of the user's own code in the traceback, as in " (nets.py:21, in forward)"; "" if none is.
+
+    Of a syntax error, its own line.
+    """
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
+        return f" ({Path(error.filename).name}:{error.lineno})"
     for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
         file, package = Path(frame.f_code.co_filename), str(frame.f_globals.get("__name__")).partition(".")[0]
         is_library = package in _LIBRARIES or file.is_relative_to(_STDLIB) or _SITE_PACKAGES.intersection(file.parts)

@@ -8,6 +8,7 @@ from hydra.errors import HydraException
 from hydra.utils import get_class
 
 from nin.config.errors import did_you_mean, locate_in_own_code, read_first_line
+from nin.config.keys import is_within
 from nin.config.schema import UserError
 from nin.config.types import OwnClass
 
@@ -30,10 +31,11 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
             raise UserError(f"{key}._target_={config.target}: is no class; write one that calls it") from error
         if module in sys.modules:
             raise UserError(f"{key}._target_={config.target}: {module} has no class {name}") from error
-        reason = read_first_line(error.__cause__ or error)
-        raise UserError(
-            f"{key}._target_={config.target}: can't be imported ({reason}); is the folder of its file in PYTHONPATH?"
-        ) from error
+        cause = error.__cause__ or error
+        reason = f"can't be imported ({read_first_line(cause)}){locate_in_own_code(cause)}"
+        if isinstance(cause, ModuleNotFoundError) and cause.name and is_within(module, [cause.name]):
+            reason += "; is the folder of its file in PYTHONPATH?"
+        raise UserError(f"{key}._target_={config.target}: {reason}") from error
     if not issubclass(found, kind):
         raise UserError(f"{key}._target_={config.target}: must be a subclass of {kind.__module__}.{kind.__name__}")
     parameters = inspect.signature(found).parameters
