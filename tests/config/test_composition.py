@@ -235,6 +235,27 @@ def test_a_mistake_in_a_yaml_file_of_the_user_is_reported_with_its_file_and_line
         assert error.count("\n") == 1
 
 
+def test_a_config_of_ones_own_without_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "my_own.yaml").touch()
+    folder = ["--config-dir", str(tmp_path)]
+    hint = f"; there are: {EXPERIMENTS}; a config of your own needs --config-dir"
+    for words, end in (
+        (["experiment=mine"], hint),
+        (["-m", "experiment=mine", "seed=1,2"], hint),
+        (["experiment=bset"], f"; did you mean best? There are: {EXPERIMENTS}"),
+        ([*folder, "experiment=mine"], f"; there are: {EXPERIMENTS.replace('nin_small', 'my_own, nin_small')}"),
+        ([f"hydra.searchpath=[{tmp_path}]", "experiment=mine"], "notebook, paper, paper_cifar10, quickstart, robust"),
+    ):
+        assert cli.run("train", words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("nin train: experiment=")
+        assert error.endswith(f"{end}\n")
+    earlier = validate(compose_config(["model=nin_small"]))
+    with pytest.raises(UserError, match=f"model=mine: no such model; there are: {MODELS}$"):  # takes no --config-dir
+        apply_overrides(earlier, ["model=mine"], ("model",))
+
+
 def test_only_permitted_keys_of_an_earlier_run_are_overridden() -> None:
     earlier = validate(compose_config(["model=nin_small", "trainer=cpu", "optimizer.lr=0.3"]))
     changed = apply_overrides(

@@ -6,12 +6,14 @@ import re
 import shlex
 
 import yaml
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.config.errors import NAME_RULE, did_you_mean, list_options, read_first_line, shorten
+from nin.config.hydra_options import SEARCH_PATH
 from nin.config.keys import flatten
 from nin.config.schema import CONF, NAME
 
@@ -52,6 +54,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
         close = did_you_mean(missing[1] if missing else override.partition("=")[2], options or list_options(key))
         other = "; another logger is named by its _target_ (docs/extending.md)" if key == "logger" else ""
+        if not other and close.startswith("there are") and _searches_conf_alone():
+            other = "; a config of your own needs --config-dir"
         return f"{given}: no such {key}{f': {missing[1]}' if missing else ''}; {close}{other}"
     if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
@@ -69,6 +73,15 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
     return f"{given}: {read_first_line(error.__cause__ or error)}"
+
+
+def _searches_conf_alone() -> bool:
+    """Whether the command takes ``--config-dir``, and no folder of the user's own is searched for configs."""
+    if not (hydra := GlobalHydra.instance().hydra):  # `apply_overrides` of nin eval, resume and others
+        return False
+    sources = hydra.config_loader.get_search_path().get_path()
+    own = [source for source in sources if source.provider in ("main", "command-line", SEARCH_PATH)]
+    return [source.path for source in own] == [str(CONF)]
 
 
 def quote_override(override: str) -> str:
