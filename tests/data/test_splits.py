@@ -7,6 +7,7 @@ from PIL import Image
 
 from nin.config.schema import Settings, UserError
 from nin.data.cache import Cache, open_cache
+from nin.data.module import ImageDataModule
 from nin.data.splits import (
     describe_split,
     open_folder,
@@ -111,3 +112,17 @@ def test_a_folder_with_test_images_is_tested_on_though_it_is_too_small_to_train_
     assert len(split_folder(open_folder(data), data, seed=0)["test"]) == 6
     with pytest.raises(UserError, match="3 training images, and none is left after 500 are held out"):
         require_training_images(data, seed=0)
+
+
+def test_a_folder_of_test_images_alone_is_tested_on_and_not_trained_on(tmp_path: Path) -> None:
+    data = folder_data(write_folder(tmp_path / "root", {"test": 2}))
+    module = ImageDataModule(data)
+    module.prepare_data()
+    module.setup("test")
+    assert (module.class_names, module.channels) == (("blue", "green", "red"), 3)
+    assert module.test[1].tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(UserError, match="root: has no folder train; it must hold train/<class>"):
+        require_training_images(data, seed=0)
+    (tmp_path / "root" / "train").touch()
+    with pytest.raises(UserError, match="train: not a folder, or a link to nothing"):
+        open_folder(data, again=True)

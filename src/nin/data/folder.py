@@ -44,7 +44,8 @@ class Listing:
     """The files of a folder.
 
     Attributes:
-        class_names: names of the folders in ``train/``, sorted; the label of an image is the index of its class.
+        class_names: names of the folders in ``train/``, or without it in ``test/``, sorted; the label of an image is
+            the index of its class.
         files: of each part, sorted by name.
         broken: names of files that can't be used, with the reason.
         other_files: names of files without the suffix of an image, which are left out.
@@ -60,7 +61,11 @@ class Listing:
 
 
 def list_images(data: FolderData) -> Listing:
-    """Lists the images of ``data.root`` and the faults of its layout; raises UserError if it has no ``train/``."""
+    """Lists the images of ``data.root`` and the faults of its layout.
+
+    Raises:
+        UserError: if it has neither ``train/`` nor ``test/``, which is enough to test a network.
+    """
     return _Scan(Path(data.root)).run()
 
 
@@ -78,8 +83,11 @@ def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -
         remedies = [f"{_count(listing.faults, 'fault')} of the layout; correct the folder"] if listing.faults else []
         remedies += [f"{_count(files, 'broken file')}; {REMEDY}"] if files else []
         raise folder_error(data.root, [*faults[:_SHOWN], *_more(faults)], ", and ".join(remedies))
-    left = {file.label for file in listing.files["train"] if file.name not in broken}
-    empty = [f"train/{printable(name)}: no usable image" for i, name in enumerate(listing.class_names) if i not in left]
+    empty = []
+    if "train" in listing.files:
+        left = {file.label for file in listing.files["train"] if file.name not in broken}
+        absent = [name for i, name in enumerate(listing.class_names) if i not in left]
+        empty = [f"train/{printable(name)}: no usable image" for name in absent]
     empty += [
         f"{part}/: no usable image" for part in PARTS[1:]
         if part in listing.files and all(file.name in broken for file in listing.files[part])
@@ -91,6 +99,14 @@ def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -
 def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
     """The error about a folder of images: the remedy, then one line for each fault."""
     return UserError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
+
+
+def missing_train_error(root: str) -> UserError:
+    """The error about a folder whose images are needed for training, or are not there at all."""
+    return UserError(
+        f"data.root={printable(root)}: has no folder train; it must hold train/<class>/… with the images of each "
+        "class, and may hold val/<class>/… and test/<class>/…"
+    )
 
 
 def _count(faults: list[str], noun: str) -> str:
@@ -111,21 +127,18 @@ class _Scan:
     def run(self) -> Listing:
         if not self.root.is_dir():
             raise UserError(f"data.root={printable(str(self.root))}: no such folder; it must hold train/<class>/…")
-        train = self.root / "train"
-        if not train.is_dir():
-            raise UserError(
-                f"data.root={printable(str(self.root))}: has no folder train; it must hold train/<class>/… with the "
-                "images of each class, and may hold val/<class>/… and test/<class>/…"
-            )
-        names = self._class_folders("train")
+        first = next((part for part in ("train", "test") if (self.root / part).is_dir()), None)
+        if first is None:
+            raise missing_train_error(str(self.root))
+        names = self._class_folders(first)
         self.listing.class_names = tuple(names)
         if len(names) == 1:
-            self.faults.append(f"train/{printable(names[0])}: the only class; a classifier needs two or more")
+            self.faults.append(f"{first}/{printable(names[0])}: the only class; a classifier needs two or more")
         elif not names:
-            self.faults.append("train/: has no folders; each class needs one")
+            self.faults.append(f"{first}/: has no folders; each class needs one")
         for part in PARTS:
             if (self.root / part).is_dir():
-                self._list_part(part)
+                self._list_part(part, names if part == first else self._class_folders(part))
             elif os.path.lexists(self.root / part):  # its images would be split off the training images instead
                 self.faults.append(f"{part}: not a folder, or a link to nothing; correct or remove it")
         return self.listing
@@ -144,8 +157,7 @@ class _Scan:
                 self.listing.other_files.append(f"{part}/{entry.name}")
         return names
 
-    def _list_part(self, part: str) -> None:
-        names = self._class_folders(part) if part != "train" else list(self.listing.class_names)
+    def _list_part(self, part: str, names: list[str]) -> None:
         files: list[ImageFile] = []
         for name in names:
             found: list[ImageFile] = []

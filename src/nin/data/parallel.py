@@ -33,7 +33,7 @@ def decode_folder(data: FolderData, listing: Listing, images: Path) -> tuple[int
     files = [file for part in PARTS for file in listing.files.get(part, [])]
     names = ["" if file.name in listing.broken else file.name for file in files]
     processes = 1 if sum(file.size for file in files) < _FEW_BYTES else count_cores()
-    train = len(listing.files["train"])
+    train = len(listing.files.get("train", files))  # these decide whether the images have color
     if data.channels != "auto":
         return data.channels, decode_files(data, names, images, data.channels, 0, processes)[0]
     sample = [name for name in names[:train][:: max(1, train // _SAMPLE)] if name]

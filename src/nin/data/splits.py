@@ -9,6 +9,7 @@ from nin.config.data_sets import Data, FolderData, OwnData
 from nin.config.errors import printable
 from nin.config.schema import Settings, UserError
 from nin.data.cache import Cache, open_cache
+from nin.data.folder import PARTS, missing_train_error
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ def require_enough_images(cache: Cache, data: FolderData, parts: Sequence[str] =
         UserError: lists every key that does not fit.
     """
     counts = cache.counts
+    if "train" not in counts:
+        if "val" in parts:
+            raise missing_train_error(data.root)
+        return
     held_out = {part: count for part, count in count_held_out(cache, data).items() if part in parts}
     left = counts["train"] - sum(held_out.values())
     errors = []
@@ -73,9 +78,9 @@ def require_enough_images(cache: Cache, data: FolderData, parts: Sequence[str] =
 
 
 def count_held_out(cache: Cache, data: FolderData) -> dict[str, int]:
-    """Returns how many training images are held out for each part that the folder lacks."""
-    sizes = {"val": data.val_size, "test": data.test_size}
-    train = cache.counts["train"]
+    """Returns how many training images are held out for each part that the folder lacks; nothing if it has none."""
+    train = cache.counts.get("train", 0)
+    sizes = {"val": data.val_size, "test": data.test_size} if train else {}
     return {
         part: size if isinstance(size, int) else round(size * train)
         for part, size in sizes.items()
@@ -114,7 +119,7 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
     What the folder lacks is held out of the training images, with the classes in proportion. The test images depend on
     nothing but ``seed`` and ``data.test_size``.
     """
-    rows = {part: np.array(cache.rows(part), dtype=np.int64) for part in cache.counts}
+    rows = {part: np.array(cache.rows(part), dtype=np.int64) for part in PARTS}
     held_out = count_held_out(cache, data)
     labels = cache.labels()[rows["train"]]
     # The same test images for every number of validation images, so they are taken first.
