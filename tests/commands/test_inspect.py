@@ -99,8 +99,12 @@ def test_no_receptive_field_is_made_up_for_a_network_of_ones_own(
     (tmp_path / "model" / "own.yaml").write_text("_target_: own_layers.Net\ninput_size: 28\n")
     assert cli.run("inspect", ["--config-dir", str(tmp_path), "model=own", "data=garments"]) == 0
     output = capsys.readouterr().out
-    assert cells(output)["Net"] == ["10", *counts]
-    assert "not known of a network of your own" in output
+    rows = cells(output)
+    assert rows["total"] == counts
+    assert next(iter(rows)).startswith("own_layers.Net at 28x28")
+    assert any("Conv2d" in name for name in rows)
+    assert "receptive field is not known of a network of your own" in output
+    assert "vgg" not in rows
 
 
 def test_a_target_that_is_no_class_is_one_message(

@@ -75,6 +75,56 @@ def test_a_sequence_with_a_forward_of_its_own_is_one_layer() -> None:
     assert (row.name, row.output_shape, row.multiply_adds) == ("Repeated", (4,), 6 * 6 * 4 * 3 * 9)
 
 
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+        self.twice = nn.Conv2d(4, 4, 1, bias=False)
+        self.unused = nn.Linear(3, 3)
+        self.classes = nn.Linear(4, 10)
+        self.same = nn.ModuleList([self.classes, nn.Linear(10, 10)])
+        self.same[1].bias = self.classes.bias
+        self.mixed = nn.Parameter(torch.eye(10))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.same[1](self.classes(self.twice(self.twice(self.stem(images))).mean((2, 3))) @ self.mixed)
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Own()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+
+class Uncalled(Wrapped):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1) * self.net.mixed[0, 0]
+
+
+def test_the_parts_of_a_network_of_ones_own_by_hand() -> None:
+    def rows(network: nn.Module) -> list[tuple[object, ...]]:
+        layers = describe_layers(nn.Sequential(nn.Identity(), network), in_channels=1, image_size=8, is_own=True)
+        return [(row.name, row.output_shape, row.parameters, row.multiply_adds) for row in layers][1:]
+
+    expected = [
+        ("stem.0: Conv2d", (4, 8, 8), 40, 8 * 8 * 4 * 9),
+        ("stem.1: ReLU", (4, 8, 8), 0, 0),
+        ("twice: Conv2d", (4, 8, 8), 16, 2 * 8 * 8 * 4 * 4),
+        ("unused: Linear", (), 12, 0),
+        ("classes: Linear", (10,), 50, 40),
+        ("same.1: Linear", (10,), 100, 100),  # its bias is that of classes
+        ("Own without these", (10,), 100, 100),
+    ]
+    assert rows(Own()) == expected
+    *parts, last = rows(Wrapped())
+    assert parts == [(f"net.{name}", *values) for name, *values in expected[:-1]]
+    assert last == ("Wrapped without these", *expected[-1][1:])
+    assert rows(Uncalled()) == [("Uncalled", (64,), 318, 0)]
+
+
 def test_a_layer_that_occurs_twice_is_listed_twice() -> None:
     relu, convolution = nn.ReLU(), nn.Conv2d(1, 1, 3)
     assert list_layers(nn.Sequential(relu, convolution, relu)) == [relu, convolution, relu]

@@ -1,4 +1,7 @@
-"""``nin inspect [overrides]``: the chosen network's layers, and what NiN saves against LeNet, AlexNet and VGG."""
+"""``nin inspect [overrides]``: the chosen network's layers, and what NiN saves against LeNet, AlexNet and VGG.
+
+Of a network of the user's own, its modules.
+"""
 
 import argparse
 from typing import TYPE_CHECKING, Any
@@ -37,8 +40,10 @@ def main(arguments: list[str]) -> None:
     console = Console()
     console.width = max(console.width, _WIDTH)  # rich would cut numbers off in a narrower terminal
     console.print(_layers_table(settings))
-    unknown = "; not known of a network of your own" if isinstance(settings.model, OwnModel) else ""
-    console.print(f"receptive field: pixels per side on which one output value can depend{unknown}\n", soft_wrap=True)
+    if isinstance(settings.model, OwnModel):
+        console.print("The receptive field is not known of a network of your own.", soft_wrap=True)
+        return
+    console.print("receptive field: pixels per side on which one output value can depend\n", soft_wrap=True)
     console.print(_comparison_table())
 
 
@@ -56,20 +61,20 @@ def _layers_table(settings: Settings) -> Table:
 
     size = settings.data.image_size
     network = _build(settings)
-    rows = describe_layers(network, describe(settings.data).channels, size)
     # In a class of the user's own the operations are counted; how it connects them is not known.
     is_own = isinstance(settings.model, OwnModel)
-    fields = [""] * len(rows) if is_own else list(map(str, find_receptive_fields(network, size)))
+    rows = describe_layers(network, describe(settings.data).channels, size, is_own)
     table = Table(title=f"{settings.model.name} at {size}x{size}", **_STYLE)
-    for column in ("layer", "output shape", "parameters", "multiply-adds", "receptive field"):
+    for column in ("layer", "output shape", "parameters", "multiply-adds", *([] if is_own else ["receptive field"])):
         table.add_column(column, justify="left" if column == "layer" else "right")
+    fields = [[]] * len(rows) if is_own else [[str(field)] for field in find_receptive_fields(network, size)]
     for row, field in zip(rows, fields, strict=True):
-        shape = " x ".join(map(str, row.output_shape))
+        shape = " x ".join(map(str, row.output_shape)) or "-"
         counts = (f"{n:,}" if n else "" for n in (row.parameters, row.multiply_adds))
-        table.add_row(row.name, shape, *counts, field)
+        table.add_row(row.name, shape, *counts, *field)
     table.add_section()
     total = (sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows))
-    table.add_row("total", "", *(f"{n:,}" for n in total), "")
+    table.add_row("total", "", *(f"{n:,}" for n in total))
     return table
 
 

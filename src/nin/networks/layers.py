@@ -1,9 +1,13 @@
 """The table of a network's layers: shapes, parameters, multiply-adds and receptive fields, counted from its modules."""
 
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nin.networks.sequential import list_layers
@@ -14,8 +18,8 @@ class Layer:
     """One row of the table.
 
     Attributes:
-        name: of the layer's class.
-        output_shape: without the batch dimension.
+        name: of the layer's class, after its place in a network of the user's own.
+        output_shape: without the batch dimension; empty if the layer was not called, or returned no tensor.
         parameters: their number.
         multiply_adds: per image; biases are not counted.
     """
@@ -26,8 +30,12 @@ class Layer:
     multiply_adds: int
 
 
-def describe_layers(network: nn.Sequential, in_channels: int, image_size: int) -> list[Layer]:
-    """Returns one row for each layer of ``network``, in order. The network may be on the "meta" device."""
+def describe_layers(network: nn.Sequential, in_channels: int, image_size: int, is_own: bool = False) -> list[Layer]:
+    """Returns one row for each layer of ``network``, in order. The network may be on the "meta" device.
+
+    Args:
+        is_own: whether the last layer is a network of the user's own, which has rows for its parts.
+    """
     device = next(network.parameters(), torch.empty(0)).device  # a network of the user's own may have none
     x = torch.empty(1, in_channels, image_size, image_size, device=device)
     rows = []
@@ -36,12 +44,66 @@ def describe_layers(network: nn.Sequential, in_channels: int, image_size: int) -
     with torch.no_grad():
         for layer in network:
             with FlopCounterMode(display=False) as counter:
-                x = layer(x)
+                inputs, x = x, layer(x)
             multiply_adds = counter.get_total_flops() // 2
             parameters = sum(p.numel() for p in layer.parameters())
             rows.append(Layer(type(layer).__name__, tuple(x.shape[1:]), parameters, multiply_adds))
+        if is_own:
+            rows[-1:] = _divide(rows[-1], network[-1], inputs)
     network.train(was_training)
     return rows
+
+
+def _divide(whole: Layer, network: nn.Module, images: Tensor) -> list[Layer]:
+    """The rows of the parts of a network of the user's own, and of what is in none of them; ``whole`` if it has none.
+
+    A part that is called several times has the sum of its multiply-adds and its last output shape.
+    """
+    names: dict[nn.Module, str] = {}
+    for name, part in _list_parts(network):
+        names.setdefault(part, name)  # a part may have several names
+    shapes: dict[nn.Module, tuple[int, ...]] = {}
+    flops = Counter[nn.Module]()
+
+    def begin(part: nn.Module, _: Any) -> None:
+        flops[part] -= counter.get_total_flops()
+
+    def end(part: nn.Module, _: Any, output: Any) -> None:
+        flops[part] += counter.get_total_flops()
+        shapes[part] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
+
+    with ExitStack() as hooks, FlopCounterMode(display=False) as counter:
+        for part in names:
+            hooks.enter_context(part.register_forward_pre_hook(begin))
+            hooks.enter_context(part.register_forward_hook(end))
+        network(images)
+    if not shapes:  # as of a network that calls none of its modules
+        return [whole]
+    rows, counted = [], set[nn.Parameter]()
+    for part, name in names.items():
+        weights = set(part.parameters()) - counted  # parts may share weights
+        counted |= weights
+        parameters = sum(p.numel() for p in weights)
+        rows.append(Layer(f"{name}: {type(part).__name__}", shapes.get(part, ()), parameters, flops[part] // 2))
+    parameters = whole.parameters - sum(row.parameters for row in rows)
+    multiply_adds = whole.multiply_adds - sum(row.multiply_adds for row in rows)
+    if parameters or multiply_adds:
+        rows.append(Layer(f"{whole.name} without these", whole.output_shape, parameters, multiply_adds))
+    return rows
+
+
+def _list_parts(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a network with their names: its modules, and in place of a sequence or a list of modules its own.
+
+    Of a class that only holds another network, those of that network.
+    """
+    children = list(network.named_children())
+    for name, child in children:
+        is_container = isinstance(child, nn.ModuleList | nn.ModuleDict) or list_layers(child) != [child]
+        if (is_container or len(children) == 1) and any(True for _ in child.children()):
+            yield from ((f"{name}.{inner}", part) for inner, part in _list_parts(child))
+        else:
+            yield name, child
 
 
 def find_receptive_fields(network: nn.Sequential, image_size: int) -> list[int]:
