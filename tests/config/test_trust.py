@@ -56,12 +56,38 @@ def test_refused_classes_of_all_sections_are_named_together(settings: Callable[.
     own = stored(settings, _target_="mine.Callback").model_copy(
         update={"loss": OwnLoss.model_validate({"_target_": "mine.Loss"})}
     )
-    first, *errors = refusal(own).splitlines()
+    assert refusal(own) == (
+        "loss._target_=mine.Loss, callbacks.x._target_=mine.Callback: a stored config may not import these classes; if "
+        "you trust their module, add --allow mine"
+    )
+    other = own.model_copy(update={"loss": OwnLoss.model_validate({"_target_": "other.Loss"})})
+    first, *errors = refusal(other).splitlines()
     assert first == "2 errors"
-    assert [error.split(":")[0].strip() for error in errors] == [
-        "loss._target_=mine.Loss",
-        "callbacks.x._target_=mine.Callback",
-    ]
+    assert [error.rpartition(", ")[2] for error in errors] == ["add --allow other", "add --allow mine"]
+
+
+@pytest.mark.parametrize(
+    ("target", "is_trusted"),
+    [
+        ("nin.networks.nin.NiN", True),
+        ("nin.networks.normalize.Normalize", True),
+        ("nin.networks.nin.nn.Sequential", False),  # of torch
+        ("nin.networks.layers.Layer", False),  # no network
+        ("nin.networks.build.initialize", False),
+        ("nin.networks.build.importlib.import_module", False),
+        ("nin.training.classifier.Classifier", False),
+        ("nin.networks.no_such.Net", False),
+    ],
+)
+def test_a_network_of_the_project_needs_no_permission(
+    settings: Callable[..., Settings], target: str, is_trusted: bool
+) -> None:
+    own = {"_target_": target, "input_size": 28}
+    chosen = validate_plain(settings().model_dump(mode="json") | {"model": own})
+    if is_trusted:
+        require_trusted_targets(chosen, [])
+    else:
+        assert refusal(chosen).endswith("if you trust its module, add --allow nin")
 
 
 def test_classes_of_trusted_packages_and_of_allowed_modules_are_accepted(settings: Callable[..., Settings]) -> None:

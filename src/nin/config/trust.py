@@ -31,15 +31,13 @@ def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Ite
         overrides: of the user, which replace places that the config names.
 
     Raises:
-        UserError: names each ``_target_`` that is neither a callback of this project or Lightning nor a logger for
-            TensorBoard or CSV files, and each path or address that leads out of the run's folder.
+        UserError: names each ``_target_`` that is neither a network or a callback of this project, a callback of
+            Lightning nor a logger for TensorBoard or CSV files, and each path or address that leads out of the run's
+            folder.
     """
     given = [split_override(word)[0] for word in overrides]
-    errors = [
-        *_find_refused_classes(stored, allowed, _OWN_CLASSES, _ALLOW),
-        *_find_refused_entries(stored, allowed, given),
-    ]
-    if errors:
+    refused = [*_find_refused_classes(stored, allowed, _OWN_CLASSES), *_find_refused_entries(stored, allowed)]
+    if errors := [*_format_refusals(refused, _ALLOW), *_find_outer_places(stored, given)]:
         raise UserError(*errors)
 
 
@@ -62,34 +60,52 @@ def require_allowed_classes(
     remedy: str = _ALLOW + ' (in Python: allow=["{0}"])',
 ) -> None:
     """Raises UserError if a section in ``groups`` names a class of the user's own outside the modules ``allowed``."""
-    if errors := list(_find_refused_classes(stored, allowed, groups, remedy)):
+    if errors := _format_refusals(_find_refused_classes(stored, allowed, groups), remedy):
         raise UserError(*errors)
 
 
-def _find_refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...], remedy: str) -> Iterator[str]:
+def _find_refused_classes(stored: Settings, allowed: list[str], groups: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """The keys and values of each ``_target_`` of a section that is refused."""
     for group in groups:
         section = getattr(stored, group)
         if not isinstance(section, OwnClass) or is_within(section.target, allowed):
             continue
+        if group == "model" and _is_trusted(section.target, group, True):
+            continue
         if group not in _OF_TORCH or not re.fullmatch(_OF_TORCH[group], section.target):
-            yield _refusal(f"{group}._target_", section.target, remedy)
+            yield f"{group}._target_", section.target
 
 
-def _find_refused_entries(stored: Settings, allowed: list[str], given: list[str]) -> Iterator[str]:
+def _find_refused_entries(stored: Settings, allowed: list[str]) -> Iterator[tuple[str, str]]:
+    """The same of the loggers and callbacks."""
     for group in ("logger", "callbacks"):
         for key, value in _leaves(getattr(stored, group), group):
-            if key.endswith("._target_"):
-                if not is_within(str(value), allowed) and not _is_trusted(value, group, key.count(".") == 2):
-                    yield _refusal(key, str(value), _ALLOW)
-            elif isinstance(value, str) and value and key not in given and _leads_out(key, value):
+            if not key.endswith("._target_") or is_within(str(value), allowed):
+                continue
+            if not _is_trusted(value, group, key.count(".") == 2):
+                yield key, str(value)
+
+
+def _find_outer_places(stored: Settings, given: list[str]) -> Iterator[str]:
+    for group in ("logger", "callbacks"):
+        for key, value in _leaves(getattr(stored, group), group):
+            if key.endswith("._target_") or not isinstance(value, str) or not value or key in given:
+                continue
+            if _leads_out(key, value):
                 yield f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it"
 
 
-def _refusal(key: str, target: str, remedy: str) -> str:
-    return (
-        f"{key}={target}: a stored config may not import this class; if you trust its module, "
-        f"{remedy.format(target.partition('.')[0])}"
-    )
+def _format_refusals(refused: Iterable[tuple[str, str]], remedy: str) -> list[str]:
+    """One message for each module that would have to be allowed, with the keys and classes."""
+    modules: dict[str, list[str]] = {}
+    for key, target in refused:
+        modules.setdefault(target.partition(".")[0], []).append(f"{key}={target}")
+    return [
+        f"{', '.join(classes)}: a stored config may not import "
+        f"{'this class; if you trust its' if len(classes) == 1 else 'these classes; if you trust their'} module, "
+        f"{remedy.format(module)}"
+        for module, classes in modules.items()
+    ]
 
 
 def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -105,20 +121,25 @@ def _leaves(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
     """Whether ``target`` is a class of a trusted package, of the kind that the entry of ``group`` needs."""
-    if not isinstance(target, str) or not is_entry or not is_within(target, _TRUSTED):
+    packages = ("nin.networks",) if group == "model" else _TRUSTED
+    if not isinstance(target, str) or not is_entry or not is_within(target, packages):
         return False
     from hydra.errors import HydraException
     from hydra.utils import get_class
     from lightning import Callback
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from torch import nn
 
-    # The other loggers send what is logged to another machine.
-    kinds = (TensorBoardLogger, CSVLogger) if group == "logger" else (Callback,)
+    kinds = {
+        "model": (nn.Module,),
+        "logger": (TensorBoardLogger, CSVLogger),  # the others send what is logged to another machine
+        "callbacks": (Callback,),
+    }[group]
     try:
         found = get_class(target)
     except (HydraException, ImportError, ValueError, AttributeError):
         return False
-    return issubclass(found, kinds) and is_within(found.__module__, _TRUSTED)
+    return issubclass(found, kinds) and is_within(found.__module__, packages)
 
 
 def with_local_defaults(stored: Settings) -> Settings:
