@@ -4,7 +4,7 @@ import struct
 import pytest
 import torch
 
-from nin.checkpoints.weights import hash_weights, load_weights
+from nin.checkpoints.weights import hash_weights, load_weights, require_matching_weights
 from nin.config.schema import UserError
 
 
@@ -30,7 +30,11 @@ def test_weights_of_another_network_are_named(weight: object, message: str) -> N
         del state["weight"]
     with pytest.raises(UserError) as refused:
         load_weights(module, {"state_dict": state})
-    assert str(refused.value) == f"the checkpoint's weights are not those of the network: {message}"
+    remedy = "" if message.endswith("infinite") else "; restore the network's code"
+    assert str(refused.value) == f"the checkpoint's weights are not those of the network: {message}{remedy}"
+    with pytest.raises(UserError) as refused:  # of a run that is resumed
+        require_matching_weights(module, {"state_dict": state})
+    assert str(refused.value).endswith(f"{message}{remedy and remedy + ', or give another name=…'}")
     other = torch.nn.Linear(4, 3)
     load_weights(other, {"state_dict": module.state_dict()})
     assert torch.equal(other.weight, module.weight)

@@ -13,11 +13,18 @@ from nin.config.schema import UserError
 TRAINING_METRICS = ("train_loss.", "train_acc.")  # tensors of a checkpoint that only a resumed run needs
 
 
-def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def require_matching_weights(
+    module: nn.Module,
+    checkpoint: Mapping[str, Any],
+    remedy: str = "restore the network's code, or give another name=…",
+) -> None:
     """Checks that a checkpoint has the weights of ``module``, with their shapes and types, all finite.
 
     Any type of floating-point numbers is accepted: ``module`` is float32 until the Trainer converts it to the type of
     ``trainer.precision=bf16-true``, in which checkpoints are saved.
+
+    Args:
+        remedy: if they are those of another network.
 
     Raises:
         UserError: names the weights that differ.
@@ -26,6 +33,7 @@ def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -
     wrong = [
         f"{name} is {'missing' if name in current else 'unknown'}" for name in sorted(saved.keys() ^ current.keys())
     ]
+    not_finite = []
     for name in (name for name in current if name in saved):
         if not isinstance(saved[name], Tensor):
             wrong.append(f"{name} is a {type(saved[name]).__name__}")
@@ -33,10 +41,11 @@ def require_matching_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -
             wrong.append(f"{name} is {_kind(saved[name])}, not {_kind(current[name])}")
         # A buffer of the user's own network, such as a mask, may be infinite from the start.
         elif not bool((saved[name].isfinite() | ~current[name].cpu().isfinite()).all()):
-            wrong.append(f"{name} has values that are NaN or infinite")
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"the checkpoint's weights are not those of the network: {', '.join(wrong[:3])}{more}")
+            not_finite.append(f"{name} has values that are NaN or infinite")
+    if found := wrong + not_finite:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        end = f"{more}; {remedy}" if wrong else more
+        raise UserError(f"the checkpoint's weights are not those of the network: {', '.join(found[:3])}{end}")
 
 
 def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -52,7 +61,7 @@ def load_weights(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         for name, value in checkpoint["state_dict"].items()
         if not str(name).startswith(TRAINING_METRICS) and (name in current or not str(name).startswith("loss."))
     }
-    require_matching_weights(module, {"state_dict": weights})
+    require_matching_weights(module, {"state_dict": weights}, "restore the network's code")
     module.load_state_dict(weights)
 
 
