@@ -151,6 +151,17 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
         assert page.evaluate(f"{at_once}(() => nin.take({as_file}))") == 20
         assert page.evaluate(f"{at_once}(() => document.getElementById('clear').click())") == 0
         assert page.evaluate("document.querySelectorAll('#classes tr, figure').length") == 0
+        # A network of color pictures: choosing one comes first, and the empty pad is hidden.
+        layout = """["pad", "file", "how"].map(id => document.getElementById(id)).map(
+          (item, i) => i < 2 ? item.getBoundingClientRect().y : item.textContent)"""
+        pad, choice, how = page.evaluate(layout)
+        assert (pad < choice, how[:24]) == (True, "Draw on the black square")
+        page.evaluate("describe({...info, channels: 3})")
+        shown_pad = "document.getElementById('pad').getClientRects().length"
+        assert page.evaluate(shown_pad) == 0
+        page.evaluate(f"nin.take({as_file})")
+        pad, choice, how = page.evaluate(layout)
+        assert (page.evaluate(shown_pad), choice < pad, how[:16]) == (1, True, "Choose a picture")
         # Nothing was loaded from elsewhere, and no script failed.
         urls = [e["params"]["request"]["url"] for e in page.events if e["method"] == "Network.requestWillBeSent"]
         assert len(urls) >= 4
