@@ -114,10 +114,11 @@ def test_at_most_fourteen_modules_and_packages_at_the_top_with_few_imports_betwe
     assert len([1 for importer, imported in pairs if importer != imported]) <= 45
 
 
-def test_no_command_module_imports_torch() -> None:
+def test_neither_the_package_nor_a_command_module_imports_torch() -> None:
     commands = [f"nin.commands.{p.stem}" for p in (SOURCE / "commands").glob("[!_]*.py")]
     program = (
-        f"import sys, {', '.join(commands)}; print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])"
+        f"import sys, nin, {', '.join(commands)}; assert 'load' in dir(nin); "
+        "print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

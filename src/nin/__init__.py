@@ -17,7 +17,16 @@ A package imports only from the packages below it:
     config/         schema, validation, composition
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nin.deploy.loading import load
+
+__all__ = ["load"]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "load"]  # completed by Tab, and not imported
 
 
 def __getattr__(name: str) -> Any:
