@@ -58,7 +58,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "seed=1", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1,2", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1", "seed=2", "optimizer.lr=0.1,0.2"], "seed: has two values, 1 and 2; give it once"),
-        (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): the step must not be 0"),
+        (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): its values can't be enumerated (range() arg 3"),
         (["-m", "name=a,b"], "name: can't be varied; it names the whole sweep"),
         (["trainer.num_nodes=2"], "trainer.num_nodes=2: this process was started on one node only"),
         (["hydra.run.dir="], "hydra.run.dir: is empty; leave it out, or give the run's folder"),

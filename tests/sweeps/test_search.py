@@ -870,5 +870,5 @@ def test_proposals_of_a_range_are_decimals_and_every_choice_is_checked_before_th
 
 
 def test_a_choice_that_does_not_exist_is_refused_before_the_search_starts() -> None:
-    with pytest.raises(UserError, match=r"^schedule=nosuch: no such schedule; there are: constant, cosine, one_cycle$"):
+    with pytest.raises(UserError, match=r"^schedule=nosuch: no such schedule; there are: constant, cosine, one_cycle;"):
         check("schedule=constant,cosine,nosuch,one_cycle", "optimizer.lr=interval(0.1, 0.2)")
