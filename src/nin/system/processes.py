@@ -227,6 +227,20 @@ def convert_worker_exit_to_stop(stop: StopRequest) -> Iterator[None]:
         raise StoppedError(stop.signum) from error
 
 
+def leave_process_group(kind: type[BaseException] | None, *_: object) -> None:
+    """Ends gloo's threads, which may abort a process that ends before them; Lightning ends those of NCCL only.
+
+    Args:
+        kind: of the error with which the work has ended, if any.
+    """
+    from torch import distributed
+
+    if kind is not None and not issubclass(kind, StoppedError):
+        return  # the other processes may never answer
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
+
+
 def _signals() -> list[signal.Signals]:
     """The signals of people, ``kill`` and batch systems; SLURM's as Lightning and submitit configure them."""
     signals = [signal.SIGINT, signal.SIGTERM]

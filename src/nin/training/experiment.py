@@ -17,7 +17,7 @@ from nin.data.module import ImageDataModule
 from nin.runs.console import format_path
 from nin.runs.results import never_predicted
 from nin.system import devices
-from nin.system.processes import StoppedError, convert_worker_exit_to_stop
+from nin.system.processes import StoppedError, convert_worker_exit_to_stop, leave_process_group
 from nin.training.callbacks.checkpoints import ResumableCheckpoint
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.callbacks.progress import EpochPrinter, SlowTrainingWarner, TrainingProgressBar
@@ -152,6 +152,7 @@ class Experiment:
                     cleanup.callback(logger.close)
             self._prepare_folder(resumes)
             self.resume_checkpoint = None  # frees its memory: Lightning reads the file itself
+            cleanup.push(leave_process_group)
             cleanup.enter_context(self.request.stop)
             cleanup.push(self._end_other_processes)
             self._fit()
