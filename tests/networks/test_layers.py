@@ -104,6 +104,27 @@ class Uncalled(Wrapped):
         return images.flatten(1) * self.net.mixed[0, 0]
 
 
+class Inner(nn.Module):
+    def __init__(self, convolution: nn.Module):
+        super().__init__()
+        self.convolution, self.classes = convolution, nn.Linear(2, 3, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classes(self.convolution(images).mean((2, 3)))
+
+
+class Nested(nn.Module):
+    """Has a part that is also within another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 2, 1, bias=False)
+        self.inner = Inner(self.convolution)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.inner(images)
+
+
 def test_the_parts_of_a_network_of_ones_own_by_hand() -> None:
     def rows(network: nn.Module) -> list[tuple[object, ...]]:
         layers = describe_layers(nn.Sequential(nn.Identity(), network), in_channels=1, image_size=8, is_own=True)
@@ -123,6 +144,10 @@ def test_the_parts_of_a_network_of_ones_own_by_hand() -> None:
     assert parts == [(f"net.{name}", *values) for name, *values in expected[:-1]]
     assert last == ("Wrapped without these", *expected[-1][1:])
     assert rows(Uncalled()) == [("Uncalled", (64,), 318, 0)]
+    assert rows(Nested()) == [
+        ("convolution: Conv2d", (2, 8, 8), 2, 0),
+        ("inner: Inner", (3,), 6, 8 * 8 * 2 + 6),
+    ]
 
 
 def test_a_layer_that_occurs_twice_is_listed_twice() -> None:

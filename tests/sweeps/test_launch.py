@@ -386,8 +386,19 @@ def test_the_request_of_a_sweep_is_not_written_through_a_link_and_its_report_lis
     assert re.search(r"tiny +.*not started", capsys.readouterr().out)
 
 
+def test_weights_that_are_missing_are_found_before_the_first_job(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.ckpt").touch()
+    words = ["experiment=quickstart", f"data.root={data_root}", "trainer=cpu", "name=x", "weights=here.ckpt,nothere"]
+    assert cli.run("train", ["-m", *words]) == 2
+    assert capsys.readouterr().err == f"nin train: weights={tmp_path}/nothere: no such file\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["here.ckpt"]
+
+
 def test_a_folder_of_any_name_is_a_value_that_hydra_reads() -> None:
-    for folder in ("/home/o'brien/a b", '/ä="1",x'):
+    for folder in ("/home/o'brien/a b", '/ä="1",x', "/a\\", "/a\\'b", "/\\b\\\\'"):
         (override,) = OverridesParser.create().parse_overrides([f"hydra.run.dir={quote_value(folder)}"])
         assert override.value() == folder
 

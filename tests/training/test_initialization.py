@@ -67,7 +67,8 @@ def test_a_run_starts_with_the_weights_of_another_one_and_resumes_without_it(
     capsys.readouterr()
     result = execute_run(RunRequest(settings(*keys, "trainer.max_epochs=1"), second))
     printed = capsys.readouterr().out
-    assert f"starting with the weights of {first.best}, except 5.0.weight, 5.1.weight, 5.1.bias, 5.1.running" in printed
+    others = "not in it, or in another shape: 5.0.weight, 5.1.weight, 5.1.bias, 5.1.running_mean and "
+    assert f"starting with the weights of {first.best}; {others}" in printed
     assert result["initial_weights_sha256"] == read_checksum(first.best)
     trained = read(second.last)["state_dict"]
     kept = {name for name in start if name.endswith((".weight", ".bias")) and torch.equal(trained[name], start[name])}
@@ -91,8 +92,20 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, settings: Callable[
     ):
         with pytest.raises(UserError, match=error):
             load_matching_weights(network, {"state_dict": saved})
-    with pytest.raises(UserError, match=rf"^weights={tmp_path}/none: {tmp_path}/none: no such checkpoint$"):
-        start_from_checkpoint(network, tmp_path / "none")
+    for given, error in (("none", "no such file"), (".", "has no checkpoints/best.ckpt")):
+        with pytest.raises(UserError, match=rf"^weights={tmp_path / given}: {error}$"):
+            start_from_checkpoint(network, tmp_path / given)
+
+
+def test_an_infinite_mask_and_other_kinds_of_tensors_are_no_obstacle() -> None:
+    network = nn.Linear(2, 2)
+    network.register_buffer("mask", torch.tensor([-torch.inf, 0]))
+    network.register_buffer("count", torch.tensor(3))
+    saved = {"weight": torch.ones(2, 2), "bias": torch.ones(2).to_sparse(), "mask": torch.tensor([-torch.inf, 1])}
+    others = load_matching_weights(network, {"state_dict": saved | {"count": torch.tensor(True)}})
+    assert others == ["bias", "count"]
+    assert network.mask.tolist() == [-torch.inf, 1]
+    assert int(network.count) == 3
 
 
 def fit_without_data(settings: Settings) -> None:

@@ -43,7 +43,7 @@ def set_random_state(state: dict[str, Any], device: torch.device, loader: Any) -
 
 
 def seed_rank(seed: int, rank: int) -> None:
-    """Seeds the generators of one process of several; with those of the others it would draw the same masks."""
+    """Seeds the generators of one of several processes, which would otherwise draw the same masks as the others."""
     own = int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
     random.seed(own)
     np.random.seed(own)

@@ -24,7 +24,7 @@ def require_matching_weights(
     ``trainer.precision=bf16-true``, in which checkpoints are saved.
 
     Args:
-        remedy: if they are those of another network.
+        remedy: what to do if they are those of another network.
 
     Raises:
         UserError: names the weights that differ.
@@ -39,8 +39,7 @@ def require_matching_weights(
             wrong.append(f"{name} is a {type(saved[name]).__name__}")
         elif saved[name].shape != current[name].shape or not _same_type(saved[name], current[name]):
             wrong.append(f"{name} is {_kind(saved[name])}, not {_kind(current[name])}")
-        # A buffer of the user's own network, such as a mask, may be infinite from the start.
-        elif not bool((saved[name].isfinite() | ~current[name].cpu().isfinite()).all()):
+        elif not _is_finite(saved[name], current[name]):
             not_finite.append(f"{name} has values that are NaN or infinite")
     if found := wrong + not_finite:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -69,7 +68,7 @@ def load_matching_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> 
     """Loads a checkpoint's weights where ``network`` has weights of the same name and shape.
 
     Returns:
-        The names of the weights that keep their values, as those of the last layer, if there are other classes.
+        The names of the weights that keep their values, for example those of the last layer if the classes differ.
 
     Raises:
         UserError: if none fits, or one is NaN or infinite.
@@ -79,11 +78,14 @@ def load_matching_weights(network: nn.Module, checkpoint: Mapping[str, Any]) -> 
     fitting = {
         name: saved[name]
         for name, value in current.items()
-        if isinstance(saved.get(name), Tensor) and saved[name].shape == value.shape
+        if isinstance(saved.get(name), Tensor)
+        and saved[name].layout == torch.strided
+        and saved[name].shape == value.shape
+        and _same_type(saved[name], value)
     }
     if not any(name in fitting for name, _ in network.named_parameters()):
         raise UserError("none of its weights has the name and the shape of one of this network; is it another model?")
-    if wrong := [name for name, value in fitting.items() if not bool(value.isfinite().all())]:
+    if wrong := [name for name, value in fitting.items() if not _is_finite(value, current[name])]:
         raise UserError(f"{wrong[0]} has values that are NaN or infinite")
     network.load_state_dict(fitting, strict=False)
     return [name for name in current if name not in fitting]
@@ -109,6 +111,11 @@ def restore_frozen(network: nn.Module, frozen: Collection[str]) -> None:
 
 def _batch_norms(network: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     return ((name, module) for name, module in network.named_modules() if isinstance(module, _BatchNorm))
+
+
+def _is_finite(saved: Tensor, current: Tensor) -> bool:
+    # A buffer of the user's own network, such as a mask, may be infinite from the start.
+    return bool((saved.isfinite() | ~current.cpu().isfinite()).all())
 
 
 def _same_type(a: Tensor, b: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Dotted config keys and overrides: flattening, splitting, quoting, prefixes."""
 
+import re
 from typing import Any
 
 
@@ -19,7 +20,8 @@ def split_override(word: str) -> tuple[str, str]:
 
 def quote_value(text: str) -> str:
     """``text`` as a quoted value in Hydra's override grammar."""
-    return "'" + text.replace("'", "\\'") + "'"
+    # Backslashes are doubled before a quote only, also before the last one.
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
 
 
 def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:

@@ -105,7 +105,7 @@ def missing_train_error(root: str) -> UserError:
     """The error about a folder whose images are needed for training, or are not there at all."""
     return UserError(
         f"data.root={printable(root)}: has no folder train; it must hold train/<class>/… with the images of each "
-        "class, and may hold val/<class>/… and test/<class>/…"
+        "class, and may hold val/<class>/… and test/<class>/… (test alone is enough for nin eval)"
     )
 
 

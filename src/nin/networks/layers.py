@@ -65,11 +65,17 @@ def _divide(whole: Layer, network: nn.Module, images: Tensor) -> list[Layer]:
     shapes: dict[nn.Module, tuple[int, ...]] = {}
     flops = Counter[nn.Module]()
 
+    calls: list[nn.Module] = []  # those that are under way: what a part calls in it counts for the outermost one
+
     def begin(part: nn.Module, _: Any) -> None:
-        flops[part] -= counter.get_total_flops()
+        if not calls:
+            flops[part] -= counter.get_total_flops()
+        calls.append(part)
 
     def end(part: nn.Module, _: Any, output: Any) -> None:
-        flops[part] += counter.get_total_flops()
+        calls.pop()
+        if not calls:
+            flops[part] += counter.get_total_flops()
         shapes[part] = tuple(output.shape[1:]) if isinstance(output, Tensor) else ()
 
     with ExitStack() as hooks, FlopCounterMode(display=False) as counter:

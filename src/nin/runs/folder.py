@@ -250,6 +250,18 @@ class RunFolder:
         return [name for name, size in sizes.items() if there.get(name, 0) < size]
 
 
+def find_weights_file(given: Path) -> Path:
+    """The checkpoint that the key ``weights`` names: best.ckpt of a run's folder, or the file itself.
+
+    Raises:
+        UserError: if there is none.
+    """
+    path = RunFolder(given).best if given.is_dir() else given
+    if not path.is_file():
+        raise UserError(f"weights={given}: {'has no checkpoints/best.ckpt' if given.is_dir() else 'no such file'}")
+    return path
+
+
 def _read_yaml(path: Path) -> Any:
     """The plain values in a YAML file, with no interpolation resolved; None if the file is missing.
 

@@ -25,7 +25,7 @@ from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
 from nin.runs.console import format_name_override, format_path
 from nin.runs.files import write_atomically
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, find_weights_file
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
 from nin.sweeps.gpus import share_gpus
 from nin.sweeps.jobs import (
@@ -149,7 +149,11 @@ class Sweep:
         expanded = expand_jobs(overrides)
         self.jobs = dict(zip(folder_names(expanded, self.swept), expanded, strict=True))
         config_name = self.config.hydra.job.config_name
-        return check_jobs(expanded, on_this_machine=not self.on_cluster, config_name=config_name)
+        checked = check_jobs(expanded, on_this_machine=not self.on_cluster, config_name=config_name)
+        for name, settings in zip(self.jobs, checked, strict=True):
+            if settings.weights and not RunFolder(self.folder / name).has_progress():
+                find_weights_file(Path(settings.weights))
+        return checked
 
     def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
         # Threads that wait for work leave the cores to the other jobs.

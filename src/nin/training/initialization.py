@@ -15,7 +15,7 @@ from nin.data.module import ImageDataModule
 from nin.networks.components import start_from_components
 from nin.networks.normalize import Normalize
 from nin.runs.console import format_path
-from nin.runs.folder import RunFolder
+from nin.runs.folder import find_weights_file
 
 # The number of images whose patches are used.
 _IMAGES = 256
@@ -40,7 +40,7 @@ def start_from_checkpoint(network: nn.Module, given: Path) -> InitialWeights:
     Raises:
         UserError: if the file is no checkpoint, or none of its weights fits.
     """
-    path = RunFolder(given).best if given.is_dir() else given
+    path = find_weights_file(given)
     try:
         others = load_matching_weights(network, read(path))
     except UserError as error:
@@ -48,7 +48,7 @@ def start_from_checkpoint(network: nn.Module, given: Path) -> InitialWeights:
     description = f"starting with the weights of {format_path(path)}"
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-        description += f", except {', '.join(others[:4])}{more}, which it does not have in this shape"
+        description += f"; not in it, or in another shape: {', '.join(others[:4])}{more}"
     return InitialWeights(str(read_checksum(path)), description)
 
 

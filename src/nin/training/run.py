@@ -14,7 +14,7 @@ from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
-from nin.runs.folder import RunFolder
+from nin.runs.folder import RunFolder, find_weights_file
 from nin.runs.results import PRINTED, print_result
 from nin.runs.undo import undo_if_refused
 from nin.runs.versions import read_git_commit, read_own_code, read_versions
@@ -66,6 +66,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         from nin.training.experiment import Experiment  # noqa: F401  # what imports it later finds it loaded
         from nin.training.loss import require_known_loss
 
+    if settings.weights and not folder.has_progress():
+        find_weights_file(Path(settings.weights))
     require_buildable(settings)  # all before data are downloaded or decoded
     require_known_loss(settings)
     require_accelerator(settings.trainer)

@@ -31,9 +31,13 @@ class TrainingControl(Callback):
     def __init__(self, metrics: MetricsLogger):
         self.metrics = metrics
 
-    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        if trainer.global_rank:  # a checkpoint, which is restored after this, has the generators of each process
+    def on_fit_start(self, trainer: Trainer, pl_module: Classifier) -> None:
+        # Before the training loader draws the seed of its worker processes. A checkpoint, which is restored after this,
+        # has the generators of each process.
+        if trainer.global_rank:
             seed_rank(pl_module.settings.seed, trainer.global_rank)
+
+    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         loader, max_batches = trainer.train_dataloader, trainer.max_steps * trainer.accumulate_grad_batches
         if (
             isinstance(loader, TensorDataLoader)
@@ -69,7 +73,7 @@ def why_stopped(trainer: Trainer) -> str | None:
         if isinstance(callback, EarlyStopping) and callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
             return f"EarlyStopping: {callback.stopping_reason_message}".removesuffix(" Signaling Trainer to stop.")
         if isinstance(callback, Timer) and (remaining := callback.time_remaining()) is not None and remaining <= 0:
-            return "Timer: its time, as trainer.max_time, is over"
+            return "Timer: the time limit (trainer.max_time) is reached"
     own = [type(c).__name__ for c in callbacks if not is_within(type(c).__module__, ["nin", "lightning"])]
     return f"trainer.should_stop was set by one of: {', '.join(own)}" if own else "trainer.should_stop was set"
 
