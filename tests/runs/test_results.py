@@ -16,8 +16,8 @@ def printed(names: list[str], confusion: np.ndarray, capsys: pytest.CaptureFixtu
 
 def test_a_few_classes_have_a_matrix(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(["[red]ants", "bees\nand wasps", "none"], np.array([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), capsys)
-    scores = ["test/acc  0.5000", "test/loss 1.0000", "worst class [red]ants 0.7500", "test images 6"]
-    assert lines[:5] == [*scores, "true class (rows), predicted class (columns)"]
+    scores = ["test/acc  0.5000", "test/loss 1.0000", "6 test images; lowest accuracy of a class: [red]ants 0.7500"]
+    assert lines[:4] == [*scores, "true class (rows), predicted class (columns)"]
     assert [line.split() for line in lines[-4:]] == [
         ["accuracy", "0", "1", "2"],
         ["0", "[red]ants", "0.7500", "3", "1", "·"],

@@ -54,7 +54,7 @@ def print_test(metrics: dict[str, Any], confusion: Any) -> None:
     print(f"test/acc  {metrics['test/acc']:.4f}\ntest/loss {metrics['test/loss']:.4f}")
     if "test/top5_acc" in metrics:  # with many classes
         print(f"test/top5_acc {metrics['test/top5_acc']:.4f}")
-    print(f"worst class {_find_worst_class(metrics)}\ntest images {int(confusion.sum()):,}")
+    print(f"{int(confusion.sum()):,} test images; lowest accuracy of a class: {_find_worst_class(metrics)}")
     names = [printable(name) for name in metrics["test/acc_by_class"]]
     accuracies = list(metrics["test/acc_by_class"].values())
     table = _confusion_matrix if len(names) <= _MATRIX_CLASSES else _confused_classes
