@@ -73,7 +73,8 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "optimizer.lr=${nosuch}", "seed=1,2"], "optimizer.lr: Interpolation key 'nosuch' not found"),
         (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
          "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'"),
-        (["+callbacks.x._target_=no_such.X"], "callbacks.x._target_=no_such.X: can't be imported (ModuleNotFound"),
+        (["+callbacks.x._target_=no_such.X"], "callbacks.x._target_=no_such.X: can't be imported (No module named"),
+        (["+callbacks.x._target_=helpers.NoSuch"], "callbacks.x._target_=helpers.NoSuch: helpers has no class NoSuch"),
         (["+callbacks.x._target_=builtins.dict"], "callbacks.x: its _target_ must be a subclass of"),
     ],
 )  # fmt: skip

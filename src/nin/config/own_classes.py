@@ -26,16 +26,7 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
     try:
         found = get_class(config.target)
     except (HydraException, ImportError, ValueError, AttributeError) as error:
-        module, _, name = config.target.rpartition(".")
-        if hasattr(sys.modules.get(module), name):  # a function, as torchvision.models.resnet18
-            raise UserError(f"{key}._target_={config.target}: is no class; write one that calls it") from error
-        if module in sys.modules:
-            raise UserError(f"{key}._target_={config.target}: {module} has no class {name}") from error
-        cause = error.__cause__ or error
-        reason = f"can't be imported ({read_first_line(cause)}){locate_in_own_code(cause)}"
-        if isinstance(cause, ModuleNotFoundError) and cause.name and is_within(module, [cause.name]):
-            reason += "; is the folder of its file in PYTHONPATH?"
-        raise UserError(f"{key}._target_={config.target}: {reason}") from error
+        raise UserError(f"{key}._target_={config.target}: {explain_import_error(config.target, error)}") from error
     if not issubclass(found, kind):
         raise UserError(f"{key}._target_={config.target}: must be a subclass of {kind.__module__}.{kind.__name__}")
     parameters = inspect.signature(found).parameters
@@ -48,6 +39,21 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
     if errors:
         raise UserError(*errors)
     return found
+
+
+def explain_import_error(target: str, error: BaseException) -> str:
+    """Why Hydra could not import the class ``target``, for a message."""
+    module, _, name = target.rpartition(".")
+    if hasattr(sys.modules.get(module), name):  # a function, as torchvision.models.resnet18
+        return "is no class; write one that calls it"
+    if module in sys.modules:
+        return f"{module} has no class {name}"
+    while error.__cause__:  # Hydra's errors have that of the import as their cause
+        error = error.__cause__
+    reason = f"can't be imported ({read_first_line(error)}){locate_in_own_code(error)}"
+    if isinstance(error, ModuleNotFoundError) and error.name and is_within(module, [error.name]):
+        reason += "; is the folder of its file in PYTHONPATH?"
+    return reason
 
 
 def build(key: str, config: OwnClass, kind: type, *positional: Any, **available: Any) -> Any:

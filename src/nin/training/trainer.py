@@ -27,7 +27,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
+from nin.config.errors import locate_in_own_code
 from nin.config.keys import is_within
+from nin.config.own_classes import explain_import_error
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.system import devices
@@ -162,12 +164,9 @@ def _instantiate(
             instance = instantiate(config)
         except (HydraException, OmegaConfBaseException) as error:
             if "Error locating target" not in str(error):
-                raise UserError(f"{key}: {error}") from error
-            where, *reasons = str(error.__cause__ or error).splitlines()
-            raise UserError(
-                f"{key}._target_={config['_target_']}: can't be imported ({[*reasons, where][0]}); is the folder of "
-                "its file in PYTHONPATH?"
-            ) from error
+                raise UserError(f"{key}: {error}{locate_in_own_code(error.__cause__ or error)}") from error
+            target = str(config["_target_"])
+            raise UserError(f"{key}._target_={target}: {explain_import_error(target, error)}") from error
         if not isinstance(instance, kind):
             raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
         for refused, reason in _REFUSED.items():
