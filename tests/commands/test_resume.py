@@ -112,7 +112,7 @@ def test_the_command_of_a_resumed_run_has_the_options_of_its_start_and_each_key_
     run: RunFolder, settings: Callable[..., Settings], requests: list[RunRequest]
 ) -> None:
     run.update_state(options=["--config-dir", "/my own", 5])
-    words = ["seed=0", "trainer.max_epochs=2", "+logger.mine={_target_: x}", "+callbacks.other.x=1"]
+    words = ["seed=0", "trainer.max_epochs=2", "+logger.mine={_target_: x}", "+logger.mine.y=1", "+callbacks.other.x=1"]
     run.write_request(settings().model_dump(mode="json"), words)
     later = ["trainer.max_epochs=3", "~logger.mine", "callbacks.other.x=2"]
     request = RunRequest(settings(), run, [*words, *later])

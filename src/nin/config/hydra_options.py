@@ -23,8 +23,7 @@ from nin.config.schema import CONF, UserError
 
 SEARCH_PATH = "hydra.searchpath"
 # The options that choose other configs than conf/train.yaml, by the keys of `find_config_options`.
-CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
-SEARCH_PATH_KEY = "search_path"  # the key of the override hydra.searchpath=[…]
+_CONFIG_OPTIONS = {"config_dir": "--config-dir", "config_path": "--config-path", "config_name": "--config-name"}
 WITHOUT_SPACE = "hydra.sweeper.params=null"  # a single run is refused where a file gives the space of a sweep
 
 
@@ -107,14 +106,14 @@ def find_config_options(hydra: Any) -> dict[str, str | None]:
         "config_dir": sources.get("command-line"),
         "config_path": sources["main"] if sources["main"] != str(CONF) else None,
         "config_name": hydra.job.config_name if hydra.job.config_name != "train" else None,
-        SEARCH_PATH_KEY: next((word for word in words if split_override(word)[0] == SEARCH_PATH), None),
+        "search_path": next((word for word in words if split_override(word)[0] == SEARCH_PATH), None),
     }
 
 
 def format_config_options(found: Mapping[str, Any]) -> list[str]:
     """The words of a command for what `find_config_options` has found."""
-    options = [word for key, option in CONFIG_OPTIONS.items() if (own := found.get(key)) for word in (option, own)]
-    return options + ([search_path] if (search_path := found.get(SEARCH_PATH_KEY)) else [])
+    options = [word for key, option in _CONFIG_OPTIONS.items() if (own := found.get(key)) for word in (option, own)]
+    return options + ([search_path] if (search_path := found.get("search_path")) else [])
 
 
 def unwrap_job_result(job: JobReturn) -> Any:

@@ -41,6 +41,14 @@ def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Ite
         raise UserError(*errors)
 
 
+def find_modules_to_allow(stored: Settings) -> list[str] | None:
+    """The modules that `require_trusted_targets` must be allowed; None if a place is to be confirmed as well."""
+    if any(_find_outer_places(stored, [])):
+        return None
+    refused = [*_find_refused_classes(stored, [], _OWN_CLASSES), *_find_refused_entries(stored, [])]
+    return list(dict.fromkeys(target.partition(".")[0] for _, target in refused))
+
+
 # Names of arguments that are a folder, a file or an address: dirpath, save_dir, exclude_batches_path, tracking_uri.
 _PLACE = re.compile(r"(dir|path|file|location|uri|url|host)$")
 

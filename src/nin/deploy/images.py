@@ -129,7 +129,8 @@ def _as_array(image: object, form: ImageForm) -> np.ndarray:
     if isinstance(image, Image.Image):
         level = find_transparent_level(image)  # before the pixels are read, which copying does
         copied = image.copy()  # the caller's image stays open and unchanged
-        copied.info |= {} if level is None else {"transparency": level}
+        if level:
+            copied.info["transparency"] = level
         return form.read(copied)
     array = np.asarray(image)
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)) or not array.size:

@@ -69,8 +69,7 @@ def best_command(search: SearchFile, best: FrozenTrial) -> str:
 
 def fits_config_file(search: SearchFile) -> bool:
     """Whether best.yaml can hold the best configuration: it deletes no key, and needs no other config."""
-    is_own = search.config_dir or search.config_path or search.config_name or search.search_path
-    return not (is_own or any(word.startswith("~") for word in search.fixed))
+    return not (format_config_options(search.model_dump()) or any(word.startswith("~") for word in search.fixed))
 
 
 def best_config(search: SearchFile, best: FrozenTrial) -> str:

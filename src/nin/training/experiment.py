@@ -156,11 +156,11 @@ class Experiment:
             cleanup.enter_context(self.request.stop)
             cleanup.push(self._end_other_processes)
             self._fit()
-            self._report_early_end()
+            early_end = self._report_early_end()
             final_weights = hash_weights(self.module.network)
             # If best.ckpt is missing or damaged, no other weights are tested instead.
             load_weights(self.module, checkpoint_files.read(self.folder.best))
-            result = self._build_result(final_weights, *self._test())
+            result = self._build_result(final_weights, *self._test()) | early_end
             if self.trainer.is_global_zero:
                 log_results(self.trainer, self.settings, result, self.metrics_logger)
             return result
@@ -218,13 +218,14 @@ class Experiment:
                 f"{error}, see nin.log); remove it to resume from the checkpoint before it, or give another name=…"
             ) from error
 
-    def _report_early_end(self) -> None:
+    def _report_early_end(self) -> dict[str, Any]:
+        """Prints why training has ended early; returns the result's entry for it, empty if it has not."""
         reason = None if self._is_pruned else why_stopped(self.trainer)
-        self.stopped_by = {"stopped_by": reason} if reason else {}
         if reason and self.trainer.is_global_zero:
             message = f"training ended early, in epoch {self.trainer.current_epoch}: {reason}"
             log.info("%s", message)
             print(f"{self.request.label}{message}", flush=True)
+        return {"stopped_by": reason} if reason else {}
 
     def _test(self) -> tuple[dict[str, Any], int | None]:
         """Tests the module's weights; returns the metrics and the number of test images.
@@ -277,7 +278,6 @@ class Experiment:
             result["test_images"] = test_images
         if self.settings.weights:  # of the first start
             result["initial_weights_sha256"] = self.folder.read_state().get("weights")
-        result |= self.stopped_by
         return result | (self.datamodule.notes if isinstance(self.datamodule, ImageDataModule) else {})
 
 

@@ -3,9 +3,9 @@
 import shlex
 from dataclasses import dataclass, field
 
-from nin.config.keys import flatten, split_override
-from nin.config.schema import Settings, UserError
-from nin.config.trust import require_trusted_targets
+from nin.config.keys import is_within, split_override
+from nin.config.schema import Settings
+from nin.config.trust import find_modules_to_allow
 from nin.runs.console import format_name_override, format_path
 from nin.runs.folder import RunFolder
 from nin.system.processes import StopRequest, multi_process_launcher
@@ -44,36 +44,19 @@ class RunRequest:
             if key == "name" and self.settings.sweep.keys:
                 continue  # the sweep's name
             is_added = given.get(key, "").startswith("+")  # by an earlier start, and changed when it was resumed
-            if is_added and word.startswith("~"):
-                del given[key]
-            else:
-                given[key] = f"+{word}" if is_added and not word.startswith("+") else word
+            if word.startswith("~"):  # with what was set within it
+                given = {other: earlier for other, earlier in given.items() if not is_within(other, [key])}
+                if is_added:
+                    continue
+            given[key] = f"+{word}" if is_added and not word.startswith("+") else word
         return shlex.join(["nin", "train", *self.options, *given.values()])
 
     @property
     def resume_command(self) -> str:
         """What resumes this run, after it was stopped."""
-        modules = _find_modules_to_allow(self.settings)
+        modules = find_modules_to_allow(self.settings)
         if self.settings.sweep.keys or multi_process_launcher() or modules is None:
             # Without a name=… the same command would start another run or sweep, whose name is the time.
             return f"the same command and {shlex.quote(format_name_override(self.settings.name))}"
         allow = [word for module in modules for word in ("--allow", module)]
         return shlex.join(["nin", "resume", format_path(self.folder.path), *allow])
-
-
-def _find_modules_to_allow(settings: Settings) -> list[str] | None:
-    """The modules that nin resume must be allowed to import; None if it would refuse the settings all the same."""
-
-    def is_accepted(allowed: list[str]) -> bool:
-        try:
-            require_trusted_targets(settings, allowed)
-        except UserError:
-            return False
-        return True
-
-    targets = [str(target) for key, target in flatten(settings.model_dump()).items() if key.endswith("._target_")]
-    modules = list(dict.fromkeys(target.partition(".")[0] for target in targets))
-    for module in list(modules):
-        if is_accepted(others := [other for other in modules if other != module]):
-            modules = others
-    return modules if is_accepted(modules) else None
