@@ -1,6 +1,5 @@
 """Composes ``conf/`` outside ``hydra.main``, and reports all errors of a command line at once."""
 
-import bisect
 import contextlib
 import functools
 import re
@@ -126,8 +125,8 @@ def collect_errors(
 ) -> UserError:
     """Returns all errors of a command line, and those of the config that its valid overrides give.
 
-    Hydra reports one error per composition, here ``first``, so the config is composed repeatedly: bisection finds the
-    first override that fails, it is recorded and left out, and the search continues with the rest.
+    Hydra reports one error per composition, here ``first``, so the config is composed with one override after the
+    other, without those that fail.
     """
 
     @functools.cache  # a composition takes a tenth of a second
@@ -147,17 +146,11 @@ def collect_errors(
     valid: list[str] = []
     # Groups first: whether a key exists depends on the chosen options.
     rest = sorted(overrides, key=lambda o: "." in o.partition("=")[0])
-
-    def is_refused(count: int) -> bool:
-        return isinstance(composed(*valid, *rest[:count]), Exception)
-
-    while is_refused(len(rest)):
-        index = bisect.bisect_left(range(1, len(rest)), True, key=is_refused)  # the first that is refused
-        error = composed(*valid, *rest[: index + 1])
-        valid += rest[:index]
-        errors.append(format_error(rest[index], error, composed(*valid, with_hydra="hydra." in rest[index])))
-        rest = rest[index + 1 :]
-    valid += rest
+    for word in rest:
+        if isinstance(error := composed(*valid, word), Exception):
+            errors.append(format_error(word, error, composed(*valid, with_hydra="hydra." in word)))
+        else:
+            valid.append(word)
     errors += find_override_errors(valid)
     try:
         validate(composed(*valid))
