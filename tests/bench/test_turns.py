@@ -10,7 +10,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from nin import cli
-from nin.bench import turns
+from nin.bench import notebook, turns
 from nin.bench.notebook import NotebookLoop
 from nin.bench.project import synchronize
 from nin.bench.turns import count_operations
@@ -107,6 +107,33 @@ def test_the_limit_in_float32_is_that_of_tf32_on_gpus_as_in_convolutions(monkeyp
     assert sizes == [(size, size) for size in (1024, 2048, 4096) for _ in range(2)]
     assert set(during) == {"tf32"}
     assert matmul.fp32_precision == before
+
+
+def test_the_limit_is_that_of_the_sizes_which_the_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 2048
+
+    def rate(size: int, *_: Any) -> float:
+        if size > largest:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return float(size)
+
+    monkeypatch.setattr(turns, "_product_rate", rate)
+    arguments = torch.device("cpu"), torch.float32, 0.01
+    assert turns.measure_matrix_product(*arguments) == 2048
+    largest = 512
+    with pytest.raises(torch.OutOfMemoryError):
+        turns.measure_matrix_product(*arguments)
+
+
+@pytest.mark.parametrize(("free_mb", "workers"), [(64, 0), (200, 2), (10_000, 8)])
+def test_the_notebooks_loop_on_a_gpu_has_workers_as_shared_memory_allows(
+    free_mb: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr(notebook.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_mb * 10**6))
+    train = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
+    loops = [NotebookLoop(nn.Linear(1, 1), train, 224, 128, torch.device(name), 1) for name in ("meta", "cpu")]
+    assert [loop.loader.num_workers for loop in loops] == [workers, 0]
 
 
 @pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])

@@ -190,6 +190,21 @@ def test_more_images_than_the_limit_are_read_by_batch_and_are_the_same(tmp_path:
     assert torch.equal(in_memory.test[0][2:5], mapped.test[0][2:5])
 
 
+@pytest.mark.parametrize(("device", "limit", "warnings"), [("meta", 0, 1), ("meta", 1, 0), ("cpu", 0, 0)])
+def test_images_that_are_not_stored_on_the_gpu_are_warned_of(
+    device: str, limit: int, warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = ImageDataModule(folder_data(write_folder(tmp_path / "root", {"train": 8}), memory_limit_mib=limit), seed=1)
+    module.trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device(device)))  # type: ignore[assignment]
+    module.setup("fit")
+    found = [
+        r.getMessage()
+        for r in caplog.records
+        if "above data.memory_limit_mib=0: each batch is copied" in r.getMessage()
+    ]
+    assert len(found) == warnings
+
+
 def test_statistics_are_those_of_each_channel_of_all_training_images(tmp_path: Path) -> None:
     module = ImageDataModule(folder_data(write_folder(tmp_path / "root", {"train": 8})))
     module.setup("fit")

@@ -104,11 +104,18 @@ def test_a_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_error_of_a_full_gpu_has_its_remedy() -> None:
-    full = [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory")]
+    full = [
+        torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), RuntimeError("Triton Error [CUDA]: out of memory"),
+    ]  # fmt: skip
     other, compilation = RuntimeError("something else"), torch._inductor.exc.CppCompileError(["gcc"], "no")
     for error in (*full, other, compilation):
         add_remedy(error, compose_settings(["data.batch_size=512"]))
     for error in full:
         assert "too little free memory for data.batch_size=512: end other programs" in error.__notes__[0]
+        assert "data.memory_limit_mib" not in error.__notes__[0]
+    of_folder = torch.OutOfMemoryError("CUDA out of memory.")
+    add_remedy(of_folder, compose_settings(["data=folder", "data.root=.", "data.image_size=67"]))
+    assert "a smaller data.memory_limit_mib, above which images are not stored on the GPU" in of_folder.__notes__[0]
     assert compilation.__notes__ == ["The network could not be compiled: set compile=false to train without it"]
     assert not hasattr(other, "__notes__")

@@ -1,6 +1,7 @@
 """The notebooks' training loop, written without this project."""
 
 import itertools
+import shutil
 import time
 
 import numpy as np
@@ -37,18 +38,14 @@ class NotebookLoop:
         self.device, self.seconds, self.steps = device, seconds, 0
         images, labels = train
         dataset = PILImages(images.cpu().numpy(), labels.cpu().numpy(), image_size)
-        # On a CPU there are no workers: they would take cores from the network, also during the other measurements.
-        workers = 0 if device.type == "cpu" else min(8, count_cores())
+        workers = _count_workers(device, 4 * batch_size * image_size**2)
         self.loader = DataLoader(dataset, batch_size, shuffle=True, num_workers=workers)
         self.network = network.to(device)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.01)
 
+    @default_allocator()
     def __call__(self) -> float:
         """Images per second, with the default allocator as in a notebook."""
-        with default_allocator():
-            return self._rate()
-
-    def _rate(self) -> float:
         batches = itertools.chain.from_iterable(itertools.repeat(self.loader))
         if not self.steps or self.loader.num_workers:
             self._step(next(batches))  # not timed: the workers start, memory is allocated
@@ -70,6 +67,17 @@ class NotebookLoop:
         self.optimizer.step()
         loss.item(), (logits.argmax(1) == labels).sum().item()
         return len(labels)
+
+
+def _count_workers(device: torch.device, batch_bytes: int) -> int:
+    if device.type == "cpu":
+        return 0  # they would take cores from the network, also during the other measurements
+    try:
+        # Each worker holds two batches that are done and one in progress; a container often has 64 MB for all.
+        limit = shutil.disk_usage("/dev/shm").free // (3 * batch_bytes)
+    except OSError:
+        limit = 8  # macOS, whose shared memory is no file system
+    return min(8, count_cores(), limit)
 
 
 class PILImages(Dataset[tuple[Tensor, int]]):

@@ -181,16 +181,25 @@ def measure_matrix_product(device: torch.device, dtype: torch.dtype, seconds: fl
     best = 0.0
     sizes = (1024, 2048, 4096) if device.type == "cpu" else (4096, 8192, 16384)
     for size in sizes:
-        left, right = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+        try:
+            best = max(best, _product_rate(size, device, dtype, seconds / len(sizes)))
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            break  # on a small GPU the smaller sizes count
+    return best
+
+
+def _product_rate(size: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    left, right = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+    left @ right
+    synchronize(device)
+    products, started = 0, time.perf_counter()
+    while time.perf_counter() < started + seconds:
         left @ right
         synchronize(device)
-        products, started = 0, time.perf_counter()
-        while time.perf_counter() < started + seconds / len(sizes):
-            left @ right
-            synchronize(device)
-            products += 1
-        best = max(best, 2 * size**3 * products / (time.perf_counter() - started))
-    return best
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - started)
 
 
 def _dtype(trainer: Trainer) -> torch.dtype:

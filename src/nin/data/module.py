@@ -156,11 +156,14 @@ class ImageDataModule(LightningDataModule):
             names = ", ".join(printable(name) for name in cache.other_files[:10])
             more = f" and {len(cache.other_files) - 10} more" if len(cache.other_files) > 10 else ""
             log.warning("files without the suffix of an image are left out: %s%s", names, more)
-        count = math.prod(cache.shape)
+        count, limit = math.prod(cache.shape), data.memory_limit_mib
         # The mapping is not shared, so that changes of the tensor do not reach the file.
         mapped = torch.from_file(str(cache.path / "images.bin"), shared=False, size=count, dtype=torch.uint8)
         images, labels = mapped.view(cache.shape), torch.from_numpy(cache.labels())
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        if device.type != "cpu" and count > limit * 2**20:
+            more = "each batch is copied from the disk; with a larger limit all images are stored on the GPU"
+            log.warning("%d MiB of images are above data.memory_limit_mib=%d: %s", count // 2**20, limit, more)
         parts: dict[str, Any] = {}
         if stage in (None, "fit"):
             splits.require_training_images(data, self.seed)
@@ -168,7 +171,7 @@ class ImageDataModule(LightningDataModule):
             if part != "train":  # they are stored by class; trainer.limit_val_batches takes the first
                 rows = rows[splits.order_in_proportion(cache.labels()[rows], self.seed)]
             indices = torch.from_numpy(rows)
-            if count <= data.memory_limit_mib * 2**20:
+            if count <= limit * 2**20:
                 parts[part] = images[indices].to(device), labels[indices].to(device)
             else:
                 parts[part] = MappedImages(images, indices), labels[indices]

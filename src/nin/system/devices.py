@@ -5,6 +5,7 @@ import ctypes
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sysconfig
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nin.config.errors import read_first_line
-from nin.config.schema import Settings, Trainer, UserError, is_single_process
+from nin.config.schema import FolderData, Settings, Trainer, UserError, is_single_process
 
 if TYPE_CHECKING:
     import torch
@@ -89,12 +90,15 @@ def add_remedy(error: Exception, settings: Settings) -> None:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         error.add_note("The network could not be compiled: set compile=false to train without it")
     # A process that finds no memory for CUDA itself has another class of error.
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
+    if isinstance(error, torch.OutOfMemoryError) or re.search(r"CUDA.*out of memory|_STATUS_ALLOC_FAILED", str(error)):
+        stored = ""
+        if isinstance(settings.data, FolderData):
+            stored = ", a smaller data.memory_limit_mib, above which images are not stored on the GPU"
         error.add_note(
             f"The GPU has too little free memory for data.batch_size={settings.data.batch_size}: end other programs "
             "that use it (nvidia-smi lists them); or start another run with a smaller data.batch_size, "
-            "trainer.accumulate_grad_batches=2 to keep the number of images per step, trainer.precision=bf16-mixed, or "
-            "compile=false"
+            "trainer.accumulate_grad_batches=2 to keep the number of images per step, trainer.precision=bf16-mixed"
+            f"{stored}, or compile=false"
         )
 
 
