@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import nin
-from nin.commands.predict import _CSV, _JSON, _MapNames, _Rows, main
+from nin.commands.predict import _MapNames, _print_csv, _print_json, _print_table, main
 from nin.config.schema import UserError
 from nin.deploy import map_figures
 from nin.deploy.trained import Description, Scores, TrainedNetwork
@@ -66,10 +66,9 @@ def test_class_names_stay_distinct_in_an_encoding_that_lacks_their_characters(
     for encoding in ("utf-8", "ascii"):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding, errors="replace"))
-        writer = _JSON(["犬", "猫"]) if kind == "--json" else _CSV(["犬", "猫"])
-        for name in ("a.png", os.fsdecode(b"b\xff.png"), os.fsdecode(b"b\xfe.png")):
-            writer.add(name, np.array([0.25, 0.75]))
-        writer.finish()
+        names = ("a.png", os.fsdecode(b"b\xff.png"), os.fsdecode(b"b\xfe.png"))
+        print_rows = _print_json if kind == "--json" else _print_csv
+        print_rows(((name, np.array([0.25, 0.75]), "") for name in names), ["犬", "猫"])
         sys.stdout.flush()
         text = written.getvalue().decode()
         assert (first in text) == (encoding == "utf-8")
@@ -84,9 +83,7 @@ def test_class_names_stay_distinct_in_an_encoding_that_lacks_their_characters(
 
 
 def test_the_table_prints_escapes_in_class_names_as_text(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = _Rows(["\x1b[2Jcoat", "hat"], 1)
-    rows.add("a.png", np.array([0.75, 0.25]))
-    rows.finish()
+    _print_table(iter([("a.png", np.array([0.75, 0.25]), "")]), ["\x1b[2Jcoat", "hat"], 1)
     assert capsys.readouterr().out == "image  class\na.png  \\x1b[2Jcoat 0.7500\n"
 
 

@@ -123,9 +123,16 @@ def export(exporter: "Exporter", out: Path, kind: str, int8: bool) -> int:
     if kind == "onnx":
         return _export_onnx(exporter, out, int8)
     if kind == "pt2":
-        _export_pt2(exporter, out)
+        from nin.deploy.compiled import export_pt2
+
+        for path, what in export_pt2(exporter, out):
+            print(f"{format_path(path)}: {path.stat().st_size / 1e6:.2f} MB; {what}")
     else:
-        _export_triton(exporter, out)
+        from nin.deploy.triton import export_triton
+
+        repository = format_path(export_triton(exporter, out).parent)
+        option = shlex.quote(f"--model-repository={repository}")
+        print(f"{repository}: a model repository; start Triton with {option}")
     return 0
 
 
@@ -156,19 +163,3 @@ def _export_onnx(exporter: "Exporter", out: Path, int8: bool) -> int:
         f"images/s (float: {rates['float']:,.0f}), {accuracy['int8']:.4f} right (float: {accuracy['float']:.4f})"
     )
     return 0
-
-
-def _export_pt2(exporter: "Exporter", out: Path) -> None:
-    from nin.deploy.compiled import export_pt2
-
-    for path, what in export_pt2(exporter, out):
-        print(f"{format_path(path)}: {path.stat().st_size / 1e6:.2f} MB; {what}")
-
-
-def _export_triton(exporter: "Exporter", out: Path) -> None:
-    from nin.deploy.triton import export_triton
-
-    model = export_triton(exporter, out)
-    repository = format_path(model.parent)
-    option = shlex.quote(f"--model-repository={repository}")
-    print(f"{repository}: a model repository; start Triton with {option}")

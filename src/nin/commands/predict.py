@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 
     from nin.data.decoding import ImageError
     from nin.deploy.trained import Scores, TrainedNetwork
+
+    # An image's name, and its probabilities (classes,) or what is wrong with it.
+    _Row = tuple[str, np.ndarray | None, str]
 
 # Images are read and scored so many at a time.
 WINDOW = 256
@@ -121,12 +126,27 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         network.require_maps()
     description = network.description
     classes = description.class_names
-    writer: _JSON | _CSV | _Rows = (
-        _JSON(classes) if args.json else _CSV(classes) if args.csv else _Rows(classes, args.top)
-    )
     names = _MapNames(args.maps) if args.maps else None
     found, broken, light = 0, 0, 0
     stderr_console = Console(stderr=True, soft_wrap=True)
+
+    def score_all() -> "Iterator[_Row]":
+        nonlocal found, broken, light
+        images = iterate(args.images, replace(description.form, invert=args.invert), sys.stdin.buffer)
+        for found, (name, image, scores) in enumerate(_score_each(network, images, maps=bool(names)), start=1):
+            if scores is None:
+                broken += 1
+                stderr_console.print(f"nin predict: {printable(name)}: {printable(str(image))}")
+                yield name, None, str(image)
+            else:
+                light += has_light_border(image)
+                yield name, scores.probabilities, ""
+                if names:
+                    _write_picture(names.next(name), image, classes, scores, args.top)
+            progress.update(bar, completed=found)
+        if not found:
+            raise UserError(f"{', '.join(map(str, args.images))}: no images there")
+
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
     with Progress(
         *columns,
@@ -137,22 +157,12 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         redirect_stdout=sys.stdout.isatty(),  # if it is a file, the rows must not appear in the terminal
     ) as progress:
         bar = progress.add_task("", total=None)
-        form = replace(description.form, invert=args.invert)
-        images = iterate(args.images, form, sys.stdin.buffer)
-        for found, (name, image, scores) in enumerate(_score_each(network, images, maps=bool(names)), start=1):
-            if scores is None:
-                broken += 1
-                stderr_console.print(f"nin predict: {printable(name)}: {printable(str(image))}")
-                writer.add_error(name, str(image))
-            else:
-                light += has_light_border(image)
-                writer.add(name, scores.probabilities)
-                if names:
-                    _write_picture(names.next(name), image, classes, scores, args.top)
-            progress.update(bar, completed=found)
-    if not found:
-        raise UserError(f"{', '.join(map(str, args.images))}: no images there")
-    writer.finish()
+        if args.json:
+            _print_json(score_all(), classes)
+        elif args.csv:
+            _print_csv(score_all(), classes)
+        else:
+            _print_table(score_all(), classes, args.top)
     if not args.invert and light > 0 and description.light_on_dark:
         stderr_console.print(
             f"nin predict: images with a light border: {light} of {found - broken}; the network was trained on light "
@@ -217,78 +227,46 @@ class _MapNames:
         return self.folder / f"{chosen}.png"
 
 
-class _Rows:
-    """A table for people, printed as the images are done."""
-
-    def __init__(self, class_names: list[str], top: int):
-        # An export may come from elsewhere, and a terminal would obey escape sequences in its class names.
-        self.class_names, self.rows = [printable(name) for name in class_names], list[tuple[str, ...]]()
-        top = min(top, len(class_names))
-        self.header = [("image", "class", *(f"{i + 2}." for i in range(top - 1)))]
-        # A class's cell ends in a probability of 6 characters.
-        self.widths = [len("image"), *[max(map(cell_len, self.class_names)) + 7] * top]
-
-    def add(self, name: str, probabilities: "np.ndarray") -> None:
-        best = (-probabilities).argsort(kind="stable")[: len(self.widths) - 1]
-        self.rows.append((printable(name), *(f"{self.class_names[i]} {probabilities[i]:.4f}" for i in best)))
-        if len(self.rows) == WINDOW:
-            self.finish()
-
-    def add_error(self, name: str, error: str) -> None:
-        """The message on standard error is enough."""
-
-    def finish(self) -> None:
-        """Prints what is not printed yet."""
-        if not self.rows:
-            return
-        self.widths[0] = max(self.widths[0], *(cell_len(row[0]) for row in self.rows))
-        rows = [*self.header, *self.rows]
-        print("\n".join("  ".join(map(set_cell_size, row, self.widths)).rstrip() for row in rows))
-        self.rows, self.header = [], []
+def _print_table(rows: "Iterator[_Row]", class_names: list[str], top: int) -> None:
+    """A table for people, printed as the images are done; errors are on standard error."""
+    # An export may come from elsewhere, and a terminal would obey escape sequences in its class names.
+    classes, top = [printable(name) for name in class_names], min(top, len(class_names))
+    lines: list[tuple[str, ...]] = [("image", "class", *(f"{i + 2}." for i in range(top - 1)))]
+    # A class's cell ends in a probability of 6 characters.
+    widths = [len("image"), *[max(map(cell_len, classes)) + 7] * top]
+    scored = ((name, probabilities) for name, probabilities, _ in rows if probabilities is not None)
+    while window := list(itertools.islice(scored, WINDOW)):
+        for name, probabilities in window:
+            best = (-probabilities).argsort(kind="stable")[:top]
+            lines.append((printable(name), *(f"{classes[i]} {probabilities[i]:.4f}" for i in best)))
+        widths[0] = max(widths[0], *(cell_len(line[0]) for line in lines))
+        print("\n".join("  ".join(map(set_cell_size, line, widths)).rstrip() for line in lines))
+        lines = []
 
 
-class _JSON:
+def _print_json(rows: "Iterator[_Row]", class_names: list[str]) -> None:
     """One array, an object per image, written as the images are done."""
-
-    def __init__(self, class_names: list[str]):
-        self.class_names, self.begun = class_names, False
-
-    def add(self, name: str, probabilities: "np.ndarray") -> None:
-        by_class = {c: round(float(p), 9) for c, p in zip(self.class_names, probabilities, strict=True)}
-        self._write({"image": name, "class": self.class_names[int(probabilities.argmax())], "probabilities": by_class})
-
-    def add_error(self, name: str, error: str) -> None:
-        self._write({"image": name, "error": error})
-
-    def _write(self, row: dict[str, Any]) -> None:
+    before = "["
+    for name, probabilities, error in rows:
+        row: dict[str, Any] = {"image": name, "error": error}
+        if probabilities is not None:
+            by_class = {c: round(float(p), 9) for c, p in zip(class_names, probabilities, strict=True)}
+            row = {"image": name, "class": class_names[int(probabilities.argmax())], "probabilities": by_class}
         text = json.dumps(row, ensure_ascii=False)
         if format_for_output(text) != text:
             text = json.dumps(row)  # with escapes for what is not ASCII
-        sys.stdout.write(("," if self.begun else "[") + "\n" + text)
-        self.begun = True
-
-    def finish(self) -> None:
-        sys.stdout.write("\n]\n" if self.begun else "[]\n")
+        sys.stdout.write(f"{before}\n{text}")
+        before = ","
+    sys.stdout.write("\n]\n")
 
 
-class _CSV:
-    """A row per image: name, class, its probability, then each class's."""
-
-    def __init__(self, class_names: list[str]):
-        self.class_names, self.rows = class_names, csv.writer(self, lineterminator="\n")
-        self.rows.writerow(["image", "class", "probability", *class_names])
-
-    def write(self, text: str) -> None:
-        """What ``csv.writer`` calls."""
-        sys.stdout.write(format_for_output(text))
-
-    def add(self, name: str, probabilities: "np.ndarray") -> None:
-        best = int(probabilities.argmax())
-        values = [round(float(p), 9) for p in probabilities]
-        self.rows.writerow([name, self.class_names[best], values[best], *values])
-
-    def add_error(self, name: str, error: str) -> None:
-        """The message on standard error is enough."""
-
-    def finish(self) -> None:
-        """Every row is written."""
+def _print_csv(rows: "Iterator[_Row]", class_names: list[str]) -> None:
+    """A row per image: name, class, its probability, then each class's; errors are on standard error."""
+    writer = csv.writer(
+        SimpleNamespace(write=lambda text: sys.stdout.write(format_for_output(text))), lineterminator="\n"
+    )
+    writer.writerow(["image", "class", "probability", *class_names])
+    for name, probabilities, _ in rows:
+        if probabilities is not None:
+            values, best = [round(float(p), 9) for p in probabilities], int(probabilities.argmax())
+            writer.writerow([name, class_names[best], values[best], *values])

@@ -83,23 +83,23 @@ def find_export(path: Path, allowed: Sequence[str] = ()) -> Path:
     """
     from nin.checkpoints.checksum import read_checksum
     from nin.deploy.loading import default_export, find_checkpoint, is_export
+    from nin.deploy.onnx_model import load_onnx
 
     if is_export(path):
         return path
     checkpoint = find_checkpoint(path, "an exported .onnx file")
     if path.is_file():
-        if path.suffix != ".ckpt":
-            raise UserError(
-                f"{path}: not an exported .onnx file; give one, or a run's folder, as in outputs/runs/first"
-            )
         raise UserError(
-            f"{path}: nin serve takes a run's folder or an exported .onnx file; export the checkpoint with: nin export "
-            f"{path}"
+            f"{path}: not an exported .onnx file; give one, or a run's folder; a checkpoint is exported with: nin "
+            f"export {path}"
         )
     export = default_export(path, ".onnx")
     # Checksums are compared, not times of modification: copying a folder changes these, and best.ckpt may have been
     # replaced during an export.
-    known = _checkpoint_of(export)
+    try:
+        known = load_onnx(export).description.more.get("checkpoint_sha256")
+    except UserError:  # there is none, or it is damaged
+        known = None
     if known is None or known != read_checksum(checkpoint):
         print(f"exporting {format_path(path)} …", flush=True)
         # The export runs in a process of its own, so that the server does not hold the memory of torch.
@@ -107,13 +107,3 @@ def find_export(path: Path, allowed: Sequence[str] = ()) -> Path:
         if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
             raise UserError(f"{path}: could not be exported")
     return export
-
-
-def _checkpoint_of(export: Path) -> str | None:
-    """The checksum of the checkpoint that an export was made of; None if there is none, or it does not say."""
-    from nin.deploy.onnx_model import load_onnx
-
-    try:
-        return load_onnx(export).description.more.get("checkpoint_sha256")
-    except UserError:
-        return None

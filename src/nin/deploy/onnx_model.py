@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from nin.config.errors import read_first_line
 from nin.config.schema import Settings, UserError
@@ -87,24 +88,13 @@ def read_description(metadata: dict[str, str], path: Path) -> Description:
         UserError: if there is none, or it is not what this version writes.
     """
     try:
-        values = json.loads(metadata[METADATA_KEY])
-        description = Description(**values)
-        names, sizes = description.class_names, (description.stored_size, description.image_size)
-        good = (
-            isinstance(names, list)
-            and all(isinstance(name, str) for name in names)
-            and len(set(names)) == len(names)
-            and all(type(size) is int and 1 <= size <= 1024 for size in sizes)  # as in the config
-            and description.channels in (1, 3)
-            and description.fit in (None, "crop", "pad", "stretch")
-            and isinstance(description.settings["data"], dict)
-            and isinstance(description.more, dict)
-        )
-    except (KeyError, TypeError, ValueError, RecursionError):
-        good = False
-    if not good:
-        raise UserError(f"{path}: not written by this version of nin export: its metadata has no description of a run")
-    return description
+        description = TypeAdapter(Description).validate_json(metadata[METADATA_KEY])
+        are_unique = len(set(description.class_names)) == len(description.class_names)
+        if are_unique and description.channels in (1, 3) and isinstance(description.settings["data"], dict):
+            return description
+    except (KeyError, ValidationError):
+        pass
+    raise UserError(f"{path}: not written by this version of nin export: its metadata has no description of a run")
 
 
 def metadata_of(description: Description) -> dict[str, str]:

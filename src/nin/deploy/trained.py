@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from nin.config.data_sets import IDX_FORMAT
 from nin.config.schema import UserError
+from nin.config.types import Pixels, Section
 from nin.deploy.images import ImageForm, as_arrays, batches_of_one_size
 
 # A batch is computed at a time; larger ones are not faster on a CPU, and take memory.
@@ -52,14 +53,16 @@ class Description:
         more: the run's name, weights_sha256, versions, test accuracy, and what the check of an export found.
     """
 
+    __pydantic_config__ = Section.model_config  # for a file's metadata
+
     class_names: list[str]
     channels: int
-    stored_size: int
-    image_size: int
+    stored_size: Pixels
+    image_size: Pixels
     test_time_flip: bool
     maps: str
     settings: dict[str, Any]
-    fit: str | None = None
+    fit: Literal["crop", "pad", "stretch"] | None = None
     more: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,10 +128,13 @@ class TrainedNetwork:
         if maps:
             self.require_maps()
         arrays = as_arrays(images, self.description.form)
-        parts = []
+        if not arrays:
+            return Scores(*np.empty((2, 0, len(self.description.class_names)), np.float32))
+        each: dict[int, Scores] = {}
         for indices in batches_of_one_size(arrays, BATCH_IMAGES, BATCH_PIXELS):
-            parts.append((indices, self.compute(np.stack([arrays[i] for i in indices]), maps)))
-        return _joined(parts, len(arrays), len(self.description.class_names))
+            each |= zip(indices, self.compute(np.stack([arrays[i] for i in indices]), maps).each(), strict=True)
+        names = ("probabilities", "logits", "maps") if maps else ("probabilities", "logits")
+        return Scores(*(np.stack([getattr(each[i], name) for i in range(len(arrays))]) for name in names))
 
     def require_maps(self) -> None:
         """Checks that there are score maps.
@@ -138,17 +144,3 @@ class TrainedNetwork:
         """
         if self.description.maps == "none":
             raise UserError(self.no_maps)
-
-
-def _joined(parts: list[tuple[list[int], Scores]], count: int, classes: int) -> Scores:
-    """Scores of several batches, in the order of the images."""
-    if not parts:
-        return Scores(np.empty((0, classes), np.float32), np.empty((0, classes), np.float32))
-
-    def join(name: str) -> np.ndarray:
-        values = np.empty((count, *getattr(parts[0][1], name).shape[1:]), np.float32)
-        for indices, scores in parts:
-            values[indices] = getattr(scores, name)
-        return values
-
-    return Scores(join("probabilities"), join("logits"), None if parts[0][1].maps is None else join("maps"))

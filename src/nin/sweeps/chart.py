@@ -96,14 +96,17 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[
     """Draws ``metric`` over the varied key if there is only one and its values are numbers; returns whether it did."""
     from nin.data.overlays import escape
 
-    numbers = [_number(value) for row in rows for key, value in row.keys.items() if key != "run"]
-    if len(rows) < 2 or len(numbers) != len(rows) or None in numbers:
+    try:
+        numbers = [float(value) for row in rows for key, value in row.keys.items() if key != "run"]
+    except ValueError:
         return False
-    points = sorted(zip([n for n in numbers if n is not None], range(len(rows)), strict=True))
+    if len(rows) < 2 or len(numbers) != len(rows):
+        return False
+    points = sorted(zip(numbers, range(len(rows)), strict=True))
     x = [number for number, _ in points]
     axes.plot(x, [statistics.fmean(rows[i].values(metric)) for _, i in points], color="0.6", zorder=1)
     for number, i in points:
-        _draw_seeds(axes, rows[i], metric, colors[i], x=number)
+        _draw_seeds(axes, rows[i], metric, colors[i], number)
     axes.margins(x=0.16)  # for the number beside the last point
     axes.set_xlabel(escape(next(iter(rows[0].keys))))
     axes.set_ylabel(metric)
@@ -120,7 +123,7 @@ def _draw_over_number(axes: "Axes", rows: list[Row], metric: str, colors: "list[
 def _draw_by_row(axes: "Axes", rows: list[Row], metric: str, labels: list[str], colors: "list[Color]") -> None:
     """Draws ``metric`` along the x axis, one row below the other, the best first."""
     for i, row in enumerate(rows):
-        _draw_seeds(axes, row, metric, colors[i], y=i)
+        _draw_seeds(axes, row, metric, colors[i], i, along_x=True)
     axes.set_yticks(range(len(rows)), labels, fontsize="small")
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(metric)
@@ -135,35 +138,19 @@ def _within_range(metric: str, limits: tuple[float, float]) -> tuple[float, floa
     return (max(0, low), min(1, high)) if metric.endswith("acc") else limits
 
 
-def _draw_seeds(
-    axes: "Axes",
-    row: Row,
-    metric: str,
-    color: "Color",
-    x: float | None = None,
-    y: float | None = None,
-) -> None:
-    """Draws mean, sample standard deviation and single seeds at ``x``, or at ``y`` with the metric on the x axis."""
+def _draw_seeds(axes: "Axes", row: Row, metric: str, color: "Color", place: float, along_x: bool = False) -> None:
+    """Draws mean, sample standard deviation and single seeds at ``place`` on the axis that does not have the metric."""
     values, std = row.values(metric), row.summarize(metric)["std"]
     mean = statistics.fmean(values)
-    if x is not None:
-        seeds, point, offset, align, text = ([x] * len(values), values), (x, mean), (6, 6), "left", f"{mean:.4f}"
-        axes.errorbar(*point, yerr=std, color=color, capsize=4)
-    else:
-        y = y or 0
-        seeds, point, offset, align, text = (values, [y] * len(values)), (mean, y), (0, 6), "center", f"{mean:.4f}"
+    seeds, point, offset, align, text = ([place] * len(values), values), (place, mean), (6, 6), "left", f"{mean:.4f}"
+    if along_x:
+        seeds, point, offset, align = seeds[::-1], point[::-1], (0, 6), "center"
         text += f" ± {std:.4f}" if std is not None else ""
-        axes.errorbar(*point, xerr=std, color=color, capsize=4)
+    bars = (None, std) if along_x else (std, None)
+    axes.errorbar(*point, *bars, color=color, capsize=4)  # y, then x
     axes.plot(*seeds, color=color, marker=".", linestyle="none", alpha=0.5, **_ON_TOP)
-    axes.plot([point[0]], [point[1]], color=color, marker="o", **_ON_TOP)
+    axes.plot(*point, color=color, marker="o", **_ON_TOP)
     axes.annotate(text, point, offset, textcoords="offset points", fontsize="small", ha=align)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def draw_study(study: "optuna.Study", path: Path) -> None:

@@ -74,11 +74,7 @@ def _count_values(override: Override) -> int:
 def folder_names(jobs: Iterable[Sequence[str]], swept: Iterable[str]) -> list[str]:
     """The name of each job's folder, from its overrides of the keys and groups ``swept``."""
     keys = set(swept)
-
-    def is_swept(word: str) -> bool:
-        return split_override(word)[0] in keys
-
-    return [job_folder(",".join(sorted(filter(is_swept, job)))) for job in jobs]
+    return [job_folder(",".join(sorted(word for word in job if split_override(word)[0] in keys))) for job in jobs]
 
 
 def add_common_overrides(config: DictConfig, *words: str) -> None:
