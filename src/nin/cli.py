@@ -96,7 +96,7 @@ def format_usage() -> str:
         "Network in Network on Fashion-MNIST as a Lightning + Hydra experiment.\n\n"
         f"{rows}\n\n"
         "Start with:  nin train experiment=quickstart\n"
-        "More on each with --help, as in:  nin train --help\n"
+        "More on each with --help, as in:  nin train --help; the version: nin --version\n"
         "Documentation: README.md and docs/"
     )
 

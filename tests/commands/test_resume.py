@@ -53,9 +53,12 @@ def test_a_config_from_elsewhere_is_refused_until_its_module_is_allowed(
     assert "this" not in sys.modules
 
 
-def test_to_resume_is_no_choice_of_this_command(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run("resume", [str(run.path), "resume=never"]) == 2
-    assert capsys.readouterr().err.startswith("nin resume: resume=never: ")
+@pytest.mark.parametrize("override", ["resume=never", "name=other"])
+def test_to_resume_this_folder_is_no_choice_of_this_command(
+    override: str, run: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run("resume", [str(run.path), override]) == 2
+    assert capsys.readouterr().err.startswith(f"nin resume: {override}: can't be changed here")
 
 
 def test_of_a_sweep_its_command_is_run_again(run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:

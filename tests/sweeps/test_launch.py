@@ -226,6 +226,8 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     assert status == 0, printed
     assert trained == ["seed=1", "seed=0"]
     assert "two: 1 job was skipped for another process; waiting for it\n" in printed
+    assert "job 2 of 2: seed=1" in printed
+    assert "[HYDRA]" not in printed  # Hydra's own lines of the same jobs
     assert {job: result["status"] for job, result in read_results(other.path.parent).items()} == {
         "seed=0": "finished", "seed=1": "finished",
     }  # fmt: skip

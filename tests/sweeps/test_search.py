@@ -222,7 +222,7 @@ def test_a_journal_with_another_name_is_refused_with_the_name_and_the_folder_tha
     ("other", "message"),
     [
         ({"config_name": "mine"}, r"--config-name: mine in the existing search, train in this command$"),
-        ({"config_path": "/my/conf"}, r"--config-path: /my/conf in the existing search, "),
+        ({"config_path": "/my/conf"}, r"--config-path: /my/conf in the existing search, not given in this command$"),
     ],
 )
 def test_another_base_config_is_another_search(other: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -246,14 +246,18 @@ def test_a_search_whose_files_were_edited_is_another_search(tmp_path: Path, data
     words = ["experiment=mine", f"data.root={data_root}", "optimizer.lr=0.1,0.2"]
     (tmp_path / "own" / "experiment").mkdir(parents=True)
     plans = []
-    for smoothing in (0.0, 0.3):
-        text = f"# @package _global_\ndefaults: [quickstart, _self_]\nlabel_smoothing: {smoothing}\n"
+    for smoothing, clip in (("0.0", "null"), ("0.3", "1.0")):
+        changed = f"label_smoothing: {smoothing}\ntrainer: {{gradient_clip_val: {clip}}}\n"
+        text = f"# @package _global_\ndefaults: [quickstart, _self_]\n{changed}"
         (tmp_path / "own" / "experiment" / "mine.yaml").write_text(text)
         plans.append(check(*words, config_dir=tmp_path / "own").plan)
     storage = Store(plans[0], tmp_path, None).storage
     require_same_plan(storage, plans[0], tmp_path)
-    with pytest.raises(UserError, match=r"label_smoothing: 0\.0 in the existing search, 0\.3 in this command"):
+    with pytest.raises(
+        UserError, match=r"label_smoothing: 0\.0 in the existing search, 0\.3 in this command"
+    ) as caught:
         require_same_plan(storage, plans[1], tmp_path)
+    assert "trainer.gradient_clip_val: null in the existing search, 1.0 in this command" in str(caught.value)
 
 
 def test_the_test_of_an_earlier_searchs_trial_is_not_that_of_another_with_its_number(tmp_path: Path) -> None:

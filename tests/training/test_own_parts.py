@@ -175,9 +175,19 @@ class Mismatched(Partly):
 
 def test_the_error_of_a_network_has_the_line_of_its_file(settings: Callable[..., Settings]) -> None:
     line = Mismatched.forward.__code__.co_firstlineno + 1
-    message = rf"^model: .*Mismatched fails on images .*: mat1 and .* \(test_own_parts.py:{line}, in forward\); if they"
-    with pytest.raises(UserError, match=message):
+    message = rf"^model: .*Mismatched fails on images .*: mat1 and .* \(test_own_parts.py:{line}, in forward\); if the "
+    with pytest.raises(UserError, match=message + "images are too small for it"):
         Classifier(with_network(settings, network="Mismatched"), [str(i) for i in range(10)])
+
+
+class Misspelled(Partly):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.relo()  # type: ignore[attr-defined]
+
+
+def test_the_error_of_a_network_that_no_image_size_mends_names_none(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match=r"no attribute 'relo' \(test_own_parts.py:\d+, in forward\)$"):
+        Classifier(with_network(settings, network="Misspelled"), [str(i) for i in range(10)])
 
 
 class Remembering(Partly):

@@ -17,7 +17,8 @@ from nin.system.processes import StoppedError, global_rank, require_matching_sta
 from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
 
-OVERRIDABLE = tuple(key for key in MAY_CHANGE if key != "resume")  # resuming is what this command does
+# Resuming the run in this folder is what this command does.
+OVERRIDABLE = tuple(key for key in MAY_CHANGE if key not in ("resume", "name"))
 
 
 def main(arguments: list[str]) -> int:

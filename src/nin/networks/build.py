@@ -151,10 +151,10 @@ def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_
         raise
     except Exception as error:  # raised by the user's own class
         reason = f"{read_first_line(error)}{locate_in_own_code(error)}"
-        raise UserError(
-            f"model: {target} fails on images {size}: {reason}; if they are too small for it, choose a larger "
-            "data.image_size"
-        ) from error
+        # torch raises these where the sizes of tensors and windows don't fit.
+        is_about_size = isinstance(error, RuntimeError | ValueError) and not isinstance(error, NotImplementedError)
+        hint = "; if the images are too small for it, choose a larger data.image_size" if is_about_size else ""
+        raise UserError(f"model: {target} fails on images {size}: {reason}{hint}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape != (size[0], num_classes):
         found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
         raise UserError(f"model: {target} maps images {size} to {found}, and not to logits {(size[0], num_classes)}")

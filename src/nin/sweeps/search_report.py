@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import shlex
+import shutil
 import statistics
 import sys
 import warnings
@@ -91,7 +92,8 @@ def report_search(folder: Path, url: str | None = None) -> None:
         print(f"summary:    {format_path(folder)}/{written}")
     print(f"dashboards: {tensorboard_command(folder)}")
     if not url:
-        print(f"            {shlex.join(['optuna-dashboard', f'{format_path(folder)}/{JOURNAL}'])}")
+        package = "" if shutil.which("optuna-dashboard") else "    (of the package optuna-dashboard)"
+        print(f"            {shlex.join(['optuna-dashboard', f'{format_path(folder)}/{JOURNAL}'])}{package}")
 
 
 def _load_study(folder: Path, search: SearchFile, url: str | None) -> optuna.Study:

@@ -56,7 +56,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
         if request.rank == 0:
-            print(f"{format_path(folder.path)} is finished; to run it again, give another name=… or remove the folder")
+            advice = "to train again, give nin train another name=…, or remove the folder"
+            print(f"{format_path(folder.path)} is finished; {advice}")
             print_result(folder, result)
         return result
     had_result = folder.result.exists()

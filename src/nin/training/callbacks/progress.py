@@ -190,8 +190,8 @@ def _warn_of_few_cores(used: float) -> None:
     if threads > 1 and used < 0.8 * threads and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
         # The cause is another program, or a container with fewer cores than the machine has.
         log.warning(
-            "training gets %.1f CPU cores for its %d threads, which wait for each other: are other programs running? "
-            "Stopped, and resumed with threads=%d, the run may be faster.",
+            "training gets %.1f CPU cores for its %d threads, which wait for each other: other programs seem to run. "
+            "Stopped, and resumed with threads=%d, it may be faster, but its result is then not the same to the bit.",
             used, threads, max(1, int(used)),
         )  # fmt: skip
 
