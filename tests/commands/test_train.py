@@ -42,6 +42,7 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
          "optimzer.lr=0.0: no such key; did you mean optimizer.lr?\n"),
         (["-m", "seed=range(3,3)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
         (["-m", "seed=range(0,3,0)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
+        (["-m", "seed=range(0,nan)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
         (["-m", f"seed=2,{'1' * 5000}"], f"seed=2,{'1' * 72}…: a number of too many digits\n"),
         (["-m", "optimizer=glob(*)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
         (["-m", "model=choice(mlp)", "model.hidden_width=8"],

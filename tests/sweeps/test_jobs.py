@@ -237,9 +237,10 @@ def test_values_that_can_not_be_enumerated_are_refused() -> None:
         ("range(0,3,0)", "can't be enumerated .*must not be zero"),
         ("range(0,1,0.0)", "can't be enumerated .*step:0"),
         ("range(0,nan)", "can't be enumerated"),
+        ("range(0,-5)", r"^seed=range\(0,-5\): has no values, so there are no jobs$"),
     ):
         with pytest.raises(UserError, match=message):
-            sweep.expand_jobs(parse_overrides([f"seed={values}"]))
+            sweep.expand_jobs(parse_overrides(["optimizer.lr=0.1,0.2", "compile=false", f"seed={values}"]))
 
 
 @pytest.mark.parametrize(

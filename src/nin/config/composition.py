@@ -185,6 +185,6 @@ def first_job_overrides(overrides: list[str]) -> list[str]:
 
 
 def _first_value(override: Override) -> str | None:
-    with contextlib.suppress(ValueError):  # range(0,3,0)
+    with contextlib.suppress(ValueError, ArithmeticError):  # range(0,3,0), range(0,nan)
         return next(override.sweep_string_iterator(), None)
     return None

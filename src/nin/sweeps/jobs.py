@@ -46,13 +46,16 @@ def expand_jobs(overrides: list[Override]) -> list[list[str]]:
     """Each job's own overrides, from those of the sweep, in the jobs' order.
 
     Raises:
-        UserError: if an override's values can't be enumerated, or there are more than 10,000 jobs.
+        UserError: if an override's values can't be enumerated, or there is no job, or more than 10,000.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     swept = " ".join(override.input_line or "" for override in overrides if override.is_sweep_override())
     try:
-        if math.prod(map(_count_values, overrides)) > _MAX_JOBS:
+        counts = [_count_values(override) for override in overrides]
+        if 0 in counts:
+            raise UserError(f"{overrides[counts.index(0)].input_line}: has no values, so there are no jobs")
+        if math.prod(counts) > _MAX_JOBS:
             raise UserError(f"{swept}: a sweep has at most {_MAX_JOBS:,} jobs; vary fewer values")
         return [job for (job,) in BasicSweeper.split_arguments(overrides, 1)]
     except (HydraException, ValueError, ArithmeticError) as error:  # interval(0,1), range(0,3,0), range(0,nan)
