@@ -136,6 +136,14 @@ def test_an_experiment_with_changes_has_a_folder_of_its_own(
     assert (config.name, config.hydra.run.dir) == (name, f"outputs/runs/{name}")
 
 
+def test_the_home_folder_in_the_path_of_a_run_or_sweep_is_that_of_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ['hydra.run.dir="~/${name}/a~b"', 'hydra.sweep.dir="~/sweep"', "name=mine"]
+    with open_hydra() as app:
+        config = compose(app, parse_arguments(words), RunMode.RUN)
+    assert (config.hydra.run.dir, config.hydra.sweep.dir) == ("/home/me/mine/a~b", "/home/me/sweep")
+
+
 def test_a_name_that_depends_on_the_time_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "123")
     with open_hydra() as app:

@@ -102,6 +102,10 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
         )
     if mode == RunMode.RUN and (name := _name_with_changes(config)):
         config.name = name
+    for section in (config.hydra.run, config.hydra.sweep):
+        folder = OmegaConf.to_container(section, resolve=False)["dir"]  # type: ignore[call-overload,index]
+        if str(folder).startswith("~"):  # a shell does not expand it after "="
+            section.dir = os.path.expanduser(folder)  # noqa: PTH111  # it may have ${…}
     return config
 
 

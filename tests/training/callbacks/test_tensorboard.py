@@ -128,6 +128,17 @@ class Hooked(nn.Sequential):
         return super().forward(images)
 
 
+def test_the_event_file_is_in_the_runs_folder_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("$HOME", "~"):
+        logger = SingleFileTensorBoardLogger(folder)
+        logger.log_metrics({"val/acc": 0.5}, step=1)
+        logger.close()
+        assert len(list((tmp_path / folder).glob("events.out.tfevents.*"))) == 1
+
+
 def test_a_network_that_cannot_be_traced_trains_without_its_graph(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -67,6 +67,11 @@ class SingleFileTensorBoardLogger(TensorBoardLogger):
         super().__init__(save_dir, **arguments | {"name": "", "version": ""})
         self.has_test_curves = score_each_epoch == "test"
 
+    @property
+    def log_dir(self) -> str:
+        """``save_dir`` as it is: Lightning replaces ``~`` and ``$`` in it, and would write to another folder."""
+        return str(self.save_dir)
+
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         """Logs scalars at ``step``, except ``epoch``, which Lightning adds, and metrics of the final test.
 
