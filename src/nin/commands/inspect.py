@@ -81,7 +81,7 @@ def _layers_table(settings: Settings) -> Table:
 def _comparison_table() -> Table:
     from nin.networks.layers import describe_layers, first_fully_connected_weights
 
-    table = Table(title="the first fully connected layer after the convolutions, with the networks' defaults", **_STYLE)
+    table = Table(title="first fully connected layer after the convolutions, by default", **_STYLE)
     for column in ("network", "input", "weights", "total parameters", "multiply-adds"):
         table.add_column(column, justify="left" if column == "network" else "right")
     for name in ("lenet", "alexnet", "vgg", "nin"):
