@@ -127,13 +127,14 @@ def test_the_limit_is_that_of_the_sizes_which_the_memory_holds(monkeypatch: pyte
 
 @pytest.mark.parametrize(("free_mb", "workers"), [(64, 0), (200, 2), (10_000, 8)])
 def test_the_notebooks_loop_on_a_gpu_has_workers_as_shared_memory_allows(
-    free_mb: int, workers: int, monkeypatch: pytest.MonkeyPatch
+    free_mb: int, workers: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     monkeypatch.setattr(notebook.shutil, "disk_usage", lambda _: SimpleNamespace(free=free_mb * 10**6))
     train = torch.zeros(2, 28, 28, dtype=torch.uint8), torch.zeros(2, dtype=torch.long)
     loops = [NotebookLoop(nn.Linear(1, 1), train, 224, 128, torch.device(name), 1) for name in ("meta", "cpu")]
     assert [loop.loader.num_workers for loop in loops] == [workers, 0]
+    assert caplog.text.count(f"/dev/shm has room for {workers} of 8 workers") == (workers < 8)
 
 
 @pytest.mark.parametrize("overrides", [[], ["model=nin_small"], ["model=lenet"]], ids=["nin", "nin_small", "lenet"])

@@ -465,7 +465,12 @@ def test_a_state_that_can_not_be_restored_is_named(half_done: HalfDone, caplog: 
     content = folder.last.read_bytes()
     caplog.set_level("INFO")
     for changed in (
+        {"optimizer_states": []},
+        {"optimizer_states__0__state": {}},
+        {"optimizer_states__0__state__0": {}},
         {"optimizer_states__0__state__0__exp_avg": torch.zeros(10_000)},  # with fewer, the step itself would crash
+        {"lr_schedulers": []},
+        {"lr_schedulers__0": {}},
         {"loops__fit_loop__epoch_loop.val_loop.batch_progress": 1.5},
         {"callbacks__MetricsLogger": {"rows": []}},
         {"callbacks__ResumableCheckpoint__batches": None},

@@ -1,6 +1,7 @@
 """The notebooks' training loop, written without this project."""
 
 import itertools
+import logging
 import shutil
 import time
 
@@ -14,6 +15,8 @@ from torchvision import transforms
 
 from nin.data.parallel import count_cores
 from nin.system.devices import default_allocator
+
+log = logging.getLogger(__name__)
 
 
 class NotebookLoop:
@@ -77,7 +80,13 @@ def _count_workers(device: torch.device, batch_bytes: int) -> int:
         limit = shutil.disk_usage("/dev/shm").free // (3 * batch_bytes)
     except OSError:
         limit = 8  # macOS, whose shared memory is no file system
-    return min(8, count_cores(), limit)
+    workers = min(8, count_cores())
+    if limit < workers:
+        log.warning(
+            "/dev/shm has room for %d of %d workers of the notebooks' loop, which is slower with fewer: give the "
+            "container more shared memory (docker run --shm-size=2g)", limit, workers
+        )  # fmt: skip
+    return min(workers, limit)
 
 
 class PILImages(Dataset[tuple[Tensor, int]]):

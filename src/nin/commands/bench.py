@@ -149,10 +149,12 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
     from nin.bench.turns import count_operations, measure_rates
     from nin.deploy.export import measure_untrained
     from nin.networks.build import require_buildable
-    from nin.system.devices import describe_device, set_threads
+    from nin.system.devices import describe_device, require_working_gpu, set_threads
     from nin.training.trainer import build_trainer
 
     require_buildable(settings)
+    device = build_trainer(settings, None, []).strategy.root_device
+    require_working_gpu(device)
     set_threads(settings)
     more = {}
     try:
@@ -161,7 +163,7 @@ def run_benchmarks(settings: Settings, seconds: float, rounds: int, progress: "R
         log.warning("the export is left out: %s", read_first_line(error))
     sizes = [max(1, settings.data.batch_size // n) for n in (4, 2, 1)]
     return {
-        "device": describe_device(build_trainer(settings, None, []).strategy.root_device),
+        "device": describe_device(device),
         "versions": read_versions(),
         "settings": settings.model_dump(mode="json"),
         "operations": count_operations(settings),

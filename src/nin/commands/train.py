@@ -16,6 +16,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nin.commands.options import expand_path
 from nin.config.changes import SAME_EXPERIMENT, select_training_callbacks
 from nin.config.composition import COMPOSITION_ERRORS, collect_errors, first_job_overrides
 from nin.config.errors import printable_lines
@@ -105,7 +106,7 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     for section in (config.hydra.run, config.hydra.sweep):
         folder = OmegaConf.to_container(section, resolve=False)["dir"]  # type: ignore[call-overload,index]
         if str(folder).startswith("~"):  # a shell does not expand it after "="
-            section.dir = os.path.expanduser(folder)  # noqa: PTH111  # it may have ${…}
+            section.dir = str(expand_path(folder))
     return config
 
 

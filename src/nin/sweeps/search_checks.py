@@ -1,5 +1,6 @@
 """Checks a search before anything is written."""
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -112,7 +113,9 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     values = {key: value for key, value in flatten(plain).items() if not is_within(key, SAME_EXPERIMENT)}
     # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
     values |= flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
-    own = [f"{key}={value}" for key, value in values.items() if not is_within(key, [*space])]
+    # As a command line has them: null and true.
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+    own = [f"{key}={text}" for key, text in texts.items() if not is_within(key, [*space])]
     return Plan(
         name=str(config.name),
         space=space,

@@ -232,15 +232,11 @@ def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
     differing = [key for key in dict.fromkeys([*there, *now]) if there.get(key) != now.get(key)]
     if differing:
         lines = [
-            f"{key}: {_show(there, key)} in the existing search, {_show(now, key)} in this command" for key in differing
+            f"{key}: {there.get(key, 'not given')} in the existing search, {now.get(key, 'not given')} in this command"
+            for key in differing
         ]
         header = f"{plan.name}: another search has this name; give another name=…, or what it has:"
         raise UserError("\n  ".join([header, *lines]))
-
-
-def _show(described: Mapping[str, str], key: str) -> str:
-    value = described.get(key, "not given")
-    return {"None": "null", "True": "true", "False": "false"}.get(value, value)  # as a command line takes it
 
 
 def open_journal(path: Path) -> JournalStorage:

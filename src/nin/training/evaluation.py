@@ -18,7 +18,7 @@ from nin.data.module import ImageDataModule
 from nin.data.own import build_own_data
 from nin.data.sources import require_same_classes
 from nin.data.splits import warn_of_other_images, with_channels
-from nin.system.devices import set_threads
+from nin.system.devices import require_working_gpu, set_threads
 from nin.training.callbacks.metrics import rounded
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.classifier import Classifier
@@ -51,6 +51,7 @@ def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[di
     with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
     bar = [TrainingProgressBar()] if with_bar else []
     tester = build_trainer(settings, None, bar)
+    require_working_gpu(tester.strategy.root_device)
     if tester.precision == "64-true":  # as Lightning names it, also if the setting is 64
         module.double()  # float32 would round the weights
     load_weights(module, checkpoint)

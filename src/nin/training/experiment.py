@@ -67,6 +67,7 @@ class Experiment:
         self.trainer = build_trainer(self.settings, self.folder.path, self._callbacks(), resume_step)
         if self.trainer.precision == "64-true":  # as Lightning names it, also if the setting is 64
             self.module.double()  # Lightning does so after it has loaded a checkpoint, which float32 would round
+        devices.require_working_gpu(self.trainer.strategy.root_device)
         self.device_name = devices.describe_device(self.trainer.strategy.root_device)
         self._require_resumable()
         if self.settings.sweep.test:

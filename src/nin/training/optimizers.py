@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning import Trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -19,7 +20,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from nin.config import own_classes
-from nin.config.schema import OwnOptimizer, Schedule, Settings, UserError
+from nin.config.schema import SGD, OwnClass, OwnOptimizer, Schedule, Settings, UserError
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -97,6 +98,26 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
             if state[name].shape != weight.shape:
                 raise ValueError("the optimizer's state is that of other weights")
             state[name] = torch.empty_like(weight).copy_(state[name])
+
+
+def require_restored(trainer: Trainer, settings: Settings) -> None:
+    """Checks that a resumed run has a state of its optimizer and its schedule.
+
+    Lightning and torch accept a checkpoint without one, with which both would begin as in a new run. Of those of the
+    user's own it is not known whether they have a state.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    chosen = settings.optimizer
+    has_state = chosen.momentum > 0 if isinstance(chosen, SGD) else not isinstance(chosen, OwnClass)
+    states = trainer.optimizers[0].state.values()
+    # With 16-mixed, the scaler of the loss skips the first steps until the gradients are finite.
+    if has_state and trainer.precision != "16-mixed" and not (states and all(states)):
+        raise ValueError("the state of the optimizer is missing")
+    schedulers = [] if isinstance(settings.schedule, OwnClass) else trainer.lr_scheduler_configs
+    if any(config.scheduler.last_epoch == 0 for config in schedulers):
+        raise ValueError("the state of the schedule is missing")
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:

@@ -109,7 +109,6 @@ def build_trainer(
     # Lightning would replace the signal handlers of `StopRequest` for the time of the fit, and its own end the process
     # after SIGTERM with exit status 0 and without a checkpoint.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # noqa: SLF001
-    devices.require_working_gpu(trainer.strategy.root_device)
     return trainer
 
 

@@ -115,7 +115,7 @@ def test_the_state_of_other_weights_is_not_loaded(shape: tuple[int, ...], settin
         optimizer.load_state_dict(state)
 
 
-def test_an_optimizer_that_is_added_is_built(
+def test_an_optimizer_that_is_added_is_built_and_must_have_its_state_on_resuming(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(optimizers.OPTIMIZERS, "rprop", torch.optim.Rprop)
@@ -124,6 +124,14 @@ def test_an_optimizer_that_is_added_is_built(
     optimizer = module.configure_optimizers()
     assert type(optimizer) is torch.optim.Rprop
     assert optimizer.param_groups[0]["lr"] == 0.1
+    module(torch.rand(2, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[], precision="32-true")
+    optimizers.require_restored(trainer, module.settings)
+    optimizer.state.clear()
+    with pytest.raises(ValueError, match="the state of the optimizer is missing"):
+        optimizers.require_restored(trainer, module.settings)
+    optimizers.require_restored(trainer, settings("schedule=constant", "optimizer=sgd"))  # has none without momentum
 
 
 class Clock(Callback):

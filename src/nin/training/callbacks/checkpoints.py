@@ -32,6 +32,7 @@ from nin.training.callbacks.loops import (
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 from nin.training.loss import require_finite_weights
+from nin.training.optimizers import require_restored
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class ResumableCheckpoint(Checkpoint):
         The order matters: the iterator is made from a loader that has its position, and the random state is set after
         the iterator, which draws random numbers.
         """
+        require_restored(trainer, pl_module.settings)
         loader: Any = trainer.train_dataloader
         position, own = state["batches"], state["processes"][trainer.global_rank]
         if (position is not None) != has_position(trainer):
