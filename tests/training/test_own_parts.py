@@ -45,6 +45,7 @@ from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
 from nin.training.callbacks.training_control import _require_statistics_of_one
 from nin.training.classifier import Classifier
+from nin.training.evaluation import evaluate_weights
 from nin.training.experiment import Experiment
 from nin.training.loss import build_loss
 from nin.training.request import RunRequest
@@ -822,6 +823,28 @@ class Halves(Streams):
 
     def test_dataloader(self) -> DataLoader:
         return DataLoader(TensorDataset(torch.zeros(24, 1, 28, 28), torch.arange(24) % 2), batch_size=4)
+
+
+class Drawn(Halves):
+    """Chooses its test images at random when it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = torch.rand(24, 1, 28, 28)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(TensorDataset(self.images, torch.arange(24) % 2), batch_size=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+def test_a_checkpoint_is_tested_on_the_images_that_the_run_had_chosen_at_random(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    chosen = with_data(settings, "Drawn", "logger=none", "callbacks=none", "schedule=constant", *ALL)
+    result = run_experiment(chosen, RunFolder(tmp_path))
+    torch.rand(1)  # what this process has drawn since does not matter
+    metrics, _ = evaluate_weights(chosen, checkpoint_files.read(RunFolder(tmp_path).best))
+    assert metrics == {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
 
 
 class Untested(LightningDataModule):

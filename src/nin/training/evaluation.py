@@ -36,6 +36,8 @@ def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[di
             there are no batches to test.
     """
     set_threads(settings)
+    # As in the run: a data module of the user's own may choose its test images at random.
+    lightning.seed_everything(settings.seed, verbose=False)
     warn_of_other_images(settings.data, read_images_sha256(checkpoint))
     in_channels = checkpoint["hyper_parameters"].get("in_channels")
     if not isinstance(in_channels, int):
