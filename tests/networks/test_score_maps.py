@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nin.config.schema import UserError
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
+from nin.networks.normalize import Normalize
 from nin.networks.score_maps import find_map_kind, forward_with_maps, grad_cam
 
 SMALL = {"image_size": 28, "widths": (8, 12), "kernel_sizes": (3, 3, 3), "first_stride": 2, "first_padding": 2}
@@ -123,7 +124,15 @@ def test_features_without_height_and_width_are_no_maps(images: Tensor) -> None:
             grad_cam(network, images)
 
 
-def test_a_network_without_maps_is_named() -> None:
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(1, 4, 3)],
+        [nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)],
+        [Normalize(1), nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 5)],  # the images are no maps
+    ],
+)
+def test_a_network_without_maps_is_named(layers: list[nn.Module]) -> None:
     pytest.importorskip("captum")
     with pytest.raises(UserError, match=r"one nn\.Flatten"):
-        grad_cam(nn.Sequential(nn.Conv2d(1, 4, 3)), torch.zeros(1, 1, 8, 8))
+        grad_cam(nn.Sequential(*layers), torch.zeros(1, 1, 8, 8))

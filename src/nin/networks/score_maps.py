@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from nin.config.schema import UserError
+from nin.networks.normalize import Normalize
 from nin.networks.sequential import list_layers
 
 NO_MAPS = (
@@ -80,13 +81,16 @@ def find_last_maps(network: nn.Module, images: Tensor) -> nn.Module | None:
         images: ``(batch, channels, size, size)``, float; the first is used.
 
     Returns:
-        None if the network is not a sequence with one `nn.Flatten` after maps, which have a height and a width.
+        None if the network is not a sequence with one `nn.Flatten` after maps, which have a height and a width. The
+        images themselves are no maps.
     """
     layers = _layers(network)
     flattens = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Flatten)]
-    if len(flattens) != 1 or flattens[0] == 0:
+    if len(flattens) != 1:
         return None
     last = flattens[0] - 1
+    if last < 0 or isinstance(layers[last], Normalize):
+        return None
     if last and _pools_to_one(layers[last]):
         last -= 1
     with torch.no_grad():
