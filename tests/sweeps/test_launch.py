@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -772,3 +773,35 @@ def test_a_single_slurm_job_that_is_warned_goes_back_and_finds_its_folder(
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["resumes"]) == ("finished", 1)
     assert result["weights_sha256"] == alone([*requested, f"data.root={data_root}"], tmp_path / "alone")
+
+
+@pytest.mark.long
+def test_a_joblib_sweep_in_a_slurm_job_that_is_warned_goes_back_with_all_its_jobs(
+    tmp_path: Path, data_root: Path, release: Callable[[], None]
+) -> None:
+    sweep, gate = tmp_path / "outputs" / "sweeps" / "two", tmp_path / "gate"
+    gate.write_text("3")
+    requested = [*ON_SLURM, *gated(gate), "name=two", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    line = shlex.join([sys.executable, "-m", "nin", "train", "-m", *merge(requested), "seed=0,1"])
+    sent = subprocess.run(
+        ["sbatch", "--parsable", "--requeue", f"--chdir={tmp_path}", "--open-mode=append", "--wrap", f"exec {line}"],
+        env=os.environ | {"NIN_DATA": str(data_root)} | GATED,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    until = time.monotonic() + 240
+    while len(list(sweep.glob("*/checkpoints/last.ckpt"))) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    # As `sbatch --signal=B:USR1@120` does.
+    subprocess.run(["scancel", "--batch", "--signal=USR1", sent.stdout.strip()], check=False)
+    gate.write_text("1000")
+    while not (sweep / "summary.csv").exists() or len(list(sweep.glob("*/result.json"))) < 2:
+        assert time.monotonic() < until
+        release()
+        time.sleep(0.5)
+    printed = (tmp_path / f"slurm-{sent.stdout.strip()}.out").read_text()
+    assert printed.count("stopped by SIGTERM") == 2, printed
+    assert printed.count("is requeued") == 1, printed
+    assert {name: result["resumes"] for name, result in read_results(sweep).items()} == {"seed=0": 1, "seed=1": 1}

@@ -231,6 +231,8 @@ class Sweep:
                 raise
             status = 1
             print(f"nin train: a job was lost ({read_first_line(error)}); {self._remedy()}", file=sys.stderr)
+        if self.signals and self.signals.stopped_by:
+            self.signals.requeue()
         return self._status_of_signals() or status
 
     def _remedy(self) -> str:

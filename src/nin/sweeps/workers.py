@@ -26,8 +26,9 @@ from nin.system.processes import StoppedError, StopRequest, global_rank, is_requ
 from nin.training.request import RunRequest
 from nin.training.run import RunFailedError, execute_run
 
-# A worker sends it to the sweep's first process if `sweep.fail_fast` ends the sweep.
-JOB_FAILED_SIGNAL = signal.SIGUSR1
+# A worker sends it to the sweep's first process if `sweep.fail_fast` ends the sweep. SLURM uses SIGUSR1, and submitit
+# SIGUSR2.
+JOB_FAILED_SIGNAL = signal.SIGURG
 
 # A sweep's first process sets it for its workers to its own id: a worker that starts late may have no parent any more.
 PARENT_VARIABLE = "NIN_SWEEP_PROCESS"
@@ -73,7 +74,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         print(f"{request.label}{error}", flush=True)
         return None
     except (UserError, RunFailedError, StoppedError) as error:
-        status, ended = _end_job(error, folder)
+        status, ended = _end_job(error, folder, in_worker)
     if in_turn:
         if status < 128 and request.stop.signum is not None:  # the next job would not receive the signal
             stop = StoppedError(request.stop.signum)
@@ -112,7 +113,7 @@ def _build_request(config: DictConfig, folder: Path, in_turn: bool) -> RunReques
     )
 
 
-def _end_job(error: Exception, folder: Path) -> tuple[int, Exception]:
+def _end_job(error: Exception, folder: Path, in_worker: bool) -> tuple[int, Exception]:
     """The exit status of a job that ``error`` has ended, and the error with which its task ends.
 
     Hydra keeps the latter until the end of the sweep: it is a new one, whose traceback holds no network.
@@ -121,7 +122,8 @@ def _end_job(error: Exception, folder: Path) -> tuple[int, Exception]:
         _report_refusal(error, folder)
         return 2, ReportedError(*error.errors)
     if isinstance(error, StoppedError):
-        error.requeue()
+        if not in_worker:  # the sweep's first process waits for all workers, and then requeues the job
+            error.requeue()
         return error.exit_status, StoppedError(error.signum)
     return 1, RunFailedError()
 

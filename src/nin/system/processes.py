@@ -198,10 +198,10 @@ class StopRequest:
         """Installs the signal handlers, in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
-        for signum in _signals():
+        for signum in stop_signals():
             handler = signal.signal(signum, self._handle)
             self._previous.setdefault(signum, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _signals())  # `sweeps.signals` starts workers with them blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())  # `sweeps.signals` starts workers with them blocked
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGINT and self.signum is not None:
@@ -241,7 +241,7 @@ def leave_process_group(kind: type[BaseException] | None, *_: object) -> None:
         distributed.destroy_process_group()
 
 
-def _signals() -> list[signal.Signals]:
+def stop_signals() -> list[signal.Signals]:
     """The signals of people, ``kill`` and batch systems; SLURM's as Lightning and submitit configure them."""
     signals = [signal.SIGINT, signal.SIGTERM]
     if "SLURM_JOB_ID" in os.environ:
