@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import time
 import warnings
@@ -70,6 +71,8 @@ def test_the_result_is_complete(run: tuple[RunFolder, dict[str, Any]]) -> None:
     assert result["parameters"] == (200 + 48) + (1664 + 96) + (2720 + 84)
     assert result["images_per_second"] > 0
     assert result["train_seconds"] > 0
+    assert re.fullmatch(r"cpu \(.+, [A-Z0-9]+, \d+ threads?\)", result["device"])
+    assert result["precision"] == "32-true"
 
 
 def test_the_same_settings_give_the_same_numbers_and_another_seed_does_not(

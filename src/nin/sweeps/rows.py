@@ -16,7 +16,7 @@ class Job:
     status: str  # finished, failed, pruned, running, unfinished or not started
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
-    hardware: str = ""  # the device, and the version of torch
+    hardware: str = ""  # the device, the precision and the version of torch
     commit: str = ""  # of the code
 
 

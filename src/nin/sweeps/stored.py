@@ -89,10 +89,11 @@ def _value_at(config: Any, key: str) -> Any:
 
 
 def describe_hardware(result: dict[str, Any]) -> str:
-    """The device and the version of torch of a run, from its result; empty if they are unknown."""
+    """The device, the precision and the version of torch of a run, from its result; empty if they are unknown."""
     match result:
         case {"device": str(device), "versions": {"torch": str(torch)}}:
-            return printable(f"{device}, torch {torch}")
+            precision = result.get("precision")  # results of earlier versions lack it
+            return printable(f"{device}{f', {precision}' if precision else ''}, torch {torch}")
     return ""
 
 

@@ -163,13 +163,22 @@ def missing_for_compile(device: "torch.device") -> str | None:
 
 
 def describe_device(device: "torch.device") -> str:
-    """The name of a GPU, or the processor and its number of threads."""
+    """The name of a GPU; or the processor, the vector instructions that torch uses, and its number of threads."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{device.type} ({platform.processor() or platform.machine()}, {threads} thread{'s' * (threads != 1)})"
+    instructions = torch.backends.cpu.get_cpu_capability()  # they change the rounding
+    return f"{device.type} ({_name_processor()}, {instructions}, {threads} thread{'s' * (threads != 1)})"
+
+
+def _name_processor() -> str:
+    with contextlib.suppress(OSError):  # only Linux has it
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def default_threads() -> int:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import hash_weights, load_weights, require_matching_weights
+from nin.config.changes import require_no_fewer_epochs
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.runs.console import format_path
@@ -110,13 +111,7 @@ class Experiment:
         if isinstance(self.datamodule, ImageDataModule) and isinstance(state, dict):
             self.datamodule.load_state_dict(state)  # as Lightning does when the run has begun
         require_matching_weights(self.module, self.resume_checkpoint)
-        done = _completed_epochs(self.resume_checkpoint)
-        max_epochs = self.settings.trainer.max_epochs
-        if max_epochs not in (-1, None) and done > max_epochs:
-            raise UserError(
-                f"trainer.max_epochs={max_epochs}: the run has already trained for {done} epochs; give as many or "
-                "more, or another name"
-            )
+        require_no_fewer_epochs(self.settings.trainer.max_epochs, _completed_epochs(self.resume_checkpoint))
         saved = len(self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["processes"])
         if saved != self.trainer.world_size:
             raise UserError(
@@ -271,6 +266,7 @@ class Experiment:
             "seed": self.settings.seed,
             # Read again after training: with several processes, Lightning chooses the number of threads.
             "device": devices.describe_device(self.trainer.strategy.root_device),
+            "precision": str(self.trainer.precision),
             "overrides": self.request.overrides,
             "command": self.request.command,
         }
