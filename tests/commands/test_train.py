@@ -124,6 +124,7 @@ def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest
         (["experiment=quickstart", "callbacks=none", "+callbacks.x=1"], "quickstart"),
         (["experiment=quickstart", "callbacks=ema", "threads=1"], "quickstart,callbacks=ema"),
         (["experiment=quickstart", "trainer.max_epochs=1"], "quickstart,trainer.max_epochs=1"),
+        (["experiment=quickstart", "trainer.precision=64-true"], "quickstart,trainer.precision=64-true"),
         (["experiment=quickstart", "optimizer.lr=0.01", "name=mine"], "mine"),
     ],
 )

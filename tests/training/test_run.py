@@ -82,6 +82,18 @@ def test_a_run_that_ended_early_is_finished_if_as_many_epochs_as_it_has_are_requ
     assert run.execute_run(request_of("trainer.max_epochs=2")) == result
     more = request_of("trainer.max_epochs=3")
     assert run.read_finished_result(more.folder, more.settings) is None
+    with pytest.raises(UserError, match=r"^trainer.max_epochs=1: the run has already trained for 2 epochs; give as"):
+        run.execute_run(request_of("trainer.max_epochs=1"))
+
+
+def test_a_finished_run_says_with_which_precision_it_was_trained_if_another_is_requested(
+    request_of: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.execute_run(request_of())
+    for word, other in ((), ""), (["trainer.precision=64-true"], " with trainer.precision=32-true"):
+        capsys.readouterr()
+        run.execute_run(request_of(*word))
+        assert f"run is finished{other}; to train again, give" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_not_the_result_of_other_images(

@@ -123,7 +123,8 @@ def _name_with_changes(config: DictConfig) -> str | None:
     words = {split_override(word)[0]: word for word in overrides}
     callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
     others = isinstance(callbacks, dict) and select_training_callbacks(callbacks)  # not validated yet
-    same = [key for key in SAME_EXPERIMENT if not (key == "callbacks" and others)]
+    # Resuming may change the precision; a new run with another one has another result.
+    same = [key for key in SAME_EXPERIMENT if key != "trainer.precision" and not (key == "callbacks" and others)]
     # The group `trainer` chooses where a run trains, so it does not make another experiment.
     changes = sorted(
         word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nin.config.keys import flatten, is_within
-from nin.config.schema import OwnSchedule, Schedule, Settings
+from nin.config.schema import OwnSchedule, Schedule, Settings, UserError
 
 # The keys that may be overridden when a run is resumed.
 MAY_CHANGE = (
@@ -88,3 +88,19 @@ def find_differences(before: Settings, now: Settings) -> list[str]:
         for key in dict.fromkeys([*there, *here])
         if (old := there.get(key, "null")) != (new := here.get(key, "null"))
     ]
+
+
+def require_no_fewer_epochs(requested: int | None, done: int) -> None:
+    """Checks that a run that has trained for ``done`` epochs is not requested to have fewer.
+
+    Args:
+        requested: ``trainer.max_epochs``; -1 and None are no limit.
+
+    Raises:
+        UserError: if it is.
+    """
+    if requested not in (-1, None) and done > requested:
+        raise UserError(
+            f"trainer.max_epochs={requested}: the run has already trained for {done} epochs; give as many or more, or "
+            "another name"
+        )

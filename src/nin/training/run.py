@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nin.config.changes import find_differences
+from nin.config.changes import find_differences, require_no_fewer_epochs
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
@@ -56,8 +56,10 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
         if request.rank == 0:
+            is_same = settings.trainer.precision in (read_settings(folder).trainer.precision, result.get("precision"))
+            other = "" if is_same else f" with trainer.precision={result.get('precision')}"
             advice = "to train again, give nin train another name=…, or remove the folder"
-            print(f"{format_path(folder.path)} is finished; {advice}")
+            print(f"{format_path(folder.path)} is finished{other}; {advice}")
             print_result(folder, result)
         return result
     had_result = folder.result.exists()
@@ -158,7 +160,8 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     before and is requested now.
 
     Raises:
-        UserError: if the result lacks a part, or the folder of images is another one, with other images.
+        UserError: if the result lacks a part, or the folder of images is another one, with other images, or fewer
+            epochs are requested than the run has.
     """
     result = folder.read_result()
     if result is None or result["status"] == "failed":
@@ -178,6 +181,7 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     requested, previous = settings.trainer.max_epochs, read_settings(folder)
     if requested != previous.trainer.max_epochs and (requested in (-1, None) or requested > result["epochs"]):
         return None
+    require_no_fewer_epochs(requested, result["epochs"])
     _require_same_images(folder, settings, previous, result)
     return result
 
