@@ -1,3 +1,4 @@
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -136,6 +137,11 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
 
 
 def test_text_with_special_characters_is_to_be_quoted() -> None:
+    # Long, and with backslashes, which Hydra keeps: what is recommended is the text that was given.
+    long = f"data.root=/{'a' * 90}\\b (2)/"
+    (message,) = errors_of(long)
+    (word,) = shlex.split(message.partition(", as in ")[2])
+    assert compose_config([word]).data.root == long.partition("=")[2]
     assert errors_of("name=a (2)", "data.root=ph=1", "model.widths=[1,2") == (
         "name=a (2): must consist of letters, digits and the characters _-=,+@. and not begin with a dot",
         """data.root=ph=1: has characters that must be quoted, as in 'data.root="ph=1"'""",

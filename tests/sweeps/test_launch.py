@@ -114,6 +114,7 @@ trainer: {max_epochs: 1}
     ("words", "message"),
     [
         (["model.hidden_width=16,32"], None),
+        (["hydra/sweeper=optuna", "hydra.sweeper.params={threads:null}", "model.hidden_width=16,32"], None),
         (["hydra/sweeper=optuna", "model.hidden_width=16,32"], None),
         (["model.hidden_with=16,32"], "model.hidden_with=16: no such key; did you mean model.hidden_width?"),
         (["trainer.min_epochs=5,6"], "trainer.min_epochs=5"),  # more than max_epochs of this config

@@ -1,7 +1,8 @@
 """Dotted config keys and overrides: flattening, splitting, quoting, prefixes."""
 
-import re
 from typing import Any
+
+from hydra.core.override_parser.types import Quote, QuotedString
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -20,8 +21,7 @@ def split_override(word: str) -> tuple[str, str]:
 
 def quote_value(text: str) -> str:
     """``text`` as a quoted value in Hydra's override grammar."""
-    # Backslashes are doubled before a quote only, also before the last one.
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text) + "'"
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def is_within(key: str, prefixes: tuple[str, ...] | list[str]) -> bool:

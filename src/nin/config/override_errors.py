@@ -1,6 +1,5 @@
 """Hydra's errors about one override, as messages in this project's form."""
 
-import json
 import os
 import re
 import shlex
@@ -8,6 +7,7 @@ import shlex
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -87,7 +87,7 @@ def _searches_conf_alone() -> bool:
 def quote_override(override: str) -> str:
     """An override whose value is one text for Hydra, as it is typed in a shell."""
     key, _, value = override.partition("=")
-    return shlex.quote(shorten(f"{key}={json.dumps(value, ensure_ascii=False)}"))
+    return shlex.quote(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
 
 
 def _describe_options(group: str) -> str:

@@ -97,7 +97,8 @@ class Sweep:
         self._require_same_kind(is_search)
         params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
         config.hydra.sweeper.params = params
-        overrides, self.swept = self._parse([*(f"{key}={value}" for key, value in params.items()), *task])
+        words = [f"{key}={'null' if value is None else value}" for key, value in params.items()]
+        overrides, self.swept = self._parse([*words, *task])
         settings = self._check(overrides, is_search)
         if is_joblib(config.hydra.launcher._target_):
             self._configure_joblib(config.hydra.launcher, settings)
