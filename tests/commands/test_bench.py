@@ -83,6 +83,7 @@ def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pyte
         "operations": {"training": 3, "scoring": 1},
         "settings": {"model": {"name": "nin"}, "data": {"image_size": 224, "batch_size": 128}},
         "device": "cpu",
+        "precision": "32-true",
         "milliseconds_per_step": {"bare Trainer": 1.0},
         "memory": {},
     }
@@ -169,3 +170,25 @@ def test_the_memory_fits_80_columns() -> None:
     console.print(bench._memory_table({128: dict.fromkeys(parts, 2**30 - 1)}))
     words = console.file.getvalue().split()  # type: ignore[attr-defined]
     assert {"activations", "micro-batches", "1,024.0"} <= set(words)
+
+
+@pytest.mark.parametrize(("precision", "in_float32"), [("32-true", "0.50"), ("bf16-mixed", "")])
+def test_rates_in_float32_have_no_share_of_a_limit_in_bfloat16(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, precision: str, in_float32: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    rates = {"training": 3.0, "notebooks": 2.0, "scoring": 8.0, "export": 4.0, "data": 9.0, "matrix product": 4e9}
+    bench.print_results(
+        {
+            "device": "cpu (x86_64, 2 threads)", "precision": precision, "rates": rates,
+            "settings": {"model": {"name": "nin"}, "data": {"image_size": 28, "batch_size": 128}},
+            "operations": {"training": 1e9, "scoring": 0.5e9},
+            "milliseconds_per_step": {"bare Trainer": 1.0}, "memory": {},
+        }
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in printed.splitlines() if line.startswith("│")]
+    shares = {name: share for name, *_, share in rows}
+    assert shares["nin train"] == "0.75"
+    assert shares["the notebooks' loop"] == shares["export (model.onnx)"] == in_float32
+    assert shares["scoring (nin eval)"] == "1.00"
