@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -86,7 +87,7 @@ def test_the_service_takes_no_other_file_than_an_export(tmp_path: Path, name: st
 
 
 def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_the_files(
-    run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_folder: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
     from nin.checkpoints.files import read
@@ -108,10 +109,16 @@ def test_a_run_is_exported_again_for_another_checkpoint_whatever_the_times_of_th
     shutil.rmtree(copy / "export")
     serve.find_export(copy)
     assert commands == [["nin", "export", str(copy)]] * 2
-    done.returncode = 1
+    done.returncode = 2
     with pytest.raises(UserError, match="copy: could not be exported"):
         serve.main([str(copy), "--port", "0", "--allow", "my_net", "--allow", "my_layers"])
     assert commands[2:] == [["nin", "export", str(copy), "--allow=my_net", "--allow=my_layers"]]
+    for returncode, status in ((1, 1), (-signal.SIGKILL, 137)):
+        done.returncode = returncode
+        with pytest.raises(SystemExit) as ended:
+            serve.main([str(copy), "--port", "0"])
+        assert ended.value.code == status
+        assert capsys.readouterr().err.endswith("copy: could not be exported\n")
 
 
 def test_missing_packages_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

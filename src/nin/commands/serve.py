@@ -79,7 +79,8 @@ def find_export(path: Path, allowed: Sequence[str] = ()) -> Path:
         allowed: modules whose classes the checkpoint may name.
 
     Raises:
-        UserError: if there is no such file or run, or it can't be exported.
+        UserError: if there is no such file or run, or it is not to be exported.
+        SystemExit: with the exit status of an export that failed.
     """
     from nin.checkpoints.checksum import read_checksum
     from nin.deploy.loading import default_export, find_checkpoint, is_export
@@ -104,6 +105,10 @@ def find_export(path: Path, allowed: Sequence[str] = ()) -> Path:
         print(f"exporting {format_path(path)} …", flush=True)
         # The export runs in a process of its own, so that the server does not hold the memory of torch.
         command = ["nin", "export", str(path), *(f"--allow={module}" for module in allowed)]
-        if subprocess.run([sys.executable, "-m", *command], check=False).returncode:
+        status = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+        if status == 2:
             raise UserError(f"{path}: could not be exported")
+        if status:  # the export failed, which is no mistake of the command, or a signal ended it
+            print(f"nin serve: {format_path(path)}: could not be exported", file=sys.stderr)
+            sys.exit(status if status > 0 else 128 - status)
     return export

@@ -145,7 +145,7 @@ def _as_array(image: object, form: ImageForm) -> np.ndarray:
 
 
 def has_light_border(image: np.ndarray) -> bool:
-    """Whether most of the outermost pixels are light: dark things on a light ground, the reverse of Fashion-MNIST.
+    """Whether most of the outermost pixels are light: dark objects on a light background, the reverse of Fashion-MNIST.
 
     Args:
         image: ``(height, width)`` or ``(height, width, 3)``, uint8.

@@ -23,7 +23,6 @@ from nin.deploy.service import Service
 # A request's head has this long to arrive.
 HEAD_SECONDS = 15
 HEAD_BYTES = 65_536  # without the chunk in which it begins, which may hold another request's body
-SHUTDOWN_SECONDS = 30
 
 
 class TimedProtocol(HttpToolsProtocol):
@@ -129,7 +128,7 @@ def run(service: Service, listener: socket.socket) -> int:
         access_log=False,
         # From an answer until the next request. A refused request's body may still arrive, which takes its time.
         timeout_keep_alive=max(HEAD_SECONDS, math.ceil(service.limits.seconds)),
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        timeout_graceful_shutdown=math.ceil(2 * service.limits.seconds),  # an upload and its answer
         # Connections; those above are answered with 503 while file descriptors are left.
         limit_concurrency=max(16, min(files - 64, 4096)),
         server_header=False,

@@ -236,7 +236,7 @@ class Service:
         return _json({"status": "ok"})
 
     async def ready(self, _: Request) -> Response:
-        """GET /ready: 200 if a prediction would be taken on now."""
+        """GET /ready: 200 if a prediction would be accepted now."""
         full = self.batcher.images >= self.limits.waiting_images
         state = "stopping" if self.is_stopping() else "overloaded" if full else "ready"
         return _json({"status": state}, 200 if state == "ready" else 503)
