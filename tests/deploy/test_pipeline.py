@@ -158,6 +158,10 @@ def test_a_description_names_no_place_of_the_machine_that_trained(tmp_path: Path
     AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
     described = nin.load(tmp_path / "x.ckpt").description.settings["data"]
     assert described == folder.model_dump(mode="json") | {"root": "data", "cache": None}
+    stored = nin.load(run_folder).description.settings["data"] | {"mirrors": ["https://me:secret@example.org"]}
+    checkpoint["hyper_parameters"]["settings"]["data"] = stored
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    assert nin.load(tmp_path / "x.ckpt").description.settings["data"] == stored | {"mirrors": []}
 
 
 def test_a_network_of_another_module_is_not_imported(tmp_path: Path, run_folder: Path) -> None:

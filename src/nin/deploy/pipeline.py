@@ -153,8 +153,9 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
 def _portable(settings: Settings) -> dict[str, Any]:
     """The settings as plain values, without paths of this machine and what only training needs."""
     plain = settings.model_dump(mode="json") | {"logger": {}, "callbacks": {}, "weights": None}
-    places = {"root": "data"} | ({"cache": None} if "cache" in plain["data"] else {})
-    return plain | {"data": plain["data"] | places}
+    # `nin eval` uses the places of the machine that it runs on; the address of a mirror may have a password.
+    places: dict[str, Any] = {"root": "data", "cache": None, "mirrors": []}
+    return plain | {"data": plain["data"] | {key: places[key] for key in places.keys() & plain["data"].keys()}}
 
 
 def load_checkpoint(path: Path, allow: Sequence[str] = ()) -> TrainedNetwork:
