@@ -333,6 +333,14 @@ def test_the_files_have_the_names_that_torchvision_expects() -> None:
 CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
+def test_a_folder_that_lacks_some_classes_needs_empty_ones() -> None:
+    message = r"classes are a, c; the network was trained for a, b, c; a folder also needs a folder for each of the"
+    with pytest.raises(UserError, match=message):
+        files.require_same_classes(["a", "c"], ["a", "b", "c"])
+    with pytest.raises(UserError, match=r"classes are a, d; the network was trained for a, b, c$"):
+        files.require_same_classes(["a", "d"], ["a", "b", "c"])
+
+
 def test_a_data_set_knows_its_classes(data: Callable[..., Data]) -> None:
     info = {name: files.describe(data("/", name=name)) for name in get_args(Data.model_fields["name"].annotation)}
     assert (info["cifar10"].channels, info["cifar10"].stored_size) == (3, 32)

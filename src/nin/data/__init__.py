@@ -4,6 +4,7 @@ A module imports only from the modules below it:
 
     module                the LightningDataModule: data in memory, held-out images, batches
     sources               the files of a data set: download, checksums, classes and channels
+    published             names and published checksums of these files
     own                   a LightningDataModule of the user's own
     garments, transforms  synthetic clothing silhouettes; augmentation and resizing of a batch
     overlays              images and score maps over them, for matplotlib
