@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -26,8 +27,6 @@ from nin.deploy.export import Exporter
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.scoring import MappedImages, load_part
 from pictures import folder_data, write_folder
-
-onnx = pytest.importorskip("onnx")
 
 
 def test_the_exported_file_gives_the_checkpoints_probabilities_and_maps(

@@ -12,16 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from nin.deploy.trained import Description, Scores, TrainedNetwork
-from pictures import encode
-
-pytest.importorskip("uvicorn")
-
 from starlette.requests import Request
 
 from nin.deploy.requests import RefusedError, read_file
 from nin.deploy.service import Limits, Service
+from nin.deploy.trained import Description, Scores, TrainedNetwork
+from pictures import encode
 
 LIMITS = Limits(body_bytes=20_000_000, pixels=25_000_000, waiting_images=256, seconds=30)
 SMALL, MANY_PIXELS = np.zeros((28, 28), np.uint8), np.zeros((500, 500), np.uint8)

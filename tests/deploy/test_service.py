@@ -21,9 +21,6 @@ import nin
 from deploy.server import Server, serve
 from pictures import encode
 
-pytest.importorskip("uvicorn")
-
-
 LIMITS = ("--max-megabytes", "2", "--max-megapixels", "4")
 
 

@@ -515,7 +515,6 @@ def test_workers_of_a_killed_sweep_end_and_two_sweeps_at_once_run_each_job_once(
 def test_a_killed_job_ends_the_sweep_with_one_line(
     tmp_path: Path, data_root: Path, launcher: str, message: str
 ) -> None:
-    pytest.importorskip(launcher.partition("_")[0])
     gate = tmp_path / "gate"
     gate.write_text("3")
     requested = [*SMALL, "callbacks=none", "logger=none", "checkpoint.every_n_steps=1", *gated(gate)]

@@ -414,7 +414,8 @@ def test_a_search_ends_only_after_the_trials_that_another_process_runs(
 @pytest.fixture
 def database_locks(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], object]:
     """Has PostgreSQL's functions in SQLite, locks of a connection by two numbers; returns those that are held."""
-    sqlalchemy = pytest.importorskip("sqlalchemy")
+    import sqlalchemy
+
     held: dict[tuple[int, int], object] = {}
     create_engine = sqlalchemy.create_engine
 
