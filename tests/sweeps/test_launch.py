@@ -215,7 +215,7 @@ def test_a_job_that_another_process_runs_is_skipped_first_and_waited_for(
     claimed, ended = threading.Event(), threading.Event()
     process = threading.Thread(target=work, daemon=True)
     process.start()
-    claimed.wait(30)
+    assert claimed.wait(60)
     monkeypatch.setattr(RunFolder, "claim", counted)
     words = [*SMALL, f"data.root={data_root}", f"sweep.fail_fast={fail_fast}", "name=two", "seed=0,1"]
     status, printed = cli.run("train", ["-m", *words]), capfd.readouterr().out
@@ -561,7 +561,7 @@ def on_a_terminal(*arguments: str, stop_at: Path | None = None, **more: Any) -> 
                 stop_at = None
     os.close(terminal)
     try:
-        return process.wait(timeout=5), printed.decode()
+        return process.wait(timeout=60), printed.decode()
     finally:
         process.terminate()  # if it hangs: torchrun ends its processes, after half a minute by force
         process.wait(timeout=60)

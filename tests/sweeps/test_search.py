@@ -404,7 +404,7 @@ def test_a_search_ends_only_after_the_trials_that_another_process_runs(
             other.store.finish(0, TrialState.COMPLETE, 0.5, {}, {})
             other.store.claims.release(0)
 
-    monkeypatch.setattr(search_module.time, "sleep", sleep)
+    monkeypatch.setattr(search_module, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(one, "_run_batch", lambda *_: pytest.fail("has run a trial of another process"))
     one._run_trials()
     assert len(waited) == 3
