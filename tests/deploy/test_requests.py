@@ -87,6 +87,37 @@ def test_images_that_wait_to_be_decoded_count_as_waiting() -> None:
     asyncio.run(play())
 
 
+def test_as_many_pixels_wait_as_four_of_the_largest_images_have() -> None:
+    go = threading.Event()
+
+    def wait(images: np.ndarray, maps: bool) -> Scores:
+        assert go.wait(60)
+        return brightness(images, maps)
+
+    async def play() -> None:
+        async with busy_service(replace(LIMITS, pixels=SMALL.size), wait) as (service, _):
+            tasks = [asyncio.create_task(post(service, encode(SMALL))) for _ in range(5)]
+            try:
+                ended, waiting = await asyncio.wait(tasks, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                go.set()
+            assert [task.result() for task in ended] == [(503, "the server is overloaded")]
+            assert await asyncio.gather(*waiting) == [(200, "")] * 4
+
+    asyncio.run(play())
+
+
+def test_maps_that_an_export_does_not_have_are_refused() -> None:
+    async def play() -> None:
+        async with busy_service(LIMITS) as (service, _):
+            service.network.description = replace(service.network.description, maps="none")
+            message = "this network's export has no score maps"
+            assert await post(service, encode(SMALL), b"maps=true") == (400, message)
+            assert await post(service, encode(SMALL), b"maps=false") == (200, "")
+
+    asyncio.run(play())
+
+
 def test_a_server_that_is_full_or_stops_is_not_ready() -> None:
     async def play() -> None:
         async with busy_service(replace(LIMITS, waiting_images=1)) as (service, done):

@@ -247,8 +247,6 @@ class Connection:
 
 
 def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
-    from nin.deploy.server import HEAD_SECONDS
-
     connection = Connection()
     protocol, cancelled = connection.protocol, connection.cancelled
     assert cancelled() == [False]
@@ -260,7 +258,7 @@ def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
     assert cancelled() == [True, True, False]
     protocol.connection_lost(None)
     assert cancelled() == [True, True, True]
-    assert connection.loop.call_later.call_args_list == [call(HEAD_SECONDS, connection.transport.close)] * 3
+    assert connection.loop.call_later.call_args_list == [call(15, connection.transport.close)] * 3
 
 
 def test_a_body_does_not_count_as_the_next_head_after_it() -> None:
@@ -268,9 +266,9 @@ def test_a_body_does_not_count_as_the_next_head_after_it() -> None:
     protocol, write = connection.protocol, connection.transport.write
     protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(100_000))
     protocol.data_received(bytes(100_000) + b"GET /")
-    protocol.data_received(b" HTTP/1.1\r\nX-Long: " + b"a" * 60_000)
+    protocol.data_received(b" HTTP/1.1\r\nX-Long: ".ljust(65_536, b"a"))
     write.assert_not_called()
-    protocol.data_received(b"a" * 60_000)
+    protocol.data_received(b"a")
     assert write.call_args.args[0].startswith(b"HTTP/1.1 431")
 
 
@@ -390,6 +388,21 @@ def test_a_signal_before_the_server_has_its_own_handlers_ends_it(export: Path, m
     with module.listen("127.0.0.1", 0) as listener:
         assert module.run(service, listener) == 143
     assert True not in serves
+
+
+@pytest.mark.parametrize(("timeout", "seconds"), [(3, 15), (30.5, 31)])
+def test_the_next_request_may_follow_an_answer_within_the_timeout_and_15_seconds_at_least(
+    timeout: float, seconds: int, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nin.deploy import server as module
+    from nin.deploy.loading import load
+    from nin.deploy.service import Limits, Service
+
+    configs: list[Any] = []
+    monkeypatch.setattr(module.uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    with module.listen("127.0.0.1", 0) as listener:
+        assert module.run(Service(load(export), Limits(2_000_000, 4_000_000, 256, timeout), None), listener) == 0
+    assert [config.timeout_keep_alive for config in configs] == [seconds]
 
 
 def test_a_wrong_argument_and_a_port_in_use_are_one_line(server: Server, export: Path) -> None:
