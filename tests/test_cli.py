@@ -159,11 +159,15 @@ def test_a_message_that_nobody_reads_ends_with_141(monkeypatch: pytest.MonkeyPat
         ("nin re", "resume report"),
         ("nin eval ", ""),
         ("nin x ", ""),
+        ("nin train model=l", "model=lenet"),
+        ("nin  inspect  model=l", "model=lenet"),
+        ("nin bench seed=1 model=l", "model=lenet"),
     ],
 )
-def test_completion_offers_commands_and_leaves_files_to_the_shell(
+def test_completion_offers_commands_and_values_and_leaves_files_to_the_shell(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, offered: str
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["nin"])  # restored after the test
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setenv("COMP_POINT", str(len(line)))
     assert cli.complete("-sc", ["query=bash"]) == 0
@@ -204,6 +208,21 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_may_not_be_read_is_one_message_and_other_errors_of_files_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise OSError(int(arguments[0]), "no", *arguments[1:])
+
+    monkeypatch.setattr("nin.commands.report.main", fail)
+    for number in (errno.EACCES, errno.EPERM):
+        for words, name in ((["theirs/result.json"], "theirs/result.json"), ([], "a file")):
+            assert cli.run("report", [str(number), *words]) == 2
+            assert capsys.readouterr() == ("", f"nin report: {name}: no\n")
+    with pytest.raises(OSError, match="no"):
+        cli.run("report", [str(errno.EIO), "theirs/result.json"])
 
 
 def test_the_traceback_of_a_mistake_is_printed_on_request(
