@@ -191,7 +191,6 @@ def color_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def export(run_folder: Path, data_root: Path) -> Path:
     """`run_folder` exported to ONNX, which checks it on the whole test set."""
-    pytest.importorskip("onnxscript")
     from nin.commands.export import main
 
     path = run_folder / "export" / "model.onnx"

@@ -159,11 +159,15 @@ def test_a_message_that_nobody_reads_ends_with_141(monkeypatch: pytest.MonkeyPat
         ("nin re", "resume report"),
         ("nin eval ", ""),
         ("nin x ", ""),
+        ("nin train model=l", "model=lenet"),
+        ("nin  inspect  model=l", "model=lenet"),
+        ("nin bench seed=1 model=l", "model=lenet"),
     ],
 )
-def test_completion_offers_commands_and_leaves_files_to_the_shell(
+def test_completion_offers_commands_and_values_and_leaves_files_to_the_shell(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, offered: str
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["nin"])  # restored after the test
     monkeypatch.setenv("COMP_LINE", line)
     monkeypatch.setenv("COMP_POINT", str(len(line)))
     assert cli.complete("-sc", ["query=bash"]) == 0
@@ -175,17 +179,12 @@ def test_completion_offers_commands_and_leaves_files_to_the_shell(
     [
         (["train", "data.batch_size=0", "seed=-1"], "nin train: 2 errors\n  seed=-1: must be"),
         (["train", "data.image_size=40"], "nin train: data.image_size=40: nin needs at least 67 pixels per side"),
-        (["train", "optimizer.lrr=1"], "nin train: optimizer.lrr=1: no such key; did you mean optimizer.lr?"),
         (["train", "data=garments", "trainer.devices=0", "name=x"], "nin train: trainer: `Trainer(devices=0)` value"),
         (
             ["eval", "nowhere"],
             "nin eval: nowhere: no such file or folder; give a run's folder, as in outputs/runs/first",
         ),
         (["eval", "a" * 300], f"nin eval: {'a' * 300}: File name too long"),
-        (
-            ["inspect", "model=resnet"],
-            "nin inspect: model=resnet: no such model; did you mean lenet? There are: alexnet",
-        ),
     ],
 )
 def test_a_mistake_is_one_message_and_nothing_is_written(
@@ -204,6 +203,21 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     assert "Traceback" not in printed.err
     assert printed.out == ""
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_may_not_be_read_is_one_message_and_other_errors_of_files_are_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> None:
+        raise OSError(int(arguments[0]), "no", *arguments[1:])
+
+    monkeypatch.setattr("nin.commands.report.main", fail)
+    for number in (errno.EACCES, errno.EPERM):
+        for words, name in ((["theirs/result.json"], "theirs/result.json"), ([], "a file")):
+            assert cli.run("report", [str(number), *words]) == 2
+            assert capsys.readouterr() == ("", f"nin report: {name}: no\n")
+    with pytest.raises(OSError, match="no"):
+        cli.run("report", [str(errno.EIO), "theirs/result.json"])
 
 
 def test_the_traceback_of_a_mistake_is_printed_on_request(

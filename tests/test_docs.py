@@ -181,15 +181,45 @@ def test_the_config_page_has_the_values_that_are_accepted(composed: dict[str, Di
         if key == "name" or not literals or key.startswith("trainer."):
             continue
         config = next(config for config in composed.values() if key in _flat(config)).copy()
-        for value in (*literals, "other"):
-            OmegaConf.update(config, key, value)
-            try:
-                validate(config)
-                refused = False
-            except UserError as error:
-                refused = f"{key}=" in str(error) and "must be" in str(error)
-            if refused != (value == "other"):
+        wrong += [f"{key}={value}" for value in literals if _is_refused(config, key, value)]
+        wrong += [f"{key}=other"] * (not _is_refused(config, key, "other"))
+    assert wrong == []
+
+
+def _is_refused(config: DictConfig, key: str, value: object) -> bool:
+    OmegaConf.update(config, key, value)
+    try:
+        validate(config)
+    except UserError as error:
+        return any(re.match(rf"{re.escape(key)}(\.\d+)?=.*: must be", message) for message in error.errors)
+    return False
+
+
+def _ends(values: str) -> tuple[list[float], list[float]]:
+    """The values at the ends of a range in the page's words that are accepted, and those that are refused."""
+    plain = values.replace("2³² − 1", str(2**32 - 1)).replace(",", "")
+    if found := re.search(r"(\d+) to (below )?(\d+)", plain):
+        low, high = int(found[1]), int(found[3])
+        return ([low, high - 0.001], [low - 1, high]) if found[2] else ([low, high], [low - 1, high + 1])
+    if found := re.search(r"(at least|above) (\d+)", plain):
+        low = int(found[2])
+        return ([low], [low - 1]) if found[1] == "at least" else ([low + 0.001], [low])
+    return [], []
+
+
+def test_the_config_page_has_the_ranges_that_are_accepted(composed: dict[str, DictConfig]) -> None:
+    wrong, tried = [], 0
+    for key, _, values in KEY_ROWS:
+        accepted, refused = _ends(values)
+        if not accepted or key.startswith(("trainer.", "callbacks.ema.")):  # the latter's are checked by Lightning
+            continue
+        config = next(config for config in composed.values() if key in _flat(config)).copy()
+        is_list = isinstance(_flat(config)[key], list)
+        for value in (*accepted, *refused):
+            tried += 1
+            if _is_refused(config, key, [value, value] if is_list else value) != (value in refused):
                 wrong.append(f"{key}={value}")
+    assert tried > 80
     assert wrong == []
 
 

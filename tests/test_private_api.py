@@ -150,7 +150,6 @@ def test_set_sampler_epoch() -> None:
 
 
 def test_unset_keepalive_if_required() -> None:
-    pytest.importorskip("uvicorn")
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
     calls: list[str] = []

@@ -114,11 +114,14 @@ def test_at_most_fourteen_modules_and_packages_at_the_top_with_few_imports_betwe
     assert len([1 for importer, imported in pairs if importer != imported]) <= 45
 
 
-def test_neither_the_package_nor_a_command_module_imports_torch() -> None:
+def test_neither_the_package_nor_a_command_module_nor_a_refused_command_line_imports_torch() -> None:
     commands = [f"nin.commands.{p.stem}" for p in (SOURCE / "commands").glob("[!_]*.py")]
-    program = (
-        f"import sys, nin, {', '.join(commands)}; assert 'load' in dir(nin); "
-        "print([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules])"
-    )
+    program = f"""
+import sys, nin.cli, {", ".join(commands)}
+assert "load" in dir(nin)
+for words in ([], ["seed=-1"], ["optimizer.lrr=1", "data.image_size=0"]):
+    status = nin.cli.run("train", words) if words else 0
+    print(status, [module for module in ("torch", "lightning", "numpy") if module in sys.modules])
+"""
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
+    assert run.stdout.splitlines() == ["0 []", "2 []", "2 []"], run.stderr

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from nin import cli
 from nin.bench import overhead, turns
 from nin.commands import bench
 from nin.config.schema import Settings, UserError
+from nin.system.processes import StoppedError
+from nin.training.classifier import Classifier
 
 
 def test_results_are_printed_and_written(
@@ -25,6 +28,10 @@ def test_results_are_printed_and_written(
     # On the meta device, where the largest matrices take no time either.
     measure, meta = turns.measure_matrix_product, torch.device("meta")
     monkeypatch.setattr(turns, "measure_matrix_product", lambda _, *arguments: measure(meta, *arguments))
+    begun, scored = [""], set[str]()
+    report, step = turns.Turns.report, Classifier.validation_step
+    monkeypatch.setattr(turns.Turns, "report", lambda self, name: (begun.append(name), report(self, name)))
+    monkeypatch.setattr(Classifier, "validation_step", lambda *given: (scored.add(begun[-1]), step(*given)))
     out = tmp_path / "bench.json"
     overrides = [
         "model=nin_small", "model.widths=[4,8]", "data.batch_size=64", "trainer=cpu", f"data.root={data_root}",
@@ -34,6 +41,7 @@ def test_results_are_printed_and_written(
     results = json.loads(out.read_text())
     assert set(results["rates"]) == {"training", "notebooks", "data", "scoring", "export", "matrix product"}
     assert min(results["rates"].values()) > 0
+    assert scored == {"scoring"}
     assert set(results["milliseconds_per_step"]) == {"plain loop", "bare Trainer", "nin train"}
     printed = capsys.readouterr()
     rates_table, *_ = printed.out.split("└")
@@ -77,24 +85,64 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
             assert screen.getvalue() == "loading …\nround 1 of 2\nround 2 of 2\n"
 
 
-def test_results_that_nobody_reads_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    results = {
-        "rates": dict.fromkeys(("training", "notebooks", "data", "scoring", "matrix product"), 1.0),
-        "operations": {"training": 3, "scoring": 1},
-        "settings": {"model": {"name": "nin"}, "data": {"image_size": 224, "batch_size": 128}},
-        "device": "cpu",
-        "precision": "32-true",
-        "milliseconds_per_step": {"bare Trainer": 1.0},
-        "memory": {},
-    }
-    monkeypatch.setattr(bench, "run_benchmarks", lambda *_: results)
+RESULTS: dict[str, Any] = {
+    "rates": dict.fromkeys(("training", "notebooks", "data", "scoring", "matrix product"), 1.0),
+    "operations": {"training": 3, "scoring": 1},
+    "settings": {"model": {"name": "nin"}, "data": {"image_size": 224, "batch_size": 128}},
+    "device": "cpu",
+    "precision": "32-true",
+    "milliseconds_per_step": {"bare Trainer": 1.0},
+    "memory": {},
+}
+
+
+def test_results_that_nobody_reads_are_written(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "run_benchmarks", lambda *_: RESULTS)
     with os.fdopen(broken_pipe(), "w") as gone:
         monkeypatch.setattr(sys, "stdout", gone)
-        monkeypatch.setattr(sys, "argv", ["nin", "bench", "data=garments", "--out", str(tmp_path / "bench.json")])
+        words = [f"data.root={data_root}", "--out", str(tmp_path / "bench.json")]
+        monkeypatch.setattr(sys, "argv", ["nin", "bench", *words])
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == 141
-    assert json.loads((tmp_path / "bench.json").read_text()) == results
+    assert json.loads((tmp_path / "bench.json").read_text()) == RESULTS
+
+
+def test_results_that_can_not_be_written_are_printed(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "run_benchmarks", lambda *_: RESULTS)
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "bench.json"
+    assert cli.run("bench", [f"data.root={data_root}", "trainer=cpu", "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "nin at 224x224, batch 128, cpu" in printed.out
+    assert "written" not in printed.out
+    message = f"nin bench: {out}: can't be written (File exists); give another path with --out\n"
+    assert printed.err.endswith(f"\n{message}")
+
+
+@pytest.mark.parametrize(("signum", "name", "status"), [(2, "SIGINT", 130), (15, "SIGTERM", 143)])
+def test_a_measurement_that_is_stopped_writes_nothing(
+    signum: int,
+    name: str,
+    status: int,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stop(*_: object) -> None:
+        raise StoppedError(signum)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "run_benchmarks", stop)
+    assert cli.run("bench", [f"data.root={data_root}", "trainer=cpu"]) == status
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.splitlines()[-1]) == ("", f"stopped by {name}; nothing is written")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -178,14 +226,8 @@ def test_rates_in_float32_have_no_share_of_a_limit_in_bfloat16(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     rates = {"training": 3.0, "notebooks": 2.0, "scoring": 8.0, "export": 4.0, "data": 9.0, "matrix product": 4e9}
-    bench.print_results(
-        {
-            "device": "cpu (x86_64, 2 threads)", "precision": precision, "rates": rates,
-            "settings": {"model": {"name": "nin"}, "data": {"image_size": 28, "batch_size": 128}},
-            "operations": {"training": 1e9, "scoring": 0.5e9},
-            "milliseconds_per_step": {"bare Trainer": 1.0}, "memory": {},
-        }
-    )  # fmt: skip
+    operations = {"training": 1e9, "scoring": 0.5e9}
+    bench.print_results(RESULTS | {"precision": precision, "rates": rates, "operations": operations})
     printed = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.split("│")[1:6]] for line in printed.splitlines() if line.startswith("│")]
     shares = {name: share for name, *_, share in rows}

@@ -114,7 +114,10 @@ def test_what_several_processes_trained_is_tested_by_one(
     used: list[Settings] = []
     monkeypatch.setenv("NIN_DATA", str(data_root))
     monkeypatch.setattr(evaluation, "build_trainer", stop)
-    stored = settings("trainer.strategy=ddp", "trainer.devices=2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stored = settings(
+        "trainer.strategy=ddp", "trainer.devices=2", "trainer.accelerator=auto", "trainer.sync_batchnorm=true"
+    )
     path = save(tmp_path / "x.ckpt", stored.model_dump(mode="json"), describe(stored.data).class_names)
     with pytest.raises(UserError, match=r"^tested$"):
         eval_command.main([str(path)])

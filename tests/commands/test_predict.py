@@ -178,6 +178,25 @@ def test_a_light_ground_is_noticed_and_inverted(
     assert json.loads(capfd.readouterr().out)[0]["probabilities"] == json.loads(inverted.out)[0]["probabilities"]
 
 
+@pytest.mark.parametrize(
+    ("data", "is_hinted"),
+    [({"name": "kmnist"}, True), ({"name": "cifar10"}, False), ({"name": "folder"}, False), ({}, False)],
+)
+def test_a_light_ground_is_noticed_by_networks_of_light_objects_on_dark_alone(
+    data: dict[str, str],
+    is_hinted: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    known, scores = Description(["a"], 1, 28, 28, False, "gap", {"data": data}), np.ones((1, 1), np.float32)
+    network = TrainedNetwork(known, lambda images, maps: Scores(scores, scores))
+    monkeypatch.setattr("nin.deploy.loading.load", lambda path, allow: network)
+    Image.new("L", (28, 28), 255).save(tmp_path / "light.png")
+    assert main([str(tmp_path), str(tmp_path / "light.png")]) == 0
+    assert ("images with a light border: 1 of 1; the" in capfd.readouterr().err) == is_hinted
+
+
 def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Path, tmp_path: Path) -> None:
     shutil.copy(pictures / "0.png", pictures / "0.bmp.png")
     maps = tmp_path / "maps"

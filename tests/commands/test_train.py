@@ -28,55 +28,79 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--multirn", "seed=1,2"], "--multirn: no such option; settings are given without dashes, as in multirn=…; "
-                                    "did you mean --multirun?"),
-        (["-m", "seed=1,2", "--cfg", "job"], "--cfg and -m exclude each other; leave out -m, and give each swept key"),
+        (["--multirn", "seed=1,2"],
+         "--multirn: no such option; settings are given without dashes, as in multirn=…; did you mean "
+         "--multirun? There are: *"),
+        (["-m", "seed=1,2", "--cfg", "job"],
+         "--cfg and -m exclude each other; leave out -m, and give each swept key one value"),
+        (["--resolve"], "--resolve and --package: are for --cfg, as in nin train --cfg job --resolve; add it"),
+        (["--package", "x"], "--resolve and --package: are for --cfg, as in nin train --cfg job --resolve; add it"),
         (["--experimental-rerun", "x"], "--experimental-rerun: not supported; use nin resume RUN"),
-        ([*JOBLIB, "hydra.launcher.n_jobs=0"], "hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of"),
-        ([*JOBLIB, "hydra.launcher.backend=foo"], "hydra.launcher.backend=foo: must be loky or null; jobs can't share"),
-        ([*JOBLIB, "hydra.launcher.timeout=5"], "hydra.launcher.timeout=5: must be null; trainer.max_time limits a"),
-        ([*JOBLIB, "hydra.launcher.pre_dispatch=foo"], "hydra.launcher.pre_dispatch=foo: must be all, a number or"),
-        ([*JOBLIB, "hydra.launcher.require=foo"], "hydra.launcher: require=foo is not a valid backend constraint"),
-        (["-m", "optimzer.lr=0.1,0.2"], "optimzer.lr=0.1: no such key; did you mean optimizer.lr?\n"),
+        ([*JOBLIB, "hydra.launcher.n_jobs=0"],
+         "hydra.launcher.n_jobs=0: must be 1 or more, or -1 for the number of cores"),
+        ([*JOBLIB, "hydra.launcher.backend=foo"],
+         "hydra.launcher.backend=foo: must be loky or null; jobs can't share a process"),
+        ([*JOBLIB, "hydra.launcher.timeout=5"],
+         "hydra.launcher.timeout=5: must be null; trainer.max_time limits a job"),
+        ([*JOBLIB, "hydra.launcher.pre_dispatch=foo"],
+         "hydra.launcher.pre_dispatch=foo: must be all, a number or n_jobs"),
+        ([*JOBLIB, "hydra.launcher.require=foo"], "hydra.launcher: require=foo is not a valid backend constraint*"),
+        (["-m", "optimzer.lr=0.1,0.2"], "optimzer.lr=0.1: no such key; did you mean optimizer.lr?"),
         (["-m", "hydra/sweeper=optuna", "optimzer.lr=interval(0,1)"],
-         "optimzer.lr=0.0: no such key; did you mean optimizer.lr?\n"),
-        (["-m", "seed=range(3,3)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
-        (["-m", "seed=range(0,3,0)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
-        (["-m", "seed=range(0,nan)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
-        (["-m", f"seed=2,{'1' * 5000}"], f"seed=2,{'1' * 72}…: a number of too many digits\n"),
-        (["-m", "optimizer=glob(*)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?\n"),
+         "optimzer.lr=0.0: no such key; did you mean optimizer.lr?"),
+        (["-m", "seed=range(3,3)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?"),
+        (["-m", "seed=range(0,3,0)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?"),
+        (["-m", "seed=range(0,nan)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?"),
+        (["-m", f"seed=2,{'1' * 5000}"], f"seed=2,{'1' * 72}…: a number of too many digits"),
+        (["-m", "optimizer=glob(*)", "optimzer.lr=1"], "optimzer.lr=1: no such key; did you mean optimizer.lr?"),
         (["-m", "model=choice(mlp)", "model.hidden_width=8"],
-         "model.hidden_width: Hydra composes a sweep also without what it varies, and that config has no such key; "
-         "write ++model.hidden_width=…\n"),
-        (["-m", "hydra.sweeper._target_=my.Sweeper"], "hydra.sweeper: my.Sweeper is not supported; a sweep trains"),
+         "model.hidden_width: Hydra composes a sweep also without what it varies, and that config has no such "
+         "key; write ++model.hidden_width=…"),
+        (["-m", "hydra.sweeper._target_=my.Sweeper"],
+         "hydra.sweeper: my.Sweeper is not supported; a sweep trains with all values, and hydra/sweeper=optuna "
+         "searches for the best"),
         ([*JOBLIB, "hydra.launcher.n_job=2"],
-         "hydra.launcher.n_job=2: no such key; did you mean hydra.launcher.n_jobs? There are:"),
-        (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean hydra.run.dir? There are: dir\n"),
+         "hydra.launcher.n_job=2: no such key; did you mean hydra.launcher.n_jobs? There are: *"),
+        (["hydra.run.dri=x"], "hydra.run.dri=x: no such key; did you mean hydra.run.dir? There are: dir"),
         (["-m", "hydra.launcher.n_jobs=2"],
-         "hydra.launcher.n_jobs=2: no such key, because the jobs run one after another; add hydra/launcher=joblib for"),
+         "hydra.launcher.n_jobs=2: no such key, because the jobs run one after another; add "
+         "hydra/launcher=joblib for several at once"),
         (["-m", "sweep.jobs=null"], "sweep.jobs: is set by the sweep; leave it out"),
         (["-m", "hydra.sweeper.max_batch_size=0"], "hydra.sweeper.max_batch_size=0: must be 1 or more, or null"),
         (["-m", "seed=1", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1,2", "seed=2,3"], "seed: given more than once; give it once, with all its values"),
         (["-m", "seed=1", "seed=2", "optimizer.lr=0.1,0.2"], "seed: has two values, 1 and 2; give it once"),
-        (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): its values can't be enumerated (range() arg 3"),
+        (["-m", "seed=range(0,3,0)"], "seed=range(0,3,0): its values can't be enumerated (range() arg 3*"),
         (["-m", "name=a,b"], "name: can't be varied; it names the whole sweep"),
-        (["trainer.num_nodes=2"], "trainer.num_nodes=2: this process was started on one node only"),
+        (["trainer.num_nodes=2"],
+         "trainer.num_nodes=2: this process was started on one node only; start it on every node with torchrun "
+         "or srun, or set MASTER_ADDR and NODE_RANK on each"),
         (["hydra.run.dir="], "hydra.run.dir: is empty; leave it out, or give the run's folder"),
-        (["hydra.output_subdir=.hydra"], "hydra.output_subdir=.hydra: a run keeps its own .hydra/, whose config"),
-        (["hydra.job.chdir=true"], "hydra.job.chdir=true: a run stays in the working directory, so that relative"),
-        (["-m", "hydra.job.chdir=true", "seed=1,2"], "hydra.job.chdir=true: a run stays in the working directory"),
-        (["-m", "hydra.sweep.dir=", "seed=1,2"], "hydra.sweep.dir: is empty; leave it out, or give the sweep's"),
-        (["-m", "hydra.sweep.subdir=x", "seed=1,2"], "hydra.sweep.subdir: a sweep names its jobs' folders by what it"),
-        (["-m", "hydra.sweep.subdir=${hydra.job.num}", "seed=1,2"], "hydra.sweep.subdir: a sweep names its jobs'"),
+        (["hydra.output_subdir=.hydra"],
+         "hydra.output_subdir=.hydra: a run keeps its own .hydra/, whose config Hydra would overwrite; leave it "
+         "out"),
+        (["hydra.job.chdir=true"],
+         "hydra.job.chdir=true: a run stays in the working directory, so that relative paths keep their "
+         "meaning; leave it out"),
+        (["-m", "hydra.job.chdir=true", "seed=1,2"],
+         "hydra.job.chdir=true: a run stays in the working directory, so that relative paths keep their "
+         "meaning; leave it out"),
+        (["-m", "hydra.sweep.dir=", "seed=1,2"], "hydra.sweep.dir: is empty; leave it out, or give the sweep's folder"),
+        (["-m", "hydra.sweep.subdir=x", "seed=1,2"],
+         "hydra.sweep.subdir: a sweep names its jobs' folders by what it varies; leave it out"),
+        (["-m", "hydra.sweep.subdir=${hydra.job.num}", "seed=1,2"],
+         "hydra.sweep.subdir: a sweep names its jobs' folders by what it varies; leave it out"),
         (["--config-path", "nowhere"], "--config-path nowhere: no such folder"),
         (["name=${nosuch}"], "name: Interpolation key 'nosuch' not found"),
         (["-m", "optimizer.lr=${nosuch}", "seed=1,2"], "optimizer.lr: Interpolation key 'nosuch' not found"),
         (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
-         "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'"),
-        (["+callbacks.x._target_=no_such.X"], "callbacks.x._target_=no_such.X: can't be imported (No module named"),
+         "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'*"),
+        (["+callbacks.x._target_=no_such.X"],
+         "callbacks.x._target_=no_such.X: can't be imported (No module named 'no_such'); is the folder of its "
+         "file in PYTHONPATH?"),
         (["+callbacks.x._target_=helpers.NoSuch"], "callbacks.x._target_=helpers.NoSuch: helpers has no class NoSuch"),
-        (["+callbacks.x._target_=builtins.dict"], "callbacks.x: its _target_ must be a subclass of"),
+        (["+callbacks.x._target_=builtins.dict"],
+         "callbacks.x: its _target_ must be a subclass of Lightning's Callback, not {}"),
     ],
 )  # fmt: skip
 def test_a_refused_command_line_is_one_message_and_leaves_nothing(
@@ -84,7 +108,10 @@ def test_a_refused_command_line_is_one_message_and_leaves_nothing(
 ) -> None:
     assert cli.run("train", [*arguments, *SMALL[:2]]) == 2  # few: each is composed alone to find all errors
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"nin train: {message}")
+    if message.endswith("*"):  # the rest is another package's
+        assert printed.err.startswith(f"nin train: {message[:-1]}")
+    else:
+        assert printed.err == f"nin train: {message}\n"
     assert (printed.out, list(tmp_path.iterdir())) == ("", [])
 
 

@@ -60,66 +60,125 @@ def test_defaults_are_the_notebooks_experiment() -> None:
         ("optimizer.lr=nan", "optimizer.lr=NaN: must be a finite number"),
         ("model.norm=layer", "model.norm=\"layer\": must be 'none' or 'batch'"),
         ("model.first_padding=-1", "model.first_padding=-1: must be greater than or equal to 0"),
-        ("model.widths=[96,256,0]", "model.widths.2"),
+        ("model.widths=[96,256,0]", "model.widths.2=0: must be greater than or equal to 1 or a valid list"),
         ("model.conv1x1_layers=-1", "model.conv1x1_layers=-1: must be greater than or equal to 0"),
         ("model.dropout=1", "model.dropout=1: must be less than 1"),
-        ("+data.bath_size=3", "data.bath_size: no such key; did you mean data.batch_size?"),
-        ("+model.depth=3", "model.depth: no such key; there are: name, input_size"),
+        (
+            "+data.bath_size=3",
+            "data.bath_size: no such key; did you mean data.batch_size? There are: root, image_size, batch_size, "
+            "score_each_epoch, augment, normalize, test_time_flip, name, val_size, mirrors",
+        ),
+        (
+            "+model.depth=3",
+            "model.depth: no such key; there are: name, input_size, init, widths, last_width, kernel_sizes, "
+            "first_stride, first_padding, conv1x1_layers, conv1x1_relu, head, head_width, dropout, "
+            "dropout_between, norm, final_relu",
+        ),
         ("~optimizer.momentum", "optimizer.momentum: has no value; set optimizer.momentum=…, or do not delete it"),
-        ("name=a/b", 'name="a/b": must consist of letters, digits and the characters _-=,+@.'),
-        ("name=..", 'name="..": must consist of letters, digits and the characters _-=,+@.'),
-        ("data.val_size=60000", "data.val_size=60000: fashion_mnist has 60000 training images"),
-        ("data.val_size=0", "data.val_size=0: there are no held-out images"),
-        ("trainer.max_epochs=-1", "trainer.max_epochs=-1: training would never end"),
-        ("trainer.max_epochs=0", "trainer.max_epochs=0: nothing would be trained"),
+        ("name=a/b", 'name="a/b": must consist of letters, digits and the characters _-=,+@. and not begin with a dot'),
+        ("name=..", 'name="..": must consist of letters, digits and the characters _-=,+@. and not begin with a dot'),
+        ("data.val_size=60000", "data.val_size=60000: fashion_mnist has 60000 training images; hold out fewer"),
+        (
+            "data.val_size=0",
+            "data.val_size=0: there are no held-out images for choosing the best checkpoint; choose "
+            "data.val_size=5000 or data.score_each_epoch=test as in the notebooks (the last epoch's weights are "
+            "then the best)",
+        ),
+        ("trainer.max_epochs=-1", "trainer.max_epochs=-1: training would never end; set it, or trainer.max_steps"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0: nothing would be trained; give 1 or more"),
         ("trainer.limit_test_batches=0", "trainer.limit_test_batches=0: a run ends with its test; give 1 or more"),
         ("trainer.min_epochs=11", "trainer.min_epochs=11: must be at most trainer.max_epochs, which is 10"),
-        ("trainer.max_steps=0", "trainer.max_steps=0: nothing would be trained"),
+        ("trainer.max_steps=0", "trainer.max_steps=0: nothing would be trained; give 1 or more"),
         ("trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00: nothing would be trained; give a longer time"),
         ("trainer.max_time=long", "trainer.max_time=long: must be days:hours:minutes:seconds, as in 00:01:30:00"),
-        ("trainer.precision=32bit", "trainer.precision=\"32bit\": must be 'auto', '32-true', '16-mixed', 'bf16-mixed'"),
+        (
+            "trainer.precision=32bit",
+            "trainer.precision=\"32bit\": must be 'auto', '32-true', '16-mixed', 'bf16-mixed', '16-true', "
+            "'bf16-true', '64-true', 'transformer-engine', 'transformer-engine-float16', '32', '16', 'bf16', '64', "
+            "32, 16 or 64",
+        ),
         ("speed=false", "speed=false: has keys of its own; set one of them, as in speed.<key>=…"),
         ("+trainer.max_time={hours:0}", "trainer.max_time={'hours': 0}: nothing would be trained; give a longer time"),
-        ("trainer.limit_train_batches=0.0", "trainer.limit_train_batches=0: nothing would be trained"),
-        ("optimizer.nesterov=true", "optimizer: nesterov=true needs momentum"),
+        ("trainer.limit_train_batches=0.0", "trainer.limit_train_batches=0: nothing would be trained; give 1 or more"),
+        (
+            "optimizer.nesterov=true",
+            "optimizer: nesterov=true needs momentum: set optimizer.momentum=0.9 or optimizer.nesterov=false",
+        ),
         ("threads=100000", "threads=100000: must be less than or equal to 1024"),
         ("checkpoint.keep=1000000000", "checkpoint.keep=1000000000: must be less than or equal to 1000"),
         ("model.first_stride=0", "model.first_stride=0: must be greater than or equal to 1"),
         ("model.widths=[]", "model.widths=[]: must have at least 1 item"),
         ("data.root=", 'data.root="": must have at least 1 character'),
-        ("data.batch_size=1000000000000", "data.batch_size=1000000000000: there are 55000 training images after 5000"),
+        (
+            "data.batch_size=1000000000000",
+            "data.batch_size=1000000000000: there are 55000 training images after 5000 are held out; choose at "
+            "most that",
+        ),
         (
             "trainer.limit_train_batches=0.001",
-            "trainer.limit_train_batches=0.001: leaves none of 430 batches; choose 0.0024",
+            "trainer.limit_train_batches=0.001: leaves none of 430 batches; choose 0.0024 or more, or a number of "
+            "batches, as in 1",
         ),
-        ("trainer.limit_val_batches=0.001", "trainer.limit_val_batches=0.001: leaves none of 40 batches; choose 0.025"),
+        (
+            "trainer.limit_val_batches=0.001",
+            "trainer.limit_val_batches=0.001: leaves none of 40 batches; choose 0.025 or more, or a number of "
+            "batches, as in 1",
+        ),
         (
             "trainer.limit_test_batches=0.001",
-            "trainer.limit_test_batches=0.001: leaves none of 79 batches; choose 0.0127",
+            "trainer.limit_test_batches=0.001: leaves none of 79 batches; choose 0.0127 or more, or a number of "
+            "batches, as in 1",
         ),
-        ("trainer.overfit_batches=0.001", "trainer.overfit_batches=0.001: leaves none of 430 batches"),
+        (
+            "trainer.overfit_batches=0.001",
+            "trainer.overfit_batches=0.001: leaves none of 430 batches; choose 0.0024 or more, or a number of "
+            "batches, as in 1",
+        ),
         (
             "trainer.limit_train_batches=-1",
-            "trainer.limit_train_batches=-1: must be a number of batches (0, 1, 2, …) or",
+            "trainer.limit_train_batches=-1: must be a number of batches (0, 1, 2, …) or a fraction of all batches "
+            "(0.0 to 1.0)",
         ),
-        ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5: must be a number of batches (0, 1, 2, …) or"),
-        ("trainer.val_check_interval=0", "trainer.val_check_interval=0: must be a number of batches (1, 2, …)"),
-        ("trainer.val_check_interval=0.0", "trainer.val_check_interval=0: must be a number of batches (1, 2, …)"),
+        (
+            "trainer.limit_val_batches=1.5",
+            "trainer.limit_val_batches=1.5: must be a number of batches (0, 1, 2, …) or a fraction of all batches "
+            "(0.0 to 1.0)",
+        ),
+        (
+            "trainer.val_check_interval=0",
+            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a fraction of an epoch (above "
+            "0.0, up to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off",
+        ),
+        (
+            "trainer.val_check_interval=0.0",
+            "trainer.val_check_interval=0: must be a number of batches (1, 2, …), a fraction of an epoch (above "
+            "0.0, up to 1.0) or null, which is once an epoch; trainer.limit_val_batches=0 turns validation off",
+        ),
         (
             "trainer.val_check_interval=431",
-            "trainer.val_check_interval=431: an epoch has 430 batches; choose at most that",
+            "trainer.val_check_interval=431: an epoch has 430 batches; choose at most that, or set "
+            "trainer.check_val_every_n_epoch=null to count the batches of all epochs",
         ),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1: must be greater than or equal to 0"),
-        ("trainer.sync_batchnorm=true", "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize"),
+        (
+            "trainer.sync_batchnorm=true",
+            "trainer.sync_batchnorm=true: there is one device, so nothing to synchronize; set it to false",
+        ),
         (f"name={'a' * 201}", f'name="{"a" * 78}…: must have at most 200 characters'),
-        ("trainer.strategy=ddp_fork", "trainer.strategy=ddp_fork: starts its processes as copies of one that does not"),
-        ("trainer.strategy=ddp_spawn_find_unused_parameters_true", "trainer.strategy=ddp_spawn_find_unused_parameters"),
+        (
+            "trainer.strategy=ddp_fork",
+            "trainer.strategy=ddp_fork: starts its processes as copies of one that does not train; choose ddp",
+        ),
+        (
+            "trainer.strategy=ddp_spawn_find_unused_parameters_true",
+            "trainer.strategy=ddp_spawn_find_unused_parameters_true: starts its processes as copies of one that "
+            "does not train; choose ddp",
+        ),
         ("trainer.devices=1.5", "trainer.devices=1.5: must be a valid integer or a valid string or a valid list"),
     ],
 )
 def test_an_error_has_the_key_its_value_and_the_rule(override: str, message: str) -> None:
-    (error,) = refused(override)
-    assert error.startswith(message)
+    assert refused(override) == (message,)
 
 
 def test_a_folder_of_images_must_be_given() -> None:
@@ -132,11 +191,18 @@ def test_a_duration_below_zero_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
-    ["trainer.limit_train_batches=0.0024", "trainer.val_check_interval=430", "data.batch_size=55000", "threads=1024"],
+    ("override", "recommendation"),
+    [
+        ("trainer.limit_train_batches=0.001", r"choose (\S+) or more"),
+        ("trainer.val_check_interval=431", r"an epoch has (\d+) batches; choose at most that"),
+        ("data.batch_size=1000000000000", r"there are (\d+) training images .* choose at most that"),
+        ("threads=100000", r"must be less than or equal to (\d+)"),
+    ],
 )
-def test_the_value_that_a_message_recommends_is_accepted(override: str) -> None:
-    validate(compose_config([override]))
+def test_the_value_that_a_message_recommends_is_accepted(override: str, recommendation: str) -> None:
+    (error,) = refused(override)
+    value = re.search(recommendation, error)[1]  # type: ignore[index]
+    validate(compose_config([f"{override.partition('=')[0]}={value}"]))
 
 
 def test_errors_of_early_stopping_are_reported_together() -> None:
@@ -235,25 +301,37 @@ def test_batch_norm_is_synchronized_on_gpus_only() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.barebones=true"], "trainer.barebones=true: the run would have no checkpoint, log or result"),
-        (["trainer.max_steps=3", "trainer.min_steps=4"], "trainer.min_steps=4: must be at most trainer.max_steps"),
-        (["trainer.max_epochs=null"], "trainer.max_epochs=null: training would never end"),
+        (
+            ["trainer.barebones=true"],
+            "trainer.barebones=true: the run would have no checkpoint, log or result; set it to false",
+        ),
+        (
+            ["trainer.max_steps=3", "trainer.min_steps=4"],
+            "trainer.min_steps=4: must be at most trainer.max_steps, which is 3",
+        ),
+        (
+            ["trainer.max_epochs=null"],
+            "trainer.max_epochs=null: training would never end; set it, or trainer.max_steps",
+        ),
         (
             ["trainer.limit_train_batches=5", "trainer.val_check_interval=6"],
-            "trainer.val_check_interval=6: an epoch has 5 batches",
+            "trainer.val_check_interval=6: an epoch has 5 batches; choose at most that, or set "
+            "trainer.check_val_every_n_epoch=null to count the batches of all epochs",
         ),
         (
             ["trainer.limit_train_batches=0.5", "trainer.val_check_interval=216"],
-            "trainer.val_check_interval=216: an epoch has 215 batches",
+            "trainer.val_check_interval=216: an epoch has 215 batches; choose at most that, or set "
+            "trainer.check_val_every_n_epoch=null to count the batches of all epochs",
         ),
         (
             ["data.val_size=0", "data.score_each_epoch=test", "trainer.limit_val_batches=0.01"],
-            "trainer.limit_val_batches=0.01: leaves none of 79 batches; choose 0.0127",
+            "trainer.limit_val_batches=0.01: leaves none of 79 batches; choose 0.0127 or more, or a number of "
+            "batches, as in 1",
         ),
     ],
 )
 def test_numbers_of_steps_and_batches_that_do_not_fit_are_refused(overrides: list[str], message: str) -> None:
-    assert [error.startswith(message) for error in refused(*overrides)] == [True]
+    assert refused(*overrides) == (message,)
 
 
 def test_a_minimum_may_be_the_maximum() -> None:

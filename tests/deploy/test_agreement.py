@@ -18,9 +18,6 @@ from nin.commands.predict import main as predict
 from nin.deploy.pipeline import read_checkpoint
 from nin.deploy.scoring import load_part
 
-pytest.importorskip("onnxscript")
-pytest.importorskip("uvicorn")
-
 
 @pytest.fixture(params=["garments", *(pytest.param(name, marks=pytest.mark.long) for name in ("real", "color"))])
 def trained(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path, Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
@@ -19,15 +20,14 @@ from PIL import Image
 import nin
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
-from nin.commands import predict
+from nin.commands import predict, serve
 from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.config.schema import UserError
+from nin.deploy import onnx_model
 from nin.deploy.export import Exporter
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.scoring import MappedImages, load_part
 from pictures import folder_data, write_folder
-
-onnx = pytest.importorskip("onnx")
 
 
 def test_the_exported_file_gives_the_checkpoints_probabilities_and_maps(
@@ -42,14 +42,28 @@ def test_the_exported_file_gives_the_checkpoints_probabilities_and_maps(
     np.testing.assert_allclose(found.maps.mean((2, 3)), found.logits, rtol=1e-4, atol=1e-4)
 
 
-def test_an_export_is_computed_by_as_many_threads_as_requested(tmp_path: Path) -> None:
-    values = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("images", "same")]
-    node = onnx.helper.make_node("Identity", ["images"], ["same"])
-    graph = onnx.helper.make_graph([node], "graph", values[:1], values[1:])
-    opsets = [onnx.helper.make_opsetid("", 17)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "model.onnx")
-    sessions = [open_session(tmp_path / "model.onnx", threads) for threads in (3, None)]
-    assert [session.get_session_options().intra_op_num_threads for session in sessions] == [3, 0]
+def test_an_export_is_computed_by_as_many_threads_as_requested(
+    export: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions: list[Any] = []
+
+    def record(path: Path, threads: int | None = None) -> Any:
+        sessions.append(open_session(path, threads))
+        return sessions[-1]
+
+    monkeypatch.setattr(onnx_model, "open_session", record)
+    monkeypatch.setattr("nin.deploy.server.run", lambda *_: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    used = []
+    for compute in (
+        lambda: serve.main([str(export), "--port", "0", "--threads", "2"]),
+        lambda: serve.main([str(export), "--port", "0"]),
+        lambda: evaluate_export(export, [f"data.root={data_root}", "threads=2"]),
+        lambda: load_onnx(export),
+    ):
+        compute()
+        used.append(sessions[-1].get_session_options().intra_op_num_threads)
+    assert used == [2, 3, 2, 0]  # 0: onnxruntime's default
 
 
 def test_places_that_a_checkpoint_names_are_not_followed(
@@ -172,9 +186,10 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     here = [f"data.root={data_root}"]
     exporter = module.Exporter(run_folder / "checkpoints" / "best.ckpt", lambda *_: None, here)
     monkeypatch.setattr(module, "images_per_second", lambda *_, **__: 1.0)
-    monkeypatch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
     path = tmp_path / "m.int8.onnx"
-    measured = exporter.export_int8(export, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "INT8_LOSS", 0.1)  # a network this small loses more than a real one
+        measured = exporter.export_int8(export, path)
     # Not with the test images, on which its accuracy is then found.
     np.testing.assert_array_equal(calibrated[0], load_part(exporter.local_settings, "train")[0])
     noted = load_onnx(path).description.more["int8"]
@@ -189,7 +204,6 @@ def test_int8_is_smaller_and_refused_if_it_loses_accuracy(
     content = path.read_bytes()
     monkeypatch.setattr(quantize_module, "quantize", lambda source, to, images: to.write_bytes(content))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "INT8_LOSS", 0.003)
         for lost in (0.003, 0.0031):
             patch.setattr(module, "evaluate_network", lambda *_, lost=lost: ({"test/acc": before - lost}, None))
             if lost == 0.003:  # the difference may be 0.0030000000000000027

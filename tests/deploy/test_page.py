@@ -9,14 +9,10 @@ import pytest
 from PIL import Image
 
 import nin
+from deploy.browser import CHROMIUM, Page, browser
 from deploy.server import serve
 from helpers import nin as run_nin
 from pictures import encode
-
-pytest.importorskip("uvicorn")
-websockets = pytest.importorskip("websockets")
-
-from deploy.browser import CHROMIUM, Page, browser  # noqa: E402  # after the check that it can be imported
 
 SHIRT = """(async () => {
   await nin.ready;

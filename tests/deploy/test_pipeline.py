@@ -56,7 +56,6 @@ def test_the_maps_of_a_mirrored_image_are_mirrored_back(maps: str) -> None:
             torch.nn.Flatten(),
         )
     else:
-        pytest.importorskip("captum")
         head = (torch.nn.Flatten(), torch.nn.Linear(4 * 13 * 13, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, stride=2), torch.nn.ReLU(), *head).requires_grad_(False)
     plain, both = (Pipeline(network, 1, 28, 28, test_time_flip=flip).eval() for flip in (False, True))

@@ -12,16 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from nin.deploy.trained import Description, Scores, TrainedNetwork
-from pictures import encode
-
-pytest.importorskip("uvicorn")
-
 from starlette.requests import Request
 
 from nin.deploy.requests import RefusedError, read_file
 from nin.deploy.service import Limits, Service
+from nin.deploy.trained import Description, Scores, TrainedNetwork
+from pictures import encode
 
 LIMITS = Limits(body_bytes=20_000_000, pixels=25_000_000, waiting_images=256, seconds=30)
 SMALL, MANY_PIXELS = np.zeros((28, 28), np.uint8), np.zeros((500, 500), np.uint8)
@@ -87,6 +83,37 @@ def test_images_that_wait_to_be_decoded_count_as_waiting() -> None:
             done.set()
             assert await asyncio.gather(*waiting) == [(200, "")] * 2
             assert (service.batcher.images, service.batcher.pixels, service.body_bytes) == (0, 0, 0)
+
+    asyncio.run(play())
+
+
+def test_as_many_pixels_wait_as_four_of_the_largest_images_have() -> None:
+    go = threading.Event()
+
+    def wait(images: np.ndarray, maps: bool) -> Scores:
+        assert go.wait(60)
+        return brightness(images, maps)
+
+    async def play() -> None:
+        async with busy_service(replace(LIMITS, pixels=SMALL.size), wait) as (service, _):
+            tasks = [asyncio.create_task(post(service, encode(SMALL))) for _ in range(5)]
+            try:
+                ended, waiting = await asyncio.wait(tasks, timeout=20, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                go.set()
+            assert [task.result() for task in ended] == [(503, "the server is overloaded")]
+            assert await asyncio.gather(*waiting) == [(200, "")] * 4
+
+    asyncio.run(play())
+
+
+def test_maps_that_an_export_does_not_have_are_refused() -> None:
+    async def play() -> None:
+        async with busy_service(LIMITS) as (service, _):
+            service.network.description = replace(service.network.description, maps="none")
+            message = "this network's export has no score maps"
+            assert await post(service, encode(SMALL), b"maps=true") == (400, message)
+            assert await post(service, encode(SMALL), b"maps=false") == (200, "")
 
     asyncio.run(play())
 

@@ -21,9 +21,6 @@ import nin
 from deploy.server import Server, serve
 from pictures import encode
 
-pytest.importorskip("uvicorn")
-
-
 LIMITS = ("--max-megabytes", "2", "--max-megapixels", "4")
 
 
@@ -114,17 +111,27 @@ def send_for_ever(client: socket.socket) -> None:
         client.sendall(b"10000\r\n" + bytes(0x10000) + b"\r\n")
 
 
-def test_an_endless_upload_and_a_slow_client_end_and_nobody_else_waits(export: Path) -> None:
-    with serve(export, *LIMITS, "--timeout", "3") as server:
-        address = ("127.0.0.1", server.port)
-        with socket.create_connection(address, 30) as slow, socket.create_connection(address, 30) as endless:
-            slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab")
-            endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
-            with pytest.raises((BrokenPipeError, ConnectionResetError)):
-                send_for_ever(endless)
-            assert server.request("POST", "/predict", encode(np.zeros((28, 28), np.uint8)))[0] == 200
-            with slow.makefile("rb") as answer:  # to the end: the server closes the connection
-                assert answer.read().startswith(b"HTTP/1.1 408")
+SLOW = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nab"
+
+
+def test_an_endless_upload_ends_and_nobody_waits_for_it_or_for_a_slow_one(server: Server) -> None:
+    address = ("127.0.0.1", server.port)
+    with socket.create_connection(address, 30) as slow, socket.create_connection(address, 30) as endless:
+        slow.sendall(SLOW)
+        endless.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        with pytest.raises((BrokenPipeError, ConnectionResetError)):
+            send_for_ever(endless)
+        assert server.request("POST", "/predict", encode(np.zeros((28, 28), np.uint8)))[0] == 200
+
+
+def test_a_slow_upload_ends(export: Path) -> None:
+    with (
+        serve(export, *LIMITS, "--timeout", "1") as server,
+        socket.create_connection(("127.0.0.1", server.port), 30) as slow,
+    ):
+        slow.sendall(SLOW)
+        with slow.makefile("rb") as answer:  # to the end: the server closes the connection
+            assert answer.read().startswith(b"HTTP/1.1 408")
 
 
 def test_a_client_that_reads_after_it_has_sent_all_gets_the_413(server: Server) -> None:
@@ -240,8 +247,6 @@ class Connection:
 
 
 def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
-    from nin.deploy.server import HEAD_SECONDS
-
     connection = Connection()
     protocol, cancelled = connection.protocol, connection.cancelled
     assert cancelled() == [False]
@@ -253,7 +258,7 @@ def test_a_connection_on_which_no_head_arrives_in_time_is_closed() -> None:
     assert cancelled() == [True, True, False]
     protocol.connection_lost(None)
     assert cancelled() == [True, True, True]
-    assert connection.loop.call_later.call_args_list == [call(HEAD_SECONDS, connection.transport.close)] * 3
+    assert connection.loop.call_later.call_args_list == [call(15, connection.transport.close)] * 3
 
 
 def test_a_body_does_not_count_as_the_next_head_after_it() -> None:
@@ -261,9 +266,9 @@ def test_a_body_does_not_count_as_the_next_head_after_it() -> None:
     protocol, write = connection.protocol, connection.transport.write
     protocol.data_received(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 200000\r\n\r\n" + bytes(100_000))
     protocol.data_received(bytes(100_000) + b"GET /")
-    protocol.data_received(b" HTTP/1.1\r\nX-Long: " + b"a" * 60_000)
+    protocol.data_received(b" HTTP/1.1\r\nX-Long: ".ljust(65_536, b"a"))
     write.assert_not_called()
-    protocol.data_received(b"a" * 60_000)
+    protocol.data_received(b"a")
     assert write.call_args.args[0].startswith(b"HTTP/1.1 431")
 
 
@@ -383,6 +388,23 @@ def test_a_signal_before_the_server_has_its_own_handlers_ends_it(export: Path, m
     with module.listen("127.0.0.1", 0) as listener:
         assert module.run(service, listener) == 143
     assert True not in serves
+
+
+@pytest.mark.parametrize(("timeout", "seconds", "graceful"), [(3, 15, 6), (30.5, 31, 61)])
+def test_the_next_request_may_follow_an_answer_within_the_timeout_and_15_seconds_at_least(
+    timeout: float, seconds: int, graceful: int, export: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a server that is to stop waits for an upload and its answer."""
+    from nin.deploy import server as module
+    from nin.deploy.loading import load
+    from nin.deploy.service import Limits, Service
+
+    configs: list[Any] = []
+    monkeypatch.setattr(module.uvicorn.Server, "run", lambda server, sockets: configs.append(server.config))
+    with module.listen("127.0.0.1", 0) as listener:
+        assert module.run(Service(load(export), Limits(2_000_000, 4_000_000, 256, timeout), None), listener) == 0
+    (config,) = configs
+    assert (config.timeout_keep_alive, config.timeout_graceful_shutdown) == (seconds, graceful)
 
 
 def test_a_wrong_argument_and_a_port_in_use_are_one_line(server: Server, export: Path) -> None:

@@ -42,7 +42,6 @@ def test_with_a_fully_connected_layer_mean_and_bias_are_the_logit(images: Tensor
 
 
 def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
-    pytest.importorskip("captum")
 
     class Own(nn.Sequential):
         """A config can name a class only, and no layers."""
@@ -69,7 +68,6 @@ def test_a_sequence_of_the_users_own_has_its_maps(images: Tensor) -> None:
 
 
 def test_maps_are_those_before_a_global_average_pooling(images: Tensor) -> None:
-    pytest.importorskip("captum")
     features = (nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     network = nn.Sequential(*features, nn.Linear(4, 5)).eval()
     assert find_map_kind(network) == "fc"
@@ -83,7 +81,6 @@ def test_maps_are_those_before_a_global_average_pooling(images: Tensor) -> None:
 
 
 def test_grad_cam_is_exact_where_one_linear_layer_follows_average_pooling() -> None:
-    pytest.importorskip("captum")
     # Of one map per class there is one gradient per map, and Grad-CAM is the class activation map itself.
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(26), nn.Flatten(), nn.Linear(4, 5)).eval()
     images = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
@@ -93,7 +90,6 @@ def test_grad_cam_is_exact_where_one_linear_layer_follows_average_pooling() -> N
 
 
 def test_grad_cam_of_lenet_has_a_map_for_each_class(images: Tensor) -> None:
-    pytest.importorskip("captum")
     network = LeNet().eval().requires_grad_(False)
     assert find_map_kind(network) is None
     with torch.no_grad():
@@ -103,7 +99,6 @@ def test_grad_cam_of_lenet_has_a_map_for_each_class(images: Tensor) -> None:
 
 
 def test_features_without_height_and_width_are_no_maps(images: Tensor) -> None:
-    pytest.importorskip("captum")
     tokens = nn.Sequential(nn.Conv2d(1, 4, 14, stride=14), nn.Flatten(2), nn.Linear(4, 6))
 
     class Backbone(nn.Module):
@@ -133,6 +128,5 @@ def test_features_without_height_and_width_are_no_maps(images: Tensor) -> None:
     ],
 )
 def test_a_network_without_maps_is_named(layers: list[nn.Module]) -> None:
-    pytest.importorskip("captum")
     with pytest.raises(UserError, match=r"one nn\.Flatten"):
         grad_cam(nn.Sequential(*layers), torch.zeros(1, 1, 8, 8))

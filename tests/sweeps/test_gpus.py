@@ -82,7 +82,7 @@ def test_a_job_waits_for_a_free_gpu_and_sees_no_other(
         if len(waits) == 3:
             in_use["4"].release()
 
-    monkeypatch.setattr(gpus.time, "sleep", sleep)
+    monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=sleep))
     lock = acquire_gpu(tmp_path, StopRequest())
     assert lock is not None
     assert lock.is_locked
@@ -99,6 +99,6 @@ def test_a_job_that_is_stopped_while_it_waits_takes_no_gpu(
         stop.signum = 15
         in_use["4"].release()
 
-    monkeypatch.setattr(gpus.time, "sleep", sleep)
+    monkeypatch.setattr(gpus, "time", SimpleNamespace(sleep=sleep))
     assert acquire_gpu(tmp_path, stop) is None
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "3,4"

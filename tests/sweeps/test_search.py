@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+import torch
 from filelock import Timeout
 from hydra.types import RunMode
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -391,6 +392,33 @@ def test_two_searchers_that_share_a_folder_never_have_the_same_trial(tmp_path: P
     assert other._take(other.store.trials()) == ([0], 0)
 
 
+@pytest.mark.parametrize(
+    ("trials", "printed"),
+    [
+        (5, "the grid has 3 points, so there are 3 trials\ntrial 0: "),
+        (3, "trial 0: "),
+        (2, "the grid has 3 points; 2 are tried, all with hydra.sweeper.n_trials=3\ntrial 0: "),
+    ],
+)
+def test_a_grid_of_another_size_than_the_search_is_reported(
+    trials: int,
+    printed: str,
+    tmp_path: Path,
+    data_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def launch(*_: object) -> None:
+        raise UserError("launched")
+
+    monkeypatch.chdir(tmp_path)
+    grid = ["hydra.sweeper.sampler=grid", f"hydra.sweeper.n_trials={trials}", "optimizer.lr=0.1,0.2,0.3"]
+    search = check(*SMALL, f"data.root={data_root}", *grid)
+    with pytest.raises(UserError, match=r"^launched$"):
+        search.run(SimpleNamespace(launch=launch))  # type: ignore[arg-type]
+    assert capsys.readouterr().out.startswith(printed)
+
+
 def test_a_search_ends_only_after_the_trials_that_another_process_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,7 +432,7 @@ def test_a_search_ends_only_after_the_trials_that_another_process_runs(
             other.store.finish(0, TrialState.COMPLETE, 0.5, {}, {})
             other.store.claims.release(0)
 
-    monkeypatch.setattr(search_module.time, "sleep", sleep)
+    monkeypatch.setattr(search_module, "time", SimpleNamespace(sleep=sleep))
     monkeypatch.setattr(one, "_run_batch", lambda *_: pytest.fail("has run a trial of another process"))
     one._run_trials()
     assert len(waited) == 3
@@ -414,7 +442,8 @@ def test_a_search_ends_only_after_the_trials_that_another_process_runs(
 @pytest.fixture
 def database_locks(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], object]:
     """Has PostgreSQL's functions in SQLite, locks of a connection by two numbers; returns those that are held."""
-    sqlalchemy = pytest.importorskip("sqlalchemy")
+    import sqlalchemy
+
     held: dict[tuple[int, int], object] = {}
     create_engine = sqlalchemy.create_engine
 
@@ -776,6 +805,26 @@ def test_a_best_trial_whose_folder_was_removed_is_said_to_be_missing(
         f"{tmp_path}/trial-0003/checkpoints/best.ckpt: not found, so the best trial is not tested"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_best_trial_is_not_tested_where_its_accelerator_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine that only submits the trials: the search, which is finished, ends as such."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    trial = create_trial(value=0.5)
+    trial.number = 3
+    best = RunFolder(tmp_path / "trial-0003").best
+    best.parent.mkdir(parents=True)
+    best.touch()
+    search_best.test_best(tmp_path, trial, validate(compose_config(["experiment=cpu", "trainer=gpu"])))
+    assert re.fullmatch(
+        r"trainer\.accelerator=gpu: this machine has no GPU .*, so the best trial is not tested; the same command on a "
+        r"machine with the accelerator tests it\n",
+        capsys.readouterr().out,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["trial-0003"]
 
 
 def requested(*arguments: str) -> Settings:

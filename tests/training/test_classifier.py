@@ -183,9 +183,13 @@ def test_predict_returns_class_probabilities_and_test_returns_metrics(
     (metrics,) = trainer.test(module, DataLoader(TensorDataset(images, labels), batch_size=5), verbose=False)
     module.eval()  # the Trainer has restored the training mode
     with torch.no_grad():
-        expected = module(images).softmax(1)
+        logits, scored = module(images), module.predict_logits(images)
+        expected = logits.softmax(1)
         if flip == "true":
             expected = (expected + module(images.flip(-1)).softmax(1)) / 2
+            torch.testing.assert_close(scored.exp(), expected)
+        else:
+            assert torch.equal(scored, logits)
     torch.testing.assert_close(probabilities, expected)
     assert metrics == pytest.approx(
         {

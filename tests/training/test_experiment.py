@@ -318,16 +318,6 @@ def test_training_and_selection_do_not_depend_on_the_test_images(
         assert all(torch.equal(theirs[key], ours[key]) for key in ours)
 
 
-def test_scoring_mirrored_too_is_the_mean_of_both_probabilities(settings: Callable[..., Settings]) -> None:
-    plain, both = (Classifier(settings(f"data.test_time_flip={on}"), CLASSES).eval() for on in ("false", "true"))
-    both.load_state_dict(plain.state_dict())
-    images = torch.rand(5, 1, 28, 28)
-    with torch.no_grad():
-        mean = (plain(images).softmax(1) + plain(images.flip(-1)).softmax(1)) / 2
-        assert torch.allclose(both.predict_logits(images).exp(), mean, atol=1e-6)
-        assert torch.equal(plain.predict_logits(images), plain(images))
-
-
 def test_augmentation_is_for_training_alone(settings: Callable[..., Settings], tmp_path: Path) -> None:
     keys = ["optimizer.lr=1e-12", "optimizer.weight_decay=0", "model.norm=none", "model.dropout=0", "logger=none"]
     rows, results = {}, {}

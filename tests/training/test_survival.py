@@ -590,7 +590,7 @@ def test_killed_stopped_refused_and_resumed_as_a_person_would(
     wait_for(tmp_path / f"gate.{third.pid}", third)
     third.send_signal(signal.SIGINT)
     gate.write_text("1000")
-    output = third.communicate(timeout=60)[0]
+    output = third.communicate(timeout=120)[0]
     assert third.returncode == 130, output
     assert "resuming from epoch" in output
     assert "last.ckpt is saved; resume with: the same command and name=killed\n" in output

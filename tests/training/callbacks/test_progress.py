@@ -114,7 +114,7 @@ def test_a_long_run_on_a_cpu_is_estimated_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds = iter((0, 30, 60, 90))  # after the first batch, the second, …
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(seconds), process_time=lambda: 0))
     monkeypatch.setattr(progress, "cpu_has_bfloat16", lambda: True)
     monkeypatch.setattr(progress, "count_progress", lambda trainer: (batches, 2))
     trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
@@ -148,8 +148,8 @@ def test_too_few_cores_for_the_threads_are_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seconds, cpu = iter((100, 110, 120)), iter((7, 7 + cpu_seconds))
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(seconds))
-    monkeypatch.setattr(progress.time, "process_time", lambda: next(cpu))
+    clocks = SimpleNamespace(monotonic=lambda: next(seconds), process_time=lambda: next(cpu))
+    monkeypatch.setattr(progress, "time", clocks)
     monkeypatch.setattr(progress.torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(progress, "count_progress", lambda trainer: (10, 2))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
