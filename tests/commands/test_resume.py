@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,9 @@ from nin import cli
 from nin.commands import resume
 from nin.config.schema import Settings
 from nin.runs.folder import RunFolder
+from nin.system.processes import StoppedError
 from nin.training.request import RunRequest
+from nin.training.run import RunFailedError
 
 
 @pytest.fixture
@@ -123,3 +126,34 @@ def test_the_command_of_a_resumed_run_has_the_options_of_its_start_and_each_key_
     assert cli.run("resume", [str(run.path), "trainer.max_epochs=3"]) == 0
     start = "nin train --config-dir '/my own' seed=0 trainer.max_epochs=3 "
     assert requests[0].command.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "printed"),
+    [
+        (RunFailedError(), 1, ""),
+        (StoppedError(signal.SIGINT), 130, ""),
+        (StoppedError(signal.SIGTERM), 143, ""),
+        (StoppedError(signal.SIGUSR1), 143, "SLURM job 7 could not be requeued"),
+    ],
+)
+@pytest.mark.parametrize(("command", "word"), [("resume", "run"), ("train", "name=run")])
+def test_the_exit_status_is_how_the_run_ended_and_slurms_warning_requeues_its_job(
+    run: RunFolder,
+    ended: Exception,
+    status: int,
+    printed: str,
+    command: str,
+    word: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def execute(_: RunRequest) -> None:
+        raise ended
+
+    monkeypatch.setattr(f"nin.commands.{command}.execute_run", execute)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", "")  # without SLURM's programs
+    monkeypatch.chdir(run.path.parent)
+    assert cli.run(command, [word]) == status
+    assert capsys.readouterr().err.partition(" (")[0] == printed

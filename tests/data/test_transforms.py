@@ -78,6 +78,18 @@ def test_torchvisions_operations_depend_on_torchs_random_state_only(shape: tuple
     assert torch.equal(augment(images, name), second)
 
 
+@pytest.mark.parametrize(("name", "operation"), [("erase", v2.RandomErasing), ("trivial", v2.TrivialAugmentWide)])
+def test_torchvisions_operations_change_images_that_are_flipped_and_shifted(
+    name: str, operation: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = torch.randint(0, 256, (20, 32, 32), dtype=torch.uint8)
+    torch.manual_seed(0)
+    expected = augment(images, "flip_shift")
+    monkeypatch.setattr(operation, "forward", lambda self, group: 255 - group)
+    torch.manual_seed(0)
+    assert torch.equal(augment(images, name), 255 - expected)
+
+
 def test_trivial_augmentation_changes_every_eight_images_in_their_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     operation = v2.TrivialAugmentWide.forward

@@ -25,7 +25,7 @@ from optuna.trial import TrialState, create_trial
 from PIL import Image
 from rich.console import Console
 
-from helpers import SMALL, merge, run_experiment
+from helpers import SMALL, merge, read_results, run_experiment
 from nin import cli
 from nin.commands import train
 from nin.config.composition import compose_config, parse_overrides
@@ -34,7 +34,7 @@ from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
 from nin.sweeps import search as search_module
-from nin.sweeps import search_best, search_checks, search_report
+from nin.sweeps import search_best, search_checks, search_report, workers
 from nin.sweeps.claims import DatabaseClaims
 from nin.sweeps.launch import Sweep
 from nin.sweeps.search import Search
@@ -54,6 +54,7 @@ from nin.sweeps.study import (
     require_same_plan,
 )
 from nin.training.pruning import TrialPruner, write_comparison
+from nin.training.request import RunRequest
 
 LR = "optimizer.lr=tag(log, interval(1e-4, 1e-1))"
 
@@ -920,6 +921,27 @@ def test_proposals_of_a_range_are_decimals_and_every_choice_is_checked_before_th
     assert values <= {0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9}
     assert len(values) > 4
     assert {point["model"] for point in sample_corners(space)} == {"nin", "lenet", "alexnet", "vgg", "mlp"}
+
+
+def test_a_combination_that_hydra_can_not_compose_is_a_failed_trial_and_the_search_continues(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(request: RunRequest) -> dict[str, Any]:
+        result = {"status": "finished", "metrics": {"val/acc": 0.5}, "overrides": request.overrides}
+        request.folder.write_result(result)
+        return result
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(workers, "execute_run", execute)
+    words = ["hydra.sweeper.sampler=grid", "data=garments", f"data.root={data_root}", "name=s", "sweep.test=false"]
+    searched = ["model=nin_small,mlp", "model.norm=batch"]  # the second network has no such key
+    assert cli.run("train", ["-m", "hydra/sweeper=optuna", *words, *searched]) == 0
+    results = read_results(Path("outputs/sweeps/s"))
+    found = {word: r for r in results.values() for word in r["overrides"] if word.startswith("model=")}
+    assert {word: result["status"] for word, result in found.items()} == {
+        "model=nin_small": "finished", "model=mlp": "failed",
+    }  # fmt: skip
+    assert found["model=mlp"]["error"].startswith("model.norm=batch: no such key")
 
 
 def test_a_choice_that_does_not_exist_is_refused_before_the_search_starts() -> None:

@@ -1,5 +1,6 @@
-"""What a machine lacks is reported before training."""
+"""What a machine lacks is reported before training, and a run has the threads that it requests."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from nin import cli
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
-from nin.system.devices import add_remedy, own_gpu, require_accelerator, require_working_gpu
+from nin.system.devices import THREADS_VARIABLE, add_remedy, own_gpu, require_accelerator, require_working_gpu
 from nin.system.processes import remove_left_over_ranks
+from nin.training.experiment import Experiment
 from nin.training.request import RunRequest
 from nin.training.run import execute_run
 
@@ -119,3 +121,19 @@ def test_the_error_of_a_full_gpu_has_its_remedy() -> None:
     assert "a smaller data.memory_limit_mib, above which images are not stored on the GPU" in of_folder.__notes__[0]
     assert compilation.__notes__ == ["The network could not be compiled: set compile=false to train without it"]
     assert not hasattr(other, "__notes__")
+
+
+def test_torch_computes_with_as_many_threads_as_a_run_requests(
+    settings: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, found = torch.get_num_threads(), []
+    monkeypatch.setenv(THREADS_VARIABLE, "2")  # of a run that requests none
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    several = ("threads=4", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+    try:
+        for words in (("threads=3",), (), several):
+            Experiment(RunRequest(settings(*words), RunFolder(tmp_path)))
+            found.append((torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]))
+    finally:
+        torch.set_num_threads(before)
+    assert found == [(3, "1"), (2, "1"), (4, "4")]  # the processes that Lightning starts inherit the variable

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import Trainer
+from lightning import Callback, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from nin.config.composition import apply_overrides, compose_config
@@ -19,6 +19,7 @@ from nin.training.optimizers import build_schedule
 from nin.training.trainer import build_trainer
 
 CLASSES = tuple("abcdefghij")
+SCHEDULES = "torch.optim.lr_scheduler"
 QUIET = {
     "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
     "enable_model_summary": False,
@@ -139,6 +140,31 @@ def test_no_fused_optimizer_where_gradients_are_clipped(
 ) -> None:
     optimizer = Classifier(settings("schedule=constant", *overrides), CLASSES).configure_optimizers()
     assert optimizer.param_groups[0]["fused"] is fused
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ({"_target_": f"{SCHEDULES}.LinearLR", "start_factor": 1.0, "end_factor": 0.4, "total_iters": "steps"},
+         [1.0, 0.9, 0.8, 0.7, 0.6, 0.5]),
+        ({"_target_": f"{SCHEDULES}.ExponentialLR", "gamma": 0.5, "interval": "epoch"}, [1.0] * 3 + [0.5] * 3),
+    ],
+)  # fmt: skip
+def test_a_schedule_of_ones_own_is_called_after_each_step_or_once_per_epoch(
+    settings: Callable[..., Settings], schedule: dict[str, object], factors: list[float]
+) -> None:
+    rates = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    plain = settings("optimizer=sgd", "optimizer.lr=0.01").model_dump(mode="json")
+    module = Classifier(validate_plain(plain | {"schedule": schedule}), CLASSES)
+    batches = DataLoader(TensorDataset(torch.rand(6, 1, 28, 28), torch.arange(6)), batch_size=2)
+    Trainer(**QUIET, max_epochs=2, num_sanity_val_steps=0, callbacks=[Rates()]).fit(module, batches, batches)
+    assert rates == pytest.approx([0.01 * factor for factor in factors])
 
 
 def test_hyperparameters_are_plain_and_rebuild_the_network(settings: Callable[..., Settings]) -> None:

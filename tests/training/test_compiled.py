@@ -112,10 +112,10 @@ def test_a_run_is_compiled_however_many_were_before_it_in_this_process(
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_cuda_graphs_accumulate_no_gradients(
+def test_a_gpu_compiles_by_default_and_cuda_graphs_accumulate_no_gradients(
     settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = Classifier(settings("model=nin_small"), ["a", "b"])
+    default, off = (Classifier(settings("model=nin_small", *words), ["a", "b"]) for words in ([], ["compile=false"]))
     modes = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda _, mode, dynamic: modes.append(mode))
     monkeypatch.setattr(Classifier, "device", torch.device("cuda"))
@@ -124,7 +124,8 @@ def test_cuda_graphs_accumulate_no_gradients(
     for batches, callbacks in ((1, []), (2, []), (1, [later])):
         trainer = SimpleNamespace(accumulate_grad_batches=batches, callbacks=callbacks)
         monkeypatch.setattr(Classifier, "trainer", trainer)
-        module.on_train_start()
+        default.on_train_start()
+        off.on_train_start()
     assert modes == ["reduce-overhead", "default", "default"]
 
 

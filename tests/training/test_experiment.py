@@ -18,6 +18,7 @@ from lightning import Callback, Trainer
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.states import RunningStage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
@@ -456,6 +457,34 @@ def test_eval_repeats_the_test_of_bfloat16_weights_and_they_classify_in_float32(
     weight = next(module.network.parameters())
     assert weight.dtype == torch.float32
     assert torch.equal(weight, best["state_dict"]["network.0.0.weight"].float())
+
+
+def test_an_average_of_the_weights_is_validated_tested_and_saved(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    trained, scored = [], {}
+
+    def weights_of(network: torch.nn.Module) -> torch.Tensor:
+        return torch.cat([weights.detach().flatten() for weights in network.parameters()])
+
+    class Recorder(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
+            trained.append(weights_of(pl_module.network))
+
+        def on_validation_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
+            scored[trainer.state.stage] = weights_of(pl_module.network)
+
+        on_test_batch_end = on_validation_batch_end
+
+    words = ("callbacks=ema", "callbacks.ema.decay=0.9", "~callbacks.images", "~callbacks.dead_units", "logger=none")
+    run_experiment(settings(*words, "trainer.max_epochs=1"), RunFolder(tmp_path), callbacks=[Recorder()])
+    average = trained[0]
+    for weights in trained[1:]:
+        average = 0.9 * average + 0.1 * weights
+    assert (average - trained[-1]).abs().max() > 1e-3
+    saved = weights_of(read_checkpoint(RunFolder(tmp_path).best)[0].network)
+    for weights in (scored[RunningStage.VALIDATING], scored[RunningStage.TESTING], saved):
+        torch.testing.assert_close(weights, average)
 
 
 def test_a_run_without_the_test_is_tested_when_it_is_started_again_with_it(

@@ -518,6 +518,28 @@ class Streams(LightningDataModule):
     val_dataloader = test_dataloader = train_dataloader
 
 
+class Parted(Streams):
+    """Its test images are not those of the validation, and are there once a test is set up, as Lightning advises."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "test":
+            self.tested = TensorDataset(torch.zeros(24, 1, 28, 28), torch.arange(24) % 2)
+
+    def test_dataloader(self) -> DataLoader:
+        return DataLoader(self.tested, batch_size=4)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*IterableDataset")
+def test_the_test_set_of_ones_own_data_module_is_scored_after_each_epoch_if_that_is_requested(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    keys = (*ALL, "schedule=constant", "logger=none", "callbacks=none")
+    result = run_experiment(with_data(settings, "Parted", *keys, score_each_epoch="test"), RunFolder(tmp_path))
+    rows = RunFolder(tmp_path).read_epochs()
+    assert [row["epoch"] for row in rows if "test/loss" in row and "val/loss" not in row] == [1, 2]
+    assert rows[-1]["test/loss"] == result["metrics"]["test/loss"]  # of the same weights
+
+
 class Named(Streams):
     def __init__(self, names: str) -> None:
         super().__init__()

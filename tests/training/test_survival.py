@@ -405,6 +405,9 @@ def test_a_logger_of_ones_own_is_resumed_too(settings: Callable[..., Settings], 
     first, second = (rows(folder.path / f"version_{i}" / "metrics.csv") for i in (0, 1))
     assert [row["step"] for row in first] == ["4", "6", "6"]
     assert first + second == rows(tmp_path / "uninterrupted" / "version_0" / "metrics.csv")
+    given = [(folder.path / f"version_{i}" / "hparams.yaml").read_text() for i in (0, 1)]
+    assert given[0] == given[1]
+    assert "optimizer.lr: 0.005\n" in given[1]
 
 
 def test_lost_and_shortened_event_files_are_reported(half_done: HalfDone, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,4 +27,18 @@ def build_own_data(data: OwnData) -> Any:
         raise UserError(f"data: {data.target} has several classes named {', '.join(repeated)}; names must differ")
     if not isinstance(channels, int) or channels < 1:
         raise UserError(f"data: {data.target} needs an attribute channels: the number of channels of its images")
+    if data.score_each_epoch == "test":
+        _score_test_images(module)
     return module
+
+
+def _score_test_images(module: Any) -> None:
+    """Gives ``module`` the loader of its test images in place of that of its validation images."""
+    setup = module.setup
+
+    def setup_with_test(stage: str) -> None:
+        setup(stage)
+        if stage == "fit":  # Lightning sets up the test after the fit only
+            setup("test")
+
+    module.setup, module.val_dataloader = setup_with_test, module.test_dataloader

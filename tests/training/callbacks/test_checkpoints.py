@@ -246,9 +246,11 @@ def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resume
 ) -> None:
     target = "+callbacks.mc._target_=lightning.pytorch.callbacks.ModelCheckpoint"
     keys = [target, "+callbacks.mc.every_n_train_steps=2", "+callbacks.mc.save_last=true"]
-    chosen = settings(*keys, "schedule=constant", "~callbacks.images", "logger=none")
-    uninterrupted = run_experiment(chosen, RunFolder(tmp_path / "uninterrupted"))
-    folder = RunFolder(tmp_path / "stopped")
+    keys += ["schedule=constant", "~callbacks.images", "logger=none"]
+    uninterrupted = run_experiment(settings(*keys), RunFolder(tmp_path / "uninterrupted"))
+    assert (tmp_path / "uninterrupted" / "model_checkpoints" / "last.ckpt").exists()
+    folder, elsewhere = RunFolder(tmp_path / "stopped"), tmp_path / "elsewhere"
+    chosen = settings(*keys, f"+callbacks.mc.dirpath={elsewhere}")
 
     class KilledError(Exception):
         pass
@@ -261,7 +263,7 @@ def test_the_files_of_a_model_checkpoint_are_its_own_and_a_run_with_it_is_resume
     with pytest.raises(KilledError):
         run_experiment(chosen, folder, callbacks=[Kill()])
     assert checkpoint_files.read(folder.last)["global_step"] == 6
-    theirs = checkpoint_files.read(folder.path / "model_checkpoints" / "last.ckpt")
+    theirs = checkpoint_files.read(elsewhere / "last.ckpt")
     assert theirs["global_step"] == 8
     # As Lightning has it, which resumes from there in the middle of the epoch.
     assert theirs["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["ready"] == 2

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -151,6 +152,34 @@ def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, ca
     assert warning.startswith("after step 300 (epoch ")
     assert ("model.final_relu=false" in warning) == named
     assert "1 of 10 classes is dead on these 200 training images, in eval mode (c)" in warning
+
+
+def test_a_class_is_warned_of_that_is_dead_in_two_counts_in_a_row_though_the_network_learns(
+    settings: Callable[..., Settings], caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = settings("model.final_relu=true", "model.norm=none", "speed.micro_batch=null")
+    module = Classifier(chosen, list("abcdefghij"))
+    last = [layer for layer in module.network.modules() if isinstance(layer, nn.Conv2d)][-1]
+    data = ImageDataModule(chosen.data)
+    data.setup("fit")
+    metrics = MetricsLogger(Path())
+    metrics.latest = {"train/loss": 1.0, "train/acc": 0.6}
+    trainer: Any = SimpleNamespace(
+        callbacks=[metrics], loggers=[], datamodule=data, precision_plugin=Precision(), is_global_zero=True,
+        num_training_batches=1, max_steps=-1, current_epoch=0,
+    )  # fmt: skip
+    monitor = DeadUnitMonitor(images=2, checks_per_epoch=1, patience_steps=3)
+    warned = []
+    for step, dead in enumerate(([1], [1], [1], [2], [1], [1, 2], [1, 2]), start=1):
+        with torch.no_grad():
+            last.weight.zero_()
+            last.bias.fill_(1)[dead] = -1
+        trainer.global_step = step
+        monitor.on_train_batch_end(trainer, module, None, None, 0)
+        warned.append(len(caplog.messages))
+    assert warned == [0, 0, 0, 0, 0, 1, 1]  # the counts before the third step are too early
+    expected = "at step 6 (epoch 1): 1 of 10 classes is dead on these 2 training images, in eval mode (b): the score"
+    assert caplog.messages[0].startswith(expected)
 
 
 @pytest.mark.long

@@ -114,13 +114,16 @@ def test_the_rate_of_a_window_counts_the_time_in_which_a_gpu_computes_the_metric
 
 
 class OwnScore(Callback):
-    """Logs a metric of its own in every validation; stops the run in the second one."""
+    """Logs a metric of its own in every validation and in the test; stops the run in the second validation."""
 
     def __init__(self) -> None:
         self.validations = 0
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         pl_module.log("val/f1", 0.5)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("test/f1", 0.25)
 
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
         self.validations += batch_idx == 0
@@ -137,7 +140,9 @@ def test_a_metric_that_a_callback_logs_can_be_monitored_and_is_no_column_of_metr
     with pytest.raises(StoppedError):
         run_experiment(chosen, folder)
     monkeypatch.setattr(OwnScore, "on_validation_batch_start", Callback.on_validation_batch_start)
-    assert run_experiment(chosen, folder)["epochs"] == 3  # the first, and two that are no better
+    result = run_experiment(chosen, folder)
+    assert result["epochs"] == 3  # the first, and two that are no better
+    assert result["metrics"]["test/f1"] == 0.25
     assert [sorted(row) for row in folder.read_epochs()] == [sorted([*ROW, "val/loss", "val/acc"])] * 3
 
 
