@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import sys
@@ -123,6 +124,8 @@ def test_the_command_of_a_resumed_run_has_the_options_of_its_start_and_each_key_
     later = ["trainer.max_epochs=3", "~logger.mine", "callbacks.other.x=2"]
     request = RunRequest(settings(), run, [*words, *later])
     assert request.command == "nin train seed=0 trainer.max_epochs=3 +callbacks.other.x=2"
+    moved = dataclasses.replace(request, overrides=["trainer.accelerator=gpu", "seed=0", "trainer=cpu"])
+    assert moved.command == "nin train seed=0 trainer=cpu"  # in Hydra a key has precedence over a group
     assert cli.run("resume", [str(run.path), "trainer.max_epochs=3"]) == 0
     start = "nin train --config-dir '/my own' seed=0 trainer.max_epochs=3 "
     assert requests[0].command.startswith(start)

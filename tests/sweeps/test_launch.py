@@ -53,7 +53,7 @@ from nin.config.keys import quote_value
 from nin.config.schema import CONF, Settings, UserError
 from nin.config.validation import validate
 from nin.runs.folder import RunFolder
-from nin.sweeps import checks, launch, summary
+from nin.sweeps import checks, launch, summary, workers
 from nin.sweeps.workers import PARENT_VARIABLE, ReportedError, start_worker
 from nin.system import processes
 from nin.system.processes import StoppedError
@@ -118,6 +118,7 @@ trainer: {max_epochs: 1}
         (["hydra/sweeper=optuna", "model.hidden_width=16,32"], None),
         (["model.hidden_with=16,32"], "model.hidden_with=16: no such key; did you mean model.hidden_width?"),
         (["trainer.min_epochs=5,6"], "trainer.min_epochs=5"),  # more than max_epochs of this config
+        (["seed=0,1", "optimizer.lr=0.1,0.10"], "optimizer.lr=0.1,seed=0: is requested twice; give each value once"),
         (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'interval(1)'}"], "seed=interval(1): must have the form"),
         (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'[1,[2'}"], "seed=[1,[2: must have the form key=value"),
     ],
@@ -252,6 +253,36 @@ def test_a_job_that_fails_after_a_signal_is_the_last_one(
     assert "ValueError: failed" in capfd.readouterr().err
 
 
+def test_a_signal_between_two_jobs_ends_the_sweep_with_its_report(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+
+    def train_one(self: FakeExperiment) -> None:
+        trained.append(self.folder.path.name)
+
+    def describe(folder: Path, number: int, settings: Settings) -> str:  # before a job handles signals
+        if number == 1:
+            signal.raise_signal(signum)
+        return ""
+
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, "Experiment", FakeExperiment)
+    monkeypatch.setattr(FakeExperiment, "train", train_one)
+    monkeypatch.setattr(workers, "_progress", describe)
+    monkeypatch.setattr(processes, "_scontrol", lambda *words: subprocess.CompletedProcess(words, 0, "", ""))
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        trained.clear()
+        words = ["-m", *SMALL, f"data.root={data_root}", f"name={signum.name}", "seed=0,1"]
+        assert cli.run("train", words) == 143
+        assert trained == ["seed=0"]
+        assert signal.getsignal(signum) == signal.SIG_DFL
+        printed = capfd.readouterr()
+        assert "2 (1 not started)" in printed.out
+        assert ("SLURM job 7 is requeued" in printed.err) == (signum == signal.SIGUSR1)
+
+
 @pytest.mark.filterwarnings(r"ignore:\s*.hydra/launcher/joblib")  # as `silence_known_warnings` does
 def test_joblibs_workers_know_the_sweeps_process(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
@@ -271,7 +302,8 @@ def test_joblibs_workers_know_the_sweeps_process(
 
     with open_hydra() as app:
         sweep = launch.Sweep(train.compose(app, train.parse_arguments(["-m", *words]), RunMode.MULTIRUN))
-        sweep.signals = SimpleNamespace(stopped_by=None, job_failed=False)  # as with several workers
+        as_it_is = SimpleNamespace(stopped_by=None, job_failed=False, forward_during=lambda launch: launch)
+        sweep.signals = as_it_is  # as with several workers
         monkeypatch.setattr(launch.Plugins, "instantiate_launcher", lambda *_, **__: Launcher())
         assert sweep._launch(app.config_loader, launch.Callbacks()) == 0
     assert os.environ[PARENT_VARIABLE] == str(os.getpid())
@@ -393,9 +425,10 @@ def test_weights_that_are_missing_are_found_before_the_first_job(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.ckpt").touch()
-    words = ["experiment=quickstart", f"data.root={data_root}", "trainer=cpu", "name=x", "weights=here.ckpt,nothere"]
-    assert cli.run("train", ["-m", *words]) == 2
-    assert capsys.readouterr().err == f"nin train: weights={tmp_path}/nothere: no such file\n"
+    words = ["-m", "experiment=quickstart", f"data.root={data_root}", "trainer=cpu", "name=x"]
+    for more in (["weights=here.ckpt,nothere"], ["weights=nothere", "hydra/sweeper=optuna", "model.dropout=0,0.5"]):
+        assert cli.run("train", [*words, *more]) == 2
+        assert capsys.readouterr().err == f"nin train: weights={tmp_path}/nothere: no such file\n"
     assert [path.name for path in tmp_path.iterdir()] == ["here.ckpt"]
 
 

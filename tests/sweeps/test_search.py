@@ -53,6 +53,7 @@ from nin.sweeps.study import (
     propose,
     require_same_plan,
 )
+from nin.training.callbacks.pruning import PruningCallback
 from nin.training.pruning import TrialPruner, write_comparison
 from nin.training.request import RunRequest
 
@@ -773,6 +774,13 @@ def test_a_trial_is_not_pruned_after_its_last_epoch(pruner: str, tmp_path: Path)
     assert not given.report(scores, last_epoch=3)
     assert shorter.report(scores, last_epoch=4)
     assert given.rungs == shorter.rungs
+    # trainer.max_steps may end the training before trainer.max_epochs.
+    rows = [{"epoch": epoch, "val/acc": score} for epoch, score in scores.items()]
+    for max_steps, is_pruned in ((9, False), (10, True)):
+        state = {"max_epochs": 4, "current_epoch": 2, "global_step": 9, "max_steps": max_steps, "should_stop": False}
+        callback = PruningCallback(tmp_path, SimpleNamespace(rows=rows))  # type: ignore[arg-type]
+        callback.on_train_epoch_end(SimpleNamespace(**state), None)  # type: ignore[arg-type]
+        assert callback.is_pruned == is_pruned
 
 
 def test_the_best_is_the_first_of_equal_ones_and_its_file_composes_to_it(tmp_path: Path) -> None:
@@ -885,6 +893,17 @@ def test_the_best_command_has_the_config_dir_and_the_deletions_of_the_search(tmp
     assert """    nin train 'hydra.searchpath=[/a b]' 'name="s=1-best"' optimizer.lr=0.1""" in notes
     assert not any("--config-name best" in note for note in notes)
     assert any("--config-name best" in note for note in describe("s=1", "++name=s"))
+
+
+def test_a_search_continues_in_the_order_of_its_first_trial_though_its_keys_are_given_in_another() -> None:
+    first = plan("random")
+    other = dataclasses.replace(first, space=dict(reversed(first.space.items())))
+    assert other.describe() == first.describe()
+    trials = [propose(first, [])]
+    assert propose(other, trials).params == propose(first, trials).params
+    mixed = create_trial(params=dict(reversed(trials[0].params.items())), distributions=first.space, value=0.5)
+    header, _, row = search_report._tabulate([*trials, mixed])
+    assert dict(zip(header[4:], row[4:], strict=True)) == {k: str(v) for k, v in mixed.params.items()}
 
 
 def test_pruning_says_how_many_epochs_it_saved() -> None:

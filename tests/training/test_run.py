@@ -86,6 +86,29 @@ def test_a_run_that_ended_early_is_finished_if_as_many_epochs_as_it_has_are_requ
         run.execute_run(request_of("trainer.max_epochs=1"))
 
 
+def test_a_sweep_skips_a_finished_job_that_was_extended(request_of: Callable[..., RunRequest]) -> None:
+    result = run.execute_run(request_of("trainer.max_epochs=4"))
+    shorter = request_of("trainer.max_epochs=2")
+    shorter.settings = shorter.settings.model_copy(
+        update={"sweep": shorter.settings.sweep.model_copy(update={"keys": ["seed"]})}
+    )
+    assert run.execute_run(shorter) == result
+
+
+def test_another_experiment_that_began_in_the_meantime_is_not_this_one(
+    request_of: Callable[..., RunRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = run.prepare
+
+    def meanwhile(data: Any) -> None:
+        monkeypatch.setattr(run, "prepare", prepare)
+        run.execute_run(request_of("optimizer.lr=0.1"))
+
+    monkeypatch.setattr(run, "prepare", meanwhile)
+    with pytest.raises(UserError, match=r"belongs to another experiment.*\n  optimizer.lr: 0.1 in the existing run"):
+        run.execute_run(request_of("optimizer.lr=0.2"))
+
+
 def test_a_finished_run_says_with_which_precision_it_was_trained_if_another_is_requested(
     request_of: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,9 @@
 import os
 import shlex
 import sys
+from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +39,7 @@ from nin.sweeps.jobs import (
     without_overridden,
     write_requested_jobs,
 )
-from nin.sweeps.signals import SignalForwarder
+from nin.sweeps.signals import SignalForwarder, interrupt_at_signals
 from nin.sweeps.stored import is_running
 from nin.sweeps.workers import (
     PARENT_VARIABLE,
@@ -146,9 +148,14 @@ class Sweep:
             from nin.sweeps.search import Search
 
             self.search = Search(self.config, overrides, on_this_machine=not self.on_cluster)
+            if self.search.point.weights:
+                find_weights_file(Path(self.search.point.weights))
             return [self.search.point]
         expanded = expand_jobs(overrides)
-        self.jobs = dict(zip(folder_names(expanded, self.swept), expanded, strict=True))
+        names = folder_names(expanded, self.swept)
+        if repeated := next((name for name, count in Counter(names).items() if count > 1), None):
+            raise UserError(f"{repeated}: is requested twice; give each value once")
+        self.jobs = dict(zip(names, expanded, strict=True))
         config_name = self.config.hydra.job.config_name
         checked = check_jobs(expanded, on_this_machine=not self.on_cluster, config_name=config_name)
         for name, settings in zip(self.jobs, checked, strict=True):
@@ -213,9 +220,11 @@ class Sweep:
         )
         if self.signals:
             launcher.joblib["initializer"] = start_worker
+            launcher.launch = self.signals.forward_during(launcher.launch)
         status = 0
         try:
-            self.search.run(launcher) if self.search else self._run_jobs(launcher)
+            with nullcontext() if self.signals or self.on_cluster else interrupt_at_signals():
+                self.search.run(launcher) if self.search else self._run_jobs(launcher)
         except (SweepInterrupt, StoppedError) as stopped:
             status = stopped.exit_status
         except (ReportedError, RunFailedError):
@@ -233,7 +242,7 @@ class Sweep:
             status = 1
             print(f"nin train: a job was lost ({read_first_line(error)}); {self._remedy()}", file=sys.stderr)
         if self.signals and self.signals.stopped_by:
-            self.signals.requeue()
+            StoppedError(self.signals.stopped_by).requeue()  # at SLURM's signal; the workers have ended
         return self._status_of_signals() or status
 
     def _remedy(self) -> str:

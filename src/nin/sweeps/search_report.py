@@ -132,11 +132,12 @@ def _count(trials: Sequence[FrozenTrial], total: int) -> str:
 def _tabulate(trials: Sequence[FrozenTrial]) -> list[list[str]]:
     """The table as text, header first: completed trials, the best first, then the others by their numbers."""
     names = {TrialState.COMPLETE: "finished", TrialState.FAIL: "failed", TrialState.RUNNING: "unfinished"}
-    rows = [["trial", "val/acc", "epochs", "status", *map(printable, trials[0].params if trials else [])]]
+    keys = list(trials[0].params) if trials else []
+    rows = [["trial", "val/acc", "epochs", "status", *map(printable, keys)]]
     for trial in sorted(trials, key=lambda t: (t.state != TrialState.COMPLETE, -(t.value or 0), t.number)):
         value = "" if trial.value is None else str(trial.value)
         state = names.get(trial.state, trial.state.name.lower())
-        params = [printable(str(param)) for param in trial.params.values()]
+        params = [printable(str(trial.params.get(key, ""))) for key in keys]  # in any order, in older searches
         rows.append([str(trial.number), value, str(_last_epoch(trial)), state, *params])
     return rows
 

@@ -1,15 +1,38 @@
-"""Signals of a sweep with joblib: the first process forwards them to its workers."""
+"""Signals of a sweep: between its jobs they end it, and with joblib its first process forwards them to its workers."""
 
 import _thread
 import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from types import FrameType
+from typing import Any
 
-from nin.sweeps.workers import JOB_FAILED_SIGNAL
+from nin.sweeps.workers import JOB_FAILED_SIGNAL, SweepInterrupt
 from nin.system.processes import StoppedError, stop_signals
+
+
+@contextmanager
+def interrupt_at_signals() -> Iterator[None]:
+    """Raises SweepInterrupt at a signal that no run listens to, as between two jobs; Ctrl-C raises KeyboardInterrupt.
+
+    By default the process would end without a report and, at SLURM's signal before the time limit, without a requeue.
+    """
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        stopped = StoppedError(signum)
+        stopped.requeue()
+        raise SweepInterrupt(stopped.exit_status)
+
+    before = {signum: signal.signal(signum, interrupt) for signum in stop_signals() if signum != signal.SIGINT}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 class SignalForwarder:
@@ -21,7 +44,7 @@ class SignalForwarder:
 
     def __init__(self) -> None:
         self.stopped_by: int | None = None
-        self.job_failed = self._gives_up = False
+        self.job_failed = self._gives_up = self._is_launched = False
         taken = (*stop_signals(), JOB_FAILED_SIGNAL)
         for signum in taken:  # a thread that a library started earlier may receive them
             signal.signal(signum, self._handle)
@@ -46,7 +69,8 @@ class SignalForwarder:
         else:
             self.stopped_by = self.stopped_by or signum
         processes = multiprocessing.active_children()
-        if again or (not processes and signum != JOB_FAILED_SIGNAL):
+        # Workers without a job stay for minutes.
+        if again or (signum != JOB_FAILED_SIGNAL and not (processes and self._is_launched)):
             self._gives_up = True
             _thread.interrupt_main()
         for process in processes:
@@ -54,8 +78,16 @@ class SignalForwarder:
                 # A terminal sends Ctrl-C to the workers too, for which a second SIGINT means to end at once.
                 os.kill(process.pid, signal.SIGINT if again else signal.SIGTERM)
 
-    def requeue(self) -> None:
-        """Requeues the SLURM job if SLURM's signal before the time limit stopped the sweep; its workers have ended."""
-        if self.stopped_by not in (None, signal.SIGINT, signal.SIGTERM):
-            signal.signal(self.stopped_by, signal.SIG_DFL)  # it would be sent to a handler, as to that of submitit
-            StoppedError(self.stopped_by).requeue()
+    def forward_during(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """``launch``, during which signals are forwarded to the workers; at other times they end the sweep."""
+
+        def launch_jobs(*arguments: Any) -> Any:
+            if self.stopped_by is not None:
+                raise StoppedError(self.stopped_by)
+            self._is_launched = True
+            try:
+                return launch(*arguments)
+            finally:
+                self._is_launched = False
+
+        return launch_jobs

@@ -105,7 +105,9 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
         study.add_trial(trial)
     for key, value in (trials[-1].system_attrs.get(_STUDY, {}) if trials else {}).items():
         storage.set_study_system_attr(study_id, key, value)
-    study.ask(plan.space)
+    # Samplers draw in the order of the keys: that of the first trial, also if the command now has another one.
+    first = [key for key in (trials[0].params if trials else ()) if key in plan.space]
+    study.ask({key: plan.space[key] for key in dict.fromkeys([*first, *plan.space])})
     proposed = study.get_trials(deepcopy=True)[-1]
     return create_trial(
         state=TrialState.RUNNING,

@@ -132,7 +132,7 @@ class StoppedError(Exception):
         """Requeues the SLURM job if SLURM's signal before the time limit stopped it."""
         if self.signum in (signal.SIGINT, signal.SIGTERM) or environment_rank() != 0:
             return
-        if callable(signal.getsignal(self.signum)):
+        if "SUBMITIT_EXECUTOR" in os.environ and callable(signal.getsignal(self.signum)):
             signal.raise_signal(self.signum)  # submitit's own handler requeues the job and ends this process
         done = _scontrol("requeue")
         outcome = f"could not be requeued ({done.stderr.strip()})" if done.returncode else "is requeued"

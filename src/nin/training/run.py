@@ -56,8 +56,9 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
         if request.rank == 0:
-            is_same = settings.trainer.precision in (read_settings(folder).trainer.precision, result.get("precision"))
-            other = "" if is_same else f" with trainer.precision={result.get('precision')}"
+            before, used = read_settings(folder).trainer.precision, result.get("precision")
+            is_same = settings.trainer.precision in (before, used) or not used  # unknown in older results
+            other = "" if is_same else f" with trainer.precision={used}"
             advice = "to train again, give nin train another name=…, or remove the folder"
             print(f"{format_path(folder.path)} is finished{other}; {advice}")
             print_result(folder, result)
@@ -79,7 +80,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     if request.rank != 0:  # rank 0 has claimed the folder and writes the result
         return _train_other_rank(request)
     with folder.claim(_waiting(request) if request.wait else None):
-        # Another process may have ended it in the meantime.
+        # Another process may have begun another experiment here in the meantime, or have ended this one.
+        require_same_experiment(folder, settings)
         result = read_finished_result(folder, settings)
         if not result and not had_result and folder.result_status() == "failed":
             print(f"{request.label}{format_path(folder.path)} has failed in another process, see nin.log", flush=True)
@@ -181,7 +183,8 @@ def read_finished_result(folder: RunFolder, settings: Settings) -> dict[str, Any
     requested, previous = settings.trainer.max_epochs, read_settings(folder)
     if requested != previous.trainer.max_epochs and (requested in (-1, None) or requested > result["epochs"]):
         return None
-    require_no_fewer_epochs(requested, result["epochs"])
+    if not settings.sweep.keys:  # of a sweep, finished jobs are skipped, also those that were extended
+        require_no_fewer_epochs(requested, result["epochs"])
     _require_same_images(folder, settings, previous, result)
     return result
 

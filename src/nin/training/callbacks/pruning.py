@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
+from nin.training.callbacks.loops import is_stopping
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 from nin.training.pruning import TrialPruner
@@ -25,7 +26,8 @@ class PruningCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         # All epochs each time: to the pruner of a resumed run none of them is reported yet.
         values = {row["epoch"]: row["val/acc"] for row in self.metrics.rows if "val/acc" in row}
-        if self.pruner.report(values, trainer.max_epochs):
+        last_epoch = trainer.current_epoch + 1 if is_stopping(trainer) else trainer.max_epochs
+        if self.pruner.report(values, last_epoch):
             self.is_pruned = trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
