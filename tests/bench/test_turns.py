@@ -91,6 +91,7 @@ def test_the_notebooks_loop_starts_a_worker_for_each_core_that_this_process_may_
     assert loop.loader.num_workers == 3
 
 
+@pytest.mark.filterwarnings("ignore:Please use the new API settings to control TF32:UserWarning")  # in torch 2.9
 def test_the_limit_in_float32_is_that_of_tf32_on_gpus_as_in_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.backends.cudnn.allow_tf32  # torch's default
     matmul = torch.backends.cuda.matmul

@@ -191,6 +191,8 @@ def test_a_network_with_dropout_compiles_to_one_graph_with_the_same_masks(name: 
                 module.network.compile(backend=counted, dynamic=False)
             logits.append(module.network(images) if compiled else module.network.forward(images))
     assert len(graphs) == 1
+    convolutions = [layer for layer in module.network.modules() if isinstance(layer, nn.Conv2d)]
+    assert str(graphs[0].graph).count("torch.conv2d") == len(convolutions)
     assert torch.equal(logits[0], logits[1])
     assert torch.equal(logits[2], logits[3])
     assert not torch.equal(logits[0], logits[2])

@@ -16,6 +16,7 @@ from nin.config.schema import OwnData, Settings, UserError
 from nin.config.types import Init
 from nin.networks.normalize import Normalize
 from nin.networks.score_maps import find_map_kind
+from nin.networks.sequential import Network
 
 _LARGEST = 1024  # pixels per side; the maximum of data.image_size
 
@@ -112,7 +113,7 @@ def build_network(settings: Settings, in_channels: int, num_classes: int) -> nn.
     if not settings.data.normalize:
         return network
     # The other layers keep their names.
-    return nn.Sequential(OrderedDict([("normalize", Normalize(in_channels)), *network.named_children()]))
+    return Network(OrderedDict([("normalize", Normalize(in_channels)), *network.named_children()]))
 
 
 def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: int) -> nn.Sequential:
@@ -139,7 +140,7 @@ def _build_own(model: OwnModel, image_size: int, in_channels: int, num_classes: 
     network.train()  # a class may override it, to keep a part in eval mode
     for part in frozen:
         part.training = False
-    return nn.Sequential(OrderedDict([("own", network)]))
+    return Network(OrderedDict([("own", network)]))
 
 
 def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_classes: int) -> None:
