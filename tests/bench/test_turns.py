@@ -176,6 +176,28 @@ def test_operations_of_a_network_that_needs_values_of_tensors(
     assert "7,850" in capsys.readouterr().out
 
 
+class Depthwise(nn.Sequential):
+    """A convolution to 8 channels, and one of each of them alone."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Flatten(), nn.Linear(8 * 784, num_classes)
+        )
+
+
+def test_operations_of_the_gradients_of_grouped_convolutions(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "depthwise.yaml").write_text(f"_target_: {__name__}.Depthwise\ninput_size: 28\n")
+    with open_hydra(str(tmp_path)):
+        counted = count_operations(compose_settings(["model=depthwise"]))
+    first, grouped, connected = 784 * 8, 784 * 8 * 9, 8 * 784 * 10
+    # The images need no gradients.
+    backward = first + 2 * (grouped + connected)
+    assert counted == {
+        "scoring": 2 * (first + grouped + connected), "training": 2 * (first + grouped + connected + backward),
+    }  # fmt: skip
+
+
 def test_operations_of_the_notebooks_network() -> None:
     counted = count_operations(compose_settings([]))
     assert counted == {"scoring": 1_524_594_704, "training": 4_506_039_600}

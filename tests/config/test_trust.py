@@ -191,6 +191,8 @@ def test_mirrors_profiler_and_paths_of_a_checkpoint_are_not_followed(
     assert (followed.trainer.profiler, followed.trainer.model_registry) == (None, None)
     assert with_found_root(followed).data.root == str(data_root)
     assert (followed.logger, followed.callbacks) == ({}, {})
+    # Of a larger machine.
+    assert [without_training_parts(settings(f"threads={n}")).threads for n in (1, 1024)] == [1, None]
     photos = settings("data=folder", "data.root=/photos", "data.cache=/foreign")
     for local in (with_local_defaults, without_training_parts):
         assert (with_found_root(local(photos)).data.root, local(photos).data.cache) == ("/photos", None)

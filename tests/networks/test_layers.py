@@ -75,6 +75,21 @@ def test_a_sequence_with_a_forward_of_its_own_is_one_layer() -> None:
     assert (row.name, row.output_shape, row.multiply_adds) == ("Repeated", (4,), 6 * 6 * 4 * 3 * 9)
 
 
+def test_attention_and_recurrence_by_hand() -> None:
+    class Recurrent(nn.LSTM):
+        def forward(self, tokens: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(tokens)[0]
+
+    attention = nn.TransformerEncoderLayer(28, 2, dim_feedforward=16, batch_first=True)
+    # An image of 28x28 as 28 tokens of 28 features.
+    network = nn.Sequential(nn.Flatten(1, 2), attention, Recurrent(28, 4, batch_first=True))
+    counts = [layer.multiply_adds for layer in describe_layers(network, in_channels=1, image_size=28)]
+    projections, products, hidden = 28 * 28 * (3 * 28 + 28), 2 * 28 * 28 * 28, 2 * 28 * 28 * 16
+    assert counts == [0, projections + products + hidden, 28 * 4 * 4 * (28 + 4)]  # of an LSTM, four gates
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.mkldnn.set_flags(_fp32_precision=None)[0]  # is enabled
+
+
 class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()

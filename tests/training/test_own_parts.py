@@ -254,6 +254,26 @@ def test_a_loss_that_takes_no_logits_and_labels_is_refused_before_training(
         build_loss(chosen, [str(i) for i in range(10)])
 
 
+class Weighted(nn.Module):
+    """Cross-entropy with a weight for each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.arange(1.0, 11))
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, self.weights)  # type: ignore[arg-type]  # a tensor
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_loss_with_buffers_has_the_precision_of_its_logits(
+    settings: Callable[..., Settings], tmp_path: Path, precision: str
+) -> None:
+    plain = settings("logger=none", "callbacks=none", f"trainer.precision={precision}", "trainer.max_epochs=1")
+    chosen = validate_plain(plain.model_dump(mode="json") | {"loss": {"_target_": f"{__name__}.Weighted"}})
+    assert run_experiment(chosen, RunFolder(tmp_path))["steps"] == 6
+
+
 @pytest.mark.parametrize("optimizer", [["optimizer=adamw"], ["optimizer=sgd", "optimizer.momentum=0.9"]])
 def test_a_network_with_frozen_and_unused_weights_is_resumed(
     settings: Callable[..., Settings], tmp_path: Path, optimizer: list[str]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from nin.bench.notebook import NotebookLoop
 from nin.bench.project import Report, prepare_training, synchronize
@@ -22,6 +22,7 @@ from nin.config.schema import Settings
 from nin.data.module import ImageDataModule
 from nin.data.sources import describe
 from nin.networks.build import build_network, counting_device
+from nin.networks.layers import countable_operators
 from nin.training.classifier import Classifier
 
 
@@ -37,13 +38,21 @@ def count_operations(settings: Settings) -> dict[str, int]:
         network = build_network(settings, data.channels, len(data.class_names))
         # Two, since batch norm needs more than one value per channel.
         images = torch.zeros(2, data.channels, settings.data.image_size, settings.data.image_size)
-    with FlopCounterMode(display=False) as forward:
+    # torch's own count of the gradients of a convolution's weights ignores its groups.
+    known = {torch.ops.aten.convolution_backward: _count_convolution_backward}
+    with countable_operators(), FlopCounterMode(display=False) as forward:
         logits = network(images)
-    with FlopCounterMode(display=False) as backward:
+    with countable_operators(), FlopCounterMode(display=False, custom_mapping=known) as backward:
         logits.sum().backward()
     count = forward.get_total_flops() // 2
     scoring = count * (2 if settings.data.test_time_flip else 1)
     return {"scoring": scoring, "training": count + backward.get_total_flops() // 2}
+
+
+def _count_convolution_backward(gradient: Any, images: Any, weights: Any, *more: Any, **_: Any) -> int:
+    """The FLOP of a convolution's gradients, from the shapes of its tensors; each takes as many as the output."""
+    transposed, computed = more[4], more[7]  # the last says which gradients are needed
+    return conv_flop_count(images, weights, gradient, transposed) * sum(computed[:2])  # type: ignore[no-any-return]
 
 
 @dataclass

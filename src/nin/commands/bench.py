@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 _DEFAULTS = ["data=garments", "schedule=constant"]
 # Training ends when all rounds are measured.
 _FIXED = [
-    "trainer.max_epochs=1000", "trainer.max_steps=-1", "trainer.max_time=null", "trainer.fast_dev_run=false",
+    "trainer.max_epochs=1000000", "trainer.max_steps=-1", "trainer.max_time=null", "trainer.fast_dev_run=false",
     "trainer.min_epochs=null", "trainer.min_steps=null", "trainer.limit_val_batches=0",
 ]  # fmt: skip
 

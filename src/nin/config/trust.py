@@ -3,6 +3,7 @@
 They import no class without permission, and write nothing outside the run's folder.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -170,8 +171,10 @@ def with_local_defaults(stored: Settings) -> Settings:
 
 
 def without_training_parts(stored: Settings) -> Settings:
-    """``with_local_defaults``, without loggers, callbacks and loss."""
-    return with_local_defaults(stored).model_copy(update={"logger": {}, "callbacks": {}, "loss": None})
+    """``with_local_defaults``, without loggers, callbacks and loss, and with no more threads than there are cores."""
+    threads = stored.threads if (stored.threads or 0) <= (os.cpu_count() or 1) else None
+    without: dict[str, Any] = {"logger": {}, "callbacks": {}, "loss": None, "threads": threads}
+    return with_local_defaults(stored).model_copy(update=without)
 
 
 def with_local_root(stored: Settings) -> Settings:

@@ -61,8 +61,8 @@ async def read_file(request: Request, body: bytes) -> bytes:
     parser.spool_max_size = len(body)  # the file stays in memory: a container may have no temporary folder
     try:
         form = await parser.parse()
-    # A malformed form raises MultiPartException, one without a boundary KeyError, some of its charsets UnicodeError.
-    except (MultiPartException, KeyError, UnicodeError):
+    # A malformed form raises MultiPartException, one without a boundary KeyError, some of its charsets ValueError.
+    except (MultiPartException, KeyError, ValueError):
         raise RefusedError(400, "the form is malformed") from None
     try:
         files = [value for _, value in form.multi_items() if not isinstance(value, str)]

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ def describe_layers(network: nn.Sequential, in_channels: int, image_size: int, i
     rows = []
     was_training = network.training
     network.eval()
-    with torch.no_grad():
+    with torch.no_grad(), countable_operators():
         for layer in network:
             with FlopCounterMode(display=False) as counter:
                 inputs, x = x, layer(x)
@@ -52,6 +52,21 @@ def describe_layers(network: nn.Sequential, in_channels: int, image_size: int, i
             rows[-1:] = _divide(rows[-1], network[-1], inputs)
     network.train(was_training)
     return rows
+
+
+@contextmanager
+def countable_operators() -> Iterator[None]:
+    """Lets torch compute attention and LSTMs by operators that ``FlopCounterMode`` knows, and not by fused ones."""
+    was_enabled, (had_mkldnn, *_) = (
+        torch.backends.mha.get_fastpath_enabled(),
+        torch.backends.mkldnn.set_flags(False, _fp32_precision=None),
+    )
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(had_mkldnn, _fp32_precision=None)
+        torch.backends.mha.set_fastpath_enabled(was_enabled)
 
 
 def _divide(whole: Layer, network: nn.Module, images: Tensor) -> list[Layer]:

@@ -71,9 +71,8 @@ class Classifier(LightningModule):
         }
         self.save_hyperparameters(plain, logger=False)
         self.loss = build_loss(self.settings, self.class_names)
-        # Accumulated on the device, and read once per logging interval or epoch. `loss.require_finite` checks for NaN;
-        # torchmetrics' own check would synchronize a GPU in every update. Without that check torchmetrics 1.9 ignores
-        # weights as well, therefore `update` is given one loss per image.
+        # Accumulated on the device, and read once per logging interval or epoch. torchmetrics' check for NaN would
+        # synchronize a GPU in every update; without it 1.9 ignores weights too: `update` is given one loss per image.
         self.train_loss, self.train_acc, self.eval_loss = (MeanMetric(nan_strategy="disable") for _ in range(3))
         self.eval_acc = self._accuracy()  # in training, which updates its metrics in every step, a mean is faster
         self.top5_acc = self._accuracy(top_k=5) if self.num_classes > TOP5_CLASSES else None
@@ -114,6 +113,8 @@ class Classifier(LightningModule):
         # With precision=bf16-true the module is bfloat16, in which a sum over many images loses digits.
         for metric in (self.train_loss, self.train_acc, self.eval_loss):
             metric.set_dtype(torch.float32)
+        if self.trainer.precision in ("bf16-true", "16-true"):
+            self.loss.float()  # as its logits: a loss of the user's own may have buffers, as class weights
 
     on_validation_start = on_test_start = on_fit_start
 
@@ -189,8 +190,7 @@ class Classifier(LightningModule):
         return self._update_eval_metrics(batch)  # the logits, for callbacks
 
     def on_validation_epoch_end(self) -> None:
-        # In a run `MetricsLogger` logs them, at the number of optimizer steps.
-        is_run = self.trainer.state.fn != TrainerFn.VALIDATING
+        is_run = self.trainer.state.fn != TrainerFn.VALIDATING  # there `MetricsLogger` logs them, by optimizer steps
         self._log(self._compute_eval_metrics(self.settings.data.score_each_epoch), is_logged=not is_run)
 
     def on_test_epoch_start(self) -> None:

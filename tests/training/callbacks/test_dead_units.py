@@ -22,7 +22,7 @@ from nin.networks.alexnet import AlexNet
 from nin.networks.lenet import LeNet
 from nin.networks.nin import NiN
 from nin.runs.folder import RunFolder
-from nin.training.callbacks.dead_units import DeadUnitMonitor, count_dead
+from nin.training.callbacks.dead_units import DeadUnitMonitor, count_dead, is_at_chance
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 from pictures import folder_data, write_folder
@@ -224,3 +224,11 @@ def test_the_state_of_a_checkpoint_sets_no_other_attribute() -> None:
     monitor = DeadUnitMonitor()
     monitor.load_state_dict({"checked_step": 7, "suspects": None, "warned": True, "images": 10**9})
     assert (monitor.checked_step, monitor.warned, monitor.images) == (7, True, DeadUnitMonitor().images)
+
+
+def test_a_loss_of_ones_own_is_not_compared_with_that_of_equal_probabilities() -> None:
+    guessing = {"train/loss": 0.5, "train/acc": 0.1}
+    assert not is_at_chance(guessing, 10)
+    assert is_at_chance(guessing, 10, has_own_loss=True)
+    assert not is_at_chance(guessing | {"train/acc": 0.2}, 10, has_own_loss=True)
+    assert not is_at_chance({}, 10, has_own_loss=True)  # nothing was logged yet

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from helpers import run_experiment
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings
+from nin.networks.score_maps import forward_with_maps
 from nin.runs.folder import RunFolder
 from nin.training.callbacks import tensorboard
 from nin.training.callbacks.dead_units import count_dead
 from nin.training.callbacks.figures import draw_confusion, draw_curves, most_confused
 from nin.training.callbacks.tensorboard import ImageLogger, SingleFileTensorBoardLogger, hyperparameters
+from nin.training.classifier import Classifier
 
 
 def test_the_most_confused_classes_come_first() -> None:
@@ -114,6 +117,21 @@ def test_a_wrong_image_has_its_label_the_predicted_class_and_the_score_maps_of_b
     assert image.tolist() == images[1].tolist()
     assert torch.equal(scored[0], images[1:])
     assert both.tolist() == [[[8, 9], [10, 11]], [[0, 1], [2, 3]]]
+
+
+def test_the_score_maps_of_a_wrong_image_are_of_both_views_where_its_prediction_is(
+    settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorboard, "_tensorboard_loggers", lambda _: [None])
+    module = Classifier(settings("data.test_time_flip=true"), [str(i) for i in range(10)]).eval()
+    images = torch.rand(1, 1, 28, 28)
+    callback = ImageLogger()
+    with torch.no_grad():
+        callback.on_test_batch_end(None, module, torch.eye(10)[[3]], (images, torch.tensor([5])), 0)
+        maps, mirrored = (forward_with_maps(module.network, view)[1] for view in (images, images.flip(-1)))
+    ((_, label, predicted, both),) = callback.wrong
+    assert (label, predicted) == (5, 3)
+    np.testing.assert_allclose(both, ((maps + mirrored.flip(-1)) / 2)[0, [5, 3]], rtol=1e-6)
 
 
 class Hooked(nn.Sequential):

@@ -101,7 +101,8 @@ class DeadUnitMonitor(Callback):
 
     def _warn(self, trainer: Trainer, pl_module: Classifier, classes: list[int]) -> None:
         latest = next(c for c in trainer.callbacks if isinstance(c, MetricsLogger)).latest  # type: ignore[attr-defined]
-        chance = is_at_chance(latest, pl_module.num_classes)
+        has_own_loss = pl_module.settings.loss is not None
+        chance = is_at_chance(latest, pl_module.num_classes, has_own_loss)
         still_dead = [i for i in classes if i in self.suspects["dead"]]
         # `_REMEDY` names keys that only NiN has.
         remedy = _REMEDY if hasattr(pl_module.settings.model, "final_relu") else _REMEDY_OF_OTHERS
@@ -111,11 +112,12 @@ class DeadUnitMonitor(Callback):
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
         if chance and self.suspects["chance"] and not self.warned["chance"]:
             self.warned["chance"] = True
+            n = pl_module.num_classes
+            reason = f"train/loss is {latest['train/loss']:.4f}, and equal probabilities for all classes give ln {n} = "
+            reason = f"train/acc is {latest['train/acc']:.4f}" if has_own_loss else f"{reason}{math.log(n):.4f}"
             log.warning(
-                "after %s the network does no better than guessing: train/loss is %.4f, and equal probabilities for "
-                "all classes give ln %d = %.4f.%s %s",
-                where, latest["train/loss"], pl_module.num_classes, math.log(pl_module.num_classes),
-                _describe(classes, pl_module.class_names, images), remedy,
+                "after %s the network does no better than guessing: %s.%s %s",
+                where, reason, _describe(classes, pl_module.class_names, images), remedy,
             )  # fmt: skip
             self.warned["dead"] = self.warned["dead"] or bool(classes)
         elif still_dead and not self.warned["dead"]:
@@ -144,9 +146,14 @@ def _describe(classes: list[int], class_names: tuple[str, ...], images: int) -> 
     )
 
 
-def is_at_chance(latest: dict[str, float], num_classes: int) -> bool:
-    """Whether the training metrics are those of guessing: a loss above 0.98 ln n, an accuracy below 1.5/n."""
-    return latest.get("train/loss", 0) > 0.98 * math.log(num_classes) and latest["train/acc"] < 1.5 / num_classes
+def is_at_chance(latest: dict[str, float], num_classes: int, has_own_loss: bool = False) -> bool:
+    """Whether the training metrics are those of guessing: a loss above 0.98 ln n, an accuracy below 1.5/n.
+
+    Args:
+        has_own_loss: whether the loss is one of the user's own, which may have any scale: it is not compared.
+    """
+    high_loss = has_own_loss or latest.get("train/loss", 0) > 0.98 * math.log(num_classes)
+    return high_loss and latest.get("train/acc", 1) < 1.5 / num_classes
 
 
 @torch.no_grad()

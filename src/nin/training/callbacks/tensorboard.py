@@ -187,6 +187,9 @@ def _score_maps(pl_module: Classifier, images: Tensor) -> Tensor | None:
     if not len(images) or not find_map_kind(pl_module.network):
         return None
     maps = forward_with_maps(pl_module.network, images)[1]
+    if maps is not None and pl_module.settings.data.test_time_flip:  # of both images, as the probabilities
+        mirrored = forward_with_maps(pl_module.network, images.flip(-1))[1]
+        maps = (maps + mirrored.flip(-1)) / 2  # type: ignore[union-attr]  # it has maps too
     return None if maps is None else maps.float().cpu()
 
 
