@@ -3,6 +3,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -432,6 +433,8 @@ def test_the_gradient_of_all_micro_batches_together_is_clipped(settings: Callabl
 
 def test_metrics_of_a_network_in_bfloat16_are_summed_in_float32(settings: Callable[..., Settings]) -> None:
     module = Classifier(settings(), CLASSES).to(torch.bfloat16)  # as Lightning does
+    trainer: Any = SimpleNamespace(precision="bf16-true")
+    module.trainer = trainer
     module.on_fit_start()
     for metric in (module.train_loss, module.train_acc, module.eval_loss):
         metric.update(torch.zeros(256))

@@ -144,7 +144,8 @@ def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, ca
     data = SimpleNamespace(train=(None, range(200)))
     trainer: Any = SimpleNamespace(callbacks=[metrics], global_step=300, current_epoch=0, datamodule=data)
     model = compose_settings([f"model={network}"]).model
-    module: Any = SimpleNamespace(num_classes=10, class_names="abcdefghij", settings=SimpleNamespace(model=model))
+    settings = SimpleNamespace(model=model, loss=None)
+    module: Any = SimpleNamespace(num_classes=10, class_names="abcdefghij", settings=settings)
     monitor = DeadUnitMonitor()
     for _ in range(2):  # the second check in a row warns
         monitor._warn(trainer, module, [2])
@@ -152,6 +153,11 @@ def test_a_warning_names_keys_that_the_network_has(network: str, named: bool, ca
     assert warning.startswith("after step 300 (epoch ")
     assert ("model.final_relu=false" in warning) == named
     assert "1 of 10 classes is dead on these 200 training images, in eval mode (c)" in warning
+    assert "guessing: train/loss is 2.4000, and equal probabilities for all classes give ln 10 = 2.3026." in warning
+    settings.loss, monitor = object(), DeadUnitMonitor()  # one of the user's own
+    for _ in range(2):
+        monitor._warn(trainer, module, [])
+    assert "guessing: train/acc is 0.1000. " in caplog.messages[1]
 
 
 def test_a_class_is_warned_of_that_is_dead_in_two_counts_in_a_row_though_the_network_learns(
