@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nin.networks.sequential import list_layers
@@ -63,7 +64,8 @@ def countable_operators() -> Iterator[None]:
     )
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     finally:
         torch.backends.mkldnn.set_flags(had_mkldnn, _fp32_precision=None)
         torch.backends.mha.set_fastpath_enabled(was_enabled)
