@@ -3,7 +3,6 @@
 import shlex
 from dataclasses import dataclass, field
 
-from nin.config.changes import DEVICE
 from nin.config.keys import is_within, split_override
 from nin.config.schema import Settings
 from nin.config.trust import find_modules_to_allow
@@ -49,8 +48,6 @@ class RunRequest:
                 given = {other: earlier for other, earlier in given.items() if not is_within(other, [key])}
                 if is_added:
                     continue
-            if key == "trainer":  # when it was resumed; in one command the keys would have precedence
-                given = {other: earlier for other, earlier in given.items() if other not in DEVICE}
             given[key] = f"+{word}" if is_added and not word.startswith("+") else word
         return shlex.join(["nin", "train", *self.options, *given.values()])
 

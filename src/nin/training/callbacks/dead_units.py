@@ -112,9 +112,10 @@ class DeadUnitMonitor(Callback):
         where = f"step {trainer.global_step} (epoch {trainer.current_epoch + 1})"
         if chance and self.suspects["chance"] and not self.warned["chance"]:
             self.warned["chance"] = True
-            n = pl_module.num_classes
-            reason = f"train/loss is {latest['train/loss']:.4f}, and equal probabilities for all classes give ln {n} = "
-            reason = f"train/acc is {latest['train/acc']:.4f}" if has_own_loss else f"{reason}{math.log(n):.4f}"
+            n, reason = pl_module.num_classes, f"train/acc is {latest['train/acc']:.4f}"
+            if not has_own_loss:
+                chances = f"equal probabilities for all classes give ln {n} = {math.log(n):.4f}"
+                reason = f"train/loss is {latest['train/loss']:.4f}, and {chances}"
             log.warning(
                 "after %s the network does no better than guessing: %s.%s %s",
                 where, reason, _describe(classes, pl_module.class_names, images), remedy,
