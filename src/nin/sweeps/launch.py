@@ -240,7 +240,8 @@ class Sweep:
             if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
                 raise
             status = 1
-            print(f"nin train: a job was lost ({read_first_line(error)}); {self._remedy()}", file=sys.stderr)
+            lost = f"a job was lost ({read_first_line(error)}), and others may still run"
+            print(f"nin train: {lost}; {self._remedy()}", file=sys.stderr)
         if self.signals and self.signals.stopped_by:
             StoppedError(self.signals.stopped_by).requeue()  # at SLURM's signal; the workers have ended
         return self._status_of_signals() or status
