@@ -12,7 +12,7 @@ from helpers import ENVIRONMENT, SMALL, put_job
 from nin import cli
 from nin.config.schema import UserError
 from nin.runs.folder import RunClaimedError, RunFolder
-from nin.sweeps import workers
+from nin.sweeps import signals, workers
 from nin.sweeps.jobs import write_requested_jobs
 from nin.system.processes import StoppedError, StopRequest
 from nin.training.request import RunRequest
@@ -89,6 +89,35 @@ def test_a_job_that_another_process_runs_does_not_end_the_sweep(
     worker.stop.signum = signal.SIGTERM
     with pytest.raises(StoppedError):
         worker.require_running()
+
+
+def test_signals_reach_the_workers_while_jobs_run_and_end_the_sweep_while_none_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handlers: dict[int, Any] = {}
+    sent: list[tuple[int, int]] = []
+    interrupted: list[bool] = []
+    replaced = {
+        "signal": SimpleNamespace(
+            **vars(signal) | {"signal": handlers.__setitem__, "pthread_sigmask": lambda *_: None}
+        ),
+        "threading": SimpleNamespace(Thread=lambda **_: SimpleNamespace(start=lambda: None)),
+        "resource_tracker": SimpleNamespace(ensure_running=lambda: None),
+        "multiprocessing": SimpleNamespace(active_children=lambda: [SimpleNamespace(pid=5)]),  # also without a job
+        "os": SimpleNamespace(kill=lambda pid, signum: sent.append((pid, signum))),
+        "_thread": SimpleNamespace(interrupt_main=lambda: interrupted.append(True)),
+    }
+    for name, stand_in in replaced.items():
+        monkeypatch.setattr(signals, name, stand_in)
+    forwarder = signals.SignalForwarder()
+    launch = forwarder.forward_during(lambda jobs, start: handlers[signal.SIGTERM](signal.SIGTERM, None))
+    launch([], 0)
+    assert (forwarder.stopped_by, sent, interrupted) == (signal.SIGTERM, [(5, signal.SIGTERM)], [])
+    with pytest.raises(StoppedError):
+        launch([], 1)  # a further batch of jobs
+    forwarder = signals.SignalForwarder()
+    handlers[signal.SIGTERM](signal.SIGTERM, None)  # as while the best trial is tested
+    assert (forwarder.stopped_by, interrupted) == (signal.SIGTERM, [True])
 
 
 def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) -> None:
