@@ -114,14 +114,6 @@ def test_a_run_is_continued_though_nobody_reads_what_it_prints(
     assert requests[0].overrides == ["seed=0", "trainer.max_epochs=3"]
 
 
-def test_the_command_of_a_run_that_is_resumed_elsewhere_trains_there(
-    run: RunFolder, settings: Callable[..., Settings], requests: list[RunRequest]
-) -> None:
-    run.write_request(settings().model_dump(mode="json"), ["trainer.accelerator=gpu", "trainer.devices=1", "seed=0"])
-    assert cli.run("resume", [str(run.path), "trainer=cpu"]) == 0
-    assert requests[0].command == "nin train seed=0 trainer=cpu"  # in Hydra a key has precedence over a group
-
-
 def test_the_command_of_a_resumed_run_has_the_options_of_its_start_and_each_key_once(
     run: RunFolder, settings: Callable[..., Settings], requests: list[RunRequest]
 ) -> None:

@@ -4,9 +4,8 @@ import argparse
 from pathlib import Path
 
 from nin.commands.options import add_allow_option
-from nin.config.changes import DEVICE, MAY_CHANGE
+from nin.config.changes import MAY_CHANGE
 from nin.config.composition import apply_overrides
-from nin.config.keys import split_override
 from nin.config.schema import Settings, UserError
 from nin.config.trust import require_trusted_targets, with_local_defaults
 from nin.config.validation import validate_plain
@@ -79,7 +78,4 @@ def read_resumed_settings(folder: RunFolder, overrides: list[str], allowed: list
     if settings.sweep.prune:  # a trial of a search
         require_search_packages()
     # The stored overrides are only recorded, not composed: they may name anything.
-    earlier = folder.read_overrides()
-    if any(split_override(word)[0] == "trainer" for word in overrides):  # in one command the keys have precedence
-        earlier = [word for word in earlier if split_override(word)[0] not in DEVICE]
-    return settings.model_copy(update={"resume": "auto"}), [*earlier, *overrides]
+    return settings.model_copy(update={"resume": "auto"}), [*folder.read_overrides(), *overrides]

@@ -33,8 +33,6 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-# The keys of the group trainer that decide where a run trains: what trainer=cpu changes of one that is resumed.
-DEVICE = ("trainer.accelerator", "trainer.strategy", "trainer.devices")
 # MAY_CHANGE without trainer.max_epochs: a resumed run may be extended, but a new run with another max_epochs is another
 # experiment.
 SAME_EXPERIMENT = tuple(key for key in MAY_CHANGE if key != "trainer.max_epochs")

@@ -14,7 +14,6 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nin.config.changes import DEVICE
 from nin.config.errors import read_first_line
 from nin.config.keys import is_within
 from nin.config.override_errors import format_error, quote_override
@@ -26,6 +25,9 @@ from nin.config.validation import find_override_errors, validate
 COMPOSITION_ERRORS = (
     HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, AssertionError
 )  # fmt: skip
+
+# The keys of the group trainer that decide where a run trains.
+_DEVICE = ("trainer.accelerator", "trainer.strategy", "trainer.devices")
 
 
 def compose_settings(overrides: list[str], config_name: str = "train") -> Settings:
@@ -88,7 +90,7 @@ def apply_overrides(settings: Settings, overrides: list[str], may_change: tuple[
         raise collect_errors(error, words) from None
     if errors := find_override_errors(overrides):
         raise UserError(*errors)
-    changes = [(key, o) for o in parsed for key in (DEVICE if o.key_or_group == "trainer" else (o.key_or_group,))]
+    changes = [(key, o) for o in parsed for key in (_DEVICE if o.key_or_group == "trainer" else (o.key_or_group,))]
     if refused := dict.fromkeys(o.input_line for key, o in changes if not is_within(key, may_change)):
         *before, last = (f"{word}: can't be changed here" for word in refused)
         raise UserError(*before, f"{last}; these can: {', '.join(may_change)}")
