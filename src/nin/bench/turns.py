@@ -40,10 +40,11 @@ def count_operations(settings: Settings) -> dict[str, int]:
         images = torch.zeros(2, data.channels, settings.data.image_size, settings.data.image_size)
     # torch's own count of the gradients of a convolution's weights ignores its groups.
     known = {torch.ops.aten.convolution_backward: _count_convolution_backward}
-    with countable_operators(), FlopCounterMode(display=False) as forward:
-        logits = network(images)
-    with countable_operators(), FlopCounterMode(display=False, custom_mapping=known) as backward:
-        logits.sum().backward()
+    with countable_operators():
+        with FlopCounterMode(display=False) as forward:
+            logits = network(images)
+        with FlopCounterMode(display=False, custom_mapping=known) as backward:
+            logits.sum().backward()
     count = forward.get_total_flops() // 2
     scoring = count * (2 if settings.data.test_time_flip else 1)
     return {"scoring": scoring, "training": count + backward.get_total_flops() // 2}

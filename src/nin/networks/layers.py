@@ -58,17 +58,15 @@ def describe_layers(network: nn.Sequential, in_channels: int, image_size: int, i
 @contextmanager
 def countable_operators() -> Iterator[None]:
     """Lets torch compute attention and LSTMs by operators that ``FlopCounterMode`` knows, and not by fused ones."""
-    was_enabled, (had_mkldnn, *_) = (
-        torch.backends.mha.get_fastpath_enabled(),
-        torch.backends.mkldnn.set_flags(False, _fp32_precision=None),
-    )
+    was_fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    had_mkldnn, *_ = torch.backends.mkldnn.set_flags(False, _fp32_precision=None)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mkldnn.set_flags(had_mkldnn, _fp32_precision=None)
-        torch.backends.mha.set_fastpath_enabled(was_enabled)
+        torch.backends.mha.set_fastpath_enabled(was_fast)
 
 
 def _divide(whole: Layer, network: nn.Module, images: Tensor) -> list[Layer]:

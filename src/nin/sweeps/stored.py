@@ -92,8 +92,8 @@ def describe_hardware(result: dict[str, Any]) -> str:
     """The device, the precision and the version of torch of a run, from its result; empty if they are unknown."""
     match result:
         case {"device": str(device), "versions": {"torch": str(torch)}}:
-            precision = result.get("precision")  # results of earlier versions lack it
-            return printable(f"{device}{f', {precision}' if precision else ''}, torch {torch}")
+            known = [device, result.get("precision"), f"torch {torch}"]  # results of earlier versions lack the second
+            return printable(", ".join(str(part) for part in known if part))
     return ""
 
 
