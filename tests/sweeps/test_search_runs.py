@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +82,64 @@ def test_a_search_ends_at_max_failures_with_the_error_of_each_trial(tmp_path: Pa
     assert not (folder / "best.yaml").exists()
     assert not (folder / "summary.png").exists()
     assert "summary.csv, summary.md\n" in printed
+
+
+FAILS_FOR_THE_MACHINE = """
+import errno
+from pathlib import Path
+
+from lightning import Callback
+
+
+class FailingForTheMachine(Callback):
+    def __init__(self, labels):
+        self.labels = Path(labels)
+
+    def on_fit_end(self, trainer, pl_module):
+        if not Path("damaged").exists():  # of the first trial
+            Path("damaged").write_bytes(self.labels.read_bytes())
+            self.labels.write_bytes(b"")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if Path("full").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+"""
+
+
+def test_a_trial_that_the_machine_refused_or_ended_is_resumed_by_the_same_command(
+    tmp_path: Path, search: Search, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "fails_for_the_machine.py").write_text(FAILS_FOR_THE_MACHINE)
+    shutil.copytree(data_root / "Garments", tmp_path / "data/Garments")
+    labels, folder = tmp_path / "data/Garments/raw/train-labels-idx1-ubyte", tmp_path / "outputs/sweeps/tune"
+    callback = f"{{_target_: fails_for_the_machine.FailingForTheMachine, labels: {labels}}}"
+    words = [
+        "model.dropout=interval(0,0.5)",
+        "hydra.sweeper.n_trials=2",
+        "data.root=data",
+        f"+callbacks.own={callback}",
+    ]
+
+    def expect_end(status: int, printed: str, error: str) -> None:
+        assert status == 1, printed
+        assert error in printed
+        assert "the search ends: outputs/sweeps/tune/trial-0001: the machine is the reason" in printed
+        report = [line for line in printed.splitlines() if "trial 1 failed" in line]
+        assert report == []
+
+    expect_end(*search(*words), "not the recorded file (0 bytes")
+    labels.write_bytes((tmp_path / "damaged").read_bytes())
+    (tmp_path / "full").touch()
+    expect_end(*search(*words), "No space left on device")
+    assert read_results(folder)["trial-0001"]["cause"] == "machine"
+    (tmp_path / "full").unlink()
+    status, printed = search(*words)
+    assert status == 0, printed
+    assert [(result["status"], "cause" in result) for result in read_results(folder).values()] == [
+        ("finished", False),
+        ("finished", False),
+    ]
 
 
 @pytest.mark.parametrize("test", ["true", "false"])

@@ -24,6 +24,8 @@ TOP5_CLASSES = 30
 class UserError(Exception):
     """Errors of the user, each with its remedy, reported in one message: exit status 2, no traceback."""
 
+    of_machine = False
+
     def __init__(self, *errors: str):
         super().__init__(*errors)
         self.errors = errors
@@ -32,6 +34,12 @@ class UserError(Exception):
         if len(self.errors) == 1:
             return self.errors[0]
         return "\n  ".join([f"{len(self.errors)} errors", *self.errors])
+
+
+class MachineError(UserError):
+    """The machine is the reason, as with a full disk: the same settings may be accepted later."""
+
+    of_machine = True
 
 
 class SGD(Section):

@@ -21,7 +21,7 @@ import PIL
 from filelock import FileLock
 
 from nin.config.errors import printable
-from nin.config.schema import FolderData, UserError
+from nin.config.schema import FolderData, MachineError, UserError
 from nin.data.chunks import NOT_NOW
 from nin.data.folder import PARTS, ImageFile, Listing, folder_error, hash_file, hash_once, list_images, require_usable
 from nin.data.parallel import decode_folder
@@ -127,13 +127,13 @@ def open_cache(data: FolderData) -> Cache:
                 _remove_unused(place, key)
             raise
         except OSError as error:
-            raise UserError(
+            raise MachineError(
                 f"{error.filename or place}: the decoded images can't be written ({error.strerror}); free space on the "
                 "disk, or set data.cache to another folder"
             ) from error
         finally:
             lock.release()
-    raise UserError(f"data.cache: can't be written: {', '.join(failed)}; set it to a folder that can be written")
+    raise MachineError(f"data.cache: can't be written: {', '.join(failed)}; set it to a folder that can be written")
 
 
 def _places(data: FolderData) -> list[Path]:

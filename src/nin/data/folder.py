@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nin.config.errors import printable
-from nin.config.schema import FolderData, UserError
+from nin.config.schema import FolderData, MachineError, UserError
 
 PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -101,9 +101,9 @@ def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
     return UserError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
 
 
-def missing_train_error(root: str) -> UserError:
+def missing_train_error(root: str) -> MachineError:
     """The error about a folder whose images are needed for training, or are not there at all."""
-    return UserError(
+    return MachineError(
         f"data.root={printable(root)}: has no folder train; it must hold train/<class>/… with the images of each "
         "class, and may hold val/<class>/… and test/<class>/… (test alone is enough for nin eval)"
     )
@@ -126,7 +126,7 @@ class _Scan:
 
     def run(self) -> Listing:
         if not self.root.is_dir():
-            raise UserError(f"data.root={printable(str(self.root))}: no such folder; it must hold train/<class>/…")
+            raise MachineError(f"data.root={printable(str(self.root))}: no such folder; it must hold train/<class>/…")
         first = next((part for part in ("train", "test") if (self.root / part).is_dir()), None)
         if first is None:
             raise missing_train_error(str(self.root))

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from nin.config.data_sets import DATA_SETS, AnyData, raw_folder
 from nin.config.errors import printable
-from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
+from nin.config.schema import Data, FolderData, MachineError, OwnData, Settings, UserError
 from nin.config.trust import with_local_root
 from nin.data.folder import hash_file, hash_once
 from nin.data.published import FILES, PUBLISHED, PUBLISHED_PACKED
@@ -117,7 +117,7 @@ def prepare(data: AnyData) -> None:
                     (new / RECORDED).write_text(sums)
         _verify(folder, data)
     except OSError as error:
-        raise UserError(f"{error.filename}: can't be read ({error.strerror})") from error
+        raise MachineError(f"{error.filename}: can't be read ({error.strerror})") from error
 
 
 def with_found_root(stored: Settings) -> Settings:
@@ -189,7 +189,7 @@ def _write_atomically(folder: Path) -> Iterator[Path]:
                 file.replace(folder / file.name)
             made = []
     except OSError as error:
-        raise UserError(
+        raise MachineError(
             f"data.root={folder.parents[1]}: {folder} can't be written ({error.strerror}), and the data set is not "
             "complete; free space on the disk, or set data.root (for a new run the variable NIN_DATA too) to a folder "
             "that can be written or that has the files"
@@ -208,7 +208,9 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
         from torchvision.datasets.utils import download_url, extract_archive
     except ModuleNotFoundError as error:  # an installation that only uses exports may lack it
         where = f"copy the files of {data.name} to {raw_folder(data)}, or set NIN_DATA or data.root"
-        raise UserError(f"{names[0]} of {data.name} is missing, and a download needs torchvision; {where}") from error
+        raise MachineError(
+            f"{names[0]} of {data.name} is missing, and a download needs torchvision; {where}"
+        ) from error
 
     for name in names:
         file = folder / name
@@ -235,7 +237,7 @@ def _download(names: list[str], folder: Path, data: Data) -> None:
             tried = "\n  ".join(reasons) or "data.mirrors is empty"
             sums = [] if data.name in PUBLISHED else [f"{RECORDED}, made there by: sha256sum *-ubyte > {RECORDED}"]
             needed, raw = "\n  ".join([*_files_of(data), *sums]), raw_folder(data)
-            raise UserError(
+            raise MachineError(
                 f"{name} of {data.name} is not in {raw} and could not be downloaded:\n  {tried}\nWithout a network "
                 f"connection, copy these {'' if packed == file else 'unpacked '}files\n  {needed}\ninto {raw}, or set "
                 f"NIN_DATA to the folder that holds {raw.parent.name}/raw; or use data=garments, which needs no "
@@ -263,7 +265,7 @@ def _verify(folder: Path, data: Data) -> None:
     kind = "published" if data.name in PUBLISHED else "recorded"
     for name in _files_of(data):
         if hash_once(folder / name) != known.get(name):
-            raise UserError(
+            raise MachineError(
                 f"{folder / name}: not the {kind} file ({(folder / name).stat().st_size:,} bytes, its SHA-256 is not "
                 f"{known.get(name, 'known')[:12]}…): it was cut off or altered; remove it and run the command again, "
                 "which restores it, or copy an intact one there"

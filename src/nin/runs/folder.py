@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nin.config.errors import read_first_line
-from nin.config.schema import UserError
+from nin.config.schema import MachineError, UserError
 from nin.runs.files import read_text, read_yaml_text, require_no_link, write_atomically
 
 _TEMPORARY = f".*.{'[0-9a-f]' * 12}.tmp"  # the names that `open_atomically` gives
@@ -74,7 +74,8 @@ class RunFolder:
 
         Raises:
             RunClaimedError: if another process has claimed the folder and ``wait`` is None.
-            UserError: if the folder can't be written, or holds anything else in the place of a run's files.
+            MachineError: if the folder can't be written.
+            UserError: if it holds anything else in the place of a run's files.
         """
         created = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         lock = FileLock(self.path / ".hydra" / "lock", timeout=1 if wait else 0)
@@ -103,10 +104,10 @@ class RunFolder:
                         folder.rmdir()
             lock.release()
 
-    def _cannot_write(self, error: OSError) -> UserError:
+    def _cannot_write(self, error: OSError) -> MachineError:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space" if is_full else "change its permissions, or give another name"
-        return UserError(f"{self.path}: can't be written ({error.strerror}); {remedy}")
+        return MachineError(f"{self.path}: can't be written ({error.strerror}); {remedy}")
 
     def _acquire(self, lock: FileLock, wait: Callable[[str], None] | None) -> None:
         while True:
@@ -254,11 +255,11 @@ def find_weights_file(given: Path) -> Path:
     """The checkpoint that the key ``weights`` names: best.ckpt of a run's folder, or the file itself.
 
     Raises:
-        UserError: if there is none.
+        MachineError: if there is none.
     """
     path = RunFolder(given).best if given.is_dir() else given
     if not path.is_file():
-        raise UserError(f"weights={given}: {'has no checkpoints/best.ckpt' if given.is_dir() else 'no such file'}")
+        raise MachineError(f"weights={given}: {'has no checkpoints/best.ckpt' if given.is_dir() else 'no such file'}")
     return path
 
 

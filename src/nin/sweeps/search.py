@@ -104,7 +104,11 @@ class Search:
                 batch, start = self._take(trials)
                 trials = self.store.trials()
             if batch:
-                self._run_batch(batch, start, trials)
+                try:
+                    self._run_batch(batch, start, trials)
+                finally:
+                    for number in batch:
+                        self.store.claims.release(number)
             elif len(trials) >= self.total and all(trial.state.is_finished() for trial in trials[: self.total]):
                 return
             else:
@@ -145,7 +149,6 @@ class Search:
             if not folder.result_status():
                 self._record_refusal(folder, jobs[number], ended[number])
             self._record(number, folder)
-            self.store.claims.release(number)
 
     def _run_folder(self, number: int) -> RunFolder:
         return RunFolder(self.folder / trial_name(number))
@@ -154,7 +157,8 @@ class Search:
         """The overrides of a trial's job; None if it has ended already, or its configuration can't be composed."""
         folder, own = self._run_folder(number), overrides_of(trials[number].params)
         words = [*self.job_words, *own]
-        if result := folder.read_result():  # the search was killed before it was recorded
+        result = folder.read_result()
+        if result and not _failed_for_machine(result):  # the search was killed before it was recorded
             if experiment_words(result.get("overrides", words)) != experiment_words(words):  # its study was removed
                 raise UserError(f"{folder.path}: has the result of another search; remove it, or give another name=…")
             return None
@@ -183,6 +187,8 @@ class Search:
         try:
             unwrap_job_result(ended)
         except UserError as error:
+            if error.of_machine:
+                self._give_up_for_machine(folder)
             if folder.has_progress():  # the folder has another experiment, which is not overwritten
                 raise
             self._write_failure(folder, words[:-1], error)
@@ -195,6 +201,8 @@ class Search:
 
     def _record(self, number: int, folder: RunFolder) -> None:
         result: dict[str, Any] = folder.read_result() or {}
+        if _failed_for_machine(result):
+            self._give_up_for_machine(folder)
         values = {int(row["epoch"]): row["val/acc"] for row in folder.read_epochs() if "val/acc" in row}
         rungs: dict[str, float] = {}
         if values and self.plan.pruner != "none":
@@ -221,6 +229,10 @@ class Search:
         if self.settings.max_failures is not None and failed >= self.settings.max_failures:
             self._give_up(f"{failed} trials have failed (hydra.sweeper.max_failures)")
 
+    def _give_up_for_machine(self, folder: RunFolder) -> NoReturn:
+        """Ends the search where each further trial would fail too; the trial is not recorded, so that it is resumed."""
+        self._give_up(f"{folder.path}: the machine is the reason; the search's command, run again, resumes the trial")
+
     def _give_up(self, reason: str) -> NoReturn:
         print(f"the search ends: {reason}", flush=True)
         raise RunFailedError(reason)
@@ -245,3 +257,7 @@ class Search:
         ]
         for ended in self.launcher.launch(jobs, self.total):
             unwrap_job_result(ended)  # raises what ended it
+
+
+def _failed_for_machine(result: dict[str, Any]) -> bool:
+    return result["status"] == "failed" and result.get("cause") == "machine"

@@ -37,6 +37,10 @@ PARENT_VARIABLE = "NIN_SWEEP_PROCESS"
 class ReportedError(UserError):
     """The error of a job that was refused; it has been printed, and is not printed again at the end of the sweep."""
 
+    def __init__(self, *errors: str, of_machine: bool = False):
+        super().__init__(*errors)
+        self.of_machine = of_machine
+
 
 class SweepInterrupt(BaseException):
     """Ends a sweep whose jobs run one after another; not an Exception, because Hydra continues after those."""
@@ -120,7 +124,7 @@ def _end_job(error: Exception, folder: Path, in_worker: bool) -> tuple[int, Exce
     """
     if isinstance(error, UserError):
         _report_refusal(error, folder)
-        return 2, ReportedError(*error.errors)
+        return 2, ReportedError(*error.errors, of_machine=error.of_machine)
     if isinstance(error, StoppedError):
         if not in_worker:  # the sweep's first process waits for all workers, and then requeues the job
             error.requeue()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nin.config.errors import read_first_line
-from nin.config.schema import FolderData, Settings, Trainer, UserError, is_single_process
+from nin.config.schema import FolderData, MachineError, Settings, Trainer, UserError, is_single_process
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def require_accelerator(trainer: Trainer) -> None:
     found = f"{cuda} CUDA GPU(s)" if cuda else "an Apple GPU" if mps else "no GPU that torch can use, only the CPU"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hidden = f"; CUDA_VISIBLE_DEVICES={visible!r} hides others, unset it to use them" if visible is not None else ""
-    raise UserError(
+    raise MachineError(
         f"trainer.accelerator={trainer.accelerator}: this machine has {found} (torch {torch.__version__}){hidden}; "
         f"use trainer={'gpu' if cuda else 'mps' if mps else 'cpu'}, or trainer=auto for the best one available"
     )
@@ -59,7 +59,9 @@ def require_working_gpu(device: "torch.device") -> None:
     if device.type != "cuda":
         return
     if (count := torch.cuda.device_count()) <= (device.index or 0):
-        raise UserError(f"trainer.devices: requests {device}, and torch can use {count} CUDA GPU(s), numbered from 0")
+        raise MachineError(
+            f"trainer.devices: requests {device}, and torch can use {count} CUDA GPU(s), numbered from 0"
+        )
     try:
         torch.ones(1, device=device)  # a kernel: a build of torch has those of some generations of GPUs
     except RuntimeError as error:  # also out of memory
@@ -70,7 +72,7 @@ def require_working_gpu(device: "torch.device") -> None:
             else f"update the driver, which must support CUDA {torch.version.cuda}, or install a build of torch for "
             "this driver and GPU"
         )
-        raise UserError(
+        raise MachineError(
             f"trainer: torch {torch.__version__} can't use {device}: {reason}; {remedy}, or train without it: "
             "trainer=cpu"
         ) from error

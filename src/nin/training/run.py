@@ -249,9 +249,18 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             log.exception("the run failed")
             reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
             failed = {"status": "failed", "error": reason, "overrides": request.overrides, "command": request.command}
+            if _is_of_machine(error):
+                failed["cause"] = "machine"
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Whether the run may succeed later with the same settings: a file could not be written, or a GPU failed."""
+    import torch
+
+    return isinstance(error, OSError | torch.AcceleratorError)
 
 
 def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any]:
