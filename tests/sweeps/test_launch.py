@@ -135,6 +135,23 @@ def test_a_sweep_of_the_users_own_config_is_checked_as_its_jobs_are_composed(
     assert message is None or error.value.errors[0].startswith(message)
 
 
+def test_a_part_of_a_files_sweep_has_the_jobs_of_the_complete_one(data_root: Path) -> None:
+    words = ["sweep=networks", "name=parts", "data=garments", f"data.root={data_root}", "trainer=cpu"]
+
+    def jobs(*own: str) -> list[str]:
+        with open_hydra() as app:
+            config = train.compose(app, train.parse_arguments(["-m", *words, *own]), RunMode.MULTIRUN)
+            return [*launch.Sweep(config).jobs]
+
+    # The file gives optimizer.lr one value, so that it names no job.
+    assert jobs("model=mlp", "seed=1") == ["model=mlp,seed=1"]
+    assert jobs("model=mlp,lenet", "seed=1") == ["model=mlp,seed=1", "model=lenet,seed=1"]
+    assert jobs("model=mlp", "seed=1", "optimizer.lr=0.1,0.2") == [
+        "model=mlp,optimizer.lr=0.1,seed=1",
+        "model=mlp,optimizer.lr=0.2,seed=1",
+    ]
+
+
 def test_the_jobs_of_a_sweep_are_checked_with_the_search_path_of_the_command_line(
     tmp_path: Path, data_root: Path
 ) -> None:

@@ -28,6 +28,11 @@ _JOBS = "jobs.json"
 _MAX_JOBS = 10_000
 
 
+def to_overrides(params: Mapping[str, Any]) -> list[str]:
+    """``hydra.sweeper.params`` as a command line has them."""
+    return [f"{key}={'null' if value is None else value}" for key, value in params.items()]
+
+
 def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[str, Any]:
     """``hydra.sweeper.params`` without the keys that the command line sets.
 

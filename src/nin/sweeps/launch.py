@@ -36,6 +36,7 @@ from nin.sweeps.jobs import (
     expand_jobs,
     folder_names,
     key_of,
+    to_overrides,
     without_overridden,
     write_requested_jobs,
 )
@@ -97,10 +98,13 @@ class Sweep:
             )
         is_search = sweeper == _SEARCH
         self._require_same_kind(is_search)
-        params = without_overridden(config.hydra.sweeper.get("params") or {}, task)
+        params = config.hydra.sweeper.get("params") or {}
+        _, in_file = self._parse(to_overrides(params))
+        params = without_overridden(params, task)
         config.hydra.sweeper.params = params
-        words = [f"{key}={'null' if value is None else value}" for key, value in params.items()]
-        overrides, self.swept = self._parse([*words, *task])
+        overrides, self.swept = self._parse([*to_overrides(params), *task])
+        # Keys of the file to which the command line gives one value: a part of the file's sweep has the same jobs.
+        self.swept += [key for key in in_file if key not in self.swept and not is_search]
         settings = self._check(overrides, is_search)
         if is_joblib(config.hydra.launcher._target_):
             self._configure_joblib(config.hydra.launcher, settings)
