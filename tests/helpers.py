@@ -131,7 +131,7 @@ class FakeExperiment:
         return {
             "status": "finished", "metrics": metrics, "epochs": self.settings.trainer.max_epochs, "steps": 1,
             "train_seconds": 1.0, "images_per_second": 1.0, "parameters": 1, "weights_sha256": "0" * 64,
-            "precision": "32-true",
+            "precision": "32-true", "processes": 1,
         }  # fmt: skip
 
 

@@ -77,6 +77,17 @@ def test_on_windows_the_message_names_what_to_use(
     assert capsys.readouterr().err == ("nin train: needs Linux or macOS; on Windows start it in WSL (wsl --install)\n")
 
 
+def test_a_working_directory_that_was_removed_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert dispatch(monkeypatch, "report", "sweep") == 2
+    message = "nin report: the working directory was removed; change to another one\n"
+    assert capsys.readouterr().err == message
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's /dev/full")
 @pytest.mark.parametrize(
     ("output", "status", "message"),

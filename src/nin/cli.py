@@ -110,6 +110,11 @@ def run(name: str, arguments: list[str]) -> int:
     if sys.platform == "win32":  # no POSIX signals, and no folder can be flushed to disk
         print(f"nin {name}: needs Linux or macOS; on Windows start it in WSL (wsl --install)", file=sys.stderr)
         return 2
+    try:
+        os.getcwd()  # noqa: PTH109  # pathlib is not imported yet
+    except FileNotFoundError:
+        print(f"nin {name}: the working directory was removed; change to another one", file=sys.stderr)
+        return 2
     try:  # Ctrl-C may come while these are imported
         return _run_command(name, arguments)
     except KeyboardInterrupt:

@@ -153,6 +153,11 @@ def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest
         (["experiment=quickstart", "trainer.max_epochs=1"], "quickstart,trainer.max_epochs=1"),
         (["experiment=quickstart", "trainer.precision=64-true"], "quickstart,trainer.precision=64-true"),
         (["experiment=quickstart", "optimizer.lr=0.01", "name=mine"], "mine"),
+        (["experiment=quickstart", "data.root=x"], "quickstart"),
+        (
+            ["experiment=quickstart", "+data._target_=x.Data", "data.root=x"],
+            "quickstart,+data._target_=x.Data,data.root=x",
+        ),
     ],
 )
 def test_an_experiment_with_changes_has_a_folder_of_its_own(

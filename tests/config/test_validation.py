@@ -3,6 +3,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 import pytest
@@ -460,6 +461,25 @@ def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings:
         assert find_differences(chosen, chosen) == []
         assert find_differences(settings(), chosen)
         assert find_differences(chosen, settings())
+
+
+def test_keys_of_the_users_own_data_and_parts_of_a_batch_for_an_own_loss_are_part_of_the_experiment(
+    settings: Callable[..., Settings],
+) -> None:
+    def own(*overrides: str, **parts: Any) -> Settings:
+        return validate_plain(settings(*overrides).model_dump() | parts)
+
+    assert find_differences(settings(), settings("data.root=/other", "speed.micro_batch=4")) == []
+    first, second = ({"_target_": "x.Data", "image_size": 28, "batch_size": 4, "root": root} for root in "ab")
+    assert find_differences(own(data=first), own(data=first)) == []
+    assert find_differences(own(data=first), own(data=second)) == [
+        'data.root: "a" in the existing run, "b" in this command'
+    ]
+    loss = {"_target_": "torch.nn.MultiMarginLoss"}
+    assert find_differences(own("speed.channels_last=false", loss=loss), own(loss=loss)) == []
+    assert find_differences(own("speed.micro_batch=4", loss=loss), own(loss=loss)) == [
+        'speed.micro_batch: 4 in the existing run, "auto" in this command'
+    ]
 
 
 def test_a_folder_of_a_user_whom_the_machine_does_not_know_is_a_relative_path(

@@ -563,9 +563,36 @@ def test_the_experiment_of_a_trial_does_not_depend_on_how_it_is_run() -> None:
         "+logger.csv=null",
         "sweep.test=false",
         "sweep=tune_nin_small",
+        "trainer=cpu",
     ]
     expected = ["+model.depth=2", "optimizer.lr=0.1", "sweep=tune_nin_small", "trainer.max_epochs=3"]
     assert experiment_words(words) == expected
+
+
+def test_a_search_may_continue_on_another_device_but_not_with_another_precision_or_other_images(
+    tmp_path: Path,
+) -> None:
+    words = ["name=x", "model=nin_small", "data=folder", "data.image_size=28", "data.batch_size=8", "optimizer.lr=1,2"]
+    images, moved = tmp_path / "images", tmp_path / "moved"
+
+    def plan_of(images: Path, *others: str) -> Plan:
+        return check(*words, f"data.root={images}", f"data.cache={tmp_path / 'cache'}", *others).plan
+
+    def add_image(root: Path, name: str, gray: int) -> None:
+        (root / "train" / name).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (28, 28), gray).save(root / "train" / name / f"{gray}.png")
+
+    for gray in range(20):
+        add_image(images, "ab"[gray % 2], gray)
+    storage = Store(plan_of(images), tmp_path, None).storage
+    require_same_plan(storage, plan_of(images, "trainer=cpu"), tmp_path)
+    with pytest.raises(UserError, match=r"trainer.precision: null in the existing search, bf16-true in this command$"):
+        require_same_plan(storage, plan_of(images, "trainer.precision=bf16-true"), tmp_path)
+    images.rename(moved)
+    require_same_plan(storage, plan_of(moved), tmp_path)
+    add_image(moved, "a", 200)
+    with pytest.raises(UserError, match=r"images_sha256: [0-9a-f]{64} in the existing search, [0-9a-f]{64} in this"):
+        require_same_plan(storage, plan_of(moved), tmp_path)
 
 
 def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_be_wrong(tmp_path: Path) -> None:

@@ -109,13 +109,19 @@ def test_another_experiment_that_began_in_the_meantime_is_not_this_one(
         run.execute_run(request_of("optimizer.lr=0.2"))
 
 
-def test_a_finished_run_says_with_which_precision_it_was_trained_if_another_is_requested(
+def test_a_finished_run_says_with_which_precision_and_processes_it_was_trained_if_others_are_requested(
     request_of: Callable[..., RunRequest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run.execute_run(request_of())
-    for word, other in ((), ""), (["trainer.precision=64-true"], " with trainer.precision=32-true"):
+    precision, processes = "trainer.precision=64-true", ["trainer.strategy=ddp", "trainer.devices=2"]
+    for words, other in (
+        ([], ""),
+        ([precision], " with trainer.precision=32-true"),
+        (processes, " with 1 process"),
+        ([precision, *processes], " with trainer.precision=32-true and 1 process"),
+    ):
         capsys.readouterr()
-        run.execute_run(request_of(*word))
+        run.execute_run(request_of(*words))
         assert f"run is finished{other}; to train again, give" in capsys.readouterr().out
 
 

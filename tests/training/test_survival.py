@@ -357,6 +357,7 @@ def test_a_checkpoint_that_lacks_something_says_so(half_done: HalfDone, missing:
         del content[missing]
     for path in resume_candidates(folder):
         path.unlink(missing_ok=True)
+    content["callbacks"]["ResumableCheckpoint"]["best"] = {}  # best.ckpt is removed too, from which it would resume
     AtomicCheckpointIO().save_checkpoint(content, folder.last)
     with pytest.raises(UserError, match=message):
         run_experiment(requested, folder)
@@ -511,8 +512,20 @@ def test_other_weights_are_not_tested_in_place_of_a_best_checkpoint_that_is_gone
     with pytest.raises(UserError, match=r"network.0.0.weight has values that are NaN or infinite"):
         run_experiment(requested, folder)
     folder.best.unlink()
-    with pytest.raises(UserError, match=r"best.ckpt: no such checkpoint"):
+    with pytest.raises(UserError, match=r"best.ckpt: is missing, and the run would end with the test of a worse"):
         run_experiment(requested, folder)
+
+
+def test_metrics_csv_that_was_removed_is_written_again_where_no_step_is_left(
+    settings: Callable[..., Settings], tmp_path: Path
+) -> None:
+    requested, folder = settings("~callbacks.images"), RunFolder(tmp_path / "run")
+    trained(requested, folder.path)
+    rows = folder.read_epochs()
+    assert len(rows) == 2
+    folder.metrics.unlink()
+    run_experiment(requested, folder)
+    assert folder.read_epochs() == rows
 
 
 def test_fewer_epochs_than_are_done_are_refused_and_change_nothing(
@@ -643,7 +656,8 @@ def test_a_stop_at_max_steps_before_min_epochs_leaves_an_epoch_that_ends(
     stopped(settings(*keys), folder, batch=2)
     result = run_experiment(settings(*keys), folder)
     assert outcome(result) == outcome(uninterrupted)
-    assert len((folder.path / "metrics.csv").read_text().splitlines()) == 2
+    (row,) = folder.read_epochs()
+    assert row["val/acc"] == result["metrics"]["val/acc"]  # Lightning alone would leave out this validation
 
 
 def test_the_state_of_a_model_checkpoint_in_last_ckpt_is_that_after_the_epoch(

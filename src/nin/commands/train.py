@@ -124,7 +124,8 @@ def _name_with_changes(config: DictConfig) -> str | None:
     callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
     others = isinstance(callbacks, dict) and select_training_callbacks(callbacks)  # not validated yet
     # Resuming may change the precision; a new run with another one has another result.
-    same = [key for key in SAME_EXPERIMENT if key != "trainer.precision" and not (key == "callbacks" and others)]
+    other = ["trainer.precision"] + ["callbacks"] * bool(others) + ["data"] * ("_target_" in config.data)
+    same = [key for key in SAME_EXPERIMENT if not is_within(key, other)]
     # The group `trainer` chooses where a run trains, so it does not make another experiment.
     changes = sorted(
         word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nin.config.keys import flatten, is_within
-from nin.config.schema import OwnSchedule, Schedule, Settings, UserError
+from nin.config.schema import OwnData, OwnSchedule, Schedule, Settings, UserError
 
 # The keys that may be overridden when a run is resumed.
 MAY_CHANGE = (
@@ -66,22 +66,27 @@ def depends_on_steps(schedule: Schedule | OwnSchedule) -> bool:
     return not schedule.is_constant
 
 
+def experiment_values(settings: Settings, may_change: tuple[str, ...] = SAME_EXPERIMENT) -> dict[str, Any]:
+    """The values that make the experiment what it is, by their keys: all but those of ``may_change``."""
+    # A data module of the user's own may do anything with its keys. A loss of the user's own may be another one over
+    # parts of a batch.
+    fixed = (["data"] if isinstance(settings.data, OwnData) else []) + ["speed.micro_batch"] * bool(settings.loss)
+    plain = settings.model_dump(mode="json")
+    # null stands for what the data module needs.
+    keys = flatten(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
+    values = {k: v for k, v in keys.items() if is_within(k, fixed) or not is_within(k, may_change)}
+    return values | flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
+
+
 def find_differences(before: Settings, now: Settings) -> list[str]:
     """The keys, with both values, that make ``now`` another experiment than ``before``; none if it may be resumed."""
-
     # A difference of two schedules has a line of its own.
     has_fixed_length = depends_on_steps(before.schedule) and depends_on_steps(now.schedule)
     may_change = SAME_EXPERIMENT if has_fixed_length else MAY_CHANGE
-
-    def fixed_values(settings: Settings) -> dict[str, Any]:
-        plain = settings.model_dump(mode="json")
-        # null stands for what the data module needs.
-        keys = flatten(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
-        fixed = {k: v for k, v in keys.items() if not is_within(k, may_change)}
-        return fixed | flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
-
     # As texts: limit_train_batches=1 is one batch, and 1.0 is all of them.
-    there, here = ({k: json.dumps(v) for k, v in fixed_values(settings).items()} for settings in (before, now))
+    there, here = (
+        {k: json.dumps(v) for k, v in experiment_values(settings, may_change).items()} for settings in (before, now)
+    )
     reasons = {"trainer.max_epochs": f" (schedule={now.schedule.name}: the learning rate of every step depends on it)"}
     return [
         f"{key}: {old} in the existing run, {new} in this command{reasons.get(key, '')}"

@@ -10,10 +10,10 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, ValidationError
 
-from nin.config.changes import SAME_EXPERIMENT, select_training_callbacks
+from nin.config.changes import SAME_EXPERIMENT, experiment_values
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
-from nin.config.keys import flatten, is_within, split_override
+from nin.config.keys import is_within, split_override
 from nin.config.schema import CONF, FolderData, OwnData, Settings, UserError
 from nin.config.types import Positive, Section
 from nin.runs.console import format_path
@@ -109,10 +109,15 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     main = next(source.path for source in config.hydra.runtime.config_sources if source.provider == "main")
     # All settings, and not only the words: a file of the user's own may have been edited since.
-    plain = points[0].model_dump(mode="json")
-    values = {key: value for key, value in flatten(plain).items() if not is_within(key, SAME_EXPERIMENT)}
     # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
-    values |= flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
+    values = experiment_values(points[0])
+    # A run may be resumed with another precision, but accuracies of several precisions are not compared.
+    values["trainer.precision"] = points[0].trainer.precision
+    if isinstance(data := points[0].data, FolderData) and not any(is_within(key, ["data"]) for key in space):
+        from nin.data.splits import open_folder  # needs torch, which the checks of the jobs have imported
+
+        cache = open_folder(data)
+        values["images_sha256"], values["images"] = cache.fingerprint, dict(cache.counts)
     # As a command line has them: null and true.
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
     own = [f"{key}={text}" for key, text in texts.items() if not is_within(key, [*space])]
@@ -132,9 +137,11 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
 
 def experiment_words(words: Iterable[str]) -> list[str]:
     """The overrides that make a trial the experiment that it is, sorted; the others may change under one name."""
-    # `sweep=…` is the file that the space and other settings come from; sweep.test and the like are not.
+    # `sweep=…` is the file that the space and other settings come from; sweep.test and the like are not. The group
+    # `trainer` chooses where a trial trains; what else it sets is compared with the other settings.
     keys = {word: split_override(word)[0] for word in words}
-    return sorted(w for w, key in keys.items() if key == "sweep" or not is_within(key, [*SAME_EXPERIMENT, "hydra"]))
+    same = [*SAME_EXPERIMENT, "hydra"]
+    return sorted(w for w, key in keys.items() if key == "sweep" or not (key == "trainer" or is_within(key, same)))
 
 
 def count_points(plan: Plan) -> int:

@@ -33,7 +33,7 @@ from nin.training.loss import (
     require_finite_weights,
     require_logits,
 )
-from nin.training.optimizers import build_optimizer, build_schedule, follow_validation
+from nin.training.optimizers import build_optimizer, build_schedule, count_steps, follow_validation
 
 log = logging.getLogger(__name__)
 
@@ -279,22 +279,10 @@ class Classifier(LightningModule):
             return optimizer
         if isinstance(schedule, OwnSchedule):
             counted = [name for name, value in schedule.arguments.items() if value == "steps"]
-            schedule = schedule.model_copy(update={name: self._count_steps() for name in counted})
+            schedule = schedule.model_copy(update={name: count_steps(self.trainer, self.settings) for name in counted})
             scheduler = own_classes.build("schedule", schedule, LRScheduler, optimizer)
             if isinstance(scheduler, ReduceLROnPlateau):
                 return {"optimizer": optimizer, "lr_scheduler": follow_validation(scheduler, self.settings)}
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": schedule.interval}}
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": build_schedule(optimizer, schedule, self._count_steps()), "interval": "step"},
-        }
-
-    def _count_steps(self) -> int:
-        """The number of optimizer steps of the whole run."""
-        steps = self.trainer.estimated_stepping_batches
-        if not 1 <= steps < math.inf:  # -1, or infinity, for a loader without a length
-            raise UserError(
-                f"schedule={self.settings.schedule.name}: depends on the number of steps, which this data module does "
-                "not know; set trainer.max_steps or trainer.limit_train_batches=<number>, or schedule=constant"
-            )
-        return int(steps)
+        scheduler = build_schedule(optimizer, schedule, count_steps(self.trainer, self.settings))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

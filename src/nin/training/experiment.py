@@ -107,12 +107,18 @@ class Experiment:
         if self.resume_checkpoint is None:
             return
         # The images first: a folder with one more class makes another network.
-        state = self.resume_checkpoint.get(checkpoint_files.DATA_STATE_KEY)
-        if isinstance(self.datamodule, ImageDataModule) and isinstance(state, dict):
-            self.datamodule.load_state_dict(state)  # as Lightning does when the run has begun
+        images = self.resume_checkpoint.get(checkpoint_files.DATA_STATE_KEY)
+        if isinstance(self.datamodule, ImageDataModule) and isinstance(images, dict):
+            self.datamodule.load_state_dict(images)  # as Lightning does when the run has begun
         require_matching_weights(self.module, self.resume_checkpoint)
         require_no_fewer_epochs(self.settings.trainer.max_epochs, _completed_epochs(self.resume_checkpoint))
-        saved = len(self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]["processes"])
+        state = self.resume_checkpoint["callbacks"][checkpoint_files.CALLBACK_STATE_KEY]
+        if state["best"] and not self.folder.best.is_file():
+            raise UserError(
+                f"{self.folder.best}: is missing, and the run would end with the test of a worse epoch; put it back, "
+                "or remove the run's folder to train again"
+            )
+        saved = len(state["processes"])
         if saved != self.trainer.world_size:
             raise UserError(
                 f"trainer.devices: the run was started with {saved} process{'es' * (saved > 1)} and would now have "
@@ -267,6 +273,7 @@ class Experiment:
             # Read again after training: with several processes, Lightning chooses the number of threads.
             "device": devices.describe_device(self.trainer.strategy.root_device),
             "precision": str(self.trainer.precision),
+            "processes": self.trainer.world_size,
             "overrides": self.request.overrides,
             "command": self.request.command,
         }

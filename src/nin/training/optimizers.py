@@ -1,6 +1,7 @@
 """The optimizers, and the schedules of the learning rate."""
 
 import inspect
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -109,6 +111,8 @@ def require_restored(trainer: Trainer, settings: Settings) -> None:
     Raises:
         ValueError: names what is missing.
     """
+    if trainer.global_step == 0:  # stopped while the first gradients were accumulated
+        return
     chosen = settings.optimizer
     has_state = chosen.momentum > 0 if isinstance(chosen, SGD) else not isinstance(chosen, OwnClass)
     states = trainer.optimizers[0].state.values()
@@ -118,6 +122,29 @@ def require_restored(trainer: Trainer, settings: Settings) -> None:
     schedulers = [] if isinstance(settings.schedule, OwnClass) else trainer.lr_scheduler_configs
     if any(config.scheduler.last_epoch == 0 for config in schedulers):
         raise ValueError("the state of the schedule is missing")
+
+
+def count_steps(trainer: Trainer, settings: Settings) -> int:
+    """The number of optimizer steps of the whole run, which a schedule depends on.
+
+    Raises:
+        UserError: if it is not known.
+    """
+    steps = trainer.estimated_stepping_batches
+    if not 1 <= steps < math.inf:  # -1, or infinity, for a loader without a length
+        raise UserError(
+            f"schedule={settings.schedule.name}: depends on the number of steps, which this data module does not know; "
+            "set trainer.max_steps or trainer.limit_train_batches=<number>, or schedule=constant"
+        )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    for callback in callbacks:
+        # Lightning counts with the first epoch's number of batches per step.
+        if isinstance(callback, GradientAccumulationScheduler) and batches < math.inf and epochs and epochs > 0:
+            per_step = [callback.get_accumulate_grad_batches(epoch) for epoch in range(epochs)]
+            steps = sum(math.ceil(batches / count) for count in per_step)
+            steps = min(steps, trainer.max_steps) if trainer.max_steps > 0 else steps
+    return int(steps)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, schedule: Schedule, steps: int) -> LRScheduler:

@@ -56,11 +56,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
         if request.rank == 0:
-            before, used = read_settings(folder).trainer.precision, result.get("precision")
-            is_same = settings.trainer.precision in (before, used) or not used  # unknown in older results
-            other = "" if is_same else f" with trainer.precision={used}"
             advice = "to train again, give nin train another name=…, or remove the folder"
-            print(f"{format_path(folder.path)} is finished{other}; {advice}")
+            print(f"{format_path(folder.path)} is finished{_with_others(folder, settings, result)}; {advice}")
             print_result(folder, result)
         return result
     had_result = folder.result.exists()
@@ -89,6 +86,18 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         result = result or _train_and_record(request)
     print_result(folder, result)
     return result
+
+
+def _with_others(folder: RunFolder, settings: Settings, result: dict[str, Any]) -> str:
+    """With which precision and how many processes the result was computed, if others are requested now."""
+    now, before = settings.trainer, read_settings(folder).trainer
+    others = []
+    if now.precision not in (before.precision, result.get("precision")):
+        others.append(f"trainer.precision={result.get('precision')}")
+    if any(getattr(now, key) != getattr(before, key) for key in ("strategy", "devices", "num_nodes")):
+        count = result.get("processes")
+        others.append(f"{count} process{'es' * (count != 1)}")
+    return " with " * bool(others) + " and ".join(others)
 
 
 def _train_other_rank(request: RunRequest) -> dict[str, Any]:

@@ -126,12 +126,14 @@ def test_an_optimizer_that_is_added_is_built_and_must_have_its_state_on_resuming
     assert optimizer.param_groups[0]["lr"] == 0.1
     module(torch.rand(2, 1, 28, 28)).sum().backward()
     optimizer.step()
-    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[], precision="32-true")
+    trainer: Any = SimpleNamespace(optimizers=[optimizer], lr_scheduler_configs=[], precision="32-true", global_step=1)
     optimizers.require_restored(trainer, module.settings)
     optimizer.state.clear()
     with pytest.raises(ValueError, match="the state of the optimizer is missing"):
         optimizers.require_restored(trainer, module.settings)
     optimizers.require_restored(trainer, settings("schedule=constant", "optimizer=sgd"))  # has none without momentum
+    trainer.global_step = 0
+    optimizers.require_restored(trainer, module.settings)  # stopped while the first gradients were accumulated
 
 
 class Clock(Callback):
@@ -238,6 +240,20 @@ def test_a_run_that_accumulates_more_gradients_in_a_later_epoch_is_resumed_withi
     assert checkpoint_files.read(folder.last)["global_step"] == 7  # six of one batch and one of two
     result = run_experiment(chosen, folder)
     assert (result["weights_sha256"], result["steps"]) == (uninterrupted["weights_sha256"], 9)
+
+
+@pytest.mark.filterwarnings("ignore:When using `Trainer.accumulate_grad_batches")
+@pytest.mark.parametrize(("limit", "expected"), [("trainer.max_steps=-1", 9), ("trainer.max_steps=8", 8)])
+def test_a_schedule_ends_with_the_last_step_though_later_epochs_accumulate_more_gradients(
+    settings: Callable[..., Settings], tmp_path: Path, limit: str, expected: int
+) -> None:
+    scheduler = "lightning.pytorch.callbacks.GradientAccumulationScheduler"
+    scheduled = "+callbacks.scheduler={_target_: %s, scheduling: {0: 1, 1: 2}}" % scheduler  # noqa: UP031  # braces
+    chosen = settings(scheduled, "schedule=one_cycle", limit, "~callbacks.images", "logger=none")
+    result = run_experiment(chosen, RunFolder(tmp_path))
+    assert result["steps"] == expected  # six of one batch and three of two, at most
+    # OneCycleLR ends with a 250,000th of its highest learning rate.
+    assert RunFolder(tmp_path).read_epochs()[-1]["lr"] == pytest.approx(chosen.optimizer.lr / 250_000)  # type: ignore[union-attr]
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

@@ -162,6 +162,10 @@ class MetricsLogger(Callback):
         if trainer.is_global_zero:
             self._write_rows()
 
+    def on_fit_end(self, trainer: Trainer, pl_module: Classifier) -> None:
+        if trainer.is_global_zero and self.rows and not self.metrics_csv.exists():  # it was removed; no step was left
+            self._write_rows()
+
     def on_test_start(self, trainer: Trainer, pl_module: Classifier) -> None:
         # With data.score_each_epoch=test the curves already have test metrics at this step.
         pl_module.test_metrics_logged = "test/acc" in self.scores and self.scored_step == trainer.global_step

@@ -50,7 +50,9 @@ class TrainingControl(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
-            trainer.should_stop = True  # Lightning then validates before it ends, also in the middle of an epoch
+            # Lightning then validates before it ends, also in the middle of an epoch, if it has no minimum to reach.
+            trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = 0
+            trainer.should_stop = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Classifier) -> None:
         for config in trainer.lr_scheduler_configs:
