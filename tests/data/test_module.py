@@ -62,9 +62,10 @@ def test_processes_share_every_batch_and_train_on_no_empty_one() -> None:
     assert [labels_of(share) for share in shares] == [[[0, 2], [4, 6], [8]], [[1, 3], [5, 7], []]]
 
 
-def test_the_last_training_batch_is_kept_if_every_process_has_an_image_of_it() -> None:
-    shares = [TensorDataLoader(*numbered(10), batch_size=2, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
-    assert [[len(batch) for batch in labels_of(share)] for share in shares] == [[2, 2, 1], [2, 2, 1]]
+@pytest.mark.parametrize(("images", "sizes"), [(15, [3, 3]), (16, [3, 3, 2])])
+def test_the_last_training_batch_is_kept_if_every_process_has_two_images_of_it(images: int, sizes: list[int]) -> None:
+    shares = [TensorDataLoader(*numbered(images), batch_size=3, seed=0, rank=rank, world_size=2) for rank in (0, 1)]
+    assert [[len(batch) for batch in labels_of(share)] for share in shares] == [sizes, sizes]
 
 
 def test_a_process_loads_its_own_share_of_the_batches(settings: Callable[..., Settings]) -> None:
@@ -144,7 +145,7 @@ def test_a_run_that_mirrors_characters_warns(
     data.setup("test")
     assert caplog.messages == []
     data.setup("fit")
-    remedy = ", which makes other characters of some; data.augment=none data.test_time_flip=false does not"
+    remedy = ", some of which then are other characters; data.augment=none data.test_time_flip=false does not"
     assert caplog.messages == ([warned + remedy] if warned else [])
 
 

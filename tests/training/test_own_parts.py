@@ -9,7 +9,6 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import pytest
 import torch
 from lightning import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import (
@@ -43,7 +41,6 @@ from nin.deploy.pipeline import Pipeline
 from nin.networks.layers import describe_layers
 from nin.runs.folder import RunFolder
 from nin.system.processes import StoppedError
-from nin.training.callbacks.training_control import _require_statistics_of_one
 from nin.training.classifier import Classifier
 from nin.training.evaluation import evaluate_weights
 from nin.training.experiment import Experiment
@@ -93,47 +90,14 @@ def test_batch_norm_of_a_network_of_ones_own_has_the_statistics_of_the_full_batc
         assert module.micro_batch_size == expected
 
 
-def test_a_last_batch_of_one_image_is_refused_where_batch_norm_has_no_statistics_of_it(
+def test_a_last_batch_of_one_image_of_which_batch_norm_has_no_statistics_is_left_out(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
     training = len(load(settings().data, "train")[1]) - settings().data.val_size
-    keys = (f"data.batch_size={training - 1}", "schedule=constant", "trainer.log_every_n_steps=1")
-    message = rf"^data.batch_size=\d+: the last batch of an epoch would have one of the {training} training images, of "
-    refused, *accepted = (
-        with_network(settings, *keys, f"trainer.limit_train_batches={limit}", network=network)
-        for network, limit in (("Normalized", "null"), ("Partly", "null"), ("Normalized", "1"))
-    )
-    alone = with_network(settings, "data.batch_size=1", "trainer.limit_train_batches=null", network="Normalized")
-    for i, chosen in enumerate((refused, alone)):
-        with pytest.raises(UserError, match=message):
-            run_experiment(chosen, RunFolder(tmp_path / f"refused-{i}"))
-    for i, requested in enumerate(accepted):
-        run_experiment(requested, RunFolder(tmp_path / str(i)))
-
-
-class NormalizedTwice(nn.Sequential):
-    """A batch norm with many values per channel of a single image, and one with a single value."""
-
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(
-            nn.BatchNorm2d(1), nn.AvgPool2d(7), nn.Flatten(), nn.BatchNorm1d(16), nn.Linear(16, num_classes)
-        )
-
-
-@pytest.mark.parametrize("is_frozen", [True, False])
-def test_the_check_of_a_last_batch_of_one_image_changes_no_statistics_and_no_mode(
-    settings: Callable[..., Settings], is_frozen: bool
-) -> None:
-    module = Classifier(with_network(settings, network="NormalizedTwice"), [str(i) for i in range(10)])
-    module.get_submodule("network.own.3").train(not is_frozen)  # as a callback may
-    state = {name: value.clone() for name, value in module.network.state_dict().items()}
-    modes = [part.training for part in module.network.modules()]
-    refused = pytest.raises(UserError, match="the last batch of an epoch would have one of the 5 training images")
-    with contextlib.nullcontext() if is_frozen else refused:
-        _require_statistics_of_one(SimpleNamespace(precision_plugin=Precision()), module, 5)
-    assert [part.training for part in module.network.modules()] == modes
-    for name, value in module.network.state_dict().items():
-        assert torch.equal(value, state[name]), name
+    keys = ("trainer.limit_train_batches=null", "schedule=constant", "trainer.log_every_n_steps=1")
+    for rest, steps in ((1, 2), (2, 4)):  # in two epochs
+        chosen = with_network(settings, f"data.batch_size={training - rest}", *keys, network="Normalized")
+        assert run_experiment(chosen, RunFolder(tmp_path / str(rest)))["steps"] == steps
 
 
 class Shifting(Partly):

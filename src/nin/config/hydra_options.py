@@ -60,8 +60,8 @@ def open_hydra(
     Args:
         config_dir: a folder of the user's own configs, searched after ``conf/`` (``--config-dir``).
         config_path: replaces ``conf/`` (``--config-path``).
-        overrides: of which ``hydra.searchpath=[…]`` adds folders. Hydra itself has these only where it composes the
-            config with this override, which a sweep's jobs lack while they are checked.
+        overrides: those of the command line. ``hydra.searchpath=[…]`` adds folders also for configs that are composed
+            without this override, as those of a sweep's jobs are when they are checked.
 
     Raises:
         UserError: if one of them is not a folder.

@@ -3,6 +3,7 @@
 Imports NumPy and Pillow only, since each process that decodes imports this module.
 """
 
+import contextlib
 import functools
 import io
 import re
@@ -10,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 # A photo of 50 megapixels is 150 MB as pixels and 600 MB as float32.
 MAX_PIXELS = 50_000_000
@@ -24,16 +25,6 @@ MAX_SCANS, ALWAYS_ALLOWED_SCANS, MAX_SCANNED_PIXELS = 100, 25, 625_000_000
 # Markers of a JPEG file, without the bytes 255 and the restarts inside a scan.
 _MARKER = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _FRAMES, _START, _END, _SCAN = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}, 0xD8, 0xD9, 0xDA
-# How the pixels of an EXIF orientation are turned upright.
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class ImageError(ValueError):
@@ -158,8 +149,10 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
                 image.info["transparency"] = level
             # A JPEG file has its orientation in one of these, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
-                image = _turn_upright(image)
-            image = _flatten(image, padding)
+                image.load()  # of a TIFF file, Pillow turns it here
+                with contextlib.suppress(Exception):  # damaged metadata; the pixels are intact, and turned before it
+                    ImageOps.exif_transpose(image, in_place=True)
+            image = _to_gray_or_rgb(image, padding)
             return _fit(image, size, fit, padding) if size else image
     except Exception as error:
         raise _name_error(error) from error
@@ -177,16 +170,6 @@ def find_transparent_level(image: Image.Image) -> int | tuple[int, ...] | None:
         case (red, green, blue), "RGB;16B":
             return (red >> 8, green >> 8, blue >> 8)
     return None
-
-
-def _turn_upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation. `ImageOps.exif_transpose` fails on metadata that it can't write back."""
-    image.load()  # of a TIFF file, Pillow applies it here
-    try:
-        method = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # noqa: BLE001  # of many types, on damaged metadata; the pixels are intact
-        return image
-    return image if method is None else image.transpose(method)
 
 
 def has_color(image: Image.Image) -> bool:
@@ -211,7 +194,7 @@ def _name_error(error: Exception) -> ImageError:
     return ImageError(f"damaged ({type(error).__name__}: {error})")
 
 
-def _flatten(image: Image.Image, ground: int) -> Image.Image:
+def _to_gray_or_rgb(image: Image.Image, ground: int) -> Image.Image:
     """Converts any of Pillow's modes to "L" or "RGB"; what is transparent gets the gray level ``ground``."""
     if image.mode.startswith("I;16") or image.mode == "I":
         # 16-bit PNG and TIFF files; 65535 becomes 255. Of 32 bits, programs use as many as 16 bits or 8 bits have.

@@ -58,9 +58,9 @@ class TensorDataLoader:
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.labels), self.batch_size * self.world_size)
-        # Shuffled batches are for training, and training on an empty batch fails: a last batch of fewer images than
-        # processes is left out.
-        return full + (rest >= self.world_size if self.seed is not None else rest > 0)
+        # Shuffled batches are for training, and batch norm has no statistics of a single image: a last batch in which a
+        # process would have fewer than two images is left out.
+        return full + (rest >= 2 * self.world_size if self.seed is not None else rest > 0)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, loaded = self.epoch(), self._loaded
@@ -284,7 +284,7 @@ def _warn_of_mirrored_characters(data: Data) -> None:
     settings += ["data.test_time_flip=true"] * data.test_time_flip
     if settings:
         log.warning(
-            "%s mirrors the characters of %s, which makes other characters of some; data.augment=none "
+            "%s mirrors the characters of %s, some of which then are other characters; data.augment=none "
             "data.test_time_flip=false does not",
             " ".join(settings), data.name,
         )  # fmt: skip

@@ -87,7 +87,7 @@ def _compile_package(program: torch.export.ExportedProgram, path: Path, descript
 
 @contextlib.contextmanager
 def _channels_last_weights() -> Iterator[None]:
-    """torch warns that weights in the channels-last layout are views of no complete tensor; on the CPU all is well."""
+    """Hides torch's warning that channels-last weights are views of no complete tensor: on the CPU it has no effect."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No complete tensor found in the group")
         yield

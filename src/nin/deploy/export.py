@@ -1,6 +1,7 @@
 """Exports a checkpoint to one file with all preprocessing inside, and checks it against the checkpoint."""
 
 import contextlib
+import importlib.util
 import tempfile
 import time
 import uuid
@@ -248,7 +249,5 @@ def _save(model: Any, path: Path, description: Description) -> None:
 
 def require_packages() -> None:
     """Raises UserError, with the line that installs them, if a package is missing."""
-    import importlib.util
-
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]:
         raise UserError(f"needs {', '.join(missing)}: python3 -m pip install {' '.join(missing)}")

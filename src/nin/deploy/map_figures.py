@@ -19,7 +19,7 @@ def write_maps(
 ) -> None:
     """Writes a PNG file: the image, then the ``top`` most probable classes' maps over it in one color scale.
 
-    Under each map stand its mean and the logit: with global average pooling they are equal; what a fully connected
+    Below each map are its mean and the logit: with global average pooling they are equal; what a fully connected
     layer's bias (or, for Grad-CAM, the layers that follow) adds is named.
 
     Args:

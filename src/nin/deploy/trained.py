@@ -47,7 +47,8 @@ class Description:
         test_time_flip: whether probabilities are the mean of the image's and its mirror's.
         fit: how files are brought to the stored size when they are decoded, as those of `data=folder` were ("crop",
             "pad", "stretch"); None: the pipeline resizes them.
-        maps: "gap": the mean of a class's map is its logit. "fc": mean and bias are. "grad_cam": an approximation.
+        maps: "gap": the logit is the mean of the class's map. "fc": it is the mean plus the bias. "grad_cam": an
+            approximation.
             "none": a network without maps, or an export of one whose maps need gradients.
         settings: of the run, as in its config.yaml.
         more: the run's name, weights_sha256, versions, test accuracy, and what the check of an export found.

@@ -51,7 +51,7 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """nin.log. That the disk is full is printed once, and the run continues."""
+    """nin.log. If the disk is full, that is printed once, and the run continues."""
 
     is_reported = False
 

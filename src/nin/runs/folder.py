@@ -134,7 +134,7 @@ class RunFolder:
             if is_own or leads_out:
                 require_no_link(path)
             try:
-                mode = path.stat().st_mode  # one look: another process may remove it in the meantime
+                mode = path.stat().st_mode  # called once: another process may remove the file in the meantime
             except FileNotFoundError:
                 continue
             if path in (self.config.parent, self.checkpoints) and not stat.S_ISDIR(mode):

@@ -1,4 +1,4 @@
-"""One job per GPU: the GPUs of this machine are shared out between the workers of a sweep."""
+"""One job per GPU: the GPUs of this machine are divided among the workers of a sweep."""
 
 import os
 import time

@@ -92,7 +92,7 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
         trials: all trials of a lower number, as `hide_concurrent_values` returns them.
     """
     storage = InMemoryStorage()
-    pruner = build_pruner(plan.pruner, plan.max_epochs)  # samplers look at the trials of one Hyperband bracket only
+    pruner = build_pruner(plan.pruner, plan.max_epochs)  # a sampler uses only the trials of its Hyperband bracket
     study = optuna.create_study(
         storage=storage,
         study_name=plan.name,

@@ -74,7 +74,7 @@ def run_sweep_job(config: DictConfig) -> float | None:
         if in_turn and request.stop.signum is not None:  # the job is done, and the next one does not start
             raise StoppedError(request.stop.signum)
         return result["metrics"]["val/acc"]
-    except RunClaimedError as error:  # the sweep comes back to it when its other jobs are done
+    except RunClaimedError as error:  # the sweep waits for it when its other jobs are done
         print(f"{request.label}{error}", flush=True)
         return None
     except (UserError, RunFailedError, StoppedError) as error:

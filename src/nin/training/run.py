@@ -203,7 +203,7 @@ def _require_same_images(folder: RunFolder, settings: Settings, previous: Settin
     if not (isinstance(data, FolderData) and isinstance(before, FolderData)):
         return
     if data.root == before.root and not Path(data.root).is_dir():
-        return  # a finished run needs its images no more
+        return  # a finished run does not need its images
     from nin.data.splits import open_folder
 
     cache = open_folder(data)

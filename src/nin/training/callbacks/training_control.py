@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from lightning import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
@@ -10,9 +9,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nin.checkpoints.random_state import seed_rank
 from nin.config.keys import is_within
-from nin.config.schema import UserError
-from nin.data.module import TensorDataLoader
-from nin.networks.speed import BATCH_NORMS
 from nin.training.callbacks.metrics import MetricsLogger
 from nin.training.classifier import Classifier
 
@@ -20,9 +16,9 @@ from nin.training.classifier import Classifier
 class TrainingControl(Callback):
     """Ends training at ``max_steps`` with a validation, and steps a ReduceLROnPlateau schedule after each epoch.
 
-    Lightning would step the schedule after the epoch's checkpoint is saved. Before the first step, a last batch that
-    batch norm would refuse is refused, and each of several processes gets random generators of its own, for dropout
-    and augmentation: Lightning seeds all alike, so that they start with the same weights.
+    Lightning would step the schedule after the epoch's checkpoint is saved. Before the first step, each of several
+    processes gets random generators of its own, for dropout and augmentation: Lightning seeds all alike, so that they
+    start with the same weights.
 
     Args:
         metrics: the callback that has the epoch's validation metrics; it must be called before this one.
@@ -36,17 +32,6 @@ class TrainingControl(Callback):
         # has the generators of each process.
         if trainer.global_rank:
             seed_rank(pl_module.settings.seed, trainer.global_rank)
-
-    def on_train_start(self, trainer: Trainer, pl_module: Classifier) -> None:
-        loader, max_batches = trainer.train_dataloader, trainer.max_steps * trainer.accumulate_grad_batches
-        if (
-            isinstance(loader, TensorDataLoader)
-            and (len(loader.labels) - 1) % loader.batch_size == 0  # also with one image in each batch
-            and trainer.world_size == 1
-            and trainer.num_training_batches == len(loader)  # no limit leaves out the last one
-            and not 0 <= max_batches < len(loader)
-        ):
-            _require_statistics_of_one(trainer, pl_module, len(loader.labels))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Classifier, *_: Any) -> None:
         if trainer.global_step == trainer.max_steps:
@@ -63,7 +48,8 @@ class TrainingControl(Callback):
 def why_stopped(trainer: Trainer) -> str | None:
     """Why training ended before ``max_epochs`` and ``max_steps``; None if it did not.
 
-    Also None for a run that is resumed after its training ended within its last epoch: no checkpoint says where.
+    Also None for a run that is resumed after its training ended within its last epoch: no checkpoint has the step at
+    which it ended.
     """
     batches = trainer.fit_loop.epoch_loop.batch_progress
     is_within_epoch = batches.current.ready > 0 and not batches.is_last_batch
@@ -78,33 +64,3 @@ def why_stopped(trainer: Trainer) -> str | None:
             return "Timer: the time limit (trainer.max_time) is reached"
     own = [type(c).__name__ for c in callbacks if not is_within(type(c).__module__, ["nin", "lightning"])]
     return f"trainer.should_stop was set by one of: {', '.join(own)}" if own else "trainer.should_stop was set"
-
-
-def _require_statistics_of_one(trainer: Trainer, module: Classifier, images: int) -> None:
-    """Raises UserError if a layer of batch norm has one value per channel for a single image."""
-    network, data = module.network, module.settings.data
-    norms = [layer for layer in network.modules() if isinstance(layer, BATCH_NORMS)]
-    if not norms:
-        return
-    training = [layer for layer in network.modules() if layer.training]
-    buffers = [(buffer, buffer.clone()) for layer in norms for buffer in layer.buffers()]
-    network.eval()  # in which dropout draws no random numbers
-    for layer in norms:
-        layer.training = layer in training  # one that is frozen uses its running statistics
-    one = torch.zeros(1, module.in_channels, data.image_size, data.image_size, device=module.device)
-    try:
-        with torch.no_grad():
-            network.forward(trainer.precision_plugin.convert_input(one))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):  # of the user's own network
-            raise
-        raise UserError(
-            f"data.batch_size={data.batch_size}: the last batch of an epoch would have one of the {images} training "
-            "images, of which batch norm has no statistics; choose another data.batch_size"
-        ) from error
-    finally:
-        for part in network.modules():
-            part.training = part in training
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
