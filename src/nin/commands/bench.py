@@ -23,9 +23,9 @@ from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import Console, format_path, log_to
 from nin.runs.files import write_atomically
+from nin.runs.imports import lightning_imports
 from nin.runs.versions import read_versions
 from nin.system.devices import require_accelerator
-from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def main(arguments: list[str]) -> int:
     try:
         with show_progress(stderr_console) as progress:
             progress("loading torch and Lightning …", "", 0, None)
-            with without_garbage_collection():
-                import lightning  # noqa: F401  # before `log_to`, which removes the log handlers that it adds
+            with lightning_imports():
+                import lightning  # noqa: F401  # what imports it later finds it loaded
 
             with log_to(None):
                 results = run_benchmarks(settings, args.seconds, args.rounds, progress)

@@ -14,9 +14,9 @@ from nin.config.trust import with_local_root, without_training_parts
 from nin.data.sources import describe, prepare, require_same_classes, with_found_root
 from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, tolerate_output_errors
+from nin.runs.imports import lightning_imports
 from nin.runs.results import print_test
 from nin.system.devices import require_accelerator
-from nin.system.imports import without_garbage_collection
 
 OVERRIDABLE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
@@ -68,8 +68,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
         UserError: if the file is no checkpoint, names a class that is not allowed, an override is refused, or the
             accelerator is missing.
     """
-    # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
-    with without_garbage_collection():
+    with lightning_imports():
         from nin.checkpoints.files import read, read_checkpoint_settings
         from nin.training.evaluation import evaluate_weights
 

@@ -12,7 +12,7 @@ from nin.commands.options import add_allow_option, expand_path
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, log_to
 from nin.runs.files import require_no_link
-from nin.system.imports import without_garbage_collection
+from nin.runs.imports import lightning_imports
 
 if TYPE_CHECKING:
     from nin.deploy.export import Exporter
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     checkpoint, out = choose_files(args)
     stderr_console = Console(stderr=True)
     with log_to(None), open_progress(stderr_console) as progress:
-        with without_garbage_collection():
+        with lightning_imports():
             from nin.deploy.export import Exporter, ExportError
 
         bar = progress.add_task("loading", total=None)

@@ -20,7 +20,7 @@ from nin.commands.options import add_allow_option, expand_path
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_for_output, log_to
-from nin.system.imports import without_garbage_collection
+from nin.runs.imports import lightning_imports
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     with log_to(None):
         from nin.deploy.loading import load
 
-        with without_garbage_collection():
+        with lightning_imports():
             network = load(args.network, args.allow)
         return predict(network, args)
 

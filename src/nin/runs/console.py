@@ -16,6 +16,7 @@ from typing import Any
 import rich.console
 
 from nin.config.errors import printable_lines
+from nin.runs.imports import route_lightning_logs
 
 # Warnings that Lightning, torch and Hydra raise in every run of this project, and that a user can do nothing about.
 _KNOWN_WARNINGS = (
@@ -86,7 +87,7 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
     previous = root.handlers, root.level
     root.handlers = handlers
     root.setLevel(logging.INFO)
-    _route_lightning_logs()
+    route_lightning_logs()
     silence_known_warnings()  # a notebook calls this without a command, which would have done so
     logging.captureWarnings(True)
     try:
@@ -96,13 +97,6 @@ def log_to(file: Path | None, label: str = "") -> Iterator[None]:
         root.handlers, root.level = previous
         for handler in handlers:
             handler.close()
-
-
-def _route_lightning_logs() -> None:
-    """Sends Lightning's log records to the root logger, if it was imported before and has handlers of its own."""
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).handlers.clear()
-        logging.getLogger(name).propagate = True
 
 
 class Console(rich.console.Console):

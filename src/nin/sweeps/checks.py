@@ -11,8 +11,8 @@ from nin.config.composition import compose_settings
 from nin.config.schema import Settings, Trainer, UserError, is_single_process
 from nin.data.sources import prepare
 from nin.runs.console import log_to
+from nin.runs.imports import lightning_imports
 from nin.system.devices import require_accelerator
-from nin.system.imports import without_garbage_collection
 
 # The packages of each launcher.
 _PACKAGES = {
@@ -97,7 +97,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
         UserError: with the errors of all jobs.
     """
     checked = _compose_jobs(jobs, config_name)
-    with without_garbage_collection():
+    with lightning_imports():
         from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
         from nin.training.loss import require_known_loss

@@ -120,7 +120,6 @@ def test_best(folder: Path, best: FrozenTrial, settings: Settings) -> None:
     except UserError as error:
         print(f"{error}, so the best trial is not tested; the same command on a machine with the accelerator tests it")
         return
-    # Before `log_to`, which removes the log handlers that lightning adds when it is imported.
     from nin.checkpoints.files import read
     from nin.training.evaluation import evaluate_weights
 

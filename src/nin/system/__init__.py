@@ -3,5 +3,4 @@
 A module imports only from the modules below it:
 
     processes, devices  ranks and signals of the processes of one run; threads and memory of a device
-    imports             faster imports of torch and Lightning
 """

@@ -15,11 +15,11 @@ from nin.config.validation import validate_plain
 from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder, find_weights_file
+from nin.runs.imports import lightning_imports
 from nin.runs.results import PRINTED, print_result
 from nin.runs.undo import undo_if_refused
 from nin.runs.versions import read_git_commit, read_own_code, read_versions
 from nin.system.devices import add_remedy, require_accelerator
-from nin.system.imports import without_garbage_collection
 from nin.system.processes import StoppedError, multi_process_launcher
 from nin.training.request import RunRequest
 
@@ -61,7 +61,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
             print_result(folder, result)
         return result
     had_result = folder.result.exists()
-    with without_garbage_collection():
+    with lightning_imports():
         from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
         from nin.training.experiment import Experiment  # noqa: F401  # what imports it later finds it loaded
@@ -229,7 +229,7 @@ def _waiting(request: RunRequest) -> Callable[[str], None]:
 
 
 def _train_and_record(request: RunRequest) -> dict[str, Any]:
-    from nin.training.experiment import Experiment  # before `log_to`, which removes the handlers that lightning adds
+    from nin.training.experiment import Experiment
 
     folder = request.folder
     place = f"run folder: {format_path(folder.path)}"
