@@ -99,6 +99,8 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
          "callbacks.x._target_=no_such.X: can't be imported (No module named 'no_such'); is the folder of its "
          "file in PYTHONPATH?"),
         (["+callbacks.x._target_=helpers.NoSuch"], "callbacks.x._target_=helpers.NoSuch: helpers has no class NoSuch"),
+        (["~data", "~callbacks", "seed=1"], "2 errors\n  data: has no value; set data=…, or do not delete it\n"
+         "  callbacks: has no value; set callbacks=…, or do not delete it"),
         (["+callbacks.x._target_=builtins.dict"],
          "callbacks.x: its _target_ must be a subclass of Lightning's Callback, not {}"),
     ],

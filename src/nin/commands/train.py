@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 import yaml
@@ -121,10 +122,12 @@ def _name_with_changes(config: DictConfig) -> str | None:
     if given or "name" not in config or OmegaConf.is_interpolation(config, "name"):
         return None
     words = {split_override(word)[0]: word for word in overrides}
-    callbacks = OmegaConf.to_container(config, resolve=False)["callbacks"]  # type: ignore[call-overload,index]
-    others = isinstance(callbacks, dict) and select_training_callbacks(callbacks)  # not validated yet
+    groups: Any = OmegaConf.to_container(config, resolve=False)
+    callbacks, data = groups.get("callbacks"), groups.get("data")  # not validated yet, and may be left out
+    others = isinstance(callbacks, dict) and select_training_callbacks(callbacks)
+    has_own_data = isinstance(data, dict) and "_target_" in data
     # Resuming may change the precision; a new run with another one has another result.
-    other = ["trainer.precision"] + ["callbacks"] * bool(others) + ["data"] * ("_target_" in config.data)
+    other = ["trainer.precision"] + ["callbacks"] * bool(others) + ["data"] * has_own_data
     same = [key for key in SAME_EXPERIMENT if not is_within(key, other)]
     # The group `trainer` chooses where a run trains, so it does not make another experiment.
     changes = sorted(
