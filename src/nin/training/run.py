@@ -91,12 +91,12 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
 def _with_others(folder: RunFolder, settings: Settings, result: dict[str, Any]) -> str:
     """With which precision and how many processes the result was computed, if others are requested now."""
     now, before = settings.trainer, read_settings(folder).trainer
+    precision, processes = result.get("precision"), result.get("processes")
     others = []
-    if now.precision not in (before.precision, result.get("precision")):
-        others.append(f"trainer.precision={result.get('precision')}")
-    if any(getattr(now, key) != getattr(before, key) for key in ("strategy", "devices", "num_nodes")):
-        count = result.get("processes")
-        others.append(f"{count} process{'es' * (count != 1)}")
+    if precision and now.precision not in (before.precision, precision):
+        others.append(f"trainer.precision={precision}")
+    if processes and any(getattr(now, key) != getattr(before, key) for key in ("strategy", "devices", "num_nodes")):
+        others.append(f"{processes} process{'es' * (processes != 1)}")
     return " with " * bool(others) + " and ".join(others)
 
 
