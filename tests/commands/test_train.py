@@ -186,6 +186,29 @@ def test_a_name_that_depends_on_the_time_stays(monkeypatch: pytest.MonkeyPatch) 
     assert config.name in (123, "123")
 
 
+@pytest.mark.parametrize(
+    ("option", "content", "message"),
+    [
+        ("experiment", "optimizer: {lr: 0.01}", "experiment: the file of this option must begin with the line: #"),
+        ("experiment", "", "experiment: the file of this option must begin with the line: # @package _global_"),
+        ("sweep", "name: x", "sweep: the file of this option must begin with the line: # @package _global_"),
+        ("sweep", "hydra: {}", "sweep: the file of this option must begin with the line: # @package _global_"),
+        (
+            "experiment",
+            "# @package _global_\noptimizer.lr: 0.1",
+            "optimizer.lr: no such key; in a file it is written as optimizer: {lr: …}",
+        ),
+    ],
+)
+def test_the_mistakes_of_a_first_experiment_or_sweep_file_are_explained(
+    option: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / option).mkdir()
+    (tmp_path / option / "mine.yaml").write_text(content)
+    assert cli.run("train", ["--config-dir", str(tmp_path), f"{option}=mine", "data=garments"]) == 2
+    assert capsys.readouterr().err.startswith(f"nin train: {message}")
+
+
 def test_errors_are_those_of_the_config_that_the_command_names(tmp_path: Path) -> None:
     def error_of(name: str, *words: str) -> str:
         args = parse_arguments(["--config-dir", str(tmp_path), "--config-name", name, *words])

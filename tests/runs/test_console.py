@@ -93,6 +93,10 @@ def test_tensorboard_is_named_as_the_shell_finds_it(environment: Path, monkeypat
     assert console.tensorboard_command(folder) == by_path
     (environment / "tensorboard").unlink()
     assert console.tensorboard_command(folder).startswith(f"{environment}/python -m tensorboard.main --logdir ")
+    # `uv run --with` removes its environment at its end.
+    monkeypatch.setattr(sys, "executable", "/root/.cache/uv/builds-v0/.tmp1/bin/python")
+    expected = "python3 -m uv run tensorboard --logdir 'outputs/runs/my run'"
+    assert console.tensorboard_command(folder) == expected
 
 
 def test_control_characters_in_a_warning_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

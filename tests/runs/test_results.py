@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nin.runs.folder import RunFolder
-from nin.runs.results import print_result, print_test
+from nin.runs.results import print_finished, print_result, print_test
 
 
 def printed(names: list[str], confusion: np.ndarray, capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -50,6 +50,17 @@ def test_of_many_classes_the_worst_are_listed(capsys: pytest.CaptureFixture[str]
     assert rows[0] == ["class", "7", "0.0000", "6", "class", "250", "(5)"]
     assert rows[1] == ["class", "0", "1.0000", "2"]
     assert max(map(len, lines)) <= 120
+
+
+def test_a_finished_job_of_a_sweep_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"metrics": {"test/acc": 0.91, "val/acc": None}, "epochs": 1, "steps": 2, "train_seconds": 1.0}
+    result |= {"parameters": 3, "weights_sha256": "x"}
+    print_finished(RunFolder(tmp_path), result, " with 2 processes", "seed=0  ", is_job=True)
+    assert capsys.readouterr().out == "seed=0  finished before with 2 processes: test/acc 0.9100\n"
+    print_finished(RunFolder(tmp_path), result, "", "", is_job=False)
+    assert f"{tmp_path.name} is finished; to train again, give nin train another name=…" in capsys.readouterr().out
+    print_result(RunFolder(tmp_path), result, "seed=0  ")
+    assert capsys.readouterr().out.startswith("seed=0  finished:\n")
 
 
 def test_the_values_of_a_result_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -78,6 +78,13 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
     match first["type"]:
         case "extra_forbidden" | "invalid_key":
             known, name = _known_keys(section, first["loc"][:-1]), str(first["loc"][-1])
+            # Where Hydra puts the keys of a file of the user's own by default.
+            if key == "experiment" or (key.startswith("sweep.") and name in Settings.model_fields | {"hydra": None}):
+                group = key.partition(".")[0]
+                return f"{group}: the file of this option must begin with the line: # @package _global_"
+            if "." in name:
+                parent, _, last = name.rpartition(".")
+                return f"{key}: no such key; in a file it is written as {parent}: {{{last}: …}}"
             return f"{key}: no such key; {did_you_mean(name, known, key.removesuffix(name))}"
         case "missing":
             return f"{key}: has no value; set {key}=…, or do not delete it"

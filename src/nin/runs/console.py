@@ -169,6 +169,8 @@ def tensorboard_command(folder: Path) -> str:
     program = Path(sys.executable).with_name("tensorboard")
     if "UV_RUN_RECURSION_DEPTH" not in os.environ and shutil.which("tensorboard"):
         words = ["tensorboard"]
+    elif "builds-v0" in program.parts:  # of `uv run --with`, which removes it at its end
+        words = ["python3", "-m", "uv", "run", "tensorboard"]
     elif program.exists():
         words = [str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)]
     else:

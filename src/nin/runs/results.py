@@ -19,8 +19,26 @@ _LISTED_CLASSES = 30
 _ENOUGH_IMAGES = 20  # a class with fewer images may be predicted for none by chance
 
 
-def print_result(folder: RunFolder, result: dict[str, Any]) -> None:
+def print_finished(folder: RunFolder, result: dict[str, Any], others: str, label: str, is_job: bool) -> None:
+    """Prints that a requested run is finished already, and its result; of a job of a sweep in one line.
+
+    Args:
+        others: what its result was computed with, if something else is requested now.
+        label: a prefix of what is printed, where several runs print at the same time.
+    """
+    if is_job:
+        metrics = [f"{name} {value:.4f}" for name in PRINTED if (value := result["metrics"].get(name)) is not None]
+        print(f"{label}finished before{others}: {', '.join(metrics)}", flush=True)
+        return
+    advice = "to train again, give nin train another name=…, or remove the folder"
+    print(f"{format_path(folder.path)} is finished{others}; {advice}")
+    print_result(folder, result)
+
+
+def print_result(folder: RunFolder, result: dict[str, Any], label: str = "") -> None:
     """Prints the result of a finished run, its folder, and the command that opens TensorBoard on the runs around it."""
+    if label:
+        print(f"{label}finished:", flush=True)
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     for name in PRINTED:

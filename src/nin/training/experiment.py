@@ -15,7 +15,6 @@ from nin.checkpoints.weights import hash_weights, load_weights, require_matching
 from nin.config.changes import require_no_fewer_epochs
 from nin.config.schema import Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
-from nin.runs.console import format_path
 from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import StoppedError, convert_worker_exit_to_stop, leave_process_group
@@ -240,8 +239,8 @@ class Experiment:
         missing = never_predicted(self.module.class_names, confusion)
         if missing and self.trainer.is_global_zero:
             log.warning(
-                "never predicted for any of %d test images: %s; nin eval %s prints what is predicted instead",
-                confusion.sum(), ", ".join(missing), format_path(self.folder.path),
+                "never predicted for any of %d test images: %s; %s prints what is predicted instead",
+                confusion.sum(), ", ".join(missing), self.request.eval_command,
             )  # fmt: skip
         return metrics, int(confusion.sum())
 

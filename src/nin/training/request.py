@@ -58,5 +58,14 @@ class RunRequest:
         if self.settings.sweep.keys or multi_process_launcher() or modules is None:
             # Without a name=… the same command would start another run or sweep, whose name is the time.
             return f"the same command and {shlex.quote(format_name_override(self.settings.name))}"
-        allow = [word for module in modules for word in ("--allow", module)]
-        return shlex.join(["nin", "resume", format_path(self.folder.path), *allow])
+        return shlex.join(["nin", "resume", format_path(self.folder.path), *_allow(modules)])
+
+    @property
+    def eval_command(self) -> str:
+        """What tests this run again, and prints its confusion matrix."""
+        modules = find_modules_to_allow(self.settings) or []
+        return shlex.join(["nin", "eval", format_path(self.folder.path), *_allow(modules)])
+
+
+def _allow(modules: list[str]) -> list[str]:
+    return [word for module in modules for word in ("--allow", module)]

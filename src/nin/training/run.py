@@ -16,7 +16,7 @@ from nin.data.sources import prepare
 from nin.runs.console import format_path, log_to, tensorboard_command
 from nin.runs.folder import RunFolder, find_weights_file
 from nin.runs.imports import lightning_imports
-from nin.runs.results import PRINTED, print_result
+from nin.runs.results import PRINTED, print_finished, print_result
 from nin.runs.undo import undo_if_refused
 from nin.runs.versions import read_git_commit, read_own_code, read_versions
 from nin.system.devices import add_remedy, require_accelerator
@@ -56,9 +56,8 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
     require_same_experiment(folder, settings)
     if result := read_finished_result(folder, settings):
         if request.rank == 0:
-            advice = "to train again, give nin train another name=…, or remove the folder"
-            print(f"{format_path(folder.path)} is finished{_with_others(folder, settings, result)}; {advice}")
-            print_result(folder, result)
+            others = _with_others(folder, settings, result)
+            print_finished(folder, result, others, request.label, is_job=bool(settings.sweep.keys))
         return result
     had_result = folder.result.exists()
     with lightning_imports():
@@ -84,7 +83,7 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
             print(f"{request.label}{format_path(folder.path)} has failed in another process, see nin.log", flush=True)
             raise RunFailedError
         result = result or _train_and_record(request)
-    print_result(folder, result)
+    print_result(folder, result, request.label)
     return result
 
 
