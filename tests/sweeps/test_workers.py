@@ -131,6 +131,8 @@ def test_the_time_that_is_left_is_that_of_the_commands_own_jobs(tmp_path: Path) 
     write_requested_jobs(tmp_path, ["optimizer.lr"], {f"optimizer.lr={lr}": [] for lr in (4, 5, 6, 7)})
     progress = workers._progress(tmp_path / "optimizer.lr=4", 0, settings)
     assert progress == "job 1 of 4: optimizer.lr=4 (about 6 min of training left)"
+    write_requested_jobs(tmp_path, ["optimizer.lr"], {f"optimizer.lr={lr}": [] for lr in range(4)})  # all finished
+    assert workers._progress(tmp_path / "optimizer.lr=3", 3, settings) == "job 4 of 4: optimizer.lr=3"
 
 
 def test_a_job_whose_own_config_is_refused_says_why(

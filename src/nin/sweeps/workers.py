@@ -152,7 +152,9 @@ def _progress(folder: Path, number: int, settings: Settings) -> str:
         is_known = folder.name in jobs and len(jobs) == settings.sweep.jobs
         jobs_left = len(jobs.keys() - seconds.keys()) if is_known else settings.sweep.jobs - number
         minutes = sum(seconds.values()) / len(seconds) * jobs_left / 60
-        left = f" (about {minutes:.0f} min of training left)" if minutes >= 1 else " (under a minute of training left)"
+        if jobs_left:
+            time_left = f"about {minutes:.0f} min" if minutes >= 1 else "under a minute"
+            left = f" ({time_left} of training left)"
     return f"job {number + 1} of {settings.sweep.jobs}: {folder.name}{left}"
 
 
