@@ -1,5 +1,6 @@
 """What ``nin eval`` takes from a checkpoint or an export from elsewhere, and what it does not follow."""
 
+import csv
 import os
 import signal
 import sys
@@ -11,16 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import nin
 from helpers import broken_pipe
 from nin import cli
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.commands import eval as eval_command
 from nin.config.schema import Settings, UserError
-from nin.data.sources import describe
+from nin.data.module import ImageDataModule
+from nin.data.sources import describe, load
 from nin.deploy import onnx_model
 from nin.training import evaluation
+from nin.training.callbacks.mistakes import MistakeRecorder
 from nin.training.classifier import Classifier
+from pictures import folder_data
 
 PLACES = ("data.mirrors=[https://example.org]", "data.root=/foreign", "trainer.profiler=pytorch")
 
@@ -63,7 +69,7 @@ def test_a_checkpoint_is_tested_on_the_images_where_the_run_found_them(
 ) -> None:
     monkeypatch.setenv("NIN_DATA", str(tmp_path / "own"))
     path = save(tmp_path / "x.ckpt", settings().model_dump(mode="json"))
-    monkeypatch.setattr(evaluation, "evaluate_weights", lambda tested, _: [tested.data.root])
+    monkeypatch.setattr(evaluation, "evaluate_weights", lambda tested, *_: [tested.data.root])
     assert eval_command.evaluate_checkpoint(path, [], [])[1] == str(data_root)
     (tmp_path / "chosen").symlink_to(data_root)
     monkeypatch.chdir(tmp_path)
@@ -156,3 +162,54 @@ def test_ctrl_c_ends_it_with_130(run_folder: Path, data_root: Path, monkeypatch:
         assert cli.run("eval", [str(run_folder), "trainer=cpu"]) == 130
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning ignores it from then on
+
+
+def test_the_wrongly_classified_images_are_written_with_the_surest_first(
+    run_folder: Path,
+    settings: Callable[..., Settings],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    test_images: np.ndarray,
+) -> None:
+    wrong = tmp_path / "new" / "wrong.csv"
+    eval_command.main([str(run_folder), "--wrong", str(wrong)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"wrongly classified images: {wrong}"
+    network, labels = nin.load(run_folder), load(settings().data, "test")[1]
+    count = 64  # two batches
+    names = np.array(describe(settings().data).class_names)
+    probabilities = network.score(test_images[:count]).probabilities
+    expected = {
+        str(i): (names[labels[i]], names[row.argmax()], f"{row.max():.4f}")
+        for i, row in enumerate(probabilities)
+        if row.argmax() != labels[i]
+    }
+    with wrong.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image"]: (row["true"], row["predicted"], row["probability"]) for row in rows} == expected
+    assert 0 < len(rows) < count
+    surest = [float(row["probability"]) for row in rows]
+    assert surest == sorted(surest, reverse=True)
+    with pytest.raises(UserError, match=rf"^--wrong {tmp_path}: can't be written"):
+        eval_command.main([str(run_folder), "--wrong", str(tmp_path)])
+
+
+def test_the_wrong_images_of_a_folder_are_its_files(tmp_path: Path) -> None:
+    for gray in range(0, 240, 6):  # 40 images, each of another gray, eight of which are held out for the test
+        folder = tmp_path / "photos" / "train" / "ab"[gray % 4 // 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), gray).save(folder / f"{gray}.png")
+    data = ImageDataModule(folder_data(tmp_path / "photos", test_size=8), seed=0)
+    data.setup("test")
+    recorder = MistakeRecorder(tmp_path / "wrong.csv")
+    module: Any = SimpleNamespace(class_names=["a", "b"])
+    for images, labels in data.test_dataloader():  # all are wrong, and brighter ones surer
+        logits = torch.zeros(len(labels), 2)
+        logits[torch.arange(len(labels)), 1 - labels] = 1 + images[:, 0, 0] / 255
+        recorder.on_test_batch_end(SimpleNamespace(), module, logits, (images, labels))  # type: ignore[arg-type]
+    recorder.on_test_end(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
+    with (tmp_path / "wrong.csv").open() as file:
+        files = [Path(row["image"]) for row in csv.DictReader(file)]
+    grays = sorted(data.test[0][:, 0, 0].tolist(), reverse=True)
+    assert [int(file.stem) for file in files] == grays
+    assert len(grays) == 8
+    assert all((tmp_path / "photos" / file).is_file() for file in files)

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from nin.commands.options import add_allow_option
+from nin.commands.options import add_allow_option, expand_path
 from nin.config.composition import apply_overrides
 from nin.config.keys import split_override
 from nin.config.schema import FolderData, Settings, UserError
@@ -25,13 +25,17 @@ def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     tolerate_output_errors()
     if is_export(args.network):
+        if args.wrong:
+            raise UserError("--wrong: is for a run or a checkpoint, not for an exported file; give the run's folder")
         path, (settings, metrics, confusion) = args.network, evaluate_export(args.network, args.overrides)
     else:
         path = find_checkpoint(args.network)
-        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides, args.allow)
+        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides, args.allow, args.wrong)
     size = settings.data.image_size
     print(f"{path}: {settings.model.name}, {settings.data.name} at {size}x{size}")
     print_test(metrics, confusion)
+    if args.wrong:
+        print(f"wrongly classified images: {args.wrong}")
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -54,19 +58,26 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         default=[],
         help=f"key=value; may change: {', '.join(OVERRIDABLE)} (for an exported file only data.… and threads)",
     )
+    parser.add_argument(
+        "--wrong", metavar="FILE.csv", type=expand_path,
+        help="write the wrongly classified images to this file, those with the highest probability first",
+    )  # fmt: skip
     add_allow_option(parser)
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
 
-def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) -> tuple[Settings, dict[str, Any], Any]:
+def evaluate_checkpoint(
+    path: Path, overrides: list[str], allowed: list[str], wrong: Path | None = None
+) -> tuple[Settings, dict[str, Any], Any]:
     """Tests a checkpoint; returns its settings with the overrides, the test metrics and the confusion matrix.
 
     Args:
         allowed: modules whose classes the checkpoint may name.
+        wrong: the CSV file to which the wrongly classified images are written; None for none.
 
     Raises:
-        UserError: if the file is no checkpoint, names a class that is not allowed, an override is refused, or the
-            accelerator is missing.
+        UserError: if the file is no checkpoint, names a class that is not allowed, an override is refused, the
+            accelerator is missing, or ``wrong`` can't be written.
     """
     with lightning_imports():
         from nin.checkpoints.files import read, read_checkpoint_settings
@@ -79,7 +90,7 @@ def evaluate_checkpoint(path: Path, overrides: list[str], allowed: list[str]) ->
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
         prepare(settings.data)
-        return settings, *evaluate_weights(settings, checkpoint)
+        return settings, *evaluate_weights(settings, checkpoint, wrong)
 
 
 def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:

@@ -73,6 +73,12 @@ class Cache:
         return np.load(self.path / "labels.npy", allow_pickle=False)
 
 
+def list_files(data: FolderData, cache: Cache) -> list[str]:
+    """The file of each row of ``images.bin``, relative to ``data.root``."""
+    files = list_images(data).files
+    return [file.name for part in PARTS for file in files.get(part, []) if file.name not in cache.broken]
+
+
 class MappedImages:
     """Some of the images of a memory-mapped file, read from disk when they are indexed.
 

@@ -170,6 +170,8 @@ class ImageDataModule(LightningDataModule):
         for part, rows in splits.split_folder(cache, data, self.seed).items():
             if part != "train":  # they are stored by class; trainer.limit_val_batches takes the first
                 rows = rows[splits.order_in_proportion(cache.labels()[rows], self.seed)]
+            if part == "test":
+                self.test_rows = rows
             indices = torch.from_numpy(rows)
             if count <= limit * 2**20:
                 parts[part] = images[indices].to(device), labels[indices].to(device)
@@ -241,9 +243,7 @@ class ImageDataModule(LightningDataModule):
     def test_dataloader(self) -> TensorDataLoader:
         return self._batches(self.test)
 
-    def predict_dataloader(self) -> TensorDataLoader:
-        """Batches of the test images."""
-        return self._batches(self.test)
+    predict_dataloader = test_dataloader
 
     def _batches(self, part: "tuple[Tensor | MappedImages, Tensor]", seed: int | None = None) -> TensorDataLoader:
         trainer = self.trainer

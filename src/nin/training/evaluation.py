@@ -1,6 +1,7 @@
 """The test of a network: at the end of a run, and of a checkpoint, as ``nin eval`` does."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -20,13 +21,19 @@ from nin.data.sources import require_same_classes
 from nin.data.splits import warn_of_other_images, with_channels
 from nin.system.devices import require_working_gpu, set_threads
 from nin.training.callbacks.metrics import rounded
+from nin.training.callbacks.mistakes import MistakeRecorder
 from nin.training.callbacks.progress import TrainingProgressBar
 from nin.training.classifier import Classifier
 from nin.training.trainer import build_trainer
 
 
-def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], Tensor]:
+def evaluate_weights(
+    settings: Settings, checkpoint: dict[str, Any], wrong: Path | None = None
+) -> tuple[dict[str, Any], Tensor]:
     """Tests a checkpoint's weights.
+
+    Args:
+        wrong: the CSV file to which the wrongly classified images are written; None for none.
 
     Returns:
         The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
@@ -51,8 +58,10 @@ def evaluate_weights(settings: Settings, checkpoint: dict[str, Any]) -> tuple[di
     trainer = settings.trainer.model_copy(update={**one, "profiler": None})
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
     with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
-    bar = [TrainingProgressBar()] if with_bar else []
-    tester = build_trainer(settings, None, bar)
+    callbacks: list[lightning.Callback] = [TrainingProgressBar()] if with_bar else []
+    if wrong:
+        callbacks.append(MistakeRecorder(wrong))
+    tester = build_trainer(settings, None, callbacks)
     require_working_gpu(tester.strategy.root_device)
     if tester.precision == "64-true":  # as Lightning names it, also if the setting is 64
         module.double()  # float32 would round the weights
