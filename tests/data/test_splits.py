@@ -9,6 +9,7 @@ from nin.config.schema import Settings, UserError
 from nin.data.cache import Cache, open_cache
 from nin.data.module import ImageDataModule
 from nin.data.splits import (
+    describe_folder,
     describe_split,
     open_folder,
     require_enough_images,
@@ -59,6 +60,18 @@ def test_parts_that_the_folder_has_are_used_as_they_are(tmp_path: Path) -> None:
         "train": [0, 1, 2, 3, 4, 5], "val": [6, 7, 8], "test": [9, 10, 11],
     }  # fmt: skip
     assert describe_split(cache, data, seed=0) == {}
+
+
+def test_the_classes_and_parts_of_a_folder_are_described_in_a_line(tmp_path: Path) -> None:
+    classes = {f"class {i}": (30 * i, 0, 0) for i in range(7)}
+    root = write_folder(tmp_path / "few" / "root", {"train": 8, "val": 2})
+    assert describe_folder(folder_data(root, test_size=6), seed=0) == (
+        "3 classes (blue, green, red); 18 training images (train/), 6 validation images (val/), 6 test images (held "
+        "out of train/)"
+    )
+    root = write_folder(tmp_path / "many" / "root", {"train": 1, "val": 1, "test": 1}, classes)
+    listed = "class 0, class 1, class 2, class 3, class 4, and 2 more"
+    assert describe_folder(folder_data(root), seed=0).startswith(f"7 classes ({listed}); 7 training images (train/), 7")
 
 
 @pytest.mark.parametrize(

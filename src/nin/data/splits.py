@@ -14,7 +14,7 @@ from nin.data.folder import PARTS, missing_train_error
 log = logging.getLogger(__name__)
 
 # The names of the parts in messages.
-_NAMES = {"val": "validation", "test": "test"}
+_NAMES = {"train": "training", "val": "validation", "test": "test"}
 _opened: dict[FolderData, Cache] = {}
 
 
@@ -111,6 +111,19 @@ def describe_split(cache: Cache, data: FolderData, seed: int) -> dict[str, str]:
         f"{part}_split": f"{count} of {cache.counts['train']} training images, chosen by seed {seed}"
         for part, count in count_held_out(cache, data).items()
     }
+
+
+def describe_folder(data: FolderData, seed: int) -> str:
+    """The classes, and the number of images in each part, in one line: a wrong layout of the folder is seen in it."""
+    cache = open_folder(data)
+    names, held_out = [printable(name) for name in cache.class_names], count_held_out(cache, data)
+    more = [f"and {len(names) - 5} more"] if len(names) > 6 else []
+    parts = []
+    for part, rows in split_folder(cache, data, seed).items():
+        source = "held out of train/" if part in held_out else f"{part}/"
+        parts.append(f"{len(rows):,} {_NAMES[part]} images ({source})")
+    listed = names[:5] if more else names
+    return f"{len(names)} classes ({', '.join([*listed, *more])}); {', '.join(parts)}"
 
 
 def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndarray]:

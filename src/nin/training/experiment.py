@@ -13,8 +13,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from nin.checkpoints import files as checkpoint_files
 from nin.checkpoints.weights import hash_weights, load_weights, require_matching_weights
 from nin.config.changes import require_no_fewer_epochs
-from nin.config.schema import Settings, UserError, is_single_process
+from nin.config.schema import FolderData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
+from nin.data.splits import describe_folder
 from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import StoppedError, convert_worker_exit_to_stop, leave_process_group
@@ -125,16 +126,17 @@ class Experiment:
             )
 
     def describe_start(self) -> str:
-        """Network, data, device and precision in one line, and in a second one the weights that it starts with."""
+        """Network, data, device and precision in one line; further ones for a folder of images and for the weights."""
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
         count = trainer.max_epochs or -1
         epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
+        folder = f"\n{describe_folder(data, self.settings.seed)}" if isinstance(data, FolderData) else ""
         weights = f"\n{self.initial_weights.description}" if self.initial_weights else ""
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
             f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
-            f"precision {trainer.precision}{weights}"
+            f"precision {trainer.precision}{folder}{weights}"
         )
 
     def run(self, resumes: int = 0) -> dict[str, Any]:
