@@ -99,6 +99,9 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
          "callbacks.x._target_=no_such.X: can't be imported (No module named 'no_such'); is the folder of its "
          "file in PYTHONPATH?"),
         (["+callbacks.x._target_=helpers.NoSuch"], "callbacks.x._target_=helpers.NoSuch: helpers has no class NoSuch"),
+        (["hydra/launcher=joblib"], "hydra/launcher=joblib: starts the jobs of a sweep; add -m, or leave it out"),
+        (["callbacks.c={_target_: x.C}"], "callbacks.c={_target_: x.C}: no such key; there are: images, dead_units; to "
+         "add another one: +callbacks.c=…"),
         (["~data", "~callbacks", "seed=1"], "2 errors\n  data: has no value; set data=…, or do not delete it\n"
          "  callbacks: has no value; set callbacks=…, or do not delete it"),
         (["+callbacks.x._target_=builtins.dict"],

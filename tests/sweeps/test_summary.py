@@ -75,6 +75,15 @@ def test_runs_of_different_commits_are_named(tmp_path: Path) -> None:
     assert line in (sweep / "summary.md").read_text()
 
 
+def test_many_different_numbers_of_test_images_are_a_range(tmp_path: Path) -> None:
+    for seed, images in enumerate((100, 2500, 10_000)):
+        put_job(tmp_path / "sweep" / f"seed={seed}", [f"seed={seed}"], 0.5, test_images=images)
+    summary.report(tmp_path / "sweep")
+    # sqrt(0.5 * 0.5 / 100), of the smallest number in the row
+    line = "Sampling error of test/acc (100 to 10,000 images, sqrt(p(1-p)/n)): 0.0500."
+    assert line in (tmp_path / "sweep" / "summary.md").read_text()
+
+
 def test_the_summary_says_what_plus_minus_is_and_how_far_test_images_decide(lr_sweep: Path) -> None:
     summary.report(lr_sweep)
     text = (lr_sweep / "summary.md").read_text()

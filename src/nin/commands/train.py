@@ -102,6 +102,9 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
             f"hydra.output_subdir={config.hydra.output_subdir}: a run keeps its own .hydra/, whose config Hydra would "
             "overwrite; leave it out"
         )
+    launchers = [word for word in args.overrides if word.startswith("hydra/launcher=") and not word.endswith("=basic")]
+    if mode == RunMode.RUN and launchers:
+        raise UserError(f"{launchers[0]}: starts the jobs of a sweep; add -m, or leave it out")
     if mode == RunMode.RUN and (name := _name_with_changes(config)):
         config.name = name
     for section in (config.hydra.run, config.hydra.sweep):

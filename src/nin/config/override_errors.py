@@ -111,6 +111,8 @@ def _suggest_key(key: str, config: DictConfig) -> str:
             return ", because the jobs run one after another; add hydra/launcher=joblib for several at once"
         is_open = "_target_" in node and not key.startswith("hydra.")  # Hydra's plugins have a schema
         close = did_you_mean(last, known, f"{parent}.") if parent else did_you_mean(last, [*known, "experiment"])
+        if parent in ("callbacks", "logger"):
+            return f"; {close}; to add another one: +{key}=…"
         return f"; {close}" + (f"; to add an argument of {node._target_}: +{key}=…" if is_open else "")
     close = did_you_mean(key, keys)
     return f"; {close.partition('?')[0]}?" if close.startswith("did") else ""

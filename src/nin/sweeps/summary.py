@@ -123,9 +123,11 @@ def describe_errors(rows: list[Row]) -> list[str]:
     errors = [error for row in rows if (error := row.sampling_error()) is not None]
     if errors:
         images = sorted({int(n) for row in rows for n in row.values("test_images")})
+        # Single runs may be on many data sets.
+        sizes = f"{images[0]:,} to {images[-1]:,}" if len(images) > 2 else " or ".join(f"{n:,}" for n in images)
         low, high = f"{min(errors):.4f}", f"{max(errors):.4f}"
         notes.append(
-            f"Sampling error of test/acc ({' or '.join(f'{n:,}' for n in images)} images, sqrt(p(1-p)/n)): "
+            f"Sampling error of test/acc ({sizes} images, sqrt(p(1-p)/n)): "
             f"{low if low == high else f'{low} to {high}'}."
         )
     if hardware := dict.fromkeys(job.hardware for row in rows for job in row.jobs if job.hardware):

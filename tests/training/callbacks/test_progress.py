@@ -161,7 +161,7 @@ def test_too_few_cores_for_the_threads_are_reported_once(
             SimpleNamespace(is_global_zero=True), SimpleNamespace(device=SimpleNamespace(type="cpu"))
         )
     assert [text[: len(warning or "")] for text in caplog.messages] == ([warning] if warning else [])
-    assert all(f" threads={int(cpu_seconds / 20)}, " in text for text in caplog.messages)
+    assert all(f" threads={int(cpu_seconds / 20)}: " in text for text in caplog.messages)
 
 
 def test_what_is_not_known_yet_is_not_shown() -> None:

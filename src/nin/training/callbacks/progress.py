@@ -191,7 +191,7 @@ def _warn_of_few_cores(used: float) -> None:
         # The cause is another program, or a container with fewer cores than the machine has.
         log.warning(
             "training gets %.1f CPU cores for its %d threads, which wait for each other: other programs seem to run. "
-            "Stopped, and resumed with threads=%d, it may be faster, but its result is then not the same to the bit.",
+            "To go faster, stop it and resume with threads=%d: its result is then not the same to the bit.",
             used, threads, max(1, int(used)),
         )  # fmt: skip
 
