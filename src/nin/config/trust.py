@@ -9,6 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
+from hydra.utils import get_class
+
 from nin.config.composition import compose_settings
 from nin.config.data_sets import AnyData
 from nin.config.keys import is_within, split_override
@@ -133,8 +136,6 @@ def _is_trusted(target: Any, group: str, is_entry: bool) -> bool:
     packages = ("nin.networks",) if group == "model" else _TRUSTED
     if not isinstance(target, str) or not is_entry or not is_within(target, packages):
         return False
-    from hydra.errors import HydraException
-    from hydra.utils import get_class
     from lightning import Callback
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
     from torch import nn

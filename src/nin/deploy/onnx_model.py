@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from nin.config.errors import read_first_line
 from nin.config.schema import Settings, UserError
+from nin.config.validation import validate_plain
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.runs.files import read_bytes
 
@@ -115,8 +116,6 @@ def read_export_settings(description: Description, path: Path) -> Settings:
     Raises:
         UserError: if they are not what this version of the project knows.
     """
-    from nin.config.validation import validate_plain
-
     try:
         return validate_plain(description.settings)
     except UserError as error:

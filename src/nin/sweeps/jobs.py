@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -53,8 +54,6 @@ def expand_jobs(overrides: list[Override]) -> list[list[str]]:
     Raises:
         UserError: if an override's values can't be enumerated, or there is no job, or more than 10,000.
     """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
     swept = " ".join(override.input_line or "" for override in overrides if override.is_sweep_override())
     try:
         counts = [_count_values(override) for override in overrides]
