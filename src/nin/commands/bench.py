@@ -4,14 +4,13 @@ import argparse
 import contextlib
 import json
 import logging
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from nin.commands.options import add_config_options, expand_path
@@ -21,7 +20,7 @@ from nin.config.hydra_options import open_hydra
 from nin.config.keys import split_override
 from nin.config.schema import OwnData, Settings, UserError, is_single_process
 from nin.data.sources import prepare
-from nin.runs.console import Console, format_path, log_to
+from nin.runs.console import Console, format_path, log_to, open_progress
 from nin.runs.files import write_atomically
 from nin.runs.imports import lightning_imports
 from nin.runs.versions import read_versions
@@ -133,7 +132,7 @@ def show_progress(console: Console) -> Iterator["Report"]:
         yield print_line
         return
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, redirect_stdout=sys.stdout.isatty()) as bar:
+    with open_progress(console, *columns) as bar:
         task = bar.add_task("", total=None)
 
         def show(line: str, what: str, done: int, total: int | None) -> None:

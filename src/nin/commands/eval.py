@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from nin.commands.options import add_allow_option, expand_path
 from nin.config.composition import apply_overrides
 from nin.config.keys import split_override
@@ -13,7 +11,7 @@ from nin.config.schema import FolderData, Settings, UserError
 from nin.config.trust import with_local_root, without_training_parts
 from nin.data.sources import describe, prepare, require_same_classes, with_found_root
 from nin.deploy.loading import find_checkpoint, is_export
-from nin.runs.console import Console, log_to, tolerate_output_errors
+from nin.runs.console import Console, log_to, open_progress, tolerate_output_errors
 from nin.runs.imports import lightning_imports
 from nin.runs.results import print_test
 from nin.system.devices import require_accelerator
@@ -116,8 +114,7 @@ def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[st
     images, labels = load_part(settings, "test")
     network = load_onnx(path, settings.threads)
     require_same_classes(describe(settings.data).class_names, network.description.class_names)
-    stderr_console = Console(stderr=True)
-    with Progress(console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as progress:
+    with open_progress(Console(stderr=True)) as progress:
         bar = progress.add_task("testing", total=len(labels))
         metrics, confusion = evaluate_network(
             network, images, labels, lambda done, _: progress.update(bar, completed=done)

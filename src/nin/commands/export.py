@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
 from nin.commands.options import add_allow_option, expand_path
 from nin.config.schema import UserError
-from nin.runs.console import Console, format_path, log_to
+from nin.runs.console import Console, format_path, log_to, open_progress
 from nin.runs.files import require_no_link
 from nin.runs.imports import lightning_imports
 
@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> int:
     args = parse_arguments(arguments)
     checkpoint, out = choose_files(args)
     stderr_console = Console(stderr=True)
-    with log_to(None), open_progress(stderr_console) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    with log_to(None), open_progress(stderr_console, *columns) as progress:
         with lightning_imports():
             from nin.deploy.export import Exporter, ExportError
 
@@ -103,19 +104,6 @@ def choose_files(args: argparse.Namespace) -> tuple[Path, Path]:
         for path in (out.parent, *out.parent.rglob("*")):
             require_no_link(path)
     return checkpoint, out
-
-
-def open_progress(console: Console) -> Progress:
-    """A progress bar on standard error, if it is a terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        console=console,
-        transient=True,
-        disable=not sys.stderr.isatty(),
-        redirect_stdout=sys.stdout.isatty(),  # if it is a file, its lines must not appear in the terminal
-    )
 
 
 def export(exporter: "Exporter", out: Path, kind: str, int8: bool) -> int:

@@ -14,12 +14,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len, set_cell_size
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 
 from nin.commands.options import add_allow_option, expand_path
 from nin.config.errors import printable
 from nin.config.schema import UserError
-from nin.runs.console import Console, format_for_output, log_to
+from nin.runs.console import Console, format_for_output, log_to, open_progress
 from nin.runs.imports import lightning_imports
 
 if TYPE_CHECKING:
@@ -148,14 +148,9 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
             raise UserError(f"{', '.join(map(str, args.images))}: no images there")
 
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
-    with Progress(
-        *columns,
-        console=stderr_console,
-        transient=True,
-        # Rows of a program's format that appear on the same terminal show the progress.
-        disable=not sys.stderr.isatty() or ((args.json or args.csv) and sys.stdout.isatty()),
-        redirect_stdout=sys.stdout.isatty(),  # if it is a file, the rows must not appear in the terminal
-    ) as progress:
+    # Rows of a program's format that appear on the same terminal show the progress.
+    is_hidden = (args.json or args.csv) and sys.stdout.isatty()
+    with open_progress(stderr_console, *columns, is_hidden=is_hidden) as progress:
         bar = progress.add_task("", total=None)
         if args.json:
             _print_json(score_all(), classes)

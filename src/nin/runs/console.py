@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.console
+from rich.progress import Progress, ProgressColumn
 
 from nin.config.errors import printable_lines
 from nin.runs.imports import route_lightning_logs
@@ -110,6 +111,21 @@ class Console(rich.console.Console):
 
     def on_broken_pipe(self) -> None:
         raise  # the BrokenPipeError, for `nin.cli`
+
+
+def open_progress(console: Console, *columns: ProgressColumn, is_hidden: bool = False) -> Progress:
+    """A progress bar on ``console`` if that is a terminal, otherwise one that is disabled; it is removed at its end.
+
+    Args:
+        columns: rich's default ones, if there are none.
+    """
+    return Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=is_hidden or not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),  # if it is a file, its lines must not appear in the terminal
+    )
 
 
 class _TolerantFile(io.FileIO):
