@@ -1,5 +1,6 @@
 """The optimizers, and the schedules of the learning rate."""
 
+import inspect
 import math
 import os
 import sys
@@ -49,6 +50,8 @@ def build_optimizer(
     # Lightning can't clip the gradients of a fused optimizer in mixed precision.
     clipped = settings.trainer.gradient_clip_val is not None
     fused = settings.speed.fused_optimizer and device.type in ("cpu", "cuda", "mps") and not clipped
+    if "fused" not in inspect.signature(kind).parameters:  # an optimizer that is added to OPTIMIZERS may lack it
+        return kind(parameters, **arguments)
     optimizer = kind(parameters, **arguments | {"fused": fused})
 
     def keep_fused(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
