@@ -36,10 +36,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.folders = folders if folders is None else [Path(os.path.realpath(folder)) for folder in folders]
 
-    def _is_within_folders(self, path: str | Path) -> bool:
-        real = Path(os.path.realpath(path))
-        return self.folders is None or any(real.is_relative_to(folder) for folder in self.folders)
-
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Saves ``checkpoint`` to ``path``.
 
@@ -80,6 +76,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Loads a checkpoint as `read` does."""
         return read(Path(path))
+
+    def _is_within_folders(self, path: str | Path) -> bool:
+        real = Path(os.path.realpath(path))
+        return self.folders is None or any(real.is_relative_to(folder) for folder in self.folders)
 
 
 def require_loadable_states(trainer: Trainer) -> None:

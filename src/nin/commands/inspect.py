@@ -47,15 +47,6 @@ def main(arguments: list[str]) -> None:
     console.print(_comparison_table())
 
 
-def _build(settings: Settings) -> "nn.Sequential":
-    from nin.networks.build import build_network, counting_device, require_buildable
-
-    require_buildable(settings)
-    data = describe(settings.data)
-    with counting_device(settings.model):
-        return build_network(settings, data.channels, len(data.class_names))
-
-
 def _layers_table(settings: Settings) -> Table:
     from nin.networks.layers import describe_layers, find_receptive_fields
 
@@ -76,6 +67,15 @@ def _layers_table(settings: Settings) -> Table:
     total = (sum(row.parameters for row in rows), sum(row.multiply_adds for row in rows))
     table.add_row("total", "", *(f"{n:,}" for n in total))
     return table
+
+
+def _build(settings: Settings) -> "nn.Sequential":
+    from nin.networks.build import build_network, counting_device, require_buildable
+
+    require_buildable(settings)
+    data = describe(settings.data)
+    with counting_device(settings.model):
+        return build_network(settings, data.channels, len(data.class_names))
 
 
 def _comparison_table() -> Table:

@@ -25,6 +25,8 @@ OF_TRAINED = ("model", "data")
 _OF_TORCH = {"loss": r"torch\.nn\.\w+Loss", "optimizer": r"torch\.optim\..+", "schedule": r"torch\.optim\..+"}
 # The remedy of a refusal, for the class's module.
 _ALLOW = "add --allow {0}"
+# Names of arguments that are a folder, a file or an address: dirpath, save_dir, exclude_batches_path, tracking_uri.
+_PLACE = re.compile(r"(dir|path|file|location|uri|url|host)$")
 
 
 def require_trusted_targets(stored: Settings, allowed: list[str], overrides: Iterable[str] = ()) -> None:
@@ -51,18 +53,6 @@ def find_modules_to_allow(stored: Settings) -> list[str] | None:
         return None
     refused = [*_find_refused_classes(stored, [], _OWN_CLASSES), *_find_refused_entries(stored, [])]
     return list(dict.fromkeys(target.partition(".")[0] for _, target in refused))
-
-
-# Names of arguments that are a folder, a file or an address: dirpath, save_dir, exclude_batches_path, tracking_uri.
-_PLACE = re.compile(r"(dir|path|file|location|uri|url|host)$")
-
-
-def _leads_out(key: str, value: str) -> bool:
-    """Whether a logger or callback would write outside the run's folder, or to another machine."""
-    path, argument = Path(value), key.rpartition(".")[2]
-    # A relative path is one in the working directory. An argument given by its position may be one.
-    is_place = bool(_PLACE.search(argument)) or "._args_." in key
-    return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
 def require_allowed_classes(
@@ -105,6 +95,14 @@ def _find_outer_places(stored: Settings, given: list[str]) -> Iterator[str]:
                 continue
             if _leads_out(key, value):
                 yield f"{key}={value}: leads out of the run's folder; give {key}=… to confirm it"
+
+
+def _leads_out(key: str, value: str) -> bool:
+    """Whether a logger or callback would write outside the run's folder, or to another machine."""
+    path, argument = Path(value), key.rpartition(".")[2]
+    # A relative path is one in the working directory. An argument given by its position may be one.
+    is_place = bool(_PLACE.search(argument)) or "._args_." in key
+    return is_place or path.is_absolute() or ".." in path.parts or value.startswith("~") or "://" in value
 
 
 def _format_refusals(refused: Iterable[tuple[str, str]], remedy: str) -> list[str]:

@@ -88,13 +88,6 @@ def _resize(pixels: Tensor, size: int) -> Tensor:
     return functional.interpolate(pixels, size=(size, size), mode="bilinear", antialias=True)
 
 
-def _stored_size(data: Data | FolderData | OwnData) -> int:
-    """The folder, or the data module of the user's own, need not be there: for them it is a setting."""
-    if isinstance(data, FolderData):
-        return data.stored_size
-    return data.image_size if isinstance(data, OwnData) else describe(data).stored_size
-
-
 def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, Pipeline, Description]:
     """The module of a checkpoint with its weights, the pipeline around its network, and the description of both.
 
@@ -148,6 +141,13 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
         },
     )
     return module, pipeline, description
+
+
+def _stored_size(data: Data | FolderData | OwnData) -> int:
+    """The folder, or the data module of the user's own, need not be there: for them it is a setting."""
+    if isinstance(data, FolderData):
+        return data.stored_size
+    return data.image_size if isinstance(data, OwnData) else describe(data).stored_size
 
 
 def _portable(settings: Settings) -> dict[str, Any]:

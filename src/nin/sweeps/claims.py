@@ -62,10 +62,6 @@ class DatabaseClaims:
         self._connection = engine.connect()
         self._study = zlib.crc32(name.encode()) - 2**31  # a signed integer of 32 bits
 
-    def _call(self, function: str, number: int) -> Any:
-        statement = self._text(f"SELECT {function}(:study, :number)")
-        return self._connection.execute(statement, {"study": self._study, "number": number}).scalar()
-
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         self._call("pg_advisory_lock", -1)
@@ -79,3 +75,7 @@ class DatabaseClaims:
 
     def release(self, number: int) -> None:
         self._call("pg_advisory_unlock", number)
+
+    def _call(self, function: str, number: int) -> Any:
+        statement = self._text(f"SELECT {function}(:study, :number)")
+        return self._connection.execute(statement, {"study": self._study, "number": number}).scalar()

@@ -104,14 +104,14 @@ def exact_value(value: Any, distribution: BaseDistribution) -> Any:
     return float(low + round((Decimal(str(value)) - low) / step) * step)
 
 
-def format_value(value: Any) -> str:
-    """A proposed value as the right side of an override that Hydra reads back to the last digit."""
-    return value if isinstance(value, str) else repr(value)
-
-
 def overrides_of(params: Mapping[str, Any]) -> list[str]:
     """A trial's proposed values as overrides."""
     return [f"{key}={format_value(value)}" for key, value in params.items()]
+
+
+def format_value(value: Any) -> str:
+    """A proposed value as the right side of an override that Hydra reads back to the last digit."""
+    return value if isinstance(value, str) else repr(value)
 
 
 def enumerate_values(key: str, distribution: BaseDistribution) -> list[Any]:

@@ -69,22 +69,6 @@ class Plan:
         return searched | fixed | given | {f"hydra.sweeper.{k}": v for k, v in own.items()}
 
 
-def build_sampler(plan: Plan, number: int) -> BaseSampler:
-    """The sampler for trial ``number``, whose random state depends on the search's seed and on this number only."""
-    seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
-    match plan.sampler:
-        case "random":
-            return RandomSampler(seed)
-        case "cmaes":
-            return CmaEsSampler(seed=seed, warn_independent_sampling=False)
-        case "qmc":  # one sequence, of which trial n is the n-th point
-            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-                return QMCSampler(seed=plan.seed, warn_independent_sampling=False)
-        case "grid":  # one order of the grid's points
-            return GridSampler({k: enumerate_values(k, v) for k, v in plan.space.items()}, seed=plan.seed)
-    return TPESampler(seed=seed)
-
-
 def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     """The trial that follows ``trials``, in the state RUNNING.
 
@@ -116,6 +100,22 @@ def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
         system_attrs=proposed.system_attrs | {_STUDY: storage.get_study_system_attrs(study_id)},
         user_attrs={"folder": trial_name(len(trials))},
     )
+
+
+def build_sampler(plan: Plan, number: int) -> BaseSampler:
+    """The sampler for trial ``number``, whose random state depends on the search's seed and on this number only."""
+    seed = int(np.random.SeedSequence([plan.seed, number]).generate_state(1)[0])
+    match plan.sampler:
+        case "random":
+            return RandomSampler(seed)
+        case "cmaes":
+            return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        case "qmc":  # one sequence, of which trial n is the n-th point
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                return QMCSampler(seed=plan.seed, warn_independent_sampling=False)
+        case "grid":  # one order of the grid's points
+            return GridSampler({k: enumerate_values(k, v) for k, v in plan.space.items()}, seed=plan.seed)
+    return TPESampler(seed=seed)
 
 
 def hide_concurrent_values(trials: Sequence[FrozenTrial], batch_start: int, number: int) -> list[FrozenTrial]:
