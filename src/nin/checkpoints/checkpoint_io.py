@@ -83,11 +83,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def require_loadable_states(trainer: Trainer) -> None:
-    """Checks that a checkpoint with the states of all callbacks can be loaded again as data.
-
-    Raises:
-        UserError: names the callback and the type that can't.
-    """
+    """Raises UserError if the state of a callback can't be loaded again from a checkpoint as data."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning, missing in its types
         buffer = io.BytesIO()
         torch.save(callback.state_dict(), buffer)

@@ -203,11 +203,7 @@ def read_checkpoint_settings(
 
 
 def _require_few_values(settings: Any) -> None:
-    """Checks that settings are of a usual size: a few lists that hold each other stand for any number of values.
-
-    Raises:
-        TypeError: if they have more than 100,000 values.
-    """
+    """Raises TypeError for more than 100,000 values: a few lists that hold each other stand for any number of them."""
     waiting, count = [settings], 0
     while waiting:
         count += 1

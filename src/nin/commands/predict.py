@@ -86,11 +86,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 
 def _require_folder(maps: Path) -> None:
-    """Checks that the folder ``maps`` can be made, before the first row is printed.
-
-    Raises:
-        UserError: if there is a file in its place, or no permission.
-    """
+    """Raises UserError, before the first row is printed, if the folder ``maps`` can't be made."""
     existing = next(path for path in (maps, *maps.absolute().parents) if os.path.lexists(path))
     if not existing.is_dir():
         raise UserError(f"--maps {maps}: can't be written ({existing} is not a folder)")
@@ -99,10 +95,9 @@ def _require_folder(maps: Path) -> None:
 
 
 def _require_other_folder(maps: Path, images: list[Path]) -> None:
-    """Checks that no picture can replace an image, or be classified the next time.
+    """Raises UserError if a picture could replace an image, or be classified the next time.
 
-    Raises:
-        UserError: if ``maps`` is the folder of one of the files in ``images``, or within one of the folders there.
+    It could if ``maps`` is the folder of one of the files in ``images``, or within one of the folders there.
     """
     place = maps.resolve()
     for path in (path for path in images if str(path) != "-"):

@@ -96,13 +96,10 @@ def find_differences(before: Settings, now: Settings) -> list[str]:
 
 
 def require_no_fewer_epochs(requested: int | None, done: int) -> None:
-    """Checks that a run that has trained for ``done`` epochs is not requested to have fewer.
+    """Raises UserError if a run that has trained for ``done`` epochs is requested to have fewer.
 
     Args:
         requested: ``trainer.max_epochs``; -1 and None are no limit.
-
-    Raises:
-        UserError: if it is.
     """
     if requested not in (-1, None) and done > requested:
         raise UserError(

@@ -249,11 +249,7 @@ def require_readable(data: FolderData, broken: dict[str, str]) -> None:
 
 
 def require_unchanged(data: FolderData, before: Listing) -> None:
-    """Checks that the folder's files are the same as when it was listed.
-
-    Raises:
-        UserError: names the files that differ.
-    """
+    """Raises UserError if the folder's files are not the same as when it was listed."""
     now = list_images(data)
     old, new = ({file.name: file for files in each.files.values() for file in files} for each in (before, now))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]

@@ -68,14 +68,11 @@ def describe(data: AnyData) -> DatasetInfo:
 
 
 def require_same_classes(found: Iterable[str], trained: object) -> None:
-    """Checks that labels mean the same to a data set and to a network, which a folder given later need not fulfil.
+    """Raises UserError if labels do not mean the same to a data set and to a network.
 
     Args:
-        found: the class names of the data set.
+        found: the class names of the data set; a folder may be given later than the network was trained.
         trained: the class names that are stored with the network.
-
-    Raises:
-        UserError: names both.
     """
     names = list(found)
     if names != trained:

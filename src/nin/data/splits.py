@@ -48,10 +48,9 @@ def with_channels(settings: Settings, channels: int) -> Settings:
 
 
 def require_enough_images(cache: Cache, data: FolderData, parts: Sequence[str] = ("val", "test")) -> None:
-    """Checks that ``parts`` and the training have images, as the rules of the config do for the published data sets.
+    """Raises UserError if ``parts`` or the training have too few images.
 
-    Raises:
-        UserError: lists every key that does not fit.
+    The rules of the config check the published data sets.
     """
     counts = cache.counts
     if "train" not in counts:
@@ -147,12 +146,7 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
 
 
 def require_training_images(data: Data | FolderData | OwnData, seed: int) -> None:
-    """Checks that a folder has images of each class to train on, and at least as many as a batch.
-
-    Raises:
-        UserError: names the classes all of whose images are held out, ``data.batch_size``, or what
-            `require_enough_images` names.
-    """
+    """Raises UserError if a folder has too few images to train on: none of a class, or fewer than a batch."""
     if not isinstance(data, FolderData):
         return
     cache = open_folder(data)

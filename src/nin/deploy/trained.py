@@ -138,10 +138,6 @@ class TrainedNetwork:
         return Scores(*(np.stack([getattr(each[i], name) for i in range(len(arrays))]) for name in names))
 
     def require_maps(self) -> None:
-        """Checks that there are score maps.
-
-        Raises:
-            UserError: if there are none.
-        """
+        """Raises UserError if there are no score maps."""
         if self.description.maps == "none":
             raise UserError(self.no_maps)

@@ -25,11 +25,7 @@ _SEARCH_PACKAGES = {"optuna": "optuna", "cmaes": "cmaes", "scipy": "scipy", "skl
 
 
 def require_launcher(target: str) -> None:
-    """Checks that the package of a Hydra launcher is installed.
-
-    Raises:
-        UserError: names the packages to install.
-    """
+    """Raises UserError, with the line that installs it, if the package of a Hydra launcher is missing."""
     plugin = next((name for name in _PACKAGES if name in target), None)
     if plugin is None:
         return
@@ -44,11 +40,7 @@ def require_launcher(target: str) -> None:
 
 
 def require_search_packages() -> None:
-    """Checks that the packages of a search are installed.
-
-    Raises:
-        UserError: names those that are missing.
-    """
+    """Raises UserError, with the line that installs them, if packages of a search are missing."""
     if missing := [name for module, name in _SEARCH_PACKAGES.items() if not importlib.util.find_spec(module)]:
         raise UserError(
             f"a search needs packages that are not installed: {', '.join(missing)}; run: python3 -m pip install "
@@ -57,11 +49,7 @@ def require_search_packages() -> None:
 
 
 def require_joblib_arguments(launcher: DictConfig) -> None:
-    """Checks the arguments of the joblib launcher, which reads them when it starts the jobs.
-
-    Raises:
-        UserError: names the argument and what is allowed.
-    """
+    """Raises UserError for wrong arguments of the joblib launcher, which reads them when it starts the jobs."""
     from joblib import Parallel
 
     arguments = {str(key): launcher[key] for key in launcher if key != "_target_"}

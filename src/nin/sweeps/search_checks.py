@@ -197,11 +197,7 @@ def _require_held_out_images(settings: Settings) -> None:
 
 
 def _require_validation_at_an_end(settings: Settings) -> None:
-    """Checks that some epoch ends with a validation: a trial's value is val/acc at the end of an epoch.
-
-    Raises:
-        UserError: names the key that prevents it.
-    """
+    """Raises UserError if no epoch ends with a validation: a trial's value is val/acc at the end of an epoch."""
     trainer = settings.trainer
     every, interval = trainer.check_val_every_n_epoch, trainer.val_check_interval
     epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf

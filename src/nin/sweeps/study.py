@@ -211,11 +211,7 @@ class Store:
 
 
 def require_same_plan(storage: BaseStorage, plan: Plan, folder: Path) -> None:
-    """Checks that a study of this name, if there is one, is the same search, and that a journal in ``folder`` has it.
-
-    Raises:
-        UserError: names what differs.
-    """
+    """Raises UserError if a study of this name is another search, or a journal in ``folder`` lacks this one."""
     names = [study.study_name for study in storage.get_all_studies()]
     if plan.name not in names:
         if names and isinstance(storage, JournalStorage):

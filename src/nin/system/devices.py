@@ -23,10 +23,9 @@ THREADS_VARIABLE = "NIN_THREADS"
 
 
 def require_accelerator(trainer: Trainer) -> None:
-    """Checks that the accelerator exists that is requested by name, or for batch norm. Imports torch only then.
+    """Raises UserError if this machine lacks the accelerator that is requested by name, or for batch norm.
 
-    Raises:
-        UserError: if this machine does not have it.
+    Imports torch only if one is.
     """
     if trainer.accelerator in ("auto", "cpu") and not trainer.sync_batchnorm:
         return

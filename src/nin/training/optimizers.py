@@ -103,13 +103,10 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
 
 
 def require_restored(trainer: Trainer, settings: Settings) -> None:
-    """Checks that a resumed run has a state of its optimizer and its schedule.
+    """Raises ValueError if a resumed run lacks a state of its optimizer or its schedule.
 
     Lightning and torch accept a checkpoint without one, with which both would begin as in a new run. Of those of the
     user's own it is not known whether they have a state.
-
-    Raises:
-        ValueError: names what is missing.
     """
     if trainer.global_step == 0:  # stopped while the first gradients were accumulated
         return

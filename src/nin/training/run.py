@@ -130,11 +130,7 @@ def _require_folder_of_a_run(folder: RunFolder) -> None:
 
 
 def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
-    """Checks that ``folder`` is new, or belongs to the experiment that ``settings`` describe.
-
-    Raises:
-        UserError: names the settings that differ, or if ``resume=never`` and there is something to resume.
-    """
+    """Raises UserError if ``folder`` has another experiment than ``settings``, or any, with ``resume=never``."""
     if not folder.has_progress():
         return
     if settings.resume == "never":
