@@ -269,3 +269,14 @@ def test_a_small_tiff_file_of_large_tiles_is_refused() -> None:
 def test_formats_that_are_slow_or_never_decoded_are_no_images() -> None:
     assert not {"QOI", "FITS", "MPEG", "EPS"} & {*formats()}
     assert {"PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP"} <= {*formats()}
+
+
+def test_a_photo_that_can_not_be_turned_for_lack_of_memory_is_not_taken_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", fail)
+    with pytest.raises(ImageTooLargeError, match="does not fit in memory"):
+        to_pixels(Image.new("L", (2, 3)))

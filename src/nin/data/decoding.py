@@ -3,7 +3,6 @@
 Imports NumPy and Pillow only, since each process that decodes imports this module.
 """
 
-import contextlib
 import functools
 import io
 import re
@@ -149,9 +148,7 @@ def to_pixels(image: Image.Image, size: int | None = None, fit: str = "crop", pa
                 image.info["transparency"] = level
             # A JPEG file has its orientation in one of these, if any; looking for it takes a tenth of the time.
             if image.format != "JPEG" or "exif" in image.info or "xmp" in image.info:
-                image.load()  # of a TIFF file, Pillow turns it here
-                with contextlib.suppress(Exception):  # damaged metadata; the pixels are intact, and turned before it
-                    ImageOps.exif_transpose(image, in_place=True)
+                _turn_upright(image)
             image = _to_gray_or_rgb(image, padding)
             return _fit(image, size, fit, padding) if size else image
     except Exception as error:
@@ -170,6 +167,17 @@ def find_transparent_level(image: Image.Image) -> int | tuple[int, ...] | None:
         case (red, green, blue), "RGB;16B":
             return (red >> 8, green >> 8, blue >> 8)
     return None
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Applies the EXIF orientation."""
+    image.load()  # of a TIFF file, Pillow applies it here
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except MemoryError:  # a cache must not keep an image that is not turned
+        raise
+    except Exception:  # noqa: BLE001  # damaged metadata; the pixels are intact, and turned before it is written
+        pass
 
 
 def has_color(image: Image.Image) -> bool:
