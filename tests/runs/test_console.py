@@ -94,7 +94,7 @@ def test_tensorboard_is_named_as_the_shell_finds_it(environment: Path, monkeypat
     (environment / "tensorboard").unlink()
     assert console.tensorboard_command(folder).startswith(f"{environment}/python -m tensorboard.main --logdir ")
     # `uv run --with` removes its environment at its end.
-    monkeypatch.setattr(sys, "executable", "/root/.cache/uv/builds-v0/.tmp1/bin/python")
+    monkeypatch.setattr(sys, "executable", "/home/me/.cache/uv/builds-v0/.tmp1/bin/python")
     expected = "python3 -m uv run tensorboard --logdir 'outputs/runs/my run'"
     assert console.tensorboard_command(folder) == expected
 
