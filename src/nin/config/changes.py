@@ -75,6 +75,7 @@ def experiment_values(settings: Settings, may_change: tuple[str, ...] = SAME_EXP
     # null stands for what the data module needs.
     keys = flatten(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
     values = {k: v for k, v in keys.items() if is_within(k, fixed) or not is_within(k, may_change)}
+    # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
     return values | flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
 
 

@@ -79,7 +79,7 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
         case "extra_forbidden" | "invalid_key":
             known, name = _known_keys(section, first["loc"][:-1]), str(first["loc"][-1])
             # Where Hydra puts the keys of a file of the user's own by default.
-            if key == "experiment" or (key.startswith("sweep.") and name in Settings.model_fields | {"hydra": None}):
+            if key == "experiment" or (key.startswith("sweep.") and name in (*Settings.model_fields, "hydra")):
                 group = key.partition(".")[0]
                 return f"{group}: the file of this option must begin with the line: # @package _global_"
             if "." in name:

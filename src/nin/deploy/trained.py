@@ -48,8 +48,7 @@ class Description:
         fit: how files are brought to the stored size when they are decoded, as those of `data=folder` were ("crop",
             "pad", "stretch"); None: the pipeline resizes them.
         maps: "gap": the logit is the mean of the class's map. "fc": it is the mean plus the bias. "grad_cam": an
-            approximation.
-            "none": a network without maps, or an export of one whose maps need gradients.
+            approximation. "none": a network without maps, or an export of one whose maps need gradients.
         settings: of the run, as in its config.yaml.
         more: the run's name, weights_sha256, versions, test accuracy, and what the check of an export found.
     """

@@ -109,7 +109,6 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     (epochs,) = max_epochs if len(max_epochs) == 1 else (None,)
     main = next(source.path for source in config.hydra.runtime.config_sources if source.provider == "main")
     # All settings, and not only the words: a file of the user's own may have been edited since.
-    # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
     values = experiment_values(points[0])
     # A run may be resumed with another precision, but accuracies of several precisions are not compared.
     values["trainer.precision"] = points[0].trainer.precision

@@ -31,8 +31,8 @@ class MistakeRecorder(Callback):
         self.mistakes: list[tuple[int, int, int, float]] = []  # image, true and predicted label, probability
 
     def on_test_batch_end(self, trainer: Trainer, pl_module: Classifier, outputs: Tensor, batch: Any, *_: Any) -> None:
-        labels = batch[1]
-        probabilities, predicted = outputs.float().softmax(1).max(1)
+        labels = batch[1].cpu()
+        probabilities, predicted = outputs.float().softmax(1).cpu().max(1)
         for i in (predicted != labels).nonzero().flatten().tolist():
             self.mistakes.append((self.tested + i, int(labels[i]), int(predicted[i]), float(probabilities[i])))
         self.tested += len(labels)
