@@ -22,12 +22,14 @@ from nin.config.schema import UserError
 def test_bare_nin_and_help_list_the_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     run = nin(cwd=tmp_path)
     assert run.returncode == 0
     assert dispatch(monkeypatch, "--help") == 0
     for printed in (run.stdout, capsys.readouterr().out):
         for command in ("train", "eval", "inspect"):
             assert f"nin {command} " in printed
+    assert max(map(len, printed.splitlines())) <= 80
 
 
 def test_help_on_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

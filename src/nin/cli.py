@@ -9,7 +9,9 @@ import errno
 import importlib
 import os
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 from typing import TextIO
 
@@ -90,8 +92,12 @@ def dispatch() -> int:
 
 
 def format_usage() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  nin {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    longest, width = max(map(len, COMMANDS)), max(40, shutil.get_terminal_size().columns)
+    indent = " " * (longest + len("  nin   "))
+    rows = "\n".join(
+        textwrap.fill(f"  nin {name:<{longest}}  {purpose}", width, subsequent_indent=indent, break_on_hyphens=False)
+        for name, purpose in COMMANDS.items()
+    )
     return (
         "Network in Network on Fashion-MNIST as a Lightning + Hydra experiment.\n\n"
         f"{rows}\n\n"

@@ -639,7 +639,7 @@ def test_a_stop_says_what_is_saved(
     message = message.format(folder=tmp_path, module=__name__.partition(".")[0])
     assert f"stopped by SIGTERM; {message}" in capsys.readouterr().err
     abroad = chosen.model_copy(update={"callbacks": {"x": {"_target_": f"{__name__}.X", "dirpath": "/elsewhere"}}})
-    assert RunRequest(abroad, RunFolder(tmp_path)).resume_command == "the same command and name=quickstart"
+    assert RunRequest(abroad, RunFolder(tmp_path)).resume_command == "the same command with name=quickstart"
     allow = f"--allow {__name__.partition('.')[0]}"
     assert RunRequest(chosen, RunFolder("x")).eval_command == f"nin eval x {allow}"
     result = execute_run(RunRequest(chosen, RunFolder(tmp_path)))

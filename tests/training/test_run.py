@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,10 +103,11 @@ def test_another_experiment_that_began_in_the_meantime_is_not_this_one(
 
     def meanwhile(data: Any) -> None:
         monkeypatch.setattr(run, "prepare", prepare)
-        run.execute_run(request_of("optimizer.lr=0.1"))
+        run.execute_run(replace(request_of("optimizer.lr=0.1"), overrides=["optimizer.lr=0.1", "name=run"]))
 
     monkeypatch.setattr(run, "prepare", meanwhile)
-    with pytest.raises(UserError, match=r"belongs to another experiment.*\n  optimizer.lr: 0.1 in the existing run"):
+    header = r"belongs to another experiment \(optimizer.lr=0.1 name=run\); give another name=…, .*:"
+    with pytest.raises(UserError, match=rf"{header}\n  optimizer.lr: 0.1 in the existing run, 0.2 in this command$"):
         run.execute_run(request_of("optimizer.lr=0.2"))
 
 

@@ -104,6 +104,6 @@ def require_no_fewer_epochs(requested: int | None, done: int) -> None:
     """
     if requested not in (-1, None) and done > requested:
         raise UserError(
-            f"trainer.max_epochs={requested}: the run has already trained for {done} epochs; give as many or more, or "
-            "another name"
+            f"trainer.max_epochs={requested}: the run has already trained for {done} epochs; give as many or more; a "
+            "shorter run needs another name=…"
         )

@@ -17,6 +17,7 @@ import rich.console
 from rich.progress import Progress, ProgressColumn
 
 from nin.config.errors import printable_lines
+from nin.config.keys import split_override
 from nin.runs.imports import route_lightning_logs
 
 # Warnings that Lightning, torch and Hydra raise in every run of this project, and that a user can do nothing about.
@@ -168,6 +169,12 @@ def format_path(path: Path) -> str:
 def format_name_override(name: str) -> str:
     """The override that gives a run or a sweep this name; Hydra would read ``name=a,b`` as two values."""
     return f"name={name}" if re.fullmatch(r"[\w.@+-]+", name) else f'name="{name}"'
+
+
+def format_repeated_command(name: str, overrides: Sequence[str]) -> str:
+    """How to run the command with ``overrides`` again: without a ``name=…`` it would start another run or sweep."""
+    is_named = any(split_override(word)[0] == "name" for word in overrides)
+    return "the same command" if is_named else f"the same command with {shlex.quote(format_name_override(name))}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

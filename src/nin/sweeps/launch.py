@@ -1,7 +1,6 @@
 """The start of a sweep: its jobs are checked, and Hydra's launcher runs them."""
 
 import os
-import shlex
 import sys
 from collections import Counter
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +24,7 @@ from nin.config.keys import quote_value, split_override
 from nin.config.override_errors import format_error
 from nin.config.schema import Settings, UserError
 from nin.config.validation import find_override_errors
-from nin.runs.console import format_name_override, format_path
+from nin.runs.console import format_path, format_repeated_command
 from nin.runs.files import write_atomically
 from nin.runs.folder import RunFolder, find_weights_file
 from nin.sweeps.checks import check_jobs, require_joblib_arguments, require_launcher, require_search_packages
@@ -251,8 +250,8 @@ class Sweep:
         return self._status_of_signals() or status
 
     def _remedy(self) -> str:
-        # Without a name=… the command would start another sweep, whose name is the time.
-        return f"the same command with {shlex.quote(format_name_override(str(self.config.name)))} resumes the sweep"
+        task = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        return f"{format_repeated_command(str(self.config.name), task)} resumes the sweep"  # type: ignore[arg-type]
 
     def _run_jobs(self, launcher: Launcher) -> None:
         """Runs all jobs. Raises what stopped one, and at the end the error of one that failed, which has been printed.

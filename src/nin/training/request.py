@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from nin.config.keys import is_within, split_override
 from nin.config.schema import Settings
 from nin.config.trust import find_modules_to_allow
-from nin.runs.console import format_name_override, format_path
+from nin.runs.console import format_path, format_repeated_command
 from nin.runs.folder import RunFolder
 from nin.system.processes import StopRequest, multi_process_launcher
 
@@ -56,8 +56,7 @@ class RunRequest:
         """What resumes this run, after it was stopped."""
         modules = find_modules_to_allow(self.settings)
         if self.settings.sweep.keys or multi_process_launcher() or modules is None:
-            # Without a name=… the same command would start another run or sweep, whose name is the time.
-            return f"the same command and {shlex.quote(format_name_override(self.settings.name))}"
+            return format_repeated_command(self.settings.name, self.overrides)
         return shlex.join(["nin", "resume", format_path(self.folder.path), *_allow(modules)])
 
     @property

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import shlex
 import sys
 import uuid
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nin.config.changes import find_differences, require_no_fewer_epochs
+from nin.config.errors import shorten
 from nin.config.schema import FolderData, Settings, UserError
 from nin.config.validation import validate_plain
 from nin.data.sources import prepare
@@ -136,7 +138,9 @@ def require_same_experiment(folder: RunFolder, settings: Settings) -> None:
     if settings.resume == "never":
         raise UserError(f"{folder.path}: exists, and resume=never; give another name=…, or resume=auto to resume it")
     if different := find_differences(read_settings(folder), settings):
-        header = f"{folder.path} belongs to another experiment; give another name=…, or the settings that it has:"
+        started = shlex.join(folder.read_overrides())
+        experiment = f"another experiment{f' ({shorten(started, 200)})' if started else ''}"
+        header = f"{folder.path} belongs to {experiment}; give another name=…, or the settings that it has:"
         raise UserError("\n  ".join([header, *different]))
 
 
