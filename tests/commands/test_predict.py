@@ -87,6 +87,23 @@ def test_the_table_prints_escapes_in_class_names_as_text(capsys: pytest.CaptureF
     assert capsys.readouterr().out == "image  class\na.png  \\x1b[2Jcoat 0.7500\n"
 
 
+def test_on_a_terminal_a_long_name_leaves_room_for_the_classes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lines(name: str) -> list[str]:
+        _print_table(iter([(name, np.array([0.75, 0.25]), "")]), ["coat", "hat"], 2)
+        return capsys.readouterr().out.splitlines()
+
+    monkeypatch.setenv("COLUMNS", "48")  # 22 for the name
+    name = "photos/of/服/shirt_0001.png"
+    assert lines(name)[1] == f"{name}  coat 0.7500  hat 0.2500"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert lines(name)[1] == "…/of/服/shirt_0001.png  coat 0.7500  hat 0.2500"
+    assert lines("shirt.png")[1] == "shirt.png  coat 0.7500  hat 0.2500"
+    monkeypatch.setenv("COLUMNS", "10")
+    assert lines(name)[1] == "…f/服/shirt_0001.png  coat 0.7500  hat 0.2500"
+
+
 def test_a_long_table_has_one_header_and_ends_with_its_reader(export: Path, data_root: Path) -> None:
     """The columns stay where they are over all windows, and ``nin predict … | head`` is no error."""
     idx = data_root / "Garments" / "raw" / "t10k-images-idx3-ubyte"
@@ -197,12 +214,15 @@ def test_a_light_ground_is_noticed_by_networks_of_light_objects_on_dark_alone(
     assert ("images with a light border: 1 of 1; the" in capfd.readouterr().err) == is_hinted
 
 
-def test_maps_are_pictures_named_after_the_images(run_folder: Path, pictures: Path, tmp_path: Path) -> None:
+def test_maps_are_pictures_named_after_the_images(
+    run_folder: Path, pictures: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(pictures / "0.png", pictures / "0.bmp.png")
     maps = tmp_path / "maps"
     assert main([str(run_folder), str(pictures / "0.png"), str(pictures / "0.png"), "--maps", str(maps)]) == 0
     stem = str(pictures / "0").strip("/").replace("/", "_")
     assert sorted(file.name for file in maps.iterdir()) == [f"{stem}-2.png", f"{stem}.png"]
+    assert f"score maps: {maps}, a picture of each image\n" in capfd.readouterr().err
     with Image.open(maps / f"{stem}.png") as picture:
         values = np.asarray(picture.convert("RGB")).astype(int)
     assert values.shape[1] > 2 * values.shape[0]

@@ -169,7 +169,10 @@ def test_tensorboard_has_every_tag_once_a_step(run: tuple[RunFolder, dict[str, A
 
 def test_with_other_loggers_metrics_csv_is_there_too(settings: Callable[..., Settings], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "csv")
-    run_experiment(settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2"), folder)
+    short = settings("logger=csv", "trainer.max_steps=5", "trainer.accumulate_grad_batches=2")
+    described = experiment.Experiment(RunRequest(short, folder)).describe_start()
+    assert ", 2 epochs, at most 5 steps, batches of " in described
+    run_experiment(short, folder)
     assert (folder.path / "csv" / "metrics.csv").exists()
     assert not folder.event_files()
     # Five steps of two batches each: an epoch of six batches, and two thirds of another, which is validated too.

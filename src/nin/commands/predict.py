@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -158,6 +159,8 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
             f"nin predict: images with a light border: {light} of {found - broken}; the network was trained on light "
             "objects on a dark background: if they are dark on light, add --invert"
         )
+    if names and found > broken:
+        stderr_console.print(f"score maps: {printable(str(args.maps))}, a picture of each image")
     if broken:
         stderr_console.print(f"nin predict: {broken} of {found} could not be read")
     return 1 if broken else 0
@@ -224,14 +227,25 @@ def _print_table(rows: "Iterator[_Row]", class_names: list[str], top: int) -> No
     lines: list[tuple[str, ...]] = [("image", "class", *(f"{i + 2}." for i in range(top - 1)))]
     # A class's cell ends in a probability of 6 characters.
     widths = [len("image"), *[max(map(cell_len, classes)) + 7] * top]
+    # A terminal would wrap a longer line; for a program the names are complete.
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    room = max(columns - sum(widths[1:]) - 2 * top, 20)
     scored = ((name, probabilities) for name, probabilities, _ in rows if probabilities is not None)
     while window := list(itertools.islice(scored, WINDOW)):
         for name, probabilities in window:
             best = (-probabilities).argsort(kind="stable")[:top]
-            lines.append((printable(name), *(f"{classes[i]} {probabilities[i]:.4f}" for i in best)))
+            lines.append((_keep_end(printable(name), room), *(f"{classes[i]} {probabilities[i]:.4f}" for i in best)))
         widths[0] = max(widths[0], *(cell_len(line[0]) for line in lines))
         print("\n".join("  ".join(map(set_cell_size, line, widths)).rstrip() for line in lines))
         lines = []
+
+
+def _keep_end(name: str, width: int) -> str:
+    """``name`` without its beginning if it has more than ``width`` cells of a terminal."""
+    start = 0
+    while cell_len(name[start:]) + (start > 0) > width:
+        start += 1
+    return f"…{name[start:]}" if start else name
 
 
 def _print_json(rows: "Iterator[_Row]", class_names: list[str]) -> None:

@@ -130,12 +130,13 @@ class Experiment:
         model, data, trainer = self.settings.model, self.settings.data, self.trainer
         parameters = sum(p.numel() for p in self.module.network.parameters())
         count = trainer.max_epochs or -1
-        epochs = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
+        length = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
+        length += f", at most {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
         folder = f"\n{describe_folder(data, self.settings.seed)}" if isinstance(data, FolderData) else ""
         weights = f"\n{self.initial_weights.description}" if self.initial_weights else ""
         return (
             f"{model.name} ({parameters:,} parameters) on {data.name} at {data.image_size}x{data.image_size}"
-            f"{epochs}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
+            f"{length}, batches of {data.batch_size}; {trainer.world_size} x {self.device_name}, "
             f"precision {trainer.precision}{folder}{weights}"
         )
 
