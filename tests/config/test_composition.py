@@ -33,15 +33,33 @@ def test_a_variable_that_is_not_set_is_an_error_of_the_override(settings: Callab
         apply_overrides(settings(), ["data.root=${oc.env:NOPE}/x"], ("data.root",))
 
 
-def test_mistakes_in_files_of_ones_own_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("hydra: {launcher: {n_jobs: 4}}", r"Key 'n_jobs' not in 'BasicLauncherConf' \(hydra\.launcher\.n_jobs\)"),
+        ("defaults: [override /model: nin_smal]", r"defaults have model: nin_smal, and .*; did you mean nin_small\?"),
+        ("defaults: [model: nin_small]", "defaults have model: nin_small, which .*; write override /model: nin_small$"),
+        (
+            "defaults: [override model: nin_small]",
+            "defaults have override model: …, which .*; write override /model: …$",
+        ),
+        ("defaults: [/model: nin_small]", "defaults have /model: nin_small, and .*; write override /model: nin_small$"),
+        ("defaults: [override /modell: nin]", "defaults have override /modell, and there is no such group$"),
+        ("defaults: [/experiment: cpu]", "defaults have /experiment: …, which is this file itself; .*its name alone$"),
+        ("defaults: [cpux]", r"^experiment=mine: no such experiment: cpux; did you mean cpu\?"),
+        ("model: nin_small", r"^model=nin_small: has keys .* in its defaults, .* \[override /model: nin_small\]$"),
+        (
+            "trainer: cpu",
+            '^trainer="cpu": has keys of its own; .*; an option is chosen in defaults: override /trainer: …$',
+        ),
+        ("seed: [0, 1]", r"^seed=\[0, 1\]: must be a valid integer; several values, .* below hydra\.sweeper\.params$"),
+    ],
+)
+def test_mistakes_in_files_of_ones_own_are_named(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "key.yaml").write_text("# @package _global_\nhydra: {launcher: {n_jobs: 4}}\n")
-    (tmp_path / "experiment" / "option.yaml").write_text("# @package _global_\ndefaults: [override /model: nin_smal]\n")
-    with open_hydra(str(tmp_path), None):
-        with pytest.raises(UserError, match=r"Key 'n_jobs' not in 'BasicLauncherConf' \(hydra\.launcher\.n_jobs\)"):
-            compose_settings(["experiment=key"])
-        with pytest.raises(UserError, match=r"its file has model: nin_smal, and .*; did you mean nin_small\?"):
-            compose_settings(["experiment=option"])
+    (tmp_path / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{content}\n")
+    with open_hydra(str(tmp_path), None), pytest.raises(UserError, match=message):
+        compose_settings(["experiment=mine"])
 
 
 def errors_of(*overrides: str) -> tuple[str, ...]:
@@ -71,7 +89,7 @@ def test_errors_of_hydra_and_of_the_schema_are_reported_together() -> None:
     errors = errors_of("optimizer.lrr=1", "model=nin_smal", "seed=-1", "a=[", "model.dropout=2")
     assert [error.split(";")[0] for error in errors] == [
         "model=nin_smal: no such model",
-        "a=[: must have the form key=value, as in experiment=cpu (no viable alternative at input '[')",
+        "a=[: its bracket is not closed",
         "optimizer.lrr=1: no such key",
         "seed=-1: must be greater than or equal to 0",
         "model.dropout=2: must be less than 1",
@@ -130,7 +148,7 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
         in error
     )
     (error,) = errors_of("model.widths=[" + 400 * "16,")  # no file has so long a name
-    assert "must have the form key=value" in error
+    assert "…: its bracket is not closed; quote" in error
     (error,) = errors_of("callbacks.dead_units.image=1")
     assert error.endswith("; to add an argument of nin.training.callbacks.dead_units.DeadUnitMonitor: "
                           "+callbacks.dead_units.image=…")  # fmt: skip
@@ -145,7 +163,7 @@ def test_text_with_special_characters_is_to_be_quoted() -> None:
     assert errors_of("name=a (2)", "data.root=ph=1", "model.widths=[1,2") == (
         "name=a (2): must consist of letters, digits and the characters _-=,+@. and not begin with a dot",
         """data.root=ph=1: has characters that must be quoted, as in 'data.root="ph=1"'""",
-        "model.widths=[1,2: must have the form key=value, as in experiment=cpu (no viable alternative at input '[1,2')",
+        "model.widths=[1,2: its bracket is not closed; quote an override that has spaces, as in 'model.widths=[1, 2]'",
     )
     settings = validate(compose_config([]))
     with pytest.raises(UserError) as caught:

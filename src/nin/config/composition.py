@@ -23,7 +23,8 @@ from nin.config.validation import find_override_errors, validate
 # Hydra raises the built-in ones for values that it does not expect: model=null, hydra.sweeper.params={seed:1}, or an
 # integer of more digits than Python reads.
 COMPOSITION_ERRORS = (
-    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, AssertionError
+    HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError, AssertionError,
+    RecursionError,  # an experiment's file that includes the experiment, which is itself
 )  # fmt: skip
 
 # The keys of the group trainer that decide where a run trains.

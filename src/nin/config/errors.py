@@ -90,7 +90,8 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             return f"{key}: has no value; set {key}=…, or do not delete it"
         case "model_type" | "dict_type" if key in Settings.model_fields:
             given = shorten(json.dumps(first["input"]))
-            return f"{key}={given}: has keys of its own; set one of them, as in {key}.<key>=…"
+            option = f"; an option is chosen in defaults: override /{key}: …" if isinstance(first["input"], str) else ""
+            return f"{key}={given}: has keys of its own; set one of them, as in {key}.<key>=…{option}"
         case "union_tag_not_found":
             return f"{key}: no option is chosen; give {key}={' or '.join(list_options(key))}"
         case "union_tag_invalid":
@@ -106,7 +107,11 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             if all(rule.startswith("be ") for rule in rules):
                 rules = [rules[0], *(rule.removeprefix("be ") for rule in rules[1:])]
             rule = " or ".join(rules)
-    return f"{key}={shorten(json.dumps(first['input'], ensure_ascii=False))}: must {rule}"
+    given = first["input"]
+    has_several = isinstance(given, list) or (isinstance(given, str) and "," in given)
+    several = "; several values, as in 0,1, are for a sweep: with -m, or in its file below hydra.sweeper.params"
+    hint = several if has_several and re.fullmatch("be a valid (integer|number|boolean)", rule) else ""
+    return f"{key}={shorten(json.dumps(given, ensure_ascii=False))}: must {rule}{hint}"
 
 
 def _expectation(error: ErrorDetails) -> str:

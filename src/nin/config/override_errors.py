@@ -33,6 +33,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         lexer_failed = "LexerNoViableAlt" in str(error)
         # A list, a dictionary, a quoted text or a sweep such as range(1,3) with a mistake is not to be quoted.
         is_text = not re.match(r"""[\[{"'(]|\w+\(""", value) or lexer_failed
+        if value[:1] in ("[", "{") and value[-1] not in "]}":
+            return f"{given}: its bracket is not closed; quote an override that has spaces, as in '{key}=[1, 2]'"
         if key == "name" and not re.match(NAME, value):  # refused also where it is quoted
             return f"{given}: must {NAME_RULE}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
@@ -44,10 +46,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if not key:
         return f"{given}: must have the form key=value, as in experiment=cpu"
     first = read_first_line(error)
-    in_file = re.search(r"Could not find '(.+)/([^/']+)'", first)  # as in `override /model: …` of the option's file
-    if in_file and f"{in_file[1]}/{in_file[2]}" != f"{key}/{override.partition('=')[2]}":
-        close = did_you_mean(in_file[2], list_options(in_file[1]))
-        return f"{given}: its file has {in_file[1]}: {in_file[2]}, and there is no such {in_file[1]}; {close}"
+    if reason := _find_error_in_defaults(key, override.partition("=")[2], error):
+        return f"{given}: its file's defaults have {reason}"
     missing = re.search(rf"Could not load '{re.escape(key)}/(.+)'", first)  # one of a list of options
     if missing or "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
@@ -73,6 +73,29 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         sweep = "; the values of a sweep are given as key=value1,value2, with -m" if "sweeper.params" in key else ""
         return f"{given}: {key} can't have this value{sweep}"
     return f"{given}: {read_first_line(error.__cause__ or error)}"
+
+
+def _find_error_in_defaults(group: str, value: str, error: Exception) -> str:
+    """What is wrong in the ``defaults`` of the file that ``group=value`` chooses; "" if the error is another one."""
+    first, folder = read_first_line(error), re.escape(group)
+    if isinstance(error, RecursionError):
+        return f"/{group}: …, which is this file itself; to start from another file of {group}, give its name alone"
+    if entry := re.search(rf"Could not (?:find|load) '{folder}/(\w+)/([^/']+)'", first):
+        if f"{entry[1]}/{entry[2]}" in value:  # an option may be in a folder of the group
+            return ""
+        return f"{entry[1]}: {entry[2]}, which chooses no option; write override /{entry[1]}: {entry[2]}"
+    if entry := re.search(rf"Could not override '{folder}/(\w+)@", first):
+        return f"override {entry[1]}: …, which chooses no option; write override /{entry[1]}: …"
+    entry = re.match(r"Multiple values for (\w+)\. To override a value use 'override \w+: (.+)'", first)
+    if entry and entry[1] != group:
+        return f"/{entry[1]}: {entry[2]}, and a config has one; write override /{entry[1]}: {entry[2]}"
+    if entry := re.match(rf"In '{folder}/.+': Could not override '(\w+)'\. No match", first):
+        return f"override /{entry[1]}, and there is no such group"
+    entry = re.search(r"Could not find '(.+)/([^/']+)'", first)  # as in `override /model: …`
+    if entry and f"{entry[1]}/{entry[2]}" != f"{group}/{value}":
+        close = did_you_mean(entry[2], list_options(entry[1]))
+        return f"{entry[1]}: {entry[2]}, and there is no such {entry[1]}; {close}"
+    return ""
 
 
 def _searches_conf_alone() -> bool:

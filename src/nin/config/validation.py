@@ -58,6 +58,13 @@ def validate(config: DictConfig) -> Settings:
     Raises:
         UserError: lists every wrong type, unknown key, value out of range and impossible combination.
     """
+    unresolved = OmegaConf.to_container(config, resolve=False)
+    for group in ("model", "data"):  # others refer to their keys
+        if isinstance(unresolved, dict) and isinstance(option := unresolved.get(group), str):
+            raise UserError(
+                f"{group}={option}: has keys of its own; a file chooses an option of a group in its defaults, as in "
+                f"defaults: [override /{group}: {option}]"
+            )
     try:
         plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
