@@ -53,6 +53,7 @@ def test_the_signature_decides_what_is_given() -> None:
     ("arguments", "message"),
     [
         ({"widht": 3}, r"model.widht: .*Thing has no such argument; did you mean width\?"),
+        ({"widths": 3, "norm": 1}, "model: .*Thing has no arguments widths, norm; there are: .*, as in ~model.widths$"),
         ({}, "model: .*Thing: missing a required argument: 'width'"),
         ({"width": 10}, r"model: .*Thing fails with width=10 \(ValueError: too wide\)"),
         ({"width": 0}, r"model: .* with width=0 \(KeyError: 'Shirt'\) \(test_own_classes.py:\d+, in __init__\)$"),

@@ -31,13 +31,15 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
         raise UserError(f"{key}._target_={config.target}: must be a subclass of {kind.__module__}.{kind.__name__}")
     parameters = inspect.signature(found).parameters
     takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    errors = [
-        f"{key}.{name}: {config.target} has no such argument; {did_you_mean(name, list(parameters))}"
-        for name in config.arguments
-        if name not in parameters and not takes_any
-    ]
-    if errors:
-        raise UserError(*errors)
+    unknown = [name for name in config.arguments if name not in parameters and not takes_any]
+    if len(unknown) == 1:
+        close = did_you_mean(unknown[0], list(parameters))
+        raise UserError(f"{key}.{unknown[0]}: {config.target} has no such argument; {close}")
+    if unknown:  # an experiment for another class sets them
+        raise UserError(
+            f"{key}: {config.target} has no arguments {', '.join(unknown)}; there are: {', '.join(parameters)}; choose "
+            f"another experiment, or delete what it sets, as in ~{key}.{unknown[0]}"
+        )
     return found
 
 
