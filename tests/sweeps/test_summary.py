@@ -152,8 +152,10 @@ def test_settings_are_readable_beside_more_numbers_than_fit_80_columns(
 
 
 def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, overrides, acc in (("first", ["experiment=cpu"], 0.9), ("second", ["model=lenet", "seed=0"], 0.8)):
-        put_job(tmp_path / name, overrides, acc, "seed: 0\nsweep: {keys: [], fail_fast: false}\n")
+    runs = (("first", ["experiment=cpu"], 0.9, "garments"), ("second", ["model=lenet", "seed=0"], 0.8, "mnist"))
+    for name, overrides, acc, data in runs:
+        config = f"seed: 0\nsweep: {{keys: [], fail_fast: false}}\ndata: {{name: {data}}}\n"
+        put_job(tmp_path / name, overrides, acc, config)
     put_job(tmp_path / "third", [])
     summary.report(tmp_path)
     rows = group_by_seed(read_jobs(tmp_path), "val/acc")
@@ -166,6 +168,7 @@ def test_single_runs_are_listed_by_name(tmp_path: Path, capsys: pytest.CaptureFi
     output = capsys.readouterr().out
     assert "standard deviation" not in output
     assert "seeds" not in output
+    assert "The runs are on different data (garments, mnist): compare those of one data set.\n" in output
 
 
 def test_one_single_run_is_listed_by_its_name_too(tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def read_jobs(folder: Path) -> list[Job]:
         for job in jobs:
             overrides = " ".join(f"{key}={value}" for key, value in job.overrides.items())
             job.overrides = {"run": printable(job.folder.name), "overrides": overrides}
+            values = read_values(RunFolder(job.folder).config, ("data.name", "data._target_"))  # and root of a folder
+            job.data = " ".join(value for key, value in values.items() if key.startswith("data."))
         return jobs
     started = {job.folder.name for job in jobs}
     # A key that was varied only later has given the same job another folder.

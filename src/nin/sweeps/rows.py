@@ -18,6 +18,7 @@ class Job:
     error: str = ""
     hardware: str = ""  # the device, the precision and the version of torch
     commit: str = ""  # of the code
+    data: str = ""  # the data set, of a single run
 
 
 @dataclass

@@ -116,7 +116,7 @@ def _describe_seeds(rows: list[Row]) -> str:
 
 
 def describe_errors(rows: list[Row]) -> list[str]:
-    """Explains ±, the sampling error of test/acc that the choice of test images causes, hardware and different code."""
+    """Explains ±, the sampling error of test/acc that the choice of test images causes, hardware, data and code."""
     notes = []
     if any(len(row.values(metric)) > 1 for row in rows for metric in METRICS):
         notes.append("± is the sample standard deviation over seeds.")
@@ -132,6 +132,8 @@ def describe_errors(rows: list[Row]) -> list[str]:
         )
     if hardware := dict.fromkeys(job.hardware for row in rows for job in row.jobs if job.hardware):
         notes.append(f"Median seconds of training on {'; '.join(hardware)}.")
+    if len(data := dict.fromkeys(job.data for row in rows for job in row.jobs if job.data)) > 1:
+        notes.append(f"The runs are on different data ({', '.join(data)}): compare those of one data set.")
     commits = dict.fromkeys(job.commit[:10] + job.commit[40:] for row in rows for job in row.jobs if job.commit)
     if len(commits) > 1:
         notes.append(f"The runs are of different code (commits; + is one with changes): {', '.join(commits)}.")
