@@ -201,6 +201,11 @@ def test_a_name_that_depends_on_the_time_stays(monkeypatch: pytest.MonkeyPatch) 
             "# @package _global_\noptimizer.lr: 0.1",
             "optimizer.lr: no such key; in a file it is written as optimizer: {lr: …}",
         ),
+        (
+            "experiment",
+            "# @package _global_\ndefaults: [override /experiment: cpu]",
+            "experiment=mine: its file's defaults have override /experiment: cpu, which has no effect there; to start",
+        ),
     ],
 )
 def test_the_mistakes_of_a_first_experiment_or_sweep_file_are_explained(

@@ -92,6 +92,7 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
     except COMPOSITION_ERRORS as error:
         known = first_job_overrides(args.overrides) if mode == RunMode.MULTIRUN else args.overrides
         raise collect_errors(error, known, args.config_dir, config_name) from None
+    _require_effective_defaults(app, config.hydra.runtime.choices.get("experiment"))
     if config.hydra.job.chdir:
         raise UserError(
             f"hydra.job.chdir={str(config.hydra.job.chdir).lower()}: a run stays in the working directory, so that "
@@ -112,6 +113,17 @@ def compose(app: Hydra, args: argparse.Namespace, mode: RunMode) -> DictConfig:
         if str(folder).startswith("~"):  # a shell does not expand it after "="
             section.dir = str(expand_path(folder))
     return config
+
+
+def _require_effective_defaults(app: Hydra, experiment: str | None) -> None:
+    """Raises UserError if the file of ``experiment`` overrides the experiment, which Hydra would silently ignore."""
+    file = experiment and app.config_loader.repository.load_config(f"experiment/{experiment}")  # type: ignore[attr-defined]
+    for entry in (file and file.defaults_list) or []:
+        if entry.is_override() and entry.group.strip("/") == "experiment":
+            raise UserError(
+                f"experiment={experiment}: its file's defaults have override /experiment: {entry.value}, which has no "
+                f"effect there; to start from it: defaults: [{entry.value}, _self_]"
+            )
 
 
 def _name_with_changes(config: DictConfig) -> str | None:

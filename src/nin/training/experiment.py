@@ -131,7 +131,9 @@ class Experiment:
         parameters = sum(p.numel() for p in self.module.network.parameters())
         count = trainer.max_epochs or -1
         length = f", {count} epoch{'s' * (count > 1)}" if count > 0 else ""
-        length += f", at most {trainer.max_steps:,} steps" if trainer.max_steps > 0 else ""
+        length += (
+            f", at most {trainer.max_steps:,} step{'s' * (trainer.max_steps > 1)}" if trainer.max_steps > 0 else ""
+        )
         folder = f"\n{describe_folder(data, self.settings.seed)}" if isinstance(data, FolderData) else ""
         weights = f"\n{self.initial_weights.description}" if self.initial_weights else ""
         return (
