@@ -187,6 +187,31 @@ def test_a_damaged_checkpoint_is_renamed_only_where_that_is_requested(tmp_path: 
         assert sorted(path.name for path in folder.checkpoints.iterdir()) == ["best.ckpt", name]
 
 
+@pytest.mark.parametrize(
+    ("best", "is_resumed"), [((7, 3), True), ((6, 3), True), ((6, 2), False), ((5, 3), False), (None, False)]
+)
+def test_a_best_checkpoint_that_is_later_than_the_last_is_resumed(
+    tmp_path: Path, best: tuple[int, int] | None, is_resumed: bool
+) -> None:
+    """A run was killed between the renames, or its last.ckpt is an earlier one."""
+
+    def save(path: Path, step: int, epochs: int) -> None:
+        loops = {"fit_loop": {"epoch_progress": {"current": {"processed": epochs}}}}
+        content = {"state_dict": {}, "hyper_parameters": {}, "global_step": step, "epoch": epochs, "loops": loops}
+        AtomicCheckpointIO().save_checkpoint(content, path)
+
+    folder = RunFolder(tmp_path)
+    save(folder.last, 6, 2)
+    if best:
+        save(folder.best, *best)
+    else:
+        folder.best.write_bytes(b"damaged")
+    found = checkpoint_files.load_newest_valid(folder, rename=True)
+    assert found is not None
+    assert found[0] == (folder.best if is_resumed else folder.last)
+    assert (found[1]["global_step"], found[1]["epoch"]) == (best if is_resumed else (6, 2))
+
+
 # Each event is in a process of its own, which kills itself.
 KILLED_WHILE_PUBLISHING = """
 import itertools, os, signal, sys
@@ -225,7 +250,7 @@ def test_killed_while_it_publishes_a_best_checkpoint_the_best_is_never_older_tha
     program = [sys.executable, "-c", KILLED_WHILE_PUBLISHING, str(tmp_path)]
     done = subprocess.run(program, env=ENVIRONMENT, capture_output=True, text=True, check=True)
     states = done.stdout.splitlines()
-    # Resumed from 4, the run repeats the epoch and saves both again.
+    # From 4 with the best 5, the run resumes from the best.
     assert set(states) == {"-9 4 2", "-9 4 5", "-9 5 5", "0 5 5"}
     assert states.count("0 5 5") == 2
 

@@ -1,5 +1,6 @@
 """Checkpoint files: data only, with a checksum; which of them are valid, and whether they fit the run."""
 
+import contextlib
 import hashlib
 import io
 import logging
@@ -121,7 +122,7 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
         if not path.exists():
             continue
         try:
-            return path, read(path)
+            return _later(path, read(path), folder.best)
         except DamagedError as error:
             if rename:
                 aside = next(p for i in range(1000) if not (p := path.with_name(f"{path.name}.damaged-{i}")).exists())
@@ -138,6 +139,24 @@ def load_newest_valid(folder: RunFolder, rename: bool) -> tuple[Path, dict[str, 
             "last.ckpt there, give another name=…, or remove the run's folder to start again"
         )
     return None
+
+
+def _later(path: Path, checkpoint: dict[str, Any], best: Path) -> tuple[Path, dict[str, Any]]:
+    """``checkpoint``, or best.ckpt if that is of a later time: the run was killed before it renamed .fresh.ckpt.
+
+    Resumed from the earlier one with another precision, it might not save best.ckpt again, and would test an epoch that
+    is not its own.
+    """
+    with contextlib.suppress(UserError):
+        if _position(other := read(best)) > _position(checkpoint):
+            return best, other
+    return path, checkpoint
+
+
+def _position(checkpoint: dict[str, Any]) -> tuple[int, int]:
+    """The optimizer steps and the epochs that are done; an epoch's end has the step of the validation before it."""
+    epochs = _select(checkpoint, ("loops", "fit_loop", "epoch_progress", "current", "processed"))
+    return checkpoint["global_step"], epochs if isinstance(epochs, int) else 0
 
 
 def resume_candidates(folder: RunFolder) -> list[Path]:

@@ -212,7 +212,7 @@ class ResumableCheckpoint(Checkpoint):
         finally:
             self._save_point = None
         if trainer.is_global_zero:
-            # best.ckpt first: killed before last.ckpt is renamed, the run repeats the epoch and saves both again.
+            # best.ckpt first: killed before last.ckpt is renamed, the run resumes from best.ckpt.
             rotate_checkpoints(self.folder, best, self.settings.keep)
         trainer.strategy.barrier()  # the other processes of ddp read best.ckpt at the end
         self.saved_at = time.monotonic()
