@@ -189,8 +189,21 @@ def test_the_wrongly_classified_images_are_written_with_the_surest_first(
     assert 0 < len(rows) < count
     surest = [float(row["probability"]) for row in rows]
     assert surest == sorted(surest, reverse=True)
-    with pytest.raises(UserError, match=rf"^--wrong {tmp_path}: can't be written"):
-        eval_command.main([str(run_folder), "--wrong", str(tmp_path)])
+
+
+def test_where_wrong_images_can_not_be_written_nothing_is_tested(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "evaluate_weights", lambda *_: pytest.fail("tested"))
+    (tmp_path / "file").touch()
+    places = {
+        "": r"--wrong \.: is a folder; give a file, as in wrong\.csv",
+        str(tmp_path): f"--wrong {tmp_path}: is a folder; give a file, as in wrong.csv",
+        f"{tmp_path}/file/wrong.csv": rf"--wrong \S+: can't be written \({tmp_path}/file is not a folder\)",
+    }
+    for place, message in places.items():
+        with pytest.raises(UserError, match=f"^{message}$"):
+            eval_command.main([str(run_folder), f"--wrong={place}"])
 
 
 def test_the_wrong_images_of_a_folder_are_its_files(tmp_path: Path) -> None:
@@ -200,16 +213,20 @@ def test_the_wrong_images_of_a_folder_are_its_files(tmp_path: Path) -> None:
         Image.new("L", (8, 8), gray).save(folder / f"{gray}.png")
     data = ImageDataModule(folder_data(tmp_path / "photos", test_size=8), seed=0)
     data.setup("test")
-    recorder = MistakeRecorder(tmp_path / "wrong.csv")
+    recorder = MistakeRecorder()
     module: Any = SimpleNamespace(class_names=["a", "b"])
     for images, labels in data.test_dataloader():  # all are wrong, and brighter ones surer
         logits = torch.zeros(len(labels), 2)
         logits[torch.arange(len(labels)), 1 - labels] = 1 + images[:, 0, 0] / 255
         recorder.on_test_batch_end(SimpleNamespace(), module, logits, (images, labels))  # type: ignore[arg-type]
     recorder.on_test_end(SimpleNamespace(datamodule=data), module)  # type: ignore[arg-type]
+    recorder.write(tmp_path / "wrong.csv")
     with (tmp_path / "wrong.csv").open() as file:
         files = [Path(row["image"]) for row in csv.DictReader(file)]
     grays = sorted(data.test[0][:, 0, 0].tolist(), reverse=True)
     assert [int(file.stem) for file in files] == grays
     assert len(grays) == 8
     assert all((tmp_path / "photos" / file).is_file() for file in files)
+    (tmp_path / "photos" / files[0]).rename(tmp_path / "photos" / "train" / "a" / "new.png")
+    with pytest.raises(UserError, match="photos: has changed since its images were read; try again"):
+        recorder.write(tmp_path / "wrong.csv")

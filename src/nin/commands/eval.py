@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nin.commands.options import add_allow_option, expand_path
+from nin.commands.options import add_allow_option, expand_path, require_writable_folder
 from nin.config.composition import apply_overrides
 from nin.config.keys import split_override
 from nin.config.schema import FolderData, Settings, UserError
@@ -16,23 +16,29 @@ from nin.runs.imports import lightning_imports
 from nin.runs.results import print_test
 from nin.system.devices import require_accelerator
 
+if TYPE_CHECKING:
+    from nin.training.callbacks.mistakes import MistakeRecorder
+
 OVERRIDABLE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
 
 def main(arguments: list[str]) -> None:
     args = parse_arguments(arguments)
     tolerate_output_errors()
+    mistakes = None
     if is_export(args.network):
         if args.wrong:
             raise UserError("--wrong: is for a run or a checkpoint, not for an exported file; give the run's folder")
         path, (settings, metrics, confusion) = args.network, evaluate_export(args.network, args.overrides)
     else:
         path = find_checkpoint(args.network)
-        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides, args.allow, args.wrong)
+        mistakes = _prepare_mistakes(args.wrong) if args.wrong else None
+        settings, metrics, confusion = evaluate_checkpoint(path, args.overrides, args.allow, mistakes)
     size = settings.data.image_size
     print(f"{path}: {settings.model.name}, {settings.data.name} at {size}x{size}")
     print_test(metrics, confusion)
-    if args.wrong:
+    if mistakes:
+        mistakes.write(args.wrong)
         print(f"wrongly classified images: {args.wrong}")
 
 
@@ -64,18 +70,29 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)  # overrides may follow --allow
 
 
+def _prepare_mistakes(wrong: Path) -> "MistakeRecorder":
+    """Checks before the test that the file ``wrong`` can be written."""
+    if wrong.is_dir():
+        raise UserError(f"--wrong {wrong}: is a folder; give a file, as in wrong.csv")
+    require_writable_folder(f"--wrong {wrong}", wrong.parent)
+    with lightning_imports():
+        from nin.training.callbacks.mistakes import MistakeRecorder
+
+    return MistakeRecorder()
+
+
 def evaluate_checkpoint(
-    path: Path, overrides: list[str], allowed: list[str], wrong: Path | None = None
+    path: Path, overrides: list[str], allowed: list[str], mistakes: "MistakeRecorder | None" = None
 ) -> tuple[Settings, dict[str, Any], Any]:
     """Tests a checkpoint; returns its settings with the overrides, the test metrics and the confusion matrix.
 
     Args:
         allowed: modules whose classes the checkpoint may name.
-        wrong: the CSV file to which the wrongly classified images are written; None for none.
+        mistakes: records the wrongly classified images.
 
     Raises:
-        UserError: if the file is no checkpoint, names a class that is not allowed, an override is refused, the
-            accelerator is missing, or ``wrong`` can't be written.
+        UserError: if the file is no checkpoint, names a class that is not allowed, an override is refused, or the
+            accelerator is missing.
     """
     with lightning_imports():
         from nin.checkpoints.files import read, read_checkpoint_settings
@@ -88,7 +105,7 @@ def evaluate_checkpoint(
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
         prepare(settings.data)
-        return settings, *evaluate_weights(settings, checkpoint, wrong)
+        return settings, *evaluate_weights(settings, checkpoint, mistakes)
 
 
 def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:

@@ -4,7 +4,6 @@ import argparse
 import csv
 import itertools
 import json
-import os
 import re
 import shutil
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len, set_cell_size
 from rich.progress import BarColumn, TextColumn
 
-from nin.commands.options import add_allow_option, expand_path
+from nin.commands.options import add_allow_option, expand_path, require_writable_folder
 from nin.config.errors import printable
 from nin.config.schema import UserError
 from nin.runs.console import Console, format_for_output, log_to, open_progress
@@ -81,18 +80,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
             missing.insert(0, str(args.network))
         raise UserError(f"{', '.join(missing)}: no such file or folder")
     if args.maps:
-        _require_folder(args.maps)
+        require_writable_folder(f"--maps {args.maps}", args.maps)
         _require_other_folder(args.maps, args.images)
     return args
-
-
-def _require_folder(maps: Path) -> None:
-    """Raises UserError, before the first row is printed, if the folder ``maps`` can't be made."""
-    existing = next(path for path in (maps, *maps.absolute().parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise UserError(f"--maps {maps}: can't be written ({existing} is not a folder)")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"--maps {maps}: can't be written (no permission to write to {existing})")
 
 
 def _require_other_folder(maps: Path, images: list[Path]) -> None:

@@ -74,9 +74,15 @@ class Cache:
 
 
 def list_files(data: FolderData, cache: Cache) -> list[str]:
-    """The file of each row of ``images.bin``, relative to ``data.root``."""
-    files = list_images(data).files
-    return [file.name for part in PARTS for file in files.get(part, []) if file.name not in cache.broken]
+    """The file of each row of ``images.bin``, relative to ``data.root``.
+
+    Raises:
+        UserError: if the folder has changed since it was listed.
+    """
+    listing = list_images(data)
+    if _key(data, listing, cache.path.parent) != cache.path.name:
+        raise UserError(f"data.root={printable(data.root)}: has changed since its images were read; try again")
+    return [file.name for part in PARTS for file in listing.files.get(part, []) if file.name not in cache.broken]
 
 
 class MappedImages:

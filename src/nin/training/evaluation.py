@@ -1,7 +1,6 @@
 """The test of a network: at the end of a run, and of a checkpoint, as ``nin eval`` does."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -28,12 +27,12 @@ from nin.training.trainer import build_trainer
 
 
 def evaluate_weights(
-    settings: Settings, checkpoint: dict[str, Any], wrong: Path | None = None
+    settings: Settings, checkpoint: dict[str, Any], mistakes: MistakeRecorder | None = None
 ) -> tuple[dict[str, Any], Tensor]:
     """Tests a checkpoint's weights.
 
     Args:
-        wrong: the CSV file to which the wrongly classified images are written; None for none.
+        mistakes: records the wrongly classified images.
 
     Returns:
         The test metrics, and the confusion matrix ``(classes, classes)``: rows are true classes, columns predicted.
@@ -59,8 +58,8 @@ def evaluate_weights(
     settings = settings.model_copy(update={"logger": {}, "callbacks": {}, "trainer": trainer})
     with_bar = trainer.enable_progress_bar and sys.stdout.isatty()
     callbacks: list[lightning.Callback] = [TrainingProgressBar()] if with_bar else []
-    if wrong:
-        callbacks.append(MistakeRecorder(wrong))
+    if mistakes:
+        callbacks.append(mistakes)
     tester = build_trainer(settings, None, callbacks)
     require_working_gpu(tester.strategy.root_device)
     if tester.precision == "64-true":  # as Lightning names it, also if the setting is 64

@@ -17,16 +17,9 @@ from nin.training.classifier import Classifier
 
 
 class MistakeRecorder(Callback):
-    """Writes a CSV file with a row for each wrongly classified test image, those with the highest probability first.
+    """Records the wrongly classified images of a test."""
 
-    An image is its file, relative to ``data.root``; without one, its position in the test set, from 0.
-
-    Args:
-        path: of the file.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self) -> None:
         self.tested = 0
         self.mistakes: list[tuple[int, int, int, float]] = []  # image, true and predicted label, probability
 
@@ -38,19 +31,28 @@ class MistakeRecorder(Callback):
         self.tested += len(labels)
 
     def on_test_end(self, trainer: Trainer, pl_module: Classifier) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
-        files = _list_test_files(data) if isinstance(data, ImageDataModule) else []
-        names = pl_module.class_names
-        text = io.StringIO()
+        self.data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning, missing in its types
+        self.class_names = pl_module.class_names
+
+    def write(self, path: Path) -> None:
+        """Writes a CSV file with a row for each wrongly classified image, those with the highest probability first.
+
+        An image is its file, relative to ``data.root``; without one, its position in the test set, from 0.
+
+        Raises:
+            UserError: if the folder of images has changed since they were tested, or the file can't be written.
+        """
+        files = _list_test_files(self.data) if isinstance(self.data, ImageDataModule) else []
+        names, text = self.class_names, io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["image", "true", "predicted", "probability"])
         for image, label, predicted, probability in sorted(self.mistakes, key=lambda mistake: -mistake[3]):
             row = [files[image] if files else image, names[label], names[predicted], f"{probability:.4f}"]
             writer.writerow(row)
         try:
-            write_atomically(self.path, text.getvalue())
+            write_atomically(path, text.getvalue())
         except OSError as error:
-            raise UserError(f"--wrong {self.path}: can't be written ({error.strerror})") from error
+            raise UserError(f"--wrong {path}: can't be written ({error.strerror})") from error
 
 
 def _list_test_files(data: ImageDataModule) -> list[str]:
