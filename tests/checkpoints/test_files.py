@@ -1,6 +1,8 @@
+import errno
 import hashlib
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -174,6 +176,20 @@ def test_publish_keeps_as_many_earlier_checkpoints(tmp_path: Path, keep: int) ->
     older = {f"last-{i}.ckpt": str(13 - i) for i in range(1, keep + 1)}
     assert found == {"last.ckpt": "13", "best.ckpt": "2", **older}
     assert [path.name for path in resume_candidates(folder)] == ["last.ckpt", *older, "best.ckpt"]
+
+
+def test_a_full_disk_while_the_best_is_copied_has_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    folder.fresh.write_bytes(bytes(2_000_000))
+    folder.best.write_text("the best before")
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(OSError, match="the checkpoint of 2 MB could not be saved, the previous one is kept; free some"):
+        rotate_checkpoints(folder, best=True, keep=1)
+    assert folder.best.read_text() == "the best before"
 
 
 def test_a_damaged_checkpoint_is_renamed_only_where_that_is_requested(tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ def test_a_run_is_trained_though_nobody_reads_what_it_prints(monkeypatch: pytest
         (["experiment=quickstart", "trainer.precision=64-true"], "quickstart,trainer.precision=64-true"),
         (["experiment=quickstart", "optimizer.lr=0.01", "name=mine"], "mine"),
         (["experiment=quickstart", "data.root=x"], "quickstart"),
+        (["experiment=quickstart", "speed.micro_batch=8"], "quickstart"),
+        (
+            ["experiment=quickstart", "+loss._target_=x.Loss", "speed.micro_batch=8"],  # over parts of a batch
+            "quickstart,+loss._target_=x.Loss,speed.micro_batch=8",
+        ),
         (
             ["experiment=quickstart", "+data._target_=x.Data", "data.root=x"],
             "quickstart,+data._target_=x.Data,data.root=x",
@@ -196,6 +201,17 @@ def test_a_name_that_depends_on_the_time_stays(monkeypatch: pytest.MonkeyPatch) 
         ("experiment", "", "experiment: the file of this option must begin with the line: # @package _global_"),
         ("sweep", "name: x", "sweep: the file of this option must begin with the line: # @package _global_"),
         ("sweep", "hydra: {}", "sweep: the file of this option must begin with the line: # @package _global_"),
+        (
+            "sweep",
+            "# @package _global_\nsweep: {seed: '0,1'}",
+            "sweep: the file of this option must begin with the line: # @package _global_, and the values of a sweep "
+            "are in hydra.sweeper.params",
+        ),
+        (
+            "sweep",
+            "# @package _global_\nhydra.sweeper.params.seed: 0,1",
+            "hydra.sweeper.params.seed: no such key; in a file it is written as hydra: {sweeper: {params: {seed: …}}}",
+        ),
         (
             "experiment",
             "# @package _global_\noptimizer.lr: 0.1",

@@ -59,8 +59,8 @@ def test_a_finished_job_of_a_sweep_is_one_line(tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out == "seed=0  finished before with 2 processes: test/acc 0.9100\n"
     print_finished(RunFolder(tmp_path), result, "", "", is_job=False)
     assert f"{tmp_path.name} is finished; to train again, give nin train another name=…" in capsys.readouterr().out
-    print_result(RunFolder(tmp_path), result, "seed=0  ")
-    assert capsys.readouterr().out.startswith("seed=0  finished:\n")
+    print_result(RunFolder(tmp_path), result | {"status": "pruned"}, "seed=0  ")
+    assert capsys.readouterr().out.startswith("seed=0  pruned:\n")
 
 
 def test_the_values_of_a_result_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -413,6 +413,7 @@ def test_a_value_on_the_command_line_replaces_the_sweep_files() -> None:
     ]
     assert jobs("seed=7") == [[f"model.conv1x1_layers={n}", "seed=7"] for n in (0, 1)]
     assert sweep.without_overridden(params, ["seed=7"]) == {"model.conv1x1_layers": "0,1"}
+    assert sweep.without_overridden({"+model.drop": "0,1", "seed": "0,1"}, ["+model.drop=0"]) == {"seed": "0,1"}
 
 
 # Searches are tested in test_search.py: their values are not known beforehand.

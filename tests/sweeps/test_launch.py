@@ -120,7 +120,7 @@ trainer: {max_epochs: 1}
         (["trainer.min_epochs=5,6"], "trainer.min_epochs=5"),  # more than max_epochs of this config
         (["seed=0,1", "optimizer.lr=0.1,0.10"], "optimizer.lr=0.1,seed=0: is requested twice; give each value once"),
         (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'interval(1)'}"], "seed=interval(1): must have the form"),
-        (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'[1,[2'}"], "seed=[1,[2: must have the form key=value"),
+        (["hydra/sweeper=optuna", "hydra.sweeper.params={seed:'[1,[2'}"], "seed=[1,[2: its bracket is not closed"),
     ],
 )
 def test_a_sweep_of_the_users_own_config_is_checked_as_its_jobs_are_composed(

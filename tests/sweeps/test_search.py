@@ -593,6 +593,9 @@ def test_a_search_may_continue_on_another_device_but_not_with_another_precision_
     add_image(moved, "a", 200)
     with pytest.raises(UserError, match=r"images_sha256: [0-9a-f]{64} in the existing search, [0-9a-f]{64} in this"):
         require_same_plan(storage, plan_of(moved), tmp_path)
+    # Other augmentations are of the same images, other channels are not.
+    assert plan_of(moved, "data.augment=none,flip").images_sha256 == plan_of(moved).images_sha256 is not None
+    assert plan_of(moved, "data.channels=1,3").images_sha256 is None
 
 
 def test_best_yaml_of_an_earlier_state_of_the_search_is_removed_where_it_would_be_wrong(tmp_path: Path) -> None:

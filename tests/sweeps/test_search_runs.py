@@ -10,6 +10,7 @@ import pytest
 
 from helpers import SMALL, merge, read_results
 from nin import cli
+from pictures import write_folder
 
 Search = Callable[..., tuple[int, str]]
 
@@ -140,6 +141,45 @@ def test_a_trial_that_the_machine_refused_or_ended_is_resumed_by_the_same_comman
         ("finished", False),
         ("finished", False),
     ]
+
+
+ADDS_AN_IMAGE = """
+import shutil
+from pathlib import Path
+
+from lightning import Callback
+
+
+class AddingAnImage(Callback):
+    def on_train_end(self, trainer, pl_module):
+        shutil.copy("images/train/red/0.png", "images/train/blue/new.png")
+"""
+
+
+def test_a_search_ends_where_the_folder_of_images_changes(
+    tmp_path: Path, search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "adds_an_image.py").write_text(ADDS_AN_IMAGE)
+    write_folder(tmp_path / "images", {"train": 30}, {"red": (200, 20, 20), "blue": (20, 20, 200)})
+    words = ["data=folder", "data.root=images", "data.image_size=28", "data.batch_size=8", "data.val_size=8"]
+    words += ["data.test_size=8", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.001,0.01)"]
+    words += ["+callbacks.own={_target_: adds_an_image.AddingAnImage}"]
+    status, printed = search(*words)
+    assert status == 2, printed
+    message = "outputs/sweeps/tune/trial-0001: the images in the folder have changed since the search began"
+    assert f"nin train: {message}" in printed
+    assert sorted(read_results(tmp_path / "outputs/sweeps/tune")) == ["trial-0000", "trial-0001"]
+    # It stays refused, until the images are the same again and the trial is removed.
+    assert search(*words)[0] == 2
+    (tmp_path / "images/train/blue/new.png").unlink()
+    status, printed = search(*words)
+    assert status == 2
+    assert f"nin train: {message}" in printed
+    shutil.rmtree(tmp_path / "outputs/sweeps/tune/trial-0001")
+    status, printed = search(*merge([*words, "hydra.sweeper.n_trials=2"]))
+    assert status == 0, printed
+    assert printed.count("nin (") == 1  # the first trial is not trained again
 
 
 @pytest.mark.parametrize("test", ["true", "false"])

@@ -1,5 +1,6 @@
 """What a machine lacks is reported before training, and a run has the threads that it requests."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,14 @@ from nin import cli
 from nin.config.composition import compose_settings
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
-from nin.system.devices import THREADS_VARIABLE, add_remedy, own_gpu, require_accelerator, require_working_gpu
+from nin.system.devices import (
+    THREADS_VARIABLE,
+    add_remedy,
+    is_of_machine,
+    own_gpu,
+    require_accelerator,
+    require_working_gpu,
+)
 from nin.system.processes import remove_left_over_ranks
 from nin.training.experiment import Experiment
 from nin.training.request import RunRequest
@@ -105,6 +113,19 @@ def test_a_gpu_without_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -
         require_working_gpu(torch.device("cuda", 1))
 
 
+def test_a_missing_file_of_own_code_is_no_fault_of_the_machine() -> None:
+    def raised(error: Exception) -> Exception:
+        with pytest.raises(type(error)) as caught:
+            raise error  # in this file, which is own code
+        return caught.value
+
+    assert is_of_machine(raised(OSError(errno.ENOSPC, "No space left on device")))
+    assert is_of_machine(torch.AcceleratorError("CUDA error: unspecified launch failure"))
+    assert is_of_machine(OSError(errno.EACCES, "Permission denied"))  # not in own code
+    assert not is_of_machine(raised(FileNotFoundError(errno.ENOENT, "No such file or directory")))
+    assert not is_of_machine(RuntimeError("x"))
+
+
 def test_the_error_of_a_full_gpu_has_its_remedy() -> None:
     full = [
         torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory"),
@@ -121,6 +142,9 @@ def test_the_error_of_a_full_gpu_has_its_remedy() -> None:
     assert "a smaller data.memory_limit_mib, above which images are not stored on the GPU" in of_folder.__notes__[0]
     assert compilation.__notes__ == ["The network could not be compiled: set compile=false to train without it"]
     assert not hasattr(other, "__notes__")
+    single = ValueError("Expected more than 1 value per channel when training, got input size torch.Size([1, 4])")
+    add_remedy(single, compose_settings([]))
+    assert "set data.batch_size to 2 or more for each process" in single.__notes__[0]
 
 
 def test_torch_computes_with_as_many_threads_as_a_run_requests(

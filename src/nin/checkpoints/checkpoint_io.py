@@ -15,7 +15,7 @@ from lightning import Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
 
 from nin.checkpoints.checksum import DIGITS
-from nin.checkpoints.files import read
+from nin.checkpoints.files import explain_failed_save, read
 from nin.config.schema import UserError
 from nin.runs.files import open_atomically
 
@@ -53,17 +53,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         content = buffer.getbuffer()
         content[-2:] = DIGITS.to_bytes(2, "little")  # the length of the comment stands at the end of a zip file
         digest = hashlib.sha256(content).hexdigest().encode()
-        try:
-            with open_atomically(Path(path)) as file:
-                file.write(content)
-                file.write(digest)
-        except OSError as error:
-            megabytes = len(content) / 1e6
-            error.strerror = (
-                f"{error.strerror}: the checkpoint of {megabytes:.0f} MB could not be saved, the previous one is kept; "
-                "free some space and resume the run"
-            )
-            raise
+        with explain_failed_save(len(content)), open_atomically(Path(path)) as file:
+            file.write(content)
+            file.write(digest)
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Removes a checkpoint file, if it is there and within the folders."""

@@ -7,7 +7,7 @@ import logging
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,19 @@ def _require_layout(checkpoint: Any, path: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def explain_failed_save(size: int) -> Iterator[None]:
+    """Adds the remedy to an OSError that is raised while a checkpoint of ``size`` bytes is saved."""
+    try:
+        yield
+    except OSError as error:
+        error.strerror = (
+            f"{error.strerror}: the checkpoint of {size / 1e6:.0f} MB could not be saved, the previous one is kept; "
+            "free some space and resume the run"
+        )
+        raise
+
+
 def rotate_checkpoints(folder: RunFolder, best: bool, keep: int) -> None:
     """Renames .fresh.ckpt to last.ckpt. With ``best``, copies it to best.ckpt first.
 
@@ -98,7 +111,8 @@ def rotate_checkpoints(folder: RunFolder, best: bool, keep: int) -> None:
     """
     last = folder.last
     if best:
-        with folder.fresh.open("rb") as content, open_atomically(folder.best) as file:
+        size = folder.fresh.stat().st_size
+        with explain_failed_save(size), folder.fresh.open("rb") as content, open_atomically(folder.best) as file:
             shutil.copyfileobj(content, file)
     if keep and last.exists():
         for i in reversed(range(1, keep)):

@@ -143,10 +143,12 @@ def _name_with_changes(config: DictConfig) -> str | None:
     has_own_data = isinstance(data, dict) and "_target_" in data
     # Resuming may change the precision; a new run with another one has another result.
     other = ["trainer.precision"] + ["callbacks"] * bool(others) + ["data"] * has_own_data
-    same = [key for key in SAME_EXPERIMENT if not is_within(key, other)]
+    other += ["speed.micro_batch"] * bool(groups.get("loss"))
     # The group `trainer` chooses where a run trains, so it does not make another experiment.
     changes = sorted(
-        word for key, word in words.items() if key not in ("experiment", "trainer") and not is_within(key, same)
+        word
+        for key, word in words.items()
+        if key not in ("experiment", "trainer") and (is_within(key, other) or not is_within(key, SAME_EXPERIMENT))
     )
     return job_folder(",".join([config.name, *changes])) if changes else None
 

@@ -81,10 +81,11 @@ def _format_error(key: str, errors: list[ErrorDetails], section: type[Section]) 
             # Where Hydra puts the keys of a file of the user's own by default.
             if key == "experiment" or (key.startswith("sweep.") and name in (*Settings.model_fields, "hydra")):
                 group = key.partition(".")[0]
-                return f"{group}: the file of this option must begin with the line: # @package _global_"
+                values = ", and the values of a sweep are in hydra.sweeper.params" if group == "sweep" else ""
+                return f"{group}: the file of this option must begin with the line: # @package _global_{values}"
             if "." in name:
-                parent, _, last = name.rpartition(".")
-                return f"{key}: no such key; in a file it is written as {parent}: {{{last}: …}}"
+                nested = name.replace(".", ": {") + ": …" + "}" * name.count(".")
+                return f"{key}: no such key; in a file it is written as {nested}"
             return f"{key}: no such key; {did_you_mean(name, known, key.removesuffix(name))}"
         case "missing":
             return f"{key}: has no value; set {key}=…, or do not delete it"

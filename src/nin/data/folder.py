@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nin.config.errors import printable
-from nin.config.schema import FolderData, MachineError, UserError
+from nin.config.schema import FolderData, MachineError
 
 PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -96,9 +96,9 @@ def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -
         raise folder_error(data.root, empty, "every class needs training images")
 
 
-def folder_error(root: str, faults: list[str], remedy: str) -> UserError:
+def folder_error(root: str, faults: list[str], remedy: str) -> MachineError:
     """The error about a folder of images: the remedy, then one line for each fault."""
-    return UserError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
+    return MachineError("\n    ".join([f"data.root={printable(root)}: {remedy}", *faults]))
 
 
 def missing_train_error(root: str) -> MachineError:

@@ -38,7 +38,7 @@ def print_finished(folder: RunFolder, result: dict[str, Any], others: str, label
 def print_result(folder: RunFolder, result: dict[str, Any], label: str = "") -> None:
     """Prints the result of a finished run, its folder, and the command that opens TensorBoard on the runs around it."""
     if label:
-        print(f"{label}finished:", flush=True)
+        print(f"{label}{result['status']}:", flush=True)
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     for name in PRINTED:

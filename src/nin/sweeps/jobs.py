@@ -40,7 +40,7 @@ def without_overridden(params: Mapping[str, Any], task: Iterable[str]) -> dict[s
     With both, some jobs would run several times.
     """
     given = {split_override(word)[0] for word in task}
-    return {key: value for key, value in params.items() if key not in given}
+    return {key: value for key, value in params.items() if split_override(key)[0] not in given}
 
 
 def key_of(override: Override) -> str:

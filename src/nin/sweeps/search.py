@@ -203,6 +203,11 @@ class Search:
         result: dict[str, Any] = folder.read_result() or {}
         if _failed_for_machine(result):
             self._give_up_for_machine(folder)
+        if self.plan.images_sha256 and result.get("images_sha256") not in (None, self.plan.images_sha256):
+            raise UserError(
+                f"{folder.path}: the images in the folder have changed since the search began, and trials are compared "
+                "on the same ones; restore them and remove this trial's folder, or give another name=…"
+            )
         values = {int(row["epoch"]): row["val/acc"] for row in folder.read_epochs() if "val/acc" in row}
         rungs: dict[str, float] = {}
         if values and self.plan.pruner != "none":

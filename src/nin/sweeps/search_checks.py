@@ -22,6 +22,8 @@ from nin.sweeps.claims import require_postgresql
 from nin.sweeps.space import Space, enumerate_values, overrides_of, read_space, sample_corners
 from nin.sweeps.study import JOURNAL, Plan, open_database, open_journal, require_same_plan
 
+# The keys of a folder of images that choose its decoded pixels; with another of them, the images differ on purpose.
+_OF_IMAGES = ("data", *(f"data.{key}" for key in ("root", "stored_size", "fit", "channels", "skip_broken")))
 _MAX_POINTS = 100_000  # Optuna lists all of them before each trial
 
 
@@ -112,7 +114,7 @@ def _plan(config: DictConfig, space: Space, fixed: list[str], settings: SearchSe
     values = experiment_values(points[0])
     # A run may be resumed with another precision, but accuracies of several precisions are not compared.
     values["trainer.precision"] = points[0].trainer.precision
-    if isinstance(data := points[0].data, FolderData) and not any(is_within(key, ["data"]) for key in space):
+    if isinstance(data := points[0].data, FolderData) and not {*_OF_IMAGES} & {*space}:
         from nin.data.splits import open_folder  # needs torch, which the checks of the jobs have imported
 
         cache = open_folder(data)

@@ -68,6 +68,11 @@ class Plan:
         own = {"sampler": self.sampler, "pruner": self.pruner, "n_jobs": str(self.batch_size)}
         return searched | fixed | given | {f"hydra.sweeper.{k}": v for k, v in own.items()}
 
+    @property
+    def images_sha256(self) -> str | None:
+        """The fingerprint of the folder of images that all trials share; None of other data."""
+        return next((word.partition("=")[2] for word in self.fixed if word.startswith("images_sha256=")), None)
+
 
 def propose(plan: Plan, trials: Sequence[FrozenTrial]) -> FrozenTrial:
     """The trial that follows ``trials``, in the state RUNNING.

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import importlib.util
 import os
 import platform
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nin.config.errors import read_first_line
+from nin.config.errors import locate_in_own_code, read_first_line
 from nin.config.schema import FolderData, MachineError, Settings, Trainer, UserError, is_single_process
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def require_working_gpu(device: "torch.device") -> None:
 
 
 def add_remedy(error: Exception, settings: Settings) -> None:
-    """Adds what to try to the error of a full GPU, a failed compilation or a memory format, below its traceback."""
+    """Adds what to try, below its traceback, to the error of a full GPU, a compilation, a memory format, batch norm."""
     import torch
 
     # Raised by ``x.view(len(x), -1)`` in a custom network, and by LBFGS.
@@ -87,7 +88,11 @@ def add_remedy(error: Exception, settings: Settings) -> None:
             "speed.channels_last=true keeps weights and maps of convolutions in the channels-last memory format, which "
             ".view() refuses: set speed.channels_last=false, or use .reshape() or .flatten() in code of your own"
         )
-
+    if "Expected more than 1 value per channel" in str(error):
+        error.add_note(
+            "Batch norm needs two or more values of each channel: set data.batch_size to 2 or more for each process, "
+            "or apply it to larger maps"
+        )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         error.add_note("The network could not be compiled: set compile=false to train without it")
     # A process that finds no memory for CUDA itself has another class of error.
@@ -101,6 +106,15 @@ def add_remedy(error: Exception, settings: Settings) -> None:
             "trainer.accumulate_grad_batches=2 to keep the number of images per step, trainer.precision=bf16-mixed"
             f"{stored}, or compile=false"
         )
+
+
+def is_of_machine(error: Exception) -> bool:
+    """Whether a run may succeed later with the same settings: a file could not be written, or a GPU failed."""
+    import torch
+
+    if isinstance(error, OSError):  # a file that code of the user's own misses will be missing again
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO) or not locate_in_own_code(error)
+    return isinstance(error, torch.AcceleratorError)
 
 
 def resolve_precision(trainer: Trainer) -> int | str | None:

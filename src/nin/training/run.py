@@ -21,7 +21,7 @@ from nin.runs.imports import lightning_imports
 from nin.runs.results import PRINTED, print_finished, print_result
 from nin.runs.undo import undo_if_refused
 from nin.runs.versions import read_git_commit, read_own_code, read_versions
-from nin.system.devices import add_remedy, require_accelerator
+from nin.system.devices import add_remedy, is_of_machine, require_accelerator
 from nin.system.processes import StoppedError, multi_process_launcher
 from nin.training.request import RunRequest
 
@@ -237,7 +237,8 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
     with undo_if_refused(folder), log_to(folder.log, request.label):
         try:
             experiment = Experiment(request)
-            print(f"{request.label}{experiment.describe_start()}", flush=True)
+            lines = experiment.describe_start().splitlines()
+            print("\n".join(f"{request.label}{line}" for line in lines), flush=True)
             if not request.settings.sweep.keys:  # a sweep has printed the job's folder
                 print(place, flush=True)
             started = record_start(request, experiment)
@@ -257,18 +258,11 @@ def _train_and_record(request: RunRequest) -> dict[str, Any]:
             log.exception("the run failed")
             reason = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
             failed = {"status": "failed", "error": reason, "overrides": request.overrides, "command": request.command}
-            if _is_of_machine(error):
+            if is_of_machine(error):
                 failed["cause"] = "machine"
             with contextlib.suppress(OSError):  # the failure may be a full disk
                 folder.write_result(failed)
             raise RunFailedError from error
-
-
-def _is_of_machine(error: Exception) -> bool:
-    """Whether the run may succeed later with the same settings: a file could not be written, or a GPU failed."""
-    import torch
-
-    return isinstance(error, OSError | torch.AcceleratorError)
 
 
 def record_start(request: RunRequest, experiment: "Experiment") -> dict[str, Any]:
