@@ -100,6 +100,55 @@ def test_a_last_batch_of_one_image_of_which_batch_norm_has_no_statistics_is_left
         assert run_experiment(chosen, RunFolder(tmp_path / str(rest)))["steps"] == steps
 
 
+class InAList(Partly):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.more = [nn.Linear(num_classes, num_classes)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.more[0](super().forward(images))
+
+
+class PlainTensor(Partly):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.projection = torch.randn(num_classes, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) @ self.projection
+
+
+class StateOfOtherShapes(Partly):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.register_buffer("drawn", torch.zeros(int(torch.randint(1000, (1,)))))
+
+
+class RandomInEval(Partly):
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(images), 0.5, training=True)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("InAList", r"^model: .*\.InAList: built again and given its state_dict\(\), it has other .*ModuleList"),
+        ("PlainTensor", r"^model: .*\.PlainTensor: built again .* tensors be registered with register_buffer\(\) or"),
+        ("StateOfOtherShapes", r"^model: .*\.StateOfOtherShapes: its state_dict\(\) can't be loaded again: "),
+        ("Shifting", None),
+        ("RandomInEval", None),
+        ("Normalized", None),
+    ],
+)
+def test_a_network_whose_checkpoints_would_lack_a_part_of_it_is_refused(
+    settings: Callable[..., Settings], tmp_path: Path, network: str, message: str | None
+) -> None:
+    request = RunRequest(with_network(settings, network=network), RunFolder(tmp_path))
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        module = Experiment(request).module
+        assert all(part.training for part in module.modules())
+
+
 class Shifting(Partly):
     """Changes its input, as a network may that has no use for it afterwards."""
 

@@ -161,6 +161,46 @@ def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_
         raise UserError(f"model: {target} maps images {size} to {found}, and not to logits {(size[0], num_classes)}")
 
 
+def require_complete_state(network: nn.Module, settings: Settings, in_channels: int, num_classes: int) -> None:
+    """Checks that a network of the user's own, built again with other random numbers, is the same with its state_dict.
+
+    It is not if layers are in a list, or tensors are attributes: a checkpoint would lack them.
+
+    Args:
+        network: as `build_network` returns it, with the same arguments.
+
+    Raises:
+        UserError: if the logits differ, or the state can't be loaded.
+    """
+    if not isinstance(settings.model, OwnModel):
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed + 1)
+        other, size = build_network(settings, in_channels, num_classes), settings.data.image_size
+        device = next(network.parameters(), torch.empty(0)).device
+        images = torch.rand(2, in_channels, size, size, device=device)
+        before = [(part, part.training) for part in network.modules()]
+        try:
+            other.load_state_dict(network.state_dict())
+            with torch.no_grad():
+                first, again = (network.eval()(images.clone()) for _ in range(2))
+                loaded = other.to(device).eval()(images.clone())
+        except RuntimeError as error:
+            raise UserError(
+                f"model: {settings.model.target}: its state_dict() can't be loaded again: {read_first_line(error)}"
+            ) from error
+        finally:
+            for part, is_training in before:
+                part.training = is_training
+    # A network may draw random numbers in eval mode, too.
+    if torch.equal(first, again) and not torch.allclose(loaded, first, rtol=1e-2, atol=1e-3, equal_nan=True):
+        raise UserError(
+            f"model: {settings.model.target}: built again and given its state_dict(), it has other logits, as every "
+            "use of a checkpoint would: layers in a list must be in nn.ModuleList, and tensors be registered with "
+            "register_buffer() or as nn.Parameter"
+        )
+
+
 def initialize(network: nn.Module, init: str) -> None:
     """Initializes the weights of every convolution and fully connected layer, in place.
 

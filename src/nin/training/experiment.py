@@ -16,6 +16,7 @@ from nin.config.changes import require_no_fewer_epochs
 from nin.config.schema import FolderData, Settings, UserError, is_single_process
 from nin.data.module import ImageDataModule
 from nin.data.splits import describe_folder
+from nin.networks.build import require_complete_state
 from nin.runs.results import never_predicted
 from nin.system import devices
 from nin.system.processes import StoppedError, convert_worker_exit_to_stop, leave_process_group
@@ -52,6 +53,7 @@ class Experiment:
         lightning.seed_everything(self.settings.seed, verbose=False)
         self.datamodule = build_data(self.settings)
         self.module = Classifier(self.settings, self.datamodule.class_names, self.datamodule.channels)
+        require_complete_state(self.module.network, self.settings, self.module.in_channels, self.module.num_classes)
         self.initial_weights = None
         if self.settings.weights and self.resume_checkpoint is None:
             self.initial_weights = start_from_checkpoint(self.module.network, Path(self.settings.weights))
