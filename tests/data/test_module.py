@@ -252,4 +252,4 @@ def test_files_that_are_left_out_are_logged(tmp_path: Path, caplog: pytest.LogCa
     module.setup("fit")
     assert module.notes["skipped_files"] == 1
     assert "1 files are left out:\n  train/red/1.png: not an image in a format that Pillow can read" in caplog.text
-    assert "files without the suffix of an image are left out: train/red/notes.txt" in caplog.text
+    assert "files without the suffix of an image, or beside train/, are left out: train/red/notes.txt" in caplog.text

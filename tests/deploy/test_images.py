@@ -85,6 +85,8 @@ def test_arrays_and_pictures_of_python_code_become_what_the_network_needs() -> N
     for wrong in (np.zeros((2, 4, 5)), np.zeros((28,), np.uint8), "a.png", [np.zeros((4, 4, 2), np.uint8)]):
         with pytest.raises(ValueError, match="images: "):
             images.as_arrays(wrong, ImageForm(1))
+    with pytest.raises(ValueError, match=r"shape \(4, 5, 3\) is one color image; give \[image\] or image\[None\]"):
+        images.as_arrays(np.zeros((4, 5, 3), np.uint8), ImageForm(3))
 
 
 def test_a_file_that_python_code_gives_and_that_can_not_be_decoded_is_named(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Cache:
         broken: names of the files that were left out, with the reason.
         fingerprint: SHA-256 of pixels, labels and class names.
         stored_size: height and width of each image, in pixels.
-        other_files: names of the folder's files without the suffix of an image, which the cache does not depend on.
+        other_files: those of the `Listing`, which the cache does not depend on.
     """
 
     path: Path

@@ -18,6 +18,7 @@ from nin.config.schema import FolderData, MachineError
 
 PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_LIKE_VAL = ("valid", "validation", "dev")
 _SHOWN = 200  # so many faults of one folder are listed: a message of thousands of lines helps nobody
 
 REMEDY = "repair or remove the files, or leave them out with data.skip_broken=true"
@@ -48,7 +49,7 @@ class Listing:
             the index of its class.
         files: of each part, sorted by name.
         broken: names of files that can't be used, with the reason.
-        other_files: names of files without the suffix of an image, which are left out.
+        other_files: what is left out: files without the suffix of an image, and folders beside ``train/``.
         faults: what is wrong with the layout: empty and unreadable folders, classes that only the validation or the
             test images have, a single class, links in circles.
     """
@@ -66,7 +67,7 @@ def list_images(data: FolderData) -> Listing:
     Raises:
         UserError: if it has neither ``train/`` nor ``test/``, which is enough to test a network.
     """
-    return _Scan(Path(data.root)).run()
+    return _Scan(Path(data.root), Path(data.cache) if data.cache else None).run()
 
 
 def require_usable(listing: Listing, broken: dict[str, str], data: FolderData) -> None:
@@ -118,10 +119,14 @@ def _more(faults: list[str]) -> list[str]:
 
 
 class _Scan:
-    """One listing of a folder, with the faults found so far."""
+    """One listing of a folder, with the faults found so far.
 
-    def __init__(self, root: Path):
-        self.root, self.listing = root, Listing()
+    Args:
+        cache: the folder of decoded images, which may be in ``root``.
+    """
+
+    def __init__(self, root: Path, cache: Path | None):
+        self.root, self.cache, self.listing = root, cache, Listing()
         self.faults = self.listing.faults
 
     def run(self) -> Listing:
@@ -141,7 +146,19 @@ class _Scan:
                 self._list_part(part, names if part == first else self._class_folders(part))
             elif os.path.lexists(self.root / part):  # its images would be split off the training images instead
                 self.faults.append(f"{part}: not a folder, or a link to nothing; correct or remove it")
+        self._list_other_folders()
         return self.listing
+
+    def _list_other_folders(self) -> None:
+        for entry, is_folder in self._entries("."):
+            if not is_folder or entry.name in PARTS:
+                continue
+            # Training images would be held out in their place.
+            lacks_val = "train" in self.listing.files and "val" not in self.listing.files
+            if entry.name.lower() in _LIKE_VAL and lacks_val:
+                self.faults.append(f"{entry.name}/: is not read; validation images must be in val/: rename or move it")
+            elif not self.cache or _identity(self.cache) != _identity(Path(entry.path)):
+                self.listing.other_files.append(f"{entry.name}/")
 
     def _class_folders(self, part: str) -> list[str]:
         """The names of the folders in ``part``, sorted; images beside them belong to no class."""

@@ -155,7 +155,7 @@ class ImageDataModule(LightningDataModule):
         if cache.other_files:
             names = ", ".join(printable(name) for name in cache.other_files[:10])
             more = f" and {len(cache.other_files) - 10} more" if len(cache.other_files) > 10 else ""
-            log.warning("files without the suffix of an image are left out: %s%s", names, more)
+            log.warning("files without the suffix of an image, or beside train/, are left out: %s%s", names, more)
         count, limit = math.prod(cache.shape), data.memory_limit_mib
         # The mapping is not shared, so that changes of the tensor do not reach the file.
         mapped = torch.from_file(str(cache.path / "images.bin"), shared=False, size=count, dtype=torch.uint8)

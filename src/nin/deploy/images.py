@@ -117,6 +117,9 @@ def as_arrays(images: object, form: ImageForm) -> list[np.ndarray]:
     """
     if not isinstance(images, list | tuple | np.ndarray) and not hasattr(images, "__array__"):
         raise ValueError(f"images: a list or an array of images is expected, not {type(images).__name__}")
+    shape = tuple(getattr(images, "shape", ()))
+    if len(shape) == 3 and shape[-1] == 3:  # read as a batch, they would be gray images of three columns
+        raise ValueError(f"images: an array of shape {shape} is one color image; give [image] or image[None]")
     return [_as_array(image, form) for image in images]  # type: ignore[attr-defined]
 
 
