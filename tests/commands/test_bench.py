@@ -220,6 +220,12 @@ def test_the_memory_fits_80_columns() -> None:
     assert {"activations", "micro-batches", "1,024.0"} <= set(words)
 
 
+def test_results_name_a_network_of_ones_own_by_its_class(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {"_target_": "my_net.TinyNet", "input_size": 28}
+    bench.print_results(RESULTS | {"settings": RESULTS["settings"] | {"model": own}})
+    assert capsys.readouterr().out.startswith("my_net.TinyNet at 224x224, batch 128, cpu")
+
+
 @pytest.mark.parametrize(("precision", "in_float32"), [("32-true", "0.50"), ("bf16-mixed", "")])
 def test_rates_in_float32_have_no_share_of_a_limit_in_bfloat16(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, precision: str, in_float32: str

@@ -27,6 +27,14 @@ class Thing:
         self.values = first, width, image_size
 
 
+class Annotated:
+    def __init__(self, width: "int | None", rate: float = 0.5, mode: str = "a", flag: bool = False, size: "Size" = 1):
+        self.values = width, rate, mode, flag, size
+
+
+Size = tuple[int, int]
+
+
 def thing(**arguments: object) -> OwnModel:
     return OwnModel.model_validate({"_target_": f"{__name__}.Thing", "input_size": 28, **arguments})
 
@@ -36,11 +44,12 @@ def settings_with(**sections: dict[str, object]) -> Settings:
     return validate_plain(plain | sections)
 
 
+KNOWN = {"Thing": Thing, "int": int, "Annotated": Annotated}
+
+
 @pytest.fixture(autouse=True)
 def importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        own_classes, "get_class", lambda target: {"Thing": Thing, "int": int}[target.rpartition(".")[2]]
-    )
+    monkeypatch.setattr(own_classes, "get_class", lambda target: KNOWN[target.rpartition(".")[2]])
 
 
 def test_the_signature_decides_what_is_given() -> None:
@@ -66,6 +75,22 @@ def test_the_signature_decides_what_is_given() -> None:
 def test_a_wrong_argument_is_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         own_classes.build("model", thing(**arguments), Thing, 7)
+
+
+def test_arguments_have_the_plain_types_of_their_annotations() -> None:
+    def annotated(**arguments: object) -> OwnModel:
+        return OwnModel.model_validate({"_target_": f"{__name__}.Annotated", "input_size": 28, **arguments})
+
+    for width, rate in ((8, 1), (None, 0.25)):  # a whole number is a number
+        built = own_classes.build("model", annotated(width=width, rate=rate, size=[3, 3]), Annotated)
+        assert built.values == (width, rate, "a", False, [3, 3])
+    with pytest.raises(UserError) as refused:
+        own_classes.import_class("model", annotated(width=8.0, rate="0.1", mode=5, flag=1), Annotated)
+    expected = {"width=8.0": "integer", 'rate="0.1"': "number", "mode=5": "string", "flag=1": "boolean"}
+    assert refused.value.errors == tuple(
+        f"model.{given}: must be a valid {rule}, as annotated in {__name__}.Annotated"
+        for given, rule in expected.items()
+    )
 
 
 def test_another_kind_of_class_is_refused() -> None:

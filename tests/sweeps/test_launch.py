@@ -28,6 +28,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from torch import nn
 
 from helpers import (
     ENVIRONMENT,
@@ -74,6 +75,44 @@ def test_a_loss_that_no_job_could_use_is_refused_before_the_first_starts() -> No
     wrong_class, smoothed = refused.value.errors
     assert wrong_class == "loss._target_=torch.nn.MultiMarginLos: torch.nn has no class MultiMarginLos"
     assert smoothed.startswith("label_smoothing=0.1: is for the cross-entropy alone")
+
+
+class Divisible(nn.Sequential):
+    """A network of the user's own, whose constructor refuses some widths."""
+
+    def __init__(self, in_channels: int, num_classes: int, width: int):
+        groups = nn.GroupNorm(4, width)
+        super().__init__(
+            nn.Conv2d(in_channels, width, 14), groups, nn.AvgPool2d(15), nn.Flatten(), nn.Linear(width, num_classes)
+        )
+
+
+def test_networks_and_optimizers_of_ones_own_are_built_before_the_first_job_starts(
+    tmp_path: Path, data_root: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "divisible.yaml").write_text(f"_target_: {__name__}.Divisible\ninput_size: 28\nwidth: 4\n")
+    (tmp_path / "optimizer").mkdir()
+    (tmp_path / "optimizer" / "rmsprop.yaml").write_text("_target_: torch.optim.RMSprop\nlr: 0.1\n")
+    common = ["data=garments", f"data.root={data_root}", "model=divisible", "optimizer=rmsprop", "trainer=cpu"]
+
+    def errors(*jobs: str) -> list[str]:
+        try:
+            checks.check_jobs([[*common, word] for word in jobs], on_this_machine=True)
+        except UserError as refused:
+            return list(refused.errors)
+        return []
+
+    with open_hydra(str(tmp_path)):
+        assert errors("model.width=4", "model.width=8", "optimizer.lr=0.2") == []
+        found = [
+            re.findall(r"fails with width=(.)", error) for error in errors("seed=1", "model.width=6", "model.width=7")
+        ]
+        assert found == [["6"], ["7"]]
+        wrong_type = f'model.width="wide": must be a valid integer, as annotated in {__name__}.Divisible'
+        assert errors("model.width=4", "model.width=wide") == [wrong_type]
+        (refused,) = errors("optimizer.lr=0.2", "optimizer.lr=-1")
+        assert refused.startswith("optimizer: torch.optim.RMSprop fails with lr=-1 (ValueError")
 
 
 def test_processes_of_one_run_in_a_sweep_are_refused_with_the_way_that_works() -> None:

@@ -24,6 +24,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 from rich.console import Console
+from torch import nn
 
 from helpers import SMALL, merge, read_results, run_experiment
 from nin import cli
@@ -317,6 +318,10 @@ def test_a_callback_that_changes_training_is_part_of_the_search(data_root: Path)
         (["model.dropuot=interval(0,0.8)"], "model.dropuot.*did you mean model.dropout"),
         (["model.dropout=interval(0,1.5)"], "model.dropout=1.5: must be less than 1"),
         (["model.norm=none,layer"], "model.norm=.*layer"),
+        (
+            ["model.conv1x1_layers=interval(1,3)"],
+            r"layers=3.0: must be a valid integer; .* are 'model.conv1x1_layers=tag\(int, interval\(1, 3\)\)'",
+        ),
         (["seed=0,1,2"], "seed: is not searched.*final_seeds"),
         (["++seed=0,1,2"], "seed: is not searched.*final_seeds"),
         ([LR, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0: must be greater than or equal to 1"),
@@ -991,6 +996,28 @@ def test_a_combination_that_hydra_can_not_compose_is_a_failed_trial_and_the_sear
         "model=nin_small": "finished", "model=mlp": "failed",
     }  # fmt: skip
     assert found["model=mlp"]["error"].startswith("model.norm=batch: no such key")
+
+
+class Wide(nn.Sequential):
+    """A network of the user's own."""
+
+    def __init__(self, in_channels: int, num_classes: int, width: int):
+        super().__init__(nn.Conv2d(in_channels, width, 28), nn.Flatten(), nn.Linear(width, num_classes))
+
+
+def test_the_arguments_of_a_network_of_ones_own_are_checked_at_both_ends(tmp_path: Path, data_root: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "wide.yaml").write_text(f"_target_: {__name__}.Wide\ninput_size: 28\nwidth: 4\n")
+    words = ["model=wide", "data=garments", f"data.root={data_root}", "trainer=cpu", "trainer.max_epochs=2"]
+    assert check(*words, "model.width=tag(int, interval(4, 8))", config_dir=tmp_path)
+    with pytest.raises(UserError) as refused:
+        check(*words, "model.width=interval(4, 8)", config_dir=tmp_path)
+    remedy = "whole numbers are 'model.width=tag(int, interval(4, 8))'"
+    assert refused.value.errors == tuple(
+        f"model.width={end}: must be a valid integer, as annotated in {__name__}.Wide; {remedy}" for end in (4.0, 8.0)
+    )
+    with pytest.raises(UserError, match=r'^model.width="x": must be a valid integer, as annotated in [\w.]+Wide$'):
+        check(*words, "model.width=4,x", config_dir=tmp_path)
 
 
 def test_a_choice_that_does_not_exist_is_refused_before_the_search_starts() -> None:

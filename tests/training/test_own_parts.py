@@ -690,7 +690,10 @@ def test_a_stop_says_what_is_saved(
     abroad = chosen.model_copy(update={"callbacks": {"x": {"_target_": f"{__name__}.X", "dirpath": "/elsewhere"}}})
     assert RunRequest(abroad, RunFolder(tmp_path)).resume_command == "the same command with name=quickstart"
     allow = f"--allow {__name__.partition('.')[0]}"
-    assert RunRequest(chosen, RunFolder("x")).eval_command == f"nin eval x {allow}"
+    for_training = {"loss": {"_target_": "mine.Loss"}, "callbacks": {"x": {"_target_": "mine.X"}}, "label_smoothing": 0}
+    more = validate_plain(chosen.model_dump(mode="json") | for_training)
+    assert RunRequest(more, RunFolder("x")).eval_command == f"nin eval x {allow}"
+    assert RunRequest(more, RunFolder("x")).resume_command == f"nin resume x {allow} --allow mine"
     result = execute_run(RunRequest(chosen, RunFolder(tmp_path)))
     assert (result["status"], result["steps"]) == ("finished", 12)
 

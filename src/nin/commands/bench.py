@@ -196,7 +196,7 @@ def _rates_table(results: dict[str, Any]) -> Table:
     rates, operations = results["rates"], results["operations"]
     model, data = results["settings"]["model"], results["settings"]["data"]
     size = f"{data['image_size']}x{data['image_size']}"
-    title = f"{model['name']} at {size}, batch {data['batch_size']}, {results['device']}"
+    title = f"{model.get('name', model.get('_target_'))} at {size}, batch {data['batch_size']}, {results['device']}"
     table = Table("", title=title, title_justify="left")
     for column in ("images/s", "× notebooks", "GFLOP per image", "of the limit"):
         table.add_column(column, justify="right")

@@ -2,15 +2,19 @@
 
 import inspect
 import sys
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import get_class
+from pydantic import ValidationError, create_model
 
-from nin.config.errors import did_you_mean, locate_in_own_code, read_first_line
+from nin.config.errors import did_you_mean, format_errors, locate_in_own_code, read_first_line
 from nin.config.keys import is_within
 from nin.config.schema import UserError
-from nin.config.types import OwnClass
+from nin.config.types import OwnClass, Section
 
 
 def import_class(key: str, config: OwnClass, kind: type) -> type:
@@ -21,7 +25,8 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
         kind: what it must be a subclass of.
 
     Raises:
-        UserError: if it can't be imported, or is something else; or names the arguments that it does not take.
+        UserError: if it can't be imported, or is something else; or names the arguments that it does not take, or those
+            that are not of the type with which the signature annotates them.
     """
     try:
         found = get_class(config.target)
@@ -29,7 +34,7 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
         raise UserError(f"{key}._target_={config.target}: {explain_import_error(config.target, error)}") from error
     if not issubclass(found, kind):
         raise UserError(f"{key}._target_={config.target}: must be a subclass of {kind.__module__}.{kind.__name__}")
-    parameters = inspect.signature(found).parameters
+    parameters = _signature(found).parameters
     takes_any = any(p.kind == inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in config.arguments if name not in parameters and not takes_any]
     if len(unknown) == 1:
@@ -40,7 +45,36 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
             f"{key}: {config.target} has no arguments {', '.join(unknown)}; there are: {', '.join(parameters)}; choose "
             f"another experiment, or delete what it sets, as in ~{key}.{unknown[0]}"
         )
+    _require_annotated_types(key, config, parameters)
     return found
+
+
+def _signature(found: type) -> inspect.Signature:
+    """The signature of a class, with annotations that are text (``from __future__ import annotations``) evaluated."""
+    try:
+        return inspect.signature(found, eval_str=True)
+    except Exception:  # noqa: BLE001  # a name that only a type checker imports, or whatever the text computes
+        return inspect.signature(found)
+
+
+def _require_annotated_types(key: str, config: OwnClass, parameters: Mapping[str, inspect.Parameter]) -> None:
+    """Checks the arguments whose annotation is a plain type, so that a wrong one is named before any job starts."""
+    annotations = {name: parameters[name].annotation for name in config.arguments if name in parameters}
+    checked = {name: (annotation, ...) for name, annotation in annotations.items() if _is_plain(annotation)}
+    section = create_model("Arguments", __base__=Section, **checked)  # type: ignore[call-overload]
+    values = {name: config.arguments[name] for name in checked}
+    try:
+        section.model_validate(values)
+    except ValidationError as error:
+        found = format_errors(error, section, values, f"{key}.").values()
+        raise UserError(*(f"{message}, as annotated in {config.target}" for message in found)) from error
+
+
+def _is_plain(annotation: Any) -> bool:
+    """Whether a value of a config can be compared with the type: not with a class, or a tuple, which YAML lacks."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return all(map(_is_plain, typing.get_args(annotation)))
+    return annotation in (bool, int, float, str, None, types.NoneType)
 
 
 def explain_import_error(target: str, error: BaseException) -> str:

@@ -51,7 +51,15 @@ def find_modules_to_allow(stored: Settings) -> list[str] | None:
     """The modules that `require_trusted_targets` must be allowed; None if a place is to be confirmed as well."""
     if any(_find_outer_places(stored, [])):
         return None
-    refused = [*_find_refused_classes(stored, [], _OWN_CLASSES), *_find_refused_entries(stored, [])]
+    return _modules([*_find_refused_classes(stored, [], _OWN_CLASSES), *_find_refused_entries(stored, [])])
+
+
+def find_modules_of_trained(stored: Settings) -> list[str]:
+    """The modules that must be allowed to use the trained network, without those that only training needs."""
+    return _modules(_find_refused_classes(stored, [], OF_TRAINED))
+
+
+def _modules(refused: Iterable[tuple[str, str]]) -> list[str]:
     return list(dict.fromkeys(target.partition(".")[0] for _, target in refused))
 
 

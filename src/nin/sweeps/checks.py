@@ -8,8 +8,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nin.config.composition import compose_settings
-from nin.config.schema import Settings, Trainer, UserError, is_single_process
-from nin.data.sources import prepare
+from nin.config.schema import OwnClass, OwnData, Settings, Trainer, UserError, is_single_process
+from nin.data.sources import describe, prepare
 from nin.runs.console import log_to
 from nin.runs.imports import lightning_imports
 from nin.system.devices import require_accelerator
@@ -95,6 +95,7 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
         (require_known_loss, lambda job: (job.loss, job.label_smoothing)),
         (lambda job: prepare(job.data), lambda job: job.data),
         (lambda job: require_training_images(job.data, job.seed), lambda job: (job.data, job.seed)),
+        (_build_own_parts, lambda job: (job.model, job.loss, job.optimizer, job.data)),
     ]
     if on_this_machine:
         checks.append((_try_trainer, lambda job: (job.trainer, job.logger, job.callbacks)))
@@ -154,6 +155,25 @@ def _require_one_process(trainer: Trainer) -> None:
             "sweep. Use trainer=gpu hydra/launcher=joblib for one job per GPU, several at once; or start single runs: "
             "for seed in 0 1 2; do nin train trainer=ddp seed=$seed name=seed-$seed; done"
         )
+
+
+def _build_own_parts(settings: Settings) -> None:
+    """Builds a network, an optimizer and a loss of the user's own. With data of their own, only a run does so."""
+    own = [isinstance(part, OwnClass) for part in (settings.model, settings.loss, settings.optimizer)]
+    if isinstance(settings.data, OwnData) or not any(own):
+        return
+    import torch
+
+    from nin.networks.build import build_network, require_complete_state
+    from nin.training.loss import build_loss
+    from nin.training.optimizers import build_optimizer
+
+    found = describe(settings.data)
+    sizes = found.channels, len(found.class_names)
+    build_loss(settings, found.class_names)
+    network = build_network(settings, *sizes)
+    require_complete_state(network, settings, *sizes)
+    build_optimizer(settings, network.parameters(), torch.device("cpu"))
 
 
 def _try_trainer(settings: Settings) -> None:

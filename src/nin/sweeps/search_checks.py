@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import FloatDistribution
 from pydantic import AfterValidator, Field, ValidationError
 
 from nin.config.changes import SAME_EXPERIMENT, experiment_values
 from nin.config.composition import compose_settings
 from nin.config.errors import format_errors
 from nin.config.keys import is_within, split_override
+from nin.config.networks import OwnModel
 from nin.config.schema import CONF, FolderData, OwnData, Settings, UserError
 from nin.config.types import Positive, Section
 from nin.runs.console import format_path
@@ -172,16 +174,29 @@ def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_n
             words = [*fixed, *overrides_of(point)]
             if checked:  # the data and the devices are the same
                 checked.append(compose_settings(words, config_name=config_name))
+                if isinstance(checked[-1].model, OwnModel):
+                    from nin.networks.build import require_buildable  # needs torch, which `check_jobs` has imported
+
+                    require_buildable(checked[-1])
             else:
                 checked += check_jobs([words], on_this_machine, config_name)
         except UserError as error:
             errors.append(error.errors)
     outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in space)]
+    outside = [_with_integers(error, space) for error in outside]
     if outside:
         raise UserError(*once_per_unknown_key(outside))
     if not checked:
         raise UserError(*errors[0])
     return checked
+
+
+def _with_integers(error: str, space: Space) -> str:
+    """``error`` with the remedy for an interval of numbers where whole numbers are needed."""
+    key = error.partition("=")[0]
+    if not (isinstance(values := space.get(key), FloatDistribution) and "must be a valid integer" in error):
+        return error
+    return f"{error}; whole numbers are '{key}=tag(int, interval({values.low:g}, {values.high:g}))'"
 
 
 def _require_held_out_images(settings: Settings) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from nin.config.keys import is_within, split_override
 from nin.config.schema import Settings
-from nin.config.trust import find_modules_to_allow
+from nin.config.trust import find_modules_of_trained, find_modules_to_allow
 from nin.runs.console import format_path, format_repeated_command
 from nin.runs.folder import RunFolder
 from nin.system.processes import StopRequest, multi_process_launcher
@@ -62,7 +62,7 @@ class RunRequest:
     @property
     def eval_command(self) -> str:
         """What tests this run again, and prints its confusion matrix."""
-        modules = find_modules_to_allow(self.settings) or []
+        modules = find_modules_of_trained(self.settings)
         return shlex.join(["nin", "eval", format_path(self.folder.path), *_allow(modules)])
 
 
