@@ -199,6 +199,11 @@ def test_a_name_that_depends_on_the_time_stays(monkeypatch: pytest.MonkeyPatch) 
     [
         ("experiment", "optimizer: {lr: 0.01}", "experiment: the file of this option must begin with the line: #"),
         ("experiment", "", "experiment: the file of this option must begin with the line: # @package _global_"),
+        (
+            "experiment",
+            "defaults: [override /model: nin_small]",
+            "experiment=mine: its file must begin with the line: # @package _global_",
+        ),
         ("sweep", "name: x", "sweep: the file of this option must begin with the line: # @package _global_"),
         ("sweep", "hydra: {}", "sweep: the file of this option must begin with the line: # @package _global_"),
         (

@@ -138,6 +138,14 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
     assert error.endswith(
         "experiment=cpu (TypeError while evaluating 'interval(1)': missing a required argument: 'end')"
     )
+    functions = (
+        "here are: bool, choice, float, glob, int, interval, range, shuffle, sort, str, tag; quote a text, as in"
+    )
+    assert errors_of("model.dropout=intervall(0,1)", "data.root=photos(2)") == (
+        "model.dropout=intervall(0,1): no such function intervall; did you mean interval? T"
+        f"{functions}, as in 'model.dropout=\"intervall(0,1)\"'",
+        f"data.root=photos(2): no such function photos; t{functions}, as in 'data.root=\"photos(2)\"'",
+    )
     assert errors_of("seed:1", ".seed=1", "=5", "[seed=1]") == tuple(
         f"{word}: must have the form key=value, as in experiment=cpu"
         for word in ("seed:1", "=5", "[seed=1]", ".seed=1")
@@ -264,7 +272,11 @@ def test_a_config_of_ones_own_without_its_folder(tmp_path: Path, capsys: pytest.
     (tmp_path / "experiment" / "my_own.yaml").touch()
     folder = ["--config-dir", str(tmp_path)]
     hint = f"; there are: {EXPERIMENTS}; a config of your own needs --config-dir"
+    (tmp_path / "experiment" / "other.yml").write_text("")
+    renamed = ": the name of its file must end in .yaml; rename experiment/other.yml"
     for words, end in (
+        ([*folder, "experiment=other"], renamed),
+        ([f"hydra.searchpath=[file://{tmp_path}]", "experiment=other"], renamed),
         (["experiment=mine"], hint),
         (["-m", "experiment=mine", "seed=1,2"], hint),
         (["experiment=bset"], f"; did you mean best? There are: {EXPERIMENTS}"),

@@ -112,6 +112,7 @@ def test_a_module_that_lacks_the_class_and_one_that_can_not_be_imported_have_the
             "no_such.Net",
             r"model._target_=no_such.Net: can't be imported .*; is the folder of its file in PYTHONPATH\?$",
         ),
+        ("no_such.py.Net", r"; a class is named without .py: no_such.Net$"),
         ("needs_a_gpu.Net", r"can't be imported \(AssertionError\) \(needs_a_gpu.py:1, in <module>\)$"),
         ("with_typo.Net", r"can't be imported \(SyntaxError: invalid syntax\) \(with_typo.py:2\)$"),
         ("needs_timm.Net", r"imported \(No module named 'no_timm'\) \(needs_timm.py:1, in <module>\)$"),

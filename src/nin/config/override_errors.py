@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+from pathlib import Path
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
@@ -17,12 +18,14 @@ from nin.config.hydra_options import SEARCH_PATH
 from nin.config.keys import flatten
 from nin.config.schema import CONF, NAME
 
+_PARSER = OverridesParser.create()
+
 
 def format_error(override: str, error: Exception, config: DictConfig) -> str:
     """An error that Hydra found in ``override``, in this project's form: what was given, the rule, the remedy."""
     given = shorten(override)
     try:
-        key = OverridesParser.create().parse_override(override).key_or_group
+        key = _PARSER.parse_override(override).key_or_group
     except HydraException as parser_error:  # its first line has the reason; that of ``error`` may be the override
         if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
             runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
@@ -37,6 +40,9 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
             return f"{given}: its bracket is not closed; quote an override that has spaces, as in '{key}=[1, 2]'"
         if key == "name" and not re.match(NAME, value):  # refused also where it is quoted
             return f"{given}: must {NAME_RULE}"
+        if unknown := re.search(r"Unknown function '(\w+)'", str(parser_error)):
+            close = did_you_mean(unknown[1], sorted(_PARSER.functions.functions))
+            return f"{given}: no such function {unknown[1]}; {close}; quote a text, as in {quote_override(override)}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {quote_override(override)}"
         reason = f" ({read_first_line(parser_error)})" if value and not lexer_failed else ""
@@ -46,6 +52,8 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if not key:
         return f"{given}: must have the form key=value, as in experiment=cpu"
     first = read_first_line(error)
+    if key in ("experiment", "sweep") and re.search(rf"Could not override '\w+@{key}\.", first):
+        return f"{given}: its file must begin with the line: # @package _global_"
     if reason := _find_error_in_defaults(key, override.partition("=")[2], error):
         return f"{given}: its file's defaults have {reason}"
     missing = re.search(rf"Could not load '{re.escape(key)}/(.+)'", first)  # one of a list of options
@@ -56,6 +64,9 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         other = "; another logger is named by its _target_ (docs/extending.md)" if key == "logger" else ""
         if not other and close.startswith("there are") and _searches_conf_alone():
             other = "; a config of your own needs --config-dir"
+        option = missing[1] if missing else override.partition("=")[2]
+        if any((Path(folder) / key / f"{option}.yml").is_file() for folder in _find_searched_folders()):
+            return f"{given}: the name of its file must end in .yaml; rename {key}/{option}.yml"
         return f"{given}: no such {key}{f': {missing[1]}' if missing else ''}; {close}{other}"
     if "requires --multirun" in str(error) or first.startswith("Ambiguous value"):
         return f"{given}: has several values; add -m for a sweep, as in nin train -m {shlex.quote(given)}"
@@ -100,11 +111,16 @@ def _find_error_in_defaults(group: str, value: str, error: Exception) -> str:
 
 def _searches_conf_alone() -> bool:
     """Whether the command takes ``--config-dir``, and no folder of the user's own is searched for configs."""
+    return _find_searched_folders() == [str(CONF)]
+
+
+def _find_searched_folders() -> list[str]:
+    """The folders of the config; none in commands without ``--config-dir``."""
     if not (hydra := GlobalHydra.instance().hydra):  # `apply_overrides` of nin eval, resume and others
-        return False
+        return []
     sources = hydra.config_loader.get_search_path().get_path()
-    own = [source for source in sources if source.provider in ("main", "command-line", SEARCH_PATH)]
-    return [source.path for source in own] == [str(CONF)]
+    own = [str(source.path) for source in sources if source.provider in ("main", "command-line", SEARCH_PATH)]
+    return [path.removeprefix("file://") for path in own]
 
 
 def quote_override(override: str) -> str:

@@ -87,7 +87,9 @@ def explain_import_error(target: str, error: BaseException) -> str:
     while error.__cause__:  # Hydra's errors have that of the import as their cause
         error = error.__cause__
     reason = f"can't be imported ({read_first_line(error)}){locate_in_own_code(error)}"
-    if isinstance(error, ModuleNotFoundError) and error.name and is_within(module, [error.name]):
+    if ".py." in target:
+        reason += f"; a class is named without .py: {target.replace('.py.', '.')}"
+    elif isinstance(error, ModuleNotFoundError) and error.name and is_within(module, [error.name]):
         reason += "; is the folder of its file in PYTHONPATH?"
     return reason
 
