@@ -138,9 +138,7 @@ def test_a_remedy_for_what_hydra_refuses() -> None:
     assert error.endswith(
         "experiment=cpu (TypeError while evaluating 'interval(1)': missing a required argument: 'end')"
     )
-    functions = (
-        "here are: bool, choice, float, glob, int, interval, range, shuffle, sort, str, tag; quote a text, as in"
-    )
+    functions = "here are: bool, choice, float, glob, int, interval, range, shuffle, sort, str, tag; quote a text"
     assert errors_of("model.dropout=intervall(0,1)", "data.root=photos(2)") == (
         "model.dropout=intervall(0,1): no such function intervall; did you mean interval? T"
         f"{functions}, as in 'model.dropout=\"intervall(0,1)\"'",
