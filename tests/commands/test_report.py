@@ -33,7 +33,12 @@ def test_the_table_is_printed_and_the_summary_written(
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = [line[0] for line in lines if line and line[0] in ("0.1", "0.2")]
     assert rows == [best, "0.1" if best == "0.2" else "0.2"]
-    assert {path.name for path in sweep.iterdir() if path.is_file()} == {"summary.csv", "summary.md", "summary.png"}
+    assert {path.name for path in sweep.iterdir() if path.is_file()} == {
+        "summary.csv",
+        "summary.md",
+        "summary.png",
+        "runs.csv",
+    }
 
 
 def test_a_name_whose_characters_no_font_has_is_no_warning(sweep: Path, recwarn: pytest.WarningsRecorder) -> None:

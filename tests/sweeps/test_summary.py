@@ -75,6 +75,46 @@ def test_runs_of_different_commits_are_named(tmp_path: Path) -> None:
     assert line in (sweep / "summary.md").read_text()
 
 
+def test_networks_of_different_sizes_have_a_column_of_parameters(tmp_path: Path) -> None:
+    for widths, parameters in (("[8]", 1234), ("[16]", 1_234_567)):
+        put_job(tmp_path / widths, [f"model.widths={widths}"], 0.9 - parameters / 1e8, parameters=parameters)
+    header, *lines = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
+    assert [line[header.index("parameters")] for line in lines] == ["1,234", "1,234,567"]
+    for name, words in (("one size", ["seed=1"]), ("unknown", ["seed=2"])):
+        put_job(tmp_path / "sweep" / name, words, 0.9, **({"parameters": 5} if name == "one size" else {}))
+    assert "parameters" not in summary.tabulate(group_by_seed(read_jobs(tmp_path / "sweep"), "val/acc"), "val/acc")[0]
+
+
+def test_two_rows_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    for norm, accs in (("batch", (0.80, 0.92, 0.95)), ("none", (0.79, 0.90))):
+        for seed, acc in enumerate(accs):
+            put_job(tmp_path / f"{norm}{seed}", [f"model.norm={norm}", f"seed={seed}"], acc)
+    summary.report(tmp_path)
+    # 0.01 and 0.02, whose mean has a smaller deviation than the accuracies themselves
+    differences = "+0.0150 ± 0.0071 of val/acc (2 seeds), +0.0150 ± 0.0071 of test/acc (2 seeds)"
+    assert (
+        f"Difference seed by seed, norm=batch minus norm=none: {differences}." in (tmp_path / "summary.md").read_text()
+    )
+    put_job(tmp_path / "third", ["model.norm=layer", "seed=0"], 0.5)
+    summary.report(tmp_path)
+    assert "seed by seed" not in (tmp_path / "summary.md").read_text()
+
+
+def test_each_run_has_a_line_in_a_file_of_its_own(lr_sweep: Path) -> None:
+    done = {"parameters": 77, "epochs": 4, "steps": 12, "git_commit": "1" * 40}
+    put_job(lr_sweep / "lr=1,seed=0", ["experiment=cpu", "optimizer.lr=1", "seed=0"], 0.25, **done)
+    summary.report(lr_sweep)
+    runs = {line.pop("folder"): line for line in csv.DictReader((lr_sweep / "runs.csv").read_text().splitlines())}
+    assert set(runs) == {path.name for path in lr_sweep.iterdir() if path.is_dir()}
+    assert runs["lr=1,seed=0"] == {
+        "optimizer.lr": "1", "seed": "0", "status": "finished", "val/acc": "0.25", "val/loss": "1.0",
+        "test/acc": "0.25", "test/loss": "1.0", "epochs": "4", "steps": "12", "train_seconds": "2.0",
+        "parameters": "77", "test_images": "10000", "hardware": "", "commit": "1" * 40,
+    }  # fmt: skip
+    assert (runs["failed"]["status"], runs["failed"]["val/acc"]) == ("failed", "")
+    assert (runs["begun"]["status"], runs["begun"]["seed"]) == ("unfinished", "2")
+
+
 def test_many_different_numbers_of_test_images_are_a_range(tmp_path: Path) -> None:
     for seed, images in enumerate((100, 2500, 10_000)):
         put_job(tmp_path / "sweep" / f"seed={seed}", [f"seed={seed}"], 0.5, test_images=images)
@@ -147,7 +187,8 @@ def test_settings_are_readable_beside_more_numbers_than_fit_80_columns(
     summary.report(tmp_path, "val/loss")
     output = capsys.readouterr().out
     assert {"weight_decay=0.0001", "weight_decay=0.0002", "settings"} <= set(output.split())
-    rows = [line for line in output.splitlines() if "weight_decay" in line]
+    rows = [line for line in output.splitlines() if line.startswith(" ") and "weight_decay" in line]
+    assert len(rows) == 2
     assert all(len(row) <= 80 + 24 for row in rows)
 
 

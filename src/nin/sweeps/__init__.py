@@ -8,7 +8,7 @@ A module imports only from the modules below it:
     checks         the jobs are checked before the first one starts
     signals        forwards signals to the workers of joblib
     workers        one job, in the sweep's process, in a worker or on a cluster
-    gpus, summary  one job per GPU; the table, summary.csv, summary.md and summary.png
+    gpus, summary  one job per GPU; the table, summary.csv, summary.md, summary.png and runs.csv
     search_report  the answer of a search
     search_best    its best configuration: as a command, as a file, and its test
     study          what is proposed for a trial of a search, and where trials are stored

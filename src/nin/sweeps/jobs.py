@@ -24,6 +24,7 @@ from nin.sweeps.rows import Job, varying_keys
 from nin.sweeps.stored import describe_hardware, is_running, normalize_value, read_values, read_yaml
 
 METRICS = ("val/acc", "val/loss", "test/acc", "test/loss")
+MEASURES = ("epochs", "steps", "train_seconds", "parameters", "test_images")  # of result.json
 KEYS = "sweep.keys"  # the config key that lists the keys that a sweep varies
 _JOBS = "jobs.json"
 _MAX_JOBS = 10_000
@@ -183,10 +184,10 @@ def _read_job(path: Path, swept: list[str]) -> Job | None:
             lines = str(result.get("error", "")).splitlines()
             return Job(path, overrides, "failed", error=printable(lines[0]) if lines else "unknown error")
         case {"status": "finished" | "pruned", "metrics": dict() as metrics}:
-            values = {**metrics, **{key: result.get(key) for key in ("train_seconds", "test_images")}}
+            values = {**metrics, **{key: result.get(key) for key in MEASURES}}
             if "seed" in result:
                 overrides.setdefault("seed", printable(str(result["seed"])))
-            numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and abs(v) < 1e300}
+            numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and abs(v) < 1e300}
             commit = printable(str(result.get("git_commit") or ""))
             hardware = describe_hardware(result)
             return Job(path, overrides, result["status"], numbers, hardware=hardware, commit=commit)

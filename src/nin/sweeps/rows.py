@@ -20,6 +20,11 @@ class Job:
     commit: str = ""  # of the code
     data: str = ""  # the data set, of a single run
 
+    def values(self, metric: str) -> list[float]:
+        """The finite value of ``metric`` of a finished job; an unfinished one only has that of an earlier epoch."""
+        value = self.metrics.get(metric) if self.status == "finished" else None
+        return [value] if value is not None and math.isfinite(value) else []
+
 
 @dataclass
 class Row:
@@ -29,9 +34,8 @@ class Row:
     jobs: list[Job]
 
     def values(self, metric: str) -> list[float]:
-        """The finite values of ``metric`` in finished jobs; unfinished jobs only have those of an earlier epoch."""
-        finished = [job.metrics.get(metric) for job in self.jobs if job.status == "finished"]
-        return [value for value in finished if value is not None and math.isfinite(value)]
+        """The finite values of ``metric`` in finished jobs."""
+        return [value for job in self.jobs for value in job.values(metric)]
 
     def summarize(self, metric: str) -> dict[str, float | None]:
         """ "mean", sample standard deviation "std" and "worst" over the seeds; None where there are too few values."""
@@ -42,6 +46,11 @@ class Row:
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "worst": worst(values) if values else None,
         }
+
+    def parameters(self) -> str:
+        """The number of the network's parameters, with a comma for each thousand; "" if it is unknown or not one."""
+        values = {*self.values("parameters")}
+        return f"{values.pop():,.0f}" if len(values) == 1 else ""
 
     def median_seconds(self) -> float | None:
         """Seconds of training of the run in the middle: one that was disturbed or resumed does not change it."""
@@ -72,6 +81,15 @@ def group_by_seed(jobs: list[Job], metric: str) -> list[Row]:
     rows = [Row(dict(zip(varying, values, strict=True)), group) for values, group in groups.items()]
     sign = 1 if metric.endswith("loss") else -1
     return sorted(rows, key=lambda row: (not row.values(metric), sign * (row.summarize(metric)["mean"] or 0)))
+
+
+def subtract_by_seed(first: Row, second: Row, metric: str) -> list[float]:
+    """The differences of ``metric``, one for each seed with which both rows have a finished run."""
+    by_seed = [
+        {job.overrides["seed"]: value for job in row.jobs if "seed" in job.overrides for value in job.values(metric)}
+        for row in (first, second)
+    ]
+    return [value - by_seed[1][seed] for seed, value in by_seed[0].items() if seed in by_seed[1]]
 
 
 def varying_keys(jobs: list[Job]) -> list[str]:

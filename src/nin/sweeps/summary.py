@@ -1,7 +1,8 @@
-"""The results of a sweep's jobs: the table in the terminal, summary.csv, summary.md and summary.png."""
+"""The results of a sweep's jobs: the table in the terminal, summary.csv, summary.md, summary.png and runs.csv."""
 
 import csv
 import io
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,8 @@ from nin.config.schema import UserError
 from nin.runs.console import Console, format_path, markdown_table, tensorboard_command
 from nin.runs.files import open_atomically, write_atomically
 from nin.sweeps.chart import draw
-from nin.sweeps.jobs import METRICS, read_jobs
-from nin.sweeps.rows import Job, Row, group_by_seed
+from nin.sweeps.jobs import MEASURES, METRICS, read_jobs
+from nin.sweeps.rows import Job, Row, group_by_seed, subtract_by_seed, varying_keys
 from nin.sweeps.tables import fit_table
 
 
@@ -53,13 +54,14 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
         print(f"failed: {failure}")
     try:
         write_atomically(folder / "summary.csv", _as_csv(rows))
+        write_atomically(folder / "runs.csv", _runs_as_csv(jobs))
         write_atomically(folder / "summary.md", _as_markdown(title, jobs, rows, metric))
         with open_atomically(folder / "summary.png") as file:
             draw(f"{name}: {metric}{seeds}", rows, metric, x_axis).savefig(file, format="png", dpi=120)
     except OSError as error:  # another user's sweep, a full disk
         print(f"no summary: {error.filename or folder} can't be written ({error.strerror})", file=sys.stderr)
     else:
-        print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png")
+        print(f"summary:    {format_path(folder)}/summary.csv, summary.md, summary.png, runs.csv")
     print(f"dashboards: {tensorboard_command(folder)}")
 
 
@@ -85,16 +87,19 @@ def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: 
         header = ["run" if "run" in header else "settings"]
     for name in metrics:
         header += [name, "worst"] if name in with_worst else [name]
+    sizes = [row.parameters() for row in rows]
+    with_sizes = len({*sizes} - {""}) > 1
     lines = []
-    for row in rows:
+    for row, size in zip(rows, sizes, strict=True):
         line = [row.label] if merge_keys else list(row.keys.values())
         for name in metrics:
             mean, std, worst = ("" if value is None else f"{value:.4f}" for value in row.summarize(name).values())
             line.append(f"{mean} ± {std}" if std else mean)
             line += [worst] if name in with_worst else []
         seconds = row.median_seconds()
-        lines.append([*line, "" if seconds is None else f"{seconds:.0f}", _describe_runs(row)])
-    return [[*header, "seconds", "status" if "run" in rows[0].keys else "runs"], *lines]
+        more = [size] * with_sizes + ["" if seconds is None else f"{seconds:.0f}"]
+        lines.append([*line, *more, _describe_runs(row)])
+    return [[*header, *["parameters"] * with_sizes, "seconds", "status" if "run" in rows[0].keys else "runs"], *lines]
 
 
 def _describe_runs(row: Row) -> str:
@@ -120,6 +125,7 @@ def describe_errors(rows: list[Row]) -> list[str]:
     notes = []
     if any(len(row.values(metric)) > 1 for row in rows for metric in METRICS):
         notes.append("± is the sample standard deviation over seeds.")
+    notes += _describe_difference(rows)
     errors = [error for row in rows if (error := row.sampling_error()) is not None]
     if errors:
         images = sorted({int(n) for row in rows for n in row.values("test_images")})
@@ -140,6 +146,21 @@ def describe_errors(rows: list[Row]) -> list[str]:
     return notes
 
 
+def _describe_difference(rows: list[Row]) -> list[str]:
+    """Compares two rows seed by seed: what all runs of one seed have in common does not hide their difference."""
+    if len(rows) != 2 or "run" in rows[0].keys:
+        return []
+    by_metric = {metric: subtract_by_seed(rows[0], rows[1], metric) for metric in ("val/acc", "test/acc")}
+    found = [
+        f"{statistics.fmean(values):+.4f} ± {statistics.stdev(values):.4f} of {metric} ({len(values)} seeds)"
+        for metric, values in by_metric.items()
+        if len(values) > 1
+    ]
+    if not found:
+        return []
+    return [f"Difference seed by seed, {rows[0].label} minus {rows[1].label}: {', '.join(found)}."]
+
+
 def describe_failures(jobs: list[Job]) -> list[str]:
     """The folder's name and the error of each failed job."""
     return [f"{printable(job.folder.name)}: {job.error}" for job in jobs if job.status == "failed"]
@@ -155,6 +176,21 @@ def _as_csv(rows: list[Row]) -> str:
         finished = sum(job.status == "finished" for job in row.jobs)
         more = [row.sampling_error(), row.median_seconds()]
         writer.writerow([*row.keys.values(), len(row.jobs), finished, *values, *more])
+    return text.getvalue()
+
+
+def _runs_as_csv(jobs: list[Job]) -> str:
+    """One line for each run: what it was, what it reached, and where it is."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    has_seed = any("seed" in job.overrides for job in jobs)
+    keys = [*varying_keys(jobs), *["seed"] * has_seed]
+    names = [*METRICS, *MEASURES]
+    writer.writerow(["folder", *keys, "status", *names, "hardware", "commit"])
+    for job in jobs:
+        given = [job.overrides.get(key, "") for key in keys]
+        measured = [job.metrics.get(name, "") for name in names]
+        writer.writerow([printable(job.folder.name), *given, job.status, *measured, job.hardware, job.commit])
     return text.getvalue()
 
 
