@@ -10,8 +10,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="nin report",
         description="Print the results of a sweep, best first, and write summary.csv, summary.md, summary.png and "
-        "runs.csv, which has a line for each run, into its folder. Runs that differ only in seed are summarized by mean, sample standard deviation and worst. In a "
-        "folder of single runs each run is listed by its name.",
+        "runs.csv, which has a line for each run, into its folder. Runs that differ only in seed are summarized by "
+        "mean, sample standard deviation and worst. In a folder of single runs each run is listed by its name.",
         epilog="examples: nin report outputs/sweeps/lr; nin report outputs/runs --metric test/acc",
         allow_abbrev=False,
     )
