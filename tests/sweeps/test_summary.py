@@ -80,6 +80,11 @@ def test_networks_of_different_sizes_have_a_column_of_parameters(tmp_path: Path)
         put_job(tmp_path / widths, [f"model.widths={widths}"], 0.9 - parameters / 1e8, parameters=parameters)
     header, *lines = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
     assert [line[header.index("parameters")] for line in lines] == ["1,234", "1,234,567"]
+    summary.report(tmp_path)
+    assert [line["parameters"] for line in csv.DictReader((tmp_path / "summary.csv").open())] == ["1234", "1234567"]
+    assert (
+        "parameters" not in summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc", sizes=False)[0]
+    )
     for name, words in (("one size", ["seed=1"]), ("unknown", ["seed=2"])):
         put_job(tmp_path / "sweep" / name, words, 0.9, **({"parameters": 5} if name == "one size" else {}))
     assert "parameters" not in summary.tabulate(group_by_seed(read_jobs(tmp_path / "sweep"), "val/acc"), "val/acc")[0]

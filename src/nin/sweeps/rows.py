@@ -47,10 +47,10 @@ class Row:
             "worst": worst(values) if values else None,
         }
 
-    def parameters(self) -> str:
-        """The number of the network's parameters, with a comma for each thousand; "" if it is unknown or not one."""
-        values = {*self.values("parameters")}
-        return f"{values.pop():,.0f}" if len(values) == 1 else ""
+    def parameters(self) -> int | None:
+        """The number of the network's parameters; None if it is unknown, or not the same in all finished runs."""
+        values = {int(value) for value in self.values("parameters")}
+        return values.pop() if len(values) == 1 else None
 
     def median_seconds(self) -> float | None:
         """Seconds of training of the run in the middle: one that was disturbed or resumed does not change it."""

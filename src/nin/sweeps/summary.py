@@ -67,17 +67,21 @@ def report(folder: Path, metric: str = "val/acc", x_axis: str = "epochs", storag
 
 def _layouts(rows: list[Row], metric: str) -> Iterator[tuple[list[list[str]], set[int]]]:
     """The table with a column for each varied key, and with one for all of them; settings and states may be wrapped."""
-    for merge_keys, all_worst in ((False, True), (False, False), (True, False)):
-        table = tabulate(rows, metric, merge_keys, all_worst)
+    layouts = (False, True, True), (False, False, True), (True, False, True), (True, False, False)
+    for merge_keys, all_worst, sizes in layouts:
+        table = tabulate(rows, metric, merge_keys, all_worst, sizes)
         yield table, {*range(1 if merge_keys else len(rows[0].keys)), len(table[0]) - 1}
 
 
-def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: bool = True) -> list[list[str]]:
+def tabulate(
+    rows: list[Row], metric: str, merge_keys: bool = False, all_worst: bool = True, sizes: bool = True
+) -> list[list[str]]:
     """The table as text, header first: varied keys, metrics over the seeds, median seconds of training, number of runs.
 
     Args:
         merge_keys: whether one column has all varied keys.
         all_worst: whether there is a column with the worst seed of every metric, or of ``metric`` only.
+        sizes: whether there is a column with the number of parameters, if the rows differ in it.
     """
     metrics = list(dict.fromkeys([metric, "val/acc", "test/acc"]))
     has_seeds = any(len(row.values(name)) > 1 for row in rows for name in metrics)
@@ -87,17 +91,17 @@ def tabulate(rows: list[Row], metric: str, merge_keys: bool = False, all_worst: 
         header = ["run" if "run" in header else "settings"]
     for name in metrics:
         header += [name, "worst"] if name in with_worst else [name]
-    sizes = [row.parameters() for row in rows]
-    with_sizes = len({*sizes} - {""}) > 1
+    parameters = [row.parameters() for row in rows]
+    with_sizes = sizes and len({*parameters} - {None}) > 1
     lines = []
-    for row, size in zip(rows, sizes, strict=True):
+    for row, count in zip(rows, parameters, strict=True):
         line = [row.label] if merge_keys else list(row.keys.values())
         for name in metrics:
             mean, std, worst = ("" if value is None else f"{value:.4f}" for value in row.summarize(name).values())
             line.append(f"{mean} ± {std}" if std else mean)
             line += [worst] if name in with_worst else []
         seconds = row.median_seconds()
-        more = [size] * with_sizes + ["" if seconds is None else f"{seconds:.0f}"]
+        more = ["" if count is None else f"{count:,}"] * with_sizes + ["" if seconds is None else f"{seconds:.0f}"]
         lines.append([*line, *more, _describe_runs(row)])
     return [[*header, *["parameters"] * with_sizes, "seconds", "status" if "run" in rows[0].keys else "runs"], *lines]
 
@@ -170,11 +174,13 @@ def _as_csv(rows: list[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = [f"{metric} {what}" for metric in METRICS for what in ("mean", "std", "worst")]
-    writer.writerow([*rows[0].keys, "runs", "finished", *names, "test/acc sampling_error", "train_seconds median"])
+    writer.writerow(
+        [*rows[0].keys, "runs", "finished", *names, "test/acc sampling_error", "train_seconds median", "parameters"]
+    )
     for row in rows:
         values = [value for metric in METRICS for value in row.summarize(metric).values()]
         finished = sum(job.status == "finished" for job in row.jobs)
-        more = [row.sampling_error(), row.median_seconds()]
+        more = [row.sampling_error(), row.median_seconds(), row.parameters()]
         writer.writerow([*row.keys.values(), len(row.jobs), finished, *values, *more])
     return text.getvalue()
 
