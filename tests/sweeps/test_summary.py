@@ -78,10 +78,11 @@ def test_runs_of_different_commits_are_named(tmp_path: Path) -> None:
 def test_networks_of_different_sizes_have_a_column_of_parameters(tmp_path: Path) -> None:
     for widths, parameters in (("[8]", 1234), ("[16]", 1_234_567)):
         put_job(tmp_path / widths, [f"model.widths={widths}"], 0.9 - parameters / 1e8, parameters=parameters)
-    header, *lines = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
-    assert [line[header.index("parameters")] for line in lines] == ["1,234", "1,234,567"]
+    header, *table = summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc")
+    assert [line[header.index("parameters")] for line in table] == ["1,234", "1,234,567"]
     summary.report(tmp_path)
-    assert [line["parameters"] for line in csv.DictReader((tmp_path / "summary.csv").open())] == ["1234", "1234567"]
+    lines = list(csv.DictReader((tmp_path / "summary.csv").read_text().splitlines()))
+    assert [line["parameters"] for line in lines] == ["1234", "1234567"]
     assert (
         "parameters" not in summary.tabulate(group_by_seed(read_jobs(tmp_path), "val/acc"), "val/acc", sizes=False)[0]
     )
