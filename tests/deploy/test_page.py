@@ -152,7 +152,12 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
           (item, i) => i < 2 ? item.getBoundingClientRect().y : item.textContent)"""
         pad, choice, how = page.evaluate(layout)
         assert (pad < choice, how[:24]) == (True, "Draw on the black square")
-        page.evaluate("describe({...info, channels: 3})")
+        about_maps = """[document.querySelector("footer").textContent.includes("map"),
+          document.getElementById("inverting").getClientRects().length, document.getElementById("invert").checked]"""
+        page.evaluate("document.getElementById('invert').checked = true")
+        assert page.evaluate(about_maps) == [True, 1, True]
+        page.evaluate("describe({...info, channels: 3, maps: false})")
+        assert page.evaluate(about_maps) == [False, 0, False]  # the checkbox of a hidden row would invert unseen
         shown_pad = "document.getElementById('pad').getClientRects().length"
         assert page.evaluate(shown_pad) == 0
         page.evaluate(f"nin.take({as_file})")

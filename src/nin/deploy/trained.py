@@ -98,8 +98,8 @@ class TrainedNetwork:
         self,
         description: Description,
         compute: Callable[[np.ndarray, bool], Scores],
-        no_maps: str = "this export has no score maps: in this network they need gradients, which an export does not "
-        "have; give the run or its checkpoint instead",
+        no_maps: str = "this export has no score maps: they need gradients in this network, which an export does not "
+        "have, or the network has no maps; for the former, give the run or its checkpoint instead",
     ):
         self.description, self.compute, self.no_maps = description, compute, no_maps
 
