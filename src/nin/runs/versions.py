@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 import sys
@@ -53,14 +54,24 @@ def read_git_commit(file: str | None = None) -> str | None:
     """The commit of the checkout that has ``file``, followed by "+" if files differ; None outside a checkout.
 
     Args:
-        file: None for this one.
+        file: None for this project, which may also have been installed from a commit (``git+https://…``).
     """
-    file = file or __file__
     try:
-        here: dict[str, Any] = {"cwd": Path(file).parent, "capture_output": True, "text": True, "timeout": 10}
-        # Fails for an installed package, which may lie within another project's checkout.
-        subprocess.run(["git", "ls-files", "--error-unmatch", file], check=True, **here)
-        described = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
-        return subprocess.run(described, check=True, **here).stdout.strip()
+        return _read_commit_of_checkout(file or __file__)
     except (OSError, subprocess.SubprocessError):
-        return None
+        return None if file else _read_installed_commit()
+
+
+def _read_commit_of_checkout(file: str) -> str:
+    here: dict[str, Any] = {"cwd": Path(file).parent, "capture_output": True, "text": True, "timeout": 10}
+    # Fails for an installed package, which may lie within another project's checkout.
+    subprocess.run(["git", "ls-files", "--error-unmatch", file], check=True, **here)
+    described = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    return subprocess.run(described, check=True, **here).stdout.strip()
+
+
+def _read_installed_commit() -> str | None:
+    """The commit that pip or uv has noted where it installed this package from a repository."""
+    noted = importlib.metadata.distribution(_PACKAGES[0]).read_text("direct_url.json")
+    commit = json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
+    return commit if isinstance(commit, str) else None
