@@ -405,8 +405,9 @@ cli.main()
     # Telemetry of onnxruntime would have its files in .cache/Microsoft; matplotlib has its own.
     assert {str(path.relative_to(home)) for path in home.glob(".cache/*")} <= {".cache/matplotlib"}
     assert run.returncode == 2
-    assert run.stderr.startswith("nin predict: needs torch and the project's other dependencies; without torch ")
-    assert run.stderr.count("\n") == 1
+    of_export, of_run = run.stderr.splitlines()
+    assert of_export == f"score maps: {tmp_path / 'maps'}, a picture of each image"
+    assert of_run.startswith("nin predict: needs torch and the project's other dependencies; without torch ")
     accuracy = nin.load(export).description.more["check"]["accuracy"]
     assert f"test/acc  {accuracy:.4f}\n" in run.stdout
     assert (tmp_path / "maps").exists()
