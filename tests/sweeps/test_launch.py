@@ -723,7 +723,7 @@ def test_torchruns_processes_are_stopped_and_resume_to_the_same_weights(tmp_path
     third = runs / "halves" / "checkpoints" / "last-2.ckpt"
     status, printed = on_a_terminal(*requested, "name=halves", stop_at=third, **there)
     assert status == 1  # torchrun's
-    assert "last.ckpt is saved; resume with: the same command\n" in printed
+    assert "last.ckpt is saved; resume with: the same command\r\n" in printed  # of a terminal
     assert on_a_terminal(*requested, "name=halves", **there)[0] == 0
     whole, halves = (json.loads((runs / name / "result.json").read_text()) for name in ("whole", "halves"))
     assert outcome(halves) == outcome(whole)
