@@ -196,9 +196,11 @@ def test_where_wrong_images_can_not_be_written_nothing_is_tested(
 ) -> None:
     monkeypatch.setattr(evaluation, "evaluate_weights", lambda *_: pytest.fail("tested"))
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe.csv")
     places = {
         "": r"--wrong \.: is a folder; give a file, as in wrong\.csv",
         str(tmp_path): f"--wrong {tmp_path}: is a folder; give a file, as in wrong.csv",
+        str(tmp_path / "pipe.csv"): f"--wrong {tmp_path}/pipe.csv: is a device or a pipe; give a file, as in wrong.csv",
         f"{tmp_path}/file/wrong.csv": rf"--wrong \S+: can't be written \({tmp_path}/file is not a folder\)",
     }
     for place, message in places.items():

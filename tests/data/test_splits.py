@@ -139,3 +139,18 @@ def test_a_folder_of_test_images_alone_is_tested_on_and_not_trained_on(tmp_path:
     (tmp_path / "root" / "train").touch()
     with pytest.raises(UserError, match="train: not a folder, or a link to nothing"):
         open_folder(data, again=True)
+
+
+def test_a_part_with_a_similar_name_is_refused_where_training_images_would_be_held_out_instead(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", {"train": 12})
+    (root / "Valid").mkdir()
+    (root / "Test").mkdir()
+    with pytest.raises(UserError) as refused:
+        require_training_images(folder_data(root, batch_size=2), seed=0)
+    assert refused.value.errors == (
+        "data.root: Test/ is not read; the images must be in test/: rename or move it",
+        "data.root: Valid/ is not read; the images must be in val/: rename or move it",
+    )
+    assert open_folder(folder_data(root, batch_size=2)).other_files == ("Test/", "Valid/")  # for nin eval: named
+    more = folder_data(write_folder(root, {"val": 1, "test": 1}), batch_size=3)
+    require_training_images(more, seed=0)

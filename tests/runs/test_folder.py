@@ -305,3 +305,11 @@ def test_a_config_whose_values_refer_to_each_other_is_refused(folder: RunFolder)
     folder.config.write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"can't be read \(a value refers to another one"):
         folder.read_request()
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a file"):
+        write_atomically(pipe, "text")
+    assert pipe.is_fifo()
+    assert [*tmp_path.iterdir()] == [pipe]

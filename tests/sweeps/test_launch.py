@@ -94,6 +94,11 @@ def test_networks_and_optimizers_of_ones_own_are_built_before_the_first_job_star
     (tmp_path / "model" / "divisible.yaml").write_text(f"_target_: {__name__}.Divisible\ninput_size: 28\nwidth: 4\n")
     (tmp_path / "optimizer").mkdir()
     (tmp_path / "optimizer" / "rmsprop.yaml").write_text("_target_: torch.optim.RMSprop\nlr: 0.1\n")
+    (tmp_path / "schedule").mkdir()
+    (tmp_path / "schedule" / "bad.yaml").write_text("_target_: torch.optim.lr_scheduler.StepLR\ngama: 1\n")
+    (tmp_path / "schedule" / "good.yaml").write_text(
+        "_target_: torch.optim.lr_scheduler.CosineAnnealingLR\nT_max: steps\n"
+    )
     common = ["data=garments", f"data.root={data_root}", "model=divisible", "optimizer=rmsprop", "trainer=cpu"]
 
     def errors(*jobs: str) -> list[str]:
@@ -112,6 +117,8 @@ def test_networks_and_optimizers_of_ones_own_are_built_before_the_first_job_star
         wrong_type = f'model.width="wide": must be a valid integer, as annotated in {__name__}.Divisible'
         assert errors("model.width=4", "model.width=wide") == [wrong_type]
         (refused,) = errors("optimizer.lr=0.2", "optimizer.lr=-1")
+        (unknown,) = errors("schedule=good", "schedule=bad")
+        assert unknown.startswith("schedule.gama: torch.optim.lr_scheduler.StepLR has no such argument; did you mean")
         assert refused.startswith("optimizer: torch.optim.RMSprop fails with lr=-1 (ValueError")
 
 

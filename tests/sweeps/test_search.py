@@ -1001,7 +1001,7 @@ def test_a_combination_that_hydra_can_not_compose_is_a_failed_trial_and_the_sear
 class Wide(nn.Sequential):
     """A network of the user's own."""
 
-    def __init__(self, in_channels: int, num_classes: int, width: int):
+    def __init__(self, in_channels: int, num_classes: int, width: int, more: int = 0):
         super().__init__(nn.Conv2d(in_channels, width, 28), nn.Flatten(), nn.Linear(width, num_classes))
 
 
@@ -1016,6 +1016,8 @@ def test_the_arguments_of_a_network_of_ones_own_are_checked_at_both_ends(tmp_pat
     assert refused.value.errors == tuple(
         f"model.width={end}: must be a valid integer, as annotated in {__name__}.Wide; {remedy}" for end in (4.0, 8.0)
     )
+    with pytest.raises(UserError, match=r"model.more=1.0: .* whole numbers are '\+model.more=tag\(int, "):
+        check(*words, "+model.more=interval(1, 2)", config_dir=tmp_path)
     with pytest.raises(UserError, match=r'^model.width="x": must be a valid integer, as annotated in [\w.]+Wide$'):
         check(*words, "model.width=4,x", config_dir=tmp_path)
 

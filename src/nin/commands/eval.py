@@ -72,8 +72,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def _prepare_mistakes(wrong: Path) -> "MistakeRecorder":
     """Checks before the test that the file ``wrong`` can be written."""
-    if wrong.is_dir():
-        raise UserError(f"--wrong {wrong}: is a folder; give a file, as in wrong.csv")
+    if wrong.exists() and not wrong.is_file():
+        kind = "a folder" if wrong.is_dir() else "a device or a pipe"
+        raise UserError(f"--wrong {wrong}: is {kind}; give a file, as in wrong.csv")
     require_writable_folder(f"--wrong {wrong}", wrong.parent)
     with lightning_imports():
         from nin.training.callbacks.mistakes import MistakeRecorder

@@ -4,6 +4,7 @@ The layout is that of torchvision's ImageFolder: ``train/<class>/``, and ``val/<
 they exist. Folders within a class's folder belong to that class.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -18,7 +19,6 @@ from nin.config.schema import FolderData, MachineError
 
 PARTS = ("train", "val", "test")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LIKE_VAL = ("valid", "validation", "dev")
 _SHOWN = 200  # so many faults of one folder are listed: a message of thousands of lines helps nobody
 
 REMEDY = "repair or remove the files, or leave them out with data.skip_broken=true"
@@ -150,15 +150,11 @@ class _Scan:
         return self.listing
 
     def _list_other_folders(self) -> None:
-        for entry, is_folder in self._entries("."):
-            if not is_folder or entry.name in PARTS:
-                continue
-            # Training images would be held out in their place.
-            lacks_val = "train" in self.listing.files and "val" not in self.listing.files
-            if entry.name.lower() in _LIKE_VAL and lacks_val:
-                self.faults.append(f"{entry.name}/: is not read; validation images must be in val/: rename or move it")
-            elif not self.cache or _identity(self.cache) != _identity(Path(entry.path)):
-                self.listing.other_files.append(f"{entry.name}/")
+        with os.scandir(self.root) as entries, contextlib.suppress(OSError):
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                is_cache = self.cache and _identity(self.cache) == _identity(Path(entry.path))
+                if Path(entry.path).is_dir() and entry.name not in PARTS and entry.name[0] != "." and not is_cache:
+                    self.listing.other_files.append(f"{entry.name}/")
 
     def _class_folders(self, part: str) -> list[str]:
         """The names of the folders in ``part``, sorted; images beside them belong to no class."""

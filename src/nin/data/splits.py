@@ -145,8 +145,11 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
     return rows
 
 
+_SIMILAR_NAMES = {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
+
+
 def require_training_images(data: Data | FolderData | OwnData, seed: int) -> None:
-    """Raises UserError if a folder has too few images to train on: none of a class, or fewer than a batch."""
+    """Raises UserError if a folder has too few images to train on, or a part of it has another name, as ``valid/``."""
     if not isinstance(data, FolderData):
         return
     cache = open_folder(data)
@@ -159,6 +162,10 @@ def require_training_images(data: Data | FolderData | OwnData, seed: int) -> Non
             f"data.root: all training images of {', '.join(map(printable, absent))} are held out; add images, or hold "
             "out fewer with data.val_size or data.test_size"
         )
+    for name in cache.other_files:
+        part = _SIMILAR_NAMES.get(name.removesuffix("/").lower()) if name.endswith("/") else None
+        if part and count_held_out(cache, data).get(part):  # training images in their place
+            errors.append(f"data.root: {printable(name)} is not read; the images must be in {part}/: rename or move it")
     if len(labels) < data.batch_size:
         after = f" after {held_out} are held out" if held_out else ""
         errors.append(

@@ -62,8 +62,13 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
 
     Several processes may do so at the same time: the last one to end is the one whose content stays. A symbolic link at
     ``path`` is replaced, not followed.
+
+    Raises:
+        OSError: if it can't be written, or there is a folder, a device or a pipe.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():  # a device or a pipe, which must not become a file
+        raise OSError(errno.EINVAL, "not a file", str(path))
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):  # another process may remove it in the meantime
             if time.time() - leftover.lstat().st_mtime > _LEFT_OVER_SECONDS:  # left by a killed process

@@ -89,10 +89,12 @@ def check_jobs(jobs: list[list[str]], on_this_machine: bool, config_name: str = 
         from nin.data.splits import require_training_images
         from nin.networks.build import require_buildable
         from nin.training.loss import require_known_loss
+        from nin.training.optimizers import require_known_schedule
     # A check that takes torch, a download or a second runs once for all jobs with equal values of what it checks.
     checks: list[tuple[Callable[[Settings], None], Callable[[Settings], Any]]] = [
         (require_buildable, lambda job: (job.model, job.data.image_size)),
         (require_known_loss, lambda job: (job.loss, job.label_smoothing)),
+        (require_known_schedule, lambda job: job.schedule),
         (lambda job: prepare(job.data), lambda job: job.data),
         (lambda job: require_training_images(job.data, job.seed), lambda job: (job.data, job.seed)),
         (_build_own_parts, lambda job: (job.model, job.loss, job.optimizer, job.data)),

@@ -182,7 +182,8 @@ def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_n
                 checked += check_jobs([words], on_this_machine, config_name)
         except UserError as error:
             errors.append(error.errors)
-    outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in space)]
+    keys = [key.lstrip("+") for key in space]  # as messages name them
+    outside = [e for found in errors for e in found if any(e.startswith((f"{k}=", f"{k}: no ")) for k in keys)]
     outside = [_with_integers(error, space) for error in outside]
     if outside:
         raise UserError(*once_per_unknown_key(outside))
@@ -193,7 +194,7 @@ def _check_space(space: Space, fixed: list[str], on_this_machine: bool, config_n
 
 def _with_integers(error: str, space: Space) -> str:
     """``error`` with the remedy for an interval of numbers where whole numbers are needed."""
-    key = error.partition("=")[0]
+    key = next((key for key in space if error.startswith(f"{key.lstrip('+')}=")), "")
     if not (isinstance(values := space.get(key), FloatDistribution) and "must be a valid integer" in error):
         return error
     return f"{error}; whole numbers are '{key}=tag(int, interval({values.low:g}, {values.high:g}))'"

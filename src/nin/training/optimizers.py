@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from nin.config import own_classes
-from nin.config.schema import SGD, OwnClass, OwnOptimizer, Schedule, Settings, UserError
+from nin.config.schema import SGD, OwnClass, OwnOptimizer, OwnSchedule, Schedule, Settings, UserError
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -119,6 +119,13 @@ def require_restored(trainer: Trainer, settings: Settings) -> None:
     schedulers = [] if isinstance(settings.schedule, OwnClass) else trainer.lr_scheduler_configs
     if any(config.scheduler.last_epoch == 0 for config in schedulers):
         raise ValueError("the state of the schedule is missing")
+
+
+def require_known_schedule(settings: Settings) -> None:
+    """Raises UserError if a schedule of the user's own can't be imported, or does not take its arguments."""
+    if isinstance(schedule := settings.schedule, OwnSchedule):
+        numbers = {name: 1 for name, value in schedule.arguments.items() if value == "steps"}
+        own_classes.import_class("schedule", schedule.model_copy(update=numbers), LRScheduler)
 
 
 def count_steps(trainer: Trainer, settings: Settings) -> int:
