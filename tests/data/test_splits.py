@@ -151,6 +151,6 @@ def test_a_part_with_a_similar_name_is_refused_where_training_images_would_be_he
         "data.root: Test/ is not read; the images must be in test/: rename or move it",
         "data.root: Valid/ is not read; the images must be in val/: rename or move it",
     )
-    assert open_folder(folder_data(root, batch_size=2)).other_files == ("Test/", "Valid/")  # for nin eval: named
+    assert open_folder(folder_data(root, batch_size=2)).other_files == ["Test/", "Valid/"]  # for nin eval: named
     more = folder_data(write_folder(root, {"val": 1, "test": 1}), batch_size=3)
     require_training_images(more, seed=0)
