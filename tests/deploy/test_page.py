@@ -152,7 +152,7 @@ def test_a_drawn_shirt_is_classified_and_its_maps_are_drawn(export: Path) -> Non
           (item, i) => i < 2 ? item.getBoundingClientRect().y : item.textContent)"""
         pad, choice, how = page.evaluate(layout)
         assert (pad < choice, how[:24]) == (True, "Draw on the black square")
-        about_maps = """[document.querySelector("footer").textContent.includes("map"),
+        about_maps = """[document.querySelector("footer").innerText.includes("map"),
           document.getElementById("inverting").getClientRects().length, document.getElementById("invert").checked]"""
         page.evaluate("document.getElementById('invert').checked = true")
         assert page.evaluate(about_maps) == [True, 1, True]

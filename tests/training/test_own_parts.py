@@ -109,6 +109,16 @@ class InAList(Partly):
         return self.more[0](super().forward(images))
 
 
+class ZeroAtItsEnd(Partly):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes)
+        self.more = [nn.Linear(16, 16)]
+        nn.init.zeros_(self[3].weight)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self[3](self.more[0](self[2](self[1](self[0](images)))))
+
+
 class PlainTensor(Partly):
     def __init__(self, num_classes: int) -> None:
         super().__init__(num_classes)
@@ -133,6 +143,7 @@ class RandomInEval(Partly):
     ("network", "message"),
     [
         ("InAList", r"^model: .*\.InAList: built again and given its state_dict\(\), it has other .*ModuleList"),
+        ("ZeroAtItsEnd", r"^model: .*\.ZeroAtItsEnd: built again and given its state_dict\(\), it has other .*"),
         ("PlainTensor", r"^model: .*\.PlainTensor: built again .* tensors be registered with register_buffer\(\) or"),
         ("StateOfOtherShapes", r"^model: .*\.StateOfOtherShapes: its state_dict\(\) can't be loaded again: "),
         ("Shifting", None),

@@ -403,12 +403,17 @@ def test_the_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source.write_text("1")
     monkeypatch.setattr(versions, "__file__", str(source))
     assert versions.read_git_commit() is None  # no checkout
+    installed = tmp_path / "site" / "nin" / "runs" / "versions.py"
     (noted := tmp_path / "site" / "network_in_network-0.1.0.dist-info").mkdir(parents=True)
     (noted / "METADATA").write_text("Name: network-in-network\nVersion: 0.1.0\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
     for origin, commit in (({"dir_info": {}}, None), ({"vcs_info": {"vcs": "git", "commit_id": "a" * 40}}, "a" * 40)):
         (noted / "direct_url.json").write_text(json.dumps({"url": "file:///clone"} | origin))
-        assert versions.read_git_commit() == commit  # of an installed package
+        installed.parent.mkdir(parents=True, exist_ok=True)
+        monkeypatch.setattr(versions, "__file__", str(installed))
+        assert versions.read_git_commit() == commit
+        monkeypatch.setattr(versions, "__file__", str(source))
+        assert versions.read_git_commit() is None  # other code than was installed
     shutil.rmtree(tmp_path / "site")
     git("init")
     git("commit", "--allow-empty", "-m", "theirs")

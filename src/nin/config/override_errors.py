@@ -18,14 +18,12 @@ from nin.config.hydra_options import SEARCH_PATH
 from nin.config.keys import flatten
 from nin.config.schema import CONF, NAME
 
-_PARSER = OverridesParser.create()
-
 
 def format_error(override: str, error: Exception, config: DictConfig) -> str:
     """An error that Hydra found in ``override``, in this project's form: what was given, the rule, the remedy."""
-    given = shorten(override)
+    given, parser = shorten(override), OverridesParser.create()
     try:
-        key = _PARSER.parse_override(override).key_or_group
+        key = parser.parse_override(override).key_or_group
     except HydraException as parser_error:  # its first line has the reason; that of ``error`` may be the override
         if os.path.isdir(override):  # noqa: PTH112  # Path.is_dir raises an error for a name that is too long
             runs = "nin resume, eval, predict, export and serve take one run's folder, before all overrides"
@@ -41,7 +39,7 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
         if key == "name" and not re.match(NAME, value):  # refused also where it is quoted
             return f"{given}: must {NAME_RULE}"
         if unknown := re.search(r"Unknown function '(\w+)'", str(parser_error)):
-            close = did_you_mean(unknown[1], sorted(_PARSER.functions.functions))
+            close = did_you_mean(unknown[1], sorted(parser.functions.functions))
             return f"{given}: no such function {unknown[1]}; {close}; quote a text, as in {quote_override(override)}"
         if value and not value.endswith(",") and is_text and re.fullmatch(r"[+~]{0,2}[A-Za-z_]\w*([./]\w+)*", key):
             return f"{given}: has characters that must be quoted, as in {quote_override(override)}"
@@ -60,11 +58,11 @@ def format_error(override: str, error: Exception, config: DictConfig) -> str:
     if missing or "Could not find" in str(error):
         # The lines of the options begin with a tab; so do those of the search path, provider=…, path=….
         options = [line.strip() for line in str(error).splitlines() if line.startswith("\t") and "=" not in line]
-        close = did_you_mean(missing[1] if missing else override.partition("=")[2], options or list_options(key))
-        other = "; another logger is named by its _target_ (docs/extending.md)" if key == "logger" else ""
-        if not other and close.startswith("there are") and _searches_conf_alone():
-            other = "; a config of your own needs --config-dir"
         option = missing[1] if missing else override.partition("=")[2]
+        close = did_you_mean(option, options or list_options(key))
+        other = "; another logger is named by its _target_ (docs/extending.md)" if key == "logger" else ""
+        if not other and close.startswith("there are") and _find_searched_folders() == [str(CONF)]:
+            other = "; a config of your own needs --config-dir"
         if any((Path(folder) / key / f"{option}.yml").is_file() for folder in _find_searched_folders()):
             return f"{given}: the name of its file must end in .yaml; rename {key}/{option}.yml"
         return f"{given}: no such {key}{f': {missing[1]}' if missing else ''}; {close}{other}"
@@ -109,13 +107,8 @@ def _find_error_in_defaults(group: str, value: str, error: Exception) -> str:
     return ""
 
 
-def _searches_conf_alone() -> bool:
-    """Whether the command takes ``--config-dir``, and no folder of the user's own is searched for configs."""
-    return _find_searched_folders() == [str(CONF)]
-
-
 def _find_searched_folders() -> list[str]:
-    """The folders of the config; none in commands without ``--config-dir``."""
+    """This project's ``conf/`` and the user's own folders; none in commands without ``--config-dir``."""
     if not (hydra := GlobalHydra.instance().hydra):  # `apply_overrides` of nin eval, resume and others
         return []
     sources = hydra.config_loader.get_search_path().get_path()

@@ -1,20 +1,20 @@
 """Classes of the user's own: imports them, and checks their arguments. Imports no torch."""
 
 import inspect
-import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from hydra.errors import HydraException
 from hydra.utils import get_class
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from nin.config.errors import did_you_mean, locate_in_own_code, read_first_line, shorten
+from nin.config.errors import did_you_mean, format_errors, locate_in_own_code, read_first_line
 from nin.config.keys import is_within
 from nin.config.schema import UserError
-from nin.config.types import OwnClass
+from nin.config.types import OwnClass, Section
 
 
 def import_class(key: str, config: OwnClass, kind: type) -> type:
@@ -59,39 +59,26 @@ def _signature(found: type) -> inspect.Signature:
 
 def _require_annotated_types(key: str, config: OwnClass, parameters: Mapping[str, inspect.Parameter]) -> None:
     """Checks the arguments whose annotation is a plain type, so that a wrong one is named before any job starts."""
-    errors = []
+    errors: list[str] = []
     for name, value in config.arguments.items():
-        if name not in parameters:
+        parameter = parameters.get(name)
+        if parameter is None or not _is_plain(parameter.annotation):
             continue
-        if type(value) is type(default := parameters[name].default) and value == default:
-            continue  # as null for `width: int = None`
-        rules = _plain_rules(parameters[name].annotation)
-        if rules and not any(_RULES[rule](value) for rule in rules):
-            given = shorten(json.dumps(value, ensure_ascii=False))
-            errors.append(f"{key}.{name}={given}: must be {' or '.join(rules)}, as annotated in {config.target}")
+        if value is None and parameter.default is None:  # as in `width: int = None`
+            continue
+        try:
+            TypeAdapter(parameter.annotation, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            errors += format_errors(error, Section, {}, f"{key}.{name}").values()
     if errors:
-        raise UserError(*errors)
+        raise UserError(*(f"{error}, as annotated in {config.target}" for error in errors))
 
 
-_RULES: dict[str, Callable[[Any], bool]] = {
-    "a valid boolean": lambda value: isinstance(value, bool),
-    "a valid integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
-    "a valid number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
-    "a valid string": lambda value: isinstance(value, str),
-    "null": lambda value: value is None,
-}
-_TYPES = dict(zip((bool, int, float, str, types.NoneType), _RULES, strict=True))
-
-
-def _plain_rules(annotation: Any) -> list[str]:
-    """What a value must be, for a plain type or a union of them; nothing for others, as a tuple, which YAML lacks."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    members = typing.get_args(annotation) if is_union else (annotation,)
-    return (
-        [_TYPES[member] for member in members]
-        if all(isinstance(member, type) and member in _TYPES for member in members)
-        else []
-    )
+def _is_plain(annotation: Any) -> bool:
+    """Whether a value of a config can be compared with the type: not with a class, or a tuple, which YAML lacks."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return all(map(_is_plain, typing.get_args(annotation)))
+    return annotation in (bool, int, float, str, types.NoneType)
 
 
 def explain_import_error(target: str, error: BaseException) -> str:

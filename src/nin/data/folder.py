@@ -150,11 +150,11 @@ class _Scan:
         return self.listing
 
     def _list_other_folders(self) -> None:
-        with os.scandir(self.root) as entries, contextlib.suppress(OSError):
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                is_cache = self.cache and _identity(self.cache) == _identity(Path(entry.path))
-                if Path(entry.path).is_dir() and entry.name not in PARTS and entry.name[0] != "." and not is_cache:
-                    self.listing.other_files.append(f"{entry.name}/")
+        cache = _identity(self.cache) if self.cache else None
+        with contextlib.suppress(OSError):  # what can't be read here is left out as well
+            folders = sorted(path for path in self.root.iterdir() if path.is_dir() and _identity(path) != cache)
+            others = [path.name for path in folders if path.name not in PARTS and path.name[0] != "."]
+            self.listing.other_files += [f"{name}/" for name in others]
 
     def _class_folders(self, part: str) -> list[str]:
         """The names of the folders in ``part``, sorted; images beside them belong to no class."""

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 # The names of the parts in messages.
 _NAMES = {"train": "training", "val": "validation", "test": "test"}
+# What other data sets call the folders of these parts, in lower case.
+_SIMILAR = {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 _opened: dict[FolderData, Cache] = {}
 
 
@@ -145,9 +147,6 @@ def split_folder(cache: Cache, data: FolderData, seed: int) -> dict[str, np.ndar
     return rows
 
 
-_SIMILAR_NAMES = {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
-
-
 def require_training_images(data: Data | FolderData | OwnData, seed: int) -> None:
     """Raises UserError if a folder has too few images to train on, or a part of it has another name, as ``valid/``."""
     if not isinstance(data, FolderData):
@@ -155,7 +154,8 @@ def require_training_images(data: Data | FolderData | OwnData, seed: int) -> Non
     cache = open_folder(data)
     require_enough_images(cache, data)
     labels = cache.labels()[split_folder(cache, data, seed)["train"]]
-    held_out = sum(count_held_out(cache, data).values())
+    counts = count_held_out(cache, data)
+    held_out = sum(counts.values())
     errors = []
     if absent := [name for label, name in enumerate(cache.class_names) if label not in labels]:
         errors.append(
@@ -163,8 +163,8 @@ def require_training_images(data: Data | FolderData | OwnData, seed: int) -> Non
             "out fewer with data.val_size or data.test_size"
         )
     for name in cache.other_files:
-        part = _SIMILAR_NAMES.get(name.removesuffix("/").lower()) if name.endswith("/") else None
-        if part and count_held_out(cache, data).get(part):  # training images in their place
+        part = _SIMILAR.get(name.removesuffix("/").lower(), "") if name.endswith("/") else ""
+        if counts.get(part):  # training images in their place
             errors.append(f"data.root: {printable(name)} is not read; the images must be in {part}/: rename or move it")
     if len(labels) < data.batch_size:
         after = f" after {held_out} are held out" if held_out else ""

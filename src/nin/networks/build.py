@@ -162,7 +162,7 @@ def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_
 
 
 def require_complete_state(network: nn.Module, settings: Settings, in_channels: int, num_classes: int) -> None:
-    """Checks that a network of the user's own, built again with other random numbers, is the same with its state_dict.
+    """Checks that a network of the user's own, built twice with other random numbers, is the same with one state_dict.
 
     It is not if layers are in a list, or tensors are attributes: a checkpoint would lack them.
 
@@ -174,26 +174,31 @@ def require_complete_state(network: nn.Module, settings: Settings, in_channels: 
     """
     if not isinstance(settings.model, OwnModel):
         return
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed + 1)
-        other, size = build_network(settings, in_channels, num_classes), settings.data.image_size
-        device = next(network.parameters(), torch.empty(0)).device
+    state, size = network.state_dict(), settings.data.image_size
+    device = next(network.parameters(), torch.empty(0)).device
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        # Other values than the initial ones, which may hide what is missing: a last layer often starts at zero.
+        torch.manual_seed(settings.seed)
+        for name, weights in network.named_parameters(remove_duplicate=False):
+            if name in state and weights.is_floating_point():
+                state[name] = weights + 0.02 * torch.randn_like(weights)
         images = torch.rand(2, in_channels, size, size, device=device)
-        before = [(part, part.training) for part in network.modules()]
-        try:
-            other.load_state_dict(network.state_dict())
-            with torch.no_grad():
-                first, again = (network.eval()(images.clone()) for _ in range(2))
-                loaded = other.to(device).eval()(images.clone())
-        except RuntimeError as error:
-            raise UserError(
-                f"model: {settings.model.target}: its state_dict() can't be loaded again: {read_first_line(error)}"
-            ) from error
-        finally:
-            for part, is_training in before:
-                part.training = is_training
+        logits = []
+        for seed in (settings.seed + 1, settings.seed + 2):
+            torch.manual_seed(seed)
+            copy = build_network(settings, in_channels, num_classes)
+            try:
+                copy.load_state_dict(state)
+            except RuntimeError as error:
+                reason = read_first_line(error)
+                raise UserError(
+                    f"model: {settings.model.target}: its state_dict() can't be loaded again: {reason}"
+                ) from error
+            copy.to(device).eval()
+            logits.append([copy(images.clone()) for _ in range(2)])
+    (first, again), (other, _) = logits
     # A network may draw random numbers in eval mode, too.
-    if torch.equal(first, again) and not torch.allclose(loaded, first, rtol=1e-2, atol=1e-3, equal_nan=True):
+    if torch.equal(first, again) and not torch.allclose(other, first, rtol=1e-2, atol=1e-3, equal_nan=True):
         raise UserError(
             f"model: {settings.model.target}: built again and given its state_dict(), it has other logits, as every "
             "use of a checkpoint would: layers in a list must be in nn.ModuleList, and tensors be registered with "

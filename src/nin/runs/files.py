@@ -64,7 +64,7 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
     ``path`` is replaced, not followed.
 
     Raises:
-        OSError: if it can't be written, or there is a folder, a device or a pipe.
+        OSError: if it can't be written, or there is a folder, a device or a pipe, or a link to one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():  # a device or a pipe, which must not become a file

@@ -72,6 +72,8 @@ def _read_commit_of_checkout(file: str) -> str:
 
 def _read_installed_commit() -> str | None:
     """The commit that pip or uv has noted where it installed this package from a repository."""
-    noted = importlib.metadata.distribution(_PACKAGES[0]).read_text("direct_url.json")
-    commit = json.loads(noted or "{}").get("vcs_info", {}).get("commit_id")
+    found = importlib.metadata.distribution(_PACKAGES[0])
+    if Path(str(found.locate_file("nin"))) != Path(__file__).parents[1]:
+        return None  # other code is running than was installed, as with PYTHONPATH
+    commit = json.loads(found.read_text("direct_url.json") or "{}").get("vcs_info", {}).get("commit_id")
     return commit if isinstance(commit, str) else None

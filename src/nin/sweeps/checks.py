@@ -164,18 +164,14 @@ def _build_own_parts(settings: Settings) -> None:
     own = [isinstance(part, OwnClass) for part in (settings.model, settings.loss, settings.optimizer)]
     if isinstance(settings.data, OwnData) or not any(own):
         return
-    import torch
-
-    from nin.networks.build import build_network, require_complete_state
-    from nin.training.loss import build_loss
+    from nin.networks.build import require_complete_state
+    from nin.training.classifier import Classifier
     from nin.training.optimizers import build_optimizer
 
     found = describe(settings.data)
-    sizes = found.channels, len(found.class_names)
-    build_loss(settings, found.class_names)
-    network = build_network(settings, *sizes)
-    require_complete_state(network, settings, *sizes)
-    build_optimizer(settings, network.parameters(), torch.device("cpu"))
+    module = Classifier(settings, found.class_names, found.channels)
+    require_complete_state(module.network, settings, module.in_channels, module.num_classes)
+    build_optimizer(settings, module.network.parameters(), module.device)
 
 
 def _try_trainer(settings: Settings) -> None:

@@ -160,9 +160,7 @@ def _describe_difference(rows: list[Row]) -> list[str]:
         for metric, values in by_metric.items()
         if len(values) > 1
     ]
-    if not found:
-        return []
-    return [f"Difference seed by seed, {rows[0].label} minus {rows[1].label}: {', '.join(found)}."]
+    return [f"First row minus second, seed by seed: {', '.join(found)}."] if found else []
 
 
 def describe_failures(jobs: list[Job]) -> list[str]:

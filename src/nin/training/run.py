@@ -67,11 +67,13 @@ def execute_run(request: RunRequest) -> dict[str, Any]:
         from nin.networks.build import require_buildable
         from nin.training.experiment import Experiment  # noqa: F401  # what imports it later finds it loaded
         from nin.training.loss import require_known_loss
+        from nin.training.optimizers import require_known_schedule
 
     if settings.weights and not folder.has_progress():
         find_weights_file(Path(settings.weights))
     require_buildable(settings)  # all before data are downloaded or decoded
     require_known_loss(settings)
+    require_known_schedule(settings)
     require_accelerator(settings.trainer)
     prepare(settings.data)
     require_training_images(settings.data, settings.seed)
