@@ -28,7 +28,7 @@ def test_classes_are_the_sorted_names_of_the_folders(tmp_path: Path) -> None:
     assert (listing.broken, listing.other_files) == ({}, ["train/red/notes.txt"])
 
 
-def test_other_folders_beside_the_training_images_are_named(tmp_path: Path) -> None:
+def test_other_folders_beside_the_training_images_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, {"train": 2})
     for name in ("raw", "cache", ".git"):
         (tmp_path / name).mkdir()
@@ -36,6 +36,12 @@ def test_other_folders_beside_the_training_images_are_named(tmp_path: Path) -> N
     assert list_images(data).other_files == ["raw/"]
     (tmp_path / "loop").symlink_to("loop")  # left alone: nothing is read from it
     assert (list_images(data).other_files, list_images(data).faults) == (["raw/"], [])
+
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # a root that may be entered and not listed, as with mode 711
+    assert ([*list_images(data).files], list_images(data).faults) == (["train"], [])
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path: Path) -> None:
