@@ -542,6 +542,28 @@ class OwnCallback(Callback):
     pass
 
 
+class MisspelledCallback(OwnCallback):
+    def on_train_epoch_finish(self) -> None:
+        pass
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pass
+
+    def on_it(self) -> None:
+        """A method of its own."""
+
+
+def test_a_misspelled_hook_of_a_callback_is_named(
+    settings: Callable[..., Settings], caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen = settings("logger=none", "callbacks=ema", f"+callbacks.mine._target_={__name__}.MisspelledCallback")
+    build_trainer(chosen, None)
+    similar = "on_train_epoch_end, on_train_epoch_start, on_train_end"
+    text = f"Lightning never calls MisspelledCallback.on_train_epoch_finish; its hooks with similar names: {similar}"
+    warned = [record.getMessage() for record in caplog.records if record.name.startswith("nin.")]
+    assert warned == [f"callbacks.mine: {text}"]
+
+
 def test_checkpoints_are_saved_in_the_runs_folder_only_unless_a_callback_is_ones_own(
     settings: Callable[..., Settings], tmp_path: Path
 ) -> None:

@@ -1,6 +1,8 @@
 """Builds Lightning's Trainer, with the loggers and callbacks that the config names by ``_target_``."""
 
+import difflib
 import inspect
+import logging
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -34,6 +36,8 @@ from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.system import devices
 from nin.training.callbacks.progress import EpochPrinter, TrainingProgressBar
+
+log = logging.getLogger(__name__)
 
 # Callbacks of Lightning that are refused, each with the reason.
 _REFUSED = {
@@ -174,6 +178,8 @@ def _instantiate(
                 raise UserError(f"{key}: {reason}")
         if folder is not None and isinstance(instance, Checkpoint):
             _keep_apart(key, instance, RunFolder(folder))
+        if kind is lightning.Callback:
+            _warn_of_misspelled_hooks(key, type(instance))
         instances[kind].append(instance)
     return instances[Logger], instances[lightning.Callback]
 
@@ -189,3 +195,13 @@ def _keep_apart(key: str, callback: Any, folder: RunFolder) -> None:
     dirpath = getattr(callback, "dirpath", None)
     if dirpath and Path(dirpath).resolve() == folder.checkpoints.resolve():
         raise UserError(f"{key}.dirpath={dirpath}: has the run's own checkpoints; choose another folder")
+
+
+def _warn_of_misspelled_hooks(key: str, callback: type) -> None:
+    """Lightning never calls them, and says nothing. A method of another kind may have such a name: no error."""
+    own = [found for found in callback.__mro__ if not is_within(found.__module__, ["nin", "lightning"])]
+    for name in sorted({name for found in own for name in vars(found) if name.startswith("on_")}):
+        similar = ", ".join(difflib.get_close_matches(name, dir(lightning.Callback), cutoff=0.7))
+        if similar and not hasattr(lightning.Callback, name):
+            method = f"{callback.__name__}.{name}"
+            log.warning("%s: Lightning never calls %s; its hooks with similar names: %s", key, method, similar)
