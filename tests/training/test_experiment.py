@@ -558,7 +558,7 @@ def test_a_misspelled_hook_of_a_callback_is_named(
 ) -> None:
     chosen = settings("logger=none", "callbacks=ema", f"+callbacks.mine._target_={__name__}.MisspelledCallback")
     build_trainer(chosen, None)
-    similar = "on_train_epoch_end, on_train_epoch_start, on_train_end"
+    similar = "on_train_epoch_end, on_train_epoch_start"
     text = f"Lightning never calls MisspelledCallback.on_train_epoch_finish; its hooks with similar names: {similar}"
     warned = [record.getMessage() for record in caplog.records if record.name.startswith("nin.")]
     assert warned == [f"callbacks.mine: {text}"]
