@@ -208,6 +208,11 @@ def test_a_key_has_one_value_and_an_option_is_in_its_group() -> None:
         "optimizer.lr: has two values, 0.1 and 0.2; give it once",
         f"model=../model/nin: no such model; did you mean nin? There are: {MODELS}",
     )
+    own = compose_settings(["~optimizer", "+optimizer={_target_: torch.optim.RAdam, lr: 0.1}", "~callbacks.images"])
+    assert own.optimizer.arguments == {"lr": 0.1}
+    with pytest.raises(UserError, match=r"^optimizer=sgd: ~optimizer deletes this key; leave one of the two out$"):
+        compose_settings(["~optimizer", "optimizer=sgd"])
+    assert compose_settings(["~seed", "++seed=3"]).seed == 3
     earlier = validate(compose_config([]))
     with pytest.raises(UserError, match="threads: has two values, 1 and 2; give it once"):
         apply_overrides(earlier, ["threads=1", "threads=2"], ("threads",))

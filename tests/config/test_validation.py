@@ -449,8 +449,8 @@ def test_callbacks_that_may_change_training_are_part_of_the_experiment(settings:
         assert find_differences(settings(), settings(*observers)) == []
     average = '"lightning.pytorch.callbacks.EMAWeightAveraging"'
     assert find_differences(settings(), settings("callbacks=ema")) == [
-        f"callbacks.ema._target_: null in the existing run, {average} in this command",
-        "callbacks.ema.decay: null in the existing run, 0.99 in this command",
+        f"callbacks.ema._target_: not given in the existing run, {average} in this command",
+        "callbacks.ema.decay: not given in the existing run, 0.99 in this command",
     ]
     for words in (
         ["callbacks=early_stopping"],
@@ -479,6 +479,24 @@ def test_keys_of_the_users_own_data_and_parts_of_a_batch_for_an_own_loss_are_par
     assert find_differences(own("speed.channels_last=false", loss=loss), own(loss=loss)) == []
     assert find_differences(own("speed.micro_batch=4", loss=loss), own(loss=loss)) == [
         'speed.micro_batch: 4 in the existing run, "auto" in this command'
+    ]
+
+
+@pytest.mark.parametrize(("value", "text"), [(None, "null"), ({}, "{}"), (0.5, "0.5")])
+def test_an_argument_of_an_own_class_that_is_not_given_is_not_the_same_as_null_or_an_empty_one(
+    settings: Callable[..., Settings], value: Any, text: str
+) -> None:
+    def own(**arguments: Any) -> Settings:
+        network = {"_target_": "x.Net", "input_size": 28, **arguments}
+        callbacks = {"mine": {"_target_": "x.Mine", **arguments}}
+        return validate_plain(settings().model_dump() | {"model": network, "callbacks": callbacks})
+
+    assert find_differences(own(drop=value), own(drop=value)) == []
+    assert find_differences(own(), own(drop=value)) == [
+        f"{key}.drop: not given in the existing run, {text} in this command" for key in ("model", "callbacks.mine")
+    ]
+    assert find_differences(own(drop=value), own()) == [
+        f"{key}.drop: {text} in the existing run, not given in this command" for key in ("model", "callbacks.mine")
     ]
 
 

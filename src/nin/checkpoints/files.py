@@ -41,6 +41,15 @@ def read(path: Path) -> dict[str, Any]:
     """The content of a checkpoint: tensors on the CPU and plain values.
 
     Raises:
+        UserError: as `read_with_checksum`.
+    """
+    return read_with_checksum(path)[0]
+
+
+def read_with_checksum(path: Path) -> tuple[dict[str, Any], str]:
+    """The content of a checkpoint, and the checksum that the file ends with, which the content matches.
+
+    Raises:
         DamagedError: if the file is damaged, not a checkpoint of this project, or holds anything but data.
         UserError: if it is missing, or can't be read.
     """
@@ -72,7 +81,7 @@ def read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: can't be read: not enough memory") from error
         raise DamagedError(f"{path}: not a checkpoint: {read_first_line(error)}") from error
     _require_layout(checkpoint, path)
-    return checkpoint
+    return checkpoint, content[end:].decode()
 
 
 def _damaged(path: Path, what: str) -> DamagedError:

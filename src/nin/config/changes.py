@@ -72,11 +72,13 @@ def experiment_values(settings: Settings, may_change: tuple[str, ...] = SAME_EXP
     # parts of a batch.
     fixed = (["data"] if isinstance(settings.data, OwnData) else []) + ["speed.micro_batch"] * bool(settings.loss)
     plain = settings.model_dump(mode="json")
-    # null stands for what the data module needs.
-    keys = flatten(plain) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
+    # An argument {} of a class of the user's own is not the same as none. A sampler's null stands for what the data
+    # module needs.
+    keys = flatten(plain, keep_empty=True) | {"trainer.use_distributed_sampler": settings.uses_distributed_sampler}
     values = {k: v for k, v in keys.items() if is_within(k, fixed) or not is_within(k, may_change)}
     # `callbacks=none` and `callbacks=ema` are overrides of the same key, and only the second one changes training.
-    return values | flatten({"callbacks": select_training_callbacks(plain["callbacks"])})
+    callbacks = select_training_callbacks(plain["callbacks"])
+    return values | flatten(callbacks, "callbacks.", keep_empty=True)
 
 
 def find_differences(before: Settings, now: Settings) -> list[str]:
@@ -92,7 +94,7 @@ def find_differences(before: Settings, now: Settings) -> list[str]:
     return [
         f"{key}: {old} in the existing run, {new} in this command{reasons.get(key, '')}"
         for key in dict.fromkeys([*there, *here])
-        if (old := there.get(key, "null")) != (new := here.get(key, "null"))
+        if (old := there.get(key, "not given")) != (new := here.get(key, "not given"))
     ]
 
 

@@ -5,11 +5,16 @@ from typing import Any
 from hydra.core.override_parser.types import Quote, QuotedString
 
 
-def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``."""
+def flatten(nested: dict[str, Any], prefix: str = "", keep_empty: bool = False) -> dict[str, Any]:
+    """Returns dotted keys: ``{"model": {"norm": "none"}}`` becomes ``{"model.norm": "none"}``.
+
+    Args:
+        keep_empty: whether an empty dictionary is a value; it has no key otherwise.
+    """
     found: dict[str, Any] = {}
     for key, value in nested.items():
-        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        is_value = not isinstance(value, dict) or (keep_empty and not value)
+        found |= {f"{prefix}{key}": value} if is_value else flatten(value, f"{prefix}{key}.", keep_empty)
     return found
 
 

@@ -35,8 +35,15 @@ def find_override_errors(overrides: list[str]) -> list[str]:
     """Errors of a command line that Hydra accepts, as a key with two values, or a name that is read as a number."""
     errors: list[str] = []
     values: dict[str, object] = {}
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key, value = override.get_key_element().lstrip("+~"), override.value()
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    deletions = {override.key_or_group: override.input_line for override in parsed if override.is_delete()}
+    for override in parsed:
+        if override.is_delete():
+            continue
+        key, value = override.get_key_element().lstrip("+"), override.value()
+        # Hydra would delete it, whatever the order is. With + or ++ it replaces what is deleted.
+        if key in deletions and not (override.is_add() or override.is_force_add()):
+            errors.append(f"{override.input_line}: {deletions[key]} deletes this key; leave one of the two out")
         if key in values and values[key] != value:
             errors.append(f"{key}: has two values, {values[key]} and {value}; give it once")
         values[key] = value

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nin.checkpoints import files as checkpoint_files
-from nin.checkpoints.checksum import read_checksum
 from nin.checkpoints.weights import hash_weights, load_weights
 from nin.config.schema import Data, FolderData, OwnData, Settings, UserError
 from nin.data.sources import describe
@@ -99,9 +98,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
     Raises:
         UserError: if the file is no checkpoint of this version, or it names a class that is not allowed.
     """
-    # Read before the content: if a run replaces the file in between, the export counts as one of the earlier file.
-    checksum = read_checksum(path)
-    checkpoint = checkpoint_files.read(path)
+    checkpoint, checksum = checkpoint_files.read_with_checksum(path)
     # No data are loaded: a data module of the user's own is not imported.
     settings = checkpoint_files.read_checkpoint_settings(checkpoint, path, list(allow), ("model",))
     class_names, in_channels = (checkpoint["hyper_parameters"].get(key) for key in ("class_names", "in_channels"))

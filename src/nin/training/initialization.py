@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nin.checkpoints.checksum import read_checksum
-from nin.checkpoints.files import read
+from nin.checkpoints.files import read_with_checksum
 from nin.checkpoints.weights import load_matching_weights
 from nin.config.schema import UserError
 from nin.data.module import ImageDataModule
@@ -26,7 +25,7 @@ class InitialWeights:
     """The weights that a run has started with.
 
     Attributes:
-        checksum: SHA-256 of the checkpoint.
+        checksum: with which the checkpoint ends: the SHA-256 of everything before it.
         description: which weights of the network they are, in one line.
     """
 
@@ -42,14 +41,15 @@ def start_from_checkpoint(network: nn.Module, given: Path) -> InitialWeights:
     """
     path = find_weights_file(given)
     try:
-        others = load_matching_weights(network, read(path))
+        checkpoint, checksum = read_with_checksum(path)
+        others = load_matching_weights(network, checkpoint)
     except UserError as error:
         raise UserError(f"weights={given}: {error}") from error
     description = f"starting with the weights of {format_path(path)}"
     if others:
         more = f" and {len(others) - 4} more" if len(others) > 4 else ""
         description += f"; not in it, or in another shape: {', '.join(others[:4])}{more}"
-    return InitialWeights(str(read_checksum(path)), description)
+    return InitialWeights(checksum, description)
 
 
 def start_from_training_images(network: nn.Sequential, data: Any, has_components: bool) -> None:
