@@ -62,7 +62,9 @@ def run(command: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: re.search(r"name=(\w+)", command)[1])
-def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_of_the_page_run(
+    folder: Path, command: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     result = run(command)
     assert result["status"] == "finished"
     if "model=tiny" in command:
@@ -75,6 +77,16 @@ def test_the_commands_of_the_page_run(folder: Path, command: str, capsys: pytest
             nin.load("outputs/runs/tiny")
         expected = nin.load("outputs/runs/tiny", allow=["my_net"]).predict(image)
         assert exporting.main(["outputs/runs/tiny", "--allow", "my_net", f"data.root={os.environ['NIN_DATA']}"]) == 0
+        assert "own code has changed" not in "".join(capsys.readouterr())
+        with (folder / "my_net.py").open("a") as file:
+            file.write("# other\n")
+        changed = f"own code has changed since the run was trained: {folder}/my_net.py (its SHA-256 begins with "
+        evaluation.main(["--allow", "my_net", "outputs/runs/tiny", *FEW_STEPS])
+        assert f"WARNING: outputs/runs/tiny/checkpoints/best.ckpt: {changed}" in capsys.readouterr().err
+        nin.load("outputs/runs/tiny", allow=["my_net"])
+        assert f"best.ckpt: {changed}" in caplog.messages[-1]
+        run(command)
+        assert f"WARNING: {changed}" in capsys.readouterr().out
         # The export needs no class of yours.
         np.testing.assert_allclose(nin.load("outputs/runs/tiny/export/model.onnx").predict(image), expected, atol=1e-6)
     if "loss=weighted" in command:

@@ -49,6 +49,25 @@ def test_json_has_every_class_and_names_broken_files(
         assert row["class"] == network.description.class_names[int(probabilities.argmax())]
 
 
+def test_what_is_left_out_is_named(run_folder: Path, pictures: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.heic", "b", "c.txt", "d.md"):
+        (pictures / name).write_text("no image")
+    assert main([str(run_folder), str(pictures)]) == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 4
+    names = ", ".join(f"{pictures}/{name}" for name in ("a.heic", "b", "c.txt"))
+    assert err.splitlines()[-1] == f"nin predict: files without the suffix of an image are left out: {names} and 1 more"
+    (pictures / "empty").mkdir()
+    assert main([str(run_folder), str(pictures / "0.png"), str(pictures / "empty")]) == 1
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err.splitlines()[-1] == f"nin predict: {pictures}/empty: no images there"
+    (pictures / "empty" / "a.heic").touch()
+    left_out = "files without the suffix of an image are left out: .*/empty/a.heic$"
+    with pytest.raises(UserError, match=rf"/empty: no images there; {left_out}"):
+        main([str(run_folder), str(pictures / "empty")])
+
+
 def test_csv_and_table(run_folder: Path, pictures: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main([str(run_folder), str(pictures / "0.png"), "--csv"]) == 0
     (row,) = csv.DictReader(io.StringIO(capfd.readouterr().out))

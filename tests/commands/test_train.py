@@ -95,6 +95,11 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "optimizer.lr=${nosuch}", "seed=1,2"], "optimizer.lr: Interpolation key 'nosuch' not found"),
         (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
          "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'*"),
+        (["+callbacks.x={_target_: zipfile.ZipFile, file: no_such}"],
+         "callbacks.x: Error in call to target 'zipfile.ZipFile': FileNotFoundError: [Errno 2] No such file or "
+         "directory: 'no_such'"),
+        (["+callbacks.x={_target_: builtins.dict, y: {_target_: builtins.no_such}}"],
+         "callbacks.x: Error locating target 'builtins.no_such'*"),
         (["+callbacks.x._target_=no_such.X"],
          "callbacks.x._target_=no_such.X: can't be imported (No module named 'no_such'); is the folder of its "
          "file in PYTHONPATH?"),

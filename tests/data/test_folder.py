@@ -96,6 +96,9 @@ def test_a_classifier_needs_two_classes(tmp_path: Path, classes: dict[str, objec
 
 
 def test_a_root_without_training_images_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a_file").touch()
+    with pytest.raises(UserError, match=r"/a_file: not a folder; it must hold train/<class>"):
+        list_images(folder_data(tmp_path / "a_file"))
     with pytest.raises(UserError, match=r"no such folder; it must hold train/<class>"):
         list_images(folder_data(tmp_path / "none"))
     with pytest.raises(UserError, match="has no folder train"):

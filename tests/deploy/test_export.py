@@ -24,7 +24,7 @@ from nin.commands import predict, serve
 from nin.commands.eval import evaluate_checkpoint, evaluate_export
 from nin.config.schema import UserError
 from nin.deploy import onnx_model
-from nin.deploy.export import Exporter
+from nin.deploy.export import Exporter, open_checked
 from nin.deploy.onnx_model import load_onnx, metadata_of, open_session
 from nin.deploy.scoring import MappedImages, load_part
 from pictures import folder_data, write_folder
@@ -150,6 +150,15 @@ def test_an_export_that_differs_for_a_single_image_is_refused(monkeypatch: pytes
 
     with pytest.raises(export.ExportError, match=r"of 3 test images 0 .* probabilities differ by up to 0\.1 "):
         exporter_of_three(monkeypatch, [0.9, 0.1]).check(Exported())  # type: ignore[arg-type]
+
+
+def test_a_place_that_can_not_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "existing.pt2").write_text("earlier")
+    with pytest.raises(FileNotFoundError), open_checked(Path("/proc/model.pt2")):  # no one can create files there
+        pytest.fail("the work has begun")
+    with pytest.raises(ZeroDivisionError), open_checked(tmp_path / "existing.pt2") as temporary:
+        temporary.write_text(str(1 / 0))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["earlier"]
 
 
 def test_a_file_that_differs_from_the_checkpoint_is_not_kept(

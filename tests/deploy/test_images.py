@@ -12,7 +12,7 @@ from PIL import Image
 
 from nin.data.decoding import ImageError
 from nin.deploy import images
-from nin.deploy.images import ImageForm
+from nin.deploy.images import ImageForm, LeftOut
 from pictures import encode
 
 
@@ -28,7 +28,12 @@ def test_folders_files_idx_and_standard_input_are_read_in_order(tmp_path: Path) 
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     idx = tmp_path / "images-idx3-ubyte"
     idx.write_bytes(struct.pack(">4I", 0x0803, 2, 1, 3) + bytes(range(6)))
-    found = list(images.iterate([tmp_path, idx, Path("-")], ImageForm(1), io.BytesIO(encode(gray))))
+    (tmp_path / "none").mkdir()
+    left_out = LeftOut()
+    given = [tmp_path, idx, tmp_path / "none", Path("-")]
+    found = list(images.iterate(given, ImageForm(1), io.BytesIO(encode(gray)), left_out))
+    unread = [str(tmp_path / name) for name in ("clip.mpg", "images-idx3-ubyte", "notes.txt")]
+    assert left_out == LeftOut(unread, [str(tmp_path / "none")])
     names = [name.removeprefix(f"{tmp_path}/") for name, _ in found]
     assert names == ["b.png", "below/a.webp", "broken.jpg", "images-idx3-ubyte[0]", "images-idx3-ubyte[1]", "-"]
     assert isinstance(found[2][1], ImageError)
@@ -45,7 +50,8 @@ def test_linked_folders_are_read_and_what_can_not_be_read_is_named(tmp_path: Pat
         (photos / name).symlink_to(target)
     os.mkfifo(photos / "e.png")
     found = {
-        name.removeprefix(f"{photos}/"): image for name, image in images.iterate([photos], ImageForm(1), io.BytesIO())
+        name.removeprefix(f"{photos}/"): image
+        for name, image in images.iterate([photos], ImageForm(1), io.BytesIO(), LeftOut())
     }
     assert list(found) == ["a/1.png", "b", "c.png", "d.png"]
     assert found["a/1.png"].tolist() == found["d.png"].tolist() == [[7, 7], [7, 7]]
@@ -60,7 +66,7 @@ def test_a_folder_that_can_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    ((name, error),) = images.iterate([tmp_path], ImageForm(1), io.BytesIO())
+    ((name, error),) = images.iterate([tmp_path], ImageForm(1), io.BytesIO(), LeftOut())
     assert (name, str(error)) == (str(tmp_path), "Permission denied")
 
 
@@ -124,7 +130,7 @@ def test_arrays_and_idx_files_become_what_pillow_images_and_files_become(
         assert np.array_equal(images.as_arrays([expected], form)[0], expected)
         if array.ndim == 2:
             (tmp_path / "idx").write_bytes(struct.pack(">4I", 0x0803, 1, *array.shape) + array.tobytes())
-            assert np.array_equal(next(images.iterate([tmp_path / "idx"], form, io.BytesIO()))[1], expected)
+            assert np.array_equal(next(images.iterate([tmp_path / "idx"], form, io.BytesIO(), LeftOut()))[1], expected)
 
 
 def test_arrays_for_a_network_of_another_data_set_keep_their_pixels() -> None:

@@ -257,3 +257,5 @@ def test_a_run_is_judged_by_its_best_checkpoint_or_by_its_last(run_folder: Path,
     assert find_checkpoint(copy.path) == copy.last
     with pytest.raises(UserError, match=f"^{tmp_path}: holds several runs; give one of them, as in {copy.path}$"):
         find_checkpoint(tmp_path)
+    with pytest.raises(UserError, match=f": holds checkpoints; give the run's folder, or .*, as in {copy.last}$"):
+        find_checkpoint(copy.best.parent)

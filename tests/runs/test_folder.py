@@ -223,6 +223,12 @@ def test_event_files_are_cut_to_their_sizes_and_incomplete_ones_are_named(folder
     assert (folder.path / "events.csv").stat().st_size == 20  # not TensorBoard's
 
 
+def test_a_file_that_can_not_be_written_is_named_and_not_its_temporary_one() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(Path("/proc/summary.csv"), "")  # a folder in which no one can create files
+    assert caught.value.filename == "/proc/summary.csv"
+
+
 def test_processes_that_write_the_same_file_do_not_disturb_each_other(tmp_path: Path) -> None:
     path = tmp_path / "summary.png"
     with open_atomically(path) as first, open_atomically(path) as second:

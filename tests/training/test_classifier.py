@@ -309,7 +309,13 @@ class Returns(torch.nn.Module):
 
     def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> object:
         losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-        return {"each": losses, "more": (losses.mean(), logits), "number": losses.mean().item()}[self.what]
+        errors = (logits.sub_(1).argmax(1) != labels).float()
+        return {
+            "each": losses,
+            "more": (losses.mean(), logits),
+            "number": losses.mean().item(),
+            "errors": errors.mean(),
+        }[self.what]
 
 
 class WeightsByNumber(torch.nn.CrossEntropyLoss):
@@ -372,6 +378,13 @@ def test_a_loss_of_ones_own_that_returns_more_than_a_mean_is_named(
 ) -> None:
     with pytest.raises(UserError, match=f"^loss: its class returns .*{found}.*, and not the mean loss of the batch"):
         Classifier(with_loss(settings, Returns, what=what), CLASSES)
+
+
+def test_a_loss_without_a_gradient_is_refused(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(
+        UserError, match=r"^loss: .*\.Returns returns a value without a gradient, so that nothing could"
+    ):
+        Classifier(with_loss(settings, Returns, what="errors"), CLASSES)
 
 
 def test_numbers_as_keys_of_a_loss_are_numbers_when_its_checkpoint_is_loaded(

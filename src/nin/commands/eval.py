@@ -1,6 +1,7 @@
 """``nin eval RUN_OR_CHECKPOINT_OR_EXPORT [overrides]``: test metrics of a run, a checkpoint or an export."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,16 @@ from nin.config.trust import with_local_root, without_training_parts
 from nin.data.sources import describe, prepare, require_same_classes, with_found_root
 from nin.deploy.loading import find_checkpoint, is_export
 from nin.runs.console import Console, log_to, open_progress, tolerate_output_errors
+from nin.runs.folder import RunFolder
 from nin.runs.imports import lightning_imports
 from nin.runs.results import print_test
+from nin.runs.versions import describe_changed_code
 from nin.system.devices import require_accelerator
 
 if TYPE_CHECKING:
     from nin.training.callbacks.mistakes import MistakeRecorder
+
+log = logging.getLogger(__name__)
 
 OVERRIDABLE = ("data.root", "data.cache", "data.mirrors", "data.batch_size", "trainer", "threads", "speed")
 
@@ -106,7 +111,11 @@ def evaluate_checkpoint(
         # A test has one process, in which no batch norm is synchronized.
         require_accelerator(settings.trainer.model_copy(update={"sync_batchnorm": False}))
         prepare(settings.data)
-        return settings, *evaluate_weights(settings, checkpoint, mistakes)
+        found = evaluate_weights(settings, checkpoint, mistakes)
+        result = RunFolder(path.parent.parent).find_result() if path.parent.name == "checkpoints" else {}
+        if changed := describe_changed_code(result, imported_only=True):
+            log.warning("%s: %s; it may compute something else now", path, changed)
+        return settings, *found
 
 
 def evaluate_export(path: Path, overrides: list[str]) -> tuple[Settings, dict[str, Any], Any]:

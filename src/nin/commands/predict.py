@@ -104,7 +104,7 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         UserError: if there are no images.
     """
     from nin.data.decoding import silence_pillow
-    from nin.deploy.images import has_light_border, iterate
+    from nin.deploy.images import LeftOut, has_light_border, iterate
 
     silence_pillow()
 
@@ -113,12 +113,12 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
     description = network.description
     classes = description.class_names
     names = _MapNames(args.maps) if args.maps else None
-    found, broken, light = 0, 0, 0
+    found, broken, light, left_out = 0, 0, 0, LeftOut()
     stderr_console = Console(stderr=True, soft_wrap=True)
 
     def score_all() -> "Iterator[_Row]":
         nonlocal found, broken, light
-        images = iterate(args.images, replace(description.form, invert=args.invert), sys.stdin.buffer)
+        images = iterate(args.images, replace(description.form, invert=args.invert), sys.stdin.buffer, left_out)
         for found, (name, image, scores) in enumerate(_score_each(network, images, maps=bool(names)), start=1):
             if scores is None:
                 broken += 1
@@ -131,7 +131,8 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
                     _write_picture(names.next(name), image, classes, scores, args.top)
             progress.update(bar, completed=found)
         if not found:
-            raise UserError(f"{', '.join(map(str, args.images))}: no images there")
+            files = "; " * bool(left_out.files) + _describe_files(left_out.files)
+            raise UserError(f"{', '.join(map(str, args.images))}: no images there{files}")
 
     columns = TextColumn("{task.completed} images"), BarColumn(pulse_style="blue")
     # Rows of a program's format that appear on the same terminal show the progress.
@@ -151,9 +152,20 @@ def predict(network: "TrainedNetwork", args: argparse.Namespace) -> int:
         )
     if names and found > broken:
         stderr_console.print(f"score maps: {printable(str(args.maps))}, a picture of each image")
+    for folder in left_out.folders:
+        stderr_console.print(f"nin predict: {printable(folder)}: no images there")
+    if left_out.files:
+        stderr_console.print(f"nin predict: {_describe_files(left_out.files)}")
     if broken:
         stderr_console.print(f"nin predict: {broken} of {found} could not be read")
-    return 1 if broken else 0
+    return 1 if broken or left_out.folders else 0
+
+
+def _describe_files(left_out: list[str]) -> str:
+    if not left_out:
+        return ""
+    more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+    return f"files without the suffix of an image are left out: {', '.join(map(printable, left_out[:3]))}{more}"
 
 
 def _score_each(

@@ -131,7 +131,8 @@ class _Scan:
 
     def run(self) -> Listing:
         if not self.root.is_dir():
-            raise MachineError(f"data.root={printable(str(self.root))}: no such folder; it must hold train/<class>/…")
+            missing = "not a folder" if self.root.exists() else "no such folder"
+            raise MachineError(f"data.root={printable(str(self.root))}: {missing}; it must hold train/<class>/…")
         first = next((part for part in ("train", "test") if (self.root / part).is_dir()), None)
         if first is None:
             raise missing_train_error(str(self.root))

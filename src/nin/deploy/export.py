@@ -165,6 +165,7 @@ def open_checked(path: Path) -> Iterator[Path]:
     # The suffix stays the same, because torch's functions require it.
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:12]}.tmp{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.touch()  # an OSError where nothing can be written: torch's functions raise others, after the work
     try:
         yield temporary
         temporary.replace(path)

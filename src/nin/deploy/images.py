@@ -1,7 +1,7 @@
 """The user's own images, decoded as the images of the network's data set are. Imports no torch."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,25 +43,48 @@ class ImageForm:
         return 255 - array if self.invert else array
 
 
-def iterate(paths: list[Path], form: ImageForm, stdin: BinaryIO) -> Iterator[tuple[str, np.ndarray | ImageError]]:
+@dataclass
+class LeftOut:
+    """What `iterate` has found and not read.
+
+    Attributes:
+        files: in folders, without the suffix of an image.
+        folders: of the given ones, those without an image.
+    """
+
+    files: list[str] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+
+
+def iterate(
+    paths: list[Path], form: ImageForm, stdin: BinaryIO, left_out: LeftOut
+) -> Iterator[tuple[str, np.ndarray | ImageError]]:
     """Yields ``(name, image)`` for each image of files, folders (with all below them), IDX files and ``-``.
 
     A file that cannot be decoded, or a folder that cannot be read, is yielded with its ImageError in place of the
     image. In folders only files whose suffix is one of Pillow's are read, in the order of their names, also those that
     links lead to, and nothing that is hidden, as with `data=folder`. An image of an IDX file is named ``file[index]``.
+
+    Args:
+        left_out: what is not read is added to it.
     """
     for path in paths:
         if str(path) == "-":
             yield from _read("-", stdin.read(), form)
         elif path.is_dir():
             suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in formats()}
-            yield from _read_folder(path, form, suffixes)
+            is_empty = True
+            for found in _read_folder(path, form, suffixes, left_out):
+                is_empty = False
+                yield found
+            if is_empty:
+                left_out.folders.append(str(path))
         else:
             yield from _read_file(path, form)
 
 
 def _read_folder(
-    folder: Path, form: ImageForm, suffixes: set[str], above: tuple[Path, ...] = ()
+    folder: Path, form: ImageForm, suffixes: set[str], left_out: LeftOut, above: tuple[Path, ...] = ()
 ) -> Iterator[tuple[str, np.ndarray | ImageError]]:
     try:
         here, entries = folder.resolve(), sorted(folder.iterdir())
@@ -75,9 +98,11 @@ def _read_folder(
         if path.name.startswith("."):
             continue
         if path.is_dir():
-            yield from _read_folder(path, form, suffixes, (*above, here))
+            yield from _read_folder(path, form, suffixes, left_out, (*above, here))
         elif path.suffix.lower() in suffixes and (path.is_file() or not path.exists()):  # no pipe; a link to nothing
             yield from _read_file(path, form)
+        else:
+            left_out.files.append(str(path))
 
 
 def _read_file(path: Path, form: ImageForm) -> Iterator[tuple[str, np.ndarray | ImageError]]:

@@ -70,6 +70,8 @@ def find_checkpoint(path: Path, files: str = "a .ckpt or an .onnx file") -> Path
             return checkpoint
     if run := next(path.glob("*/checkpoints/*.ckpt"), None):
         raise UserError(f"{path}: holds several runs; give one of them, as in {run.parent.parent}")
+    if file := next(path.glob("*.ckpt"), None):
+        raise UserError(f"{path}: holds checkpoints; give the run's folder, or one of the files, as in {file}")
     raise UserError(f"{path}: no checkpoint in it yet ({folder.best.relative_to(path)}); is it a run's folder?")
 
 

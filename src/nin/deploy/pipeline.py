@@ -17,7 +17,7 @@ from nin.data.sources import describe
 from nin.deploy.trained import Description, Scores, TrainedNetwork
 from nin.networks.score_maps import NO_MAPS, find_last_maps, find_map_kind, forward_with_maps, grad_cam
 from nin.runs.folder import RunFolder
-from nin.runs.versions import read_versions
+from nin.runs.versions import describe_changed_code, read_versions
 from nin.training.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,10 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> tuple[Classifier, 
     data, file = settings.data, path.absolute()
     pipeline = Pipeline(module.network, in_channels, _stored_size(data), data.image_size, data.test_time_flip).eval()
     run = RunFolder(file.parents[1]) if file.parent.name == "checkpoints" else None
-    test_accuracy = run.find_result().get("metrics", {}).get("test/acc") if run and file == run.best else None
+    result = run.find_result() if run else {}
+    if changed := describe_changed_code(result, imported_only=True):
+        log.warning("%s: %s; it may compute something else now", path, changed)
+    test_accuracy = result.get("metrics", {}).get("test/acc") if run and file == run.best else None
     description = Description(
         class_names=class_names,
         channels=pipeline.channels,

@@ -81,6 +81,10 @@ def open_atomically(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename == str(temporary):  # for messages, the file that is to be written
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 from nin.config.errors import printable
 from nin.runs.console import Console, format_path, tensorboard_command
 from nin.runs.folder import RunFolder
+from nin.runs.versions import describe_changed_code
 
 # The metrics of `print_result`.
 PRINTED = ("test/acc", "test/top5_acc", "test/loss", "val/acc", "val/loss")
@@ -29,9 +30,13 @@ def print_finished(folder: RunFolder, result: dict[str, Any], others: str, label
     if is_job:
         metrics = [f"{name} {value:.4f}" for name in PRINTED if (value := result["metrics"].get(name)) is not None]
         print(f"{label}finished before{others}: {', '.join(metrics)}", flush=True)
+        if changed := describe_changed_code(result):
+            print(f"{label}WARNING: {changed}", flush=True)
         return
     advice = "to train again, give nin train another name=…, or remove the folder"
     print(f"{format_path(folder.path)} is finished{others}; {advice}")
+    if changed := describe_changed_code(result):
+        print(f"WARNING: {changed}")
     print_result(folder, result)
 
 

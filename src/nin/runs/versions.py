@@ -8,11 +8,14 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_object
 
+from nin.config.errors import printable
 from nin.config.keys import flatten, is_within
 from nin.config.schema import Settings
 
@@ -44,10 +47,44 @@ def read_own_code(settings: Settings) -> dict[str, dict[str, str | None]]:
     return found
 
 
+def describe_changed_code(result: Mapping[str, Any], imported_only: bool = False) -> str:
+    """The files of the user's own classes that are not those with which a run was trained; "" if there are none.
+
+    Imports nothing: ``result`` may come from elsewhere.
+
+    Args:
+        result: of the run.
+        imported_only: whether modules are left out that this process has not imported, as that of a loss in a test.
+    """
+    recorded = result.get("own_code")
+    changed = []
+    for module, source in recorded.items() if isinstance(recorded, dict) else ():
+        before = source.get("sha256") if isinstance(source, dict) else None
+        file = None if imported_only and module not in sys.modules else _find_source(module)
+        if before and file and (now := _hash_source(file)) != before:
+            changed.append(f"{file} (its SHA-256 begins with {now}, not with {before})")
+    return printable(f"own code has changed since the run was trained: {', '.join(changed)}") if changed else ""
+
+
+def _find_source(module: str) -> Path | None:
+    """The file that ``import`` would take; None if there is none."""
+    folders: Sequence[str] | None = None
+    found = None
+    parts = module.split(".")
+    for i in range(len(parts)):
+        spec = PathFinder.find_spec(".".join(parts[: i + 1]), folders)
+        found, folders = (spec.origin, spec.submodule_search_locations or []) if spec else (None, [])
+    return Path(found) if found and Path(found).is_file() else None
+
+
 @functools.cache  # by the class: its file may have been changed since it was imported, as between the jobs of a sweep
 def _read_source(own: Any) -> dict[str, str | None]:
     file = str(sys.modules[own.__module__].__file__)
-    return {"sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16], "git_commit": read_git_commit(file)}
+    return {"sha256": _hash_source(Path(file)), "git_commit": read_git_commit(file)}
+
+
+def _hash_source(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 def read_git_commit(file: str | None = None) -> str | None:

@@ -56,11 +56,14 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
 
 
 def _require_mean_loss(loss: nn.Module, target: str, classes: int) -> None:
-    """Computes a copy of ``loss`` once; raises UserError if it makes no single number of logits and labels."""
+    """Computes a copy of ``loss`` once; raises UserError if it makes no single number of logits and labels, or one
+    without a gradient.
+    """
     labels = torch.arange(2 * classes + 1) % classes
     try:
-        with torch.no_grad(), isolate_rng(), warnings.catch_warnings(action="ignore"):
-            output = copy.deepcopy(loss)(torch.zeros(len(labels), classes), labels)
+        with torch.enable_grad(), isolate_rng(), warnings.catch_warnings(action="ignore"):
+            logits = torch.zeros(len(labels), classes, requires_grad=True).clone()  # a loss may change them in place
+            output = copy.deepcopy(loss)(logits, labels)
     except Exception as error:
         shapes = f"logits {(len(labels), classes)} and int64 labels {(len(labels),)}"
         reason = f"{type(error).__name__}: {error}{locate_in_own_code(error)}"
@@ -68,6 +71,11 @@ def _require_mean_loss(loss: nn.Module, target: str, classes: int) -> None:
     if not isinstance(output, Tensor) or output.dim():
         found = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UserError(f"loss: its class returns {found}, and not the mean loss of the batch as a tensor of shape ()")
+    if not output.requires_grad:
+        raise UserError(
+            f"loss: {target} returns a value without a gradient, so that nothing could be trained: compute it from the "
+            "logits without argmax, comparisons, .detach() and .item()"
+        )
 
 
 def backward_micro_batches(

@@ -167,9 +167,12 @@ def _instantiate(
         try:
             instance = instantiate(config)
         except (HydraException, OmegaConfBaseException) as error:
-            if "Error locating target" not in str(error):
-                raise UserError(f"{key}: {error}{locate_in_own_code(error.__cause__ or error)}") from error
-            target = str(config["_target_"])
+            target = str(config.get("_target_"))
+            if f"Error locating target '{target}'" not in str(error):
+                cause = error.__cause__ or error
+                # Hydra has the error's repr(), which lacks the name of a missing file.
+                text = str(error).replace(repr(cause), f"{type(cause).__name__}: {cause}").replace(":\n", ": ")
+                raise UserError(f"{key}: {text}{locate_in_own_code(cause)}") from error
             raise UserError(f"{key}._target_={target}: {explain_import_error(target, error)}") from error
         if not isinstance(instance, kind):
             raise UserError(f"{key}: its _target_ must be a subclass of Lightning's {kind.__name__}, not {instance!r}")
