@@ -381,8 +381,11 @@ def test_a_sweep_continues_after_a_failure_and_finished_jobs_are_not_run_again(
     assert capfd.readouterr().err.startswith("nin train: 2 errors\n  data.image_size=0: must be")
     assert not list(folder.glob("optimizer.lr=0.004*"))
     other = [word for word in command if not word.startswith("model.dropout=")]
-    assert cli.run("train", [*other, "optimizer.lr=0.001,0.002", "model.dropout=0.3"]) == 1
-    assert "optimizer.lr=0.001 belongs to another experiment" in capfd.readouterr().err.replace("\n", "")
+    assert cli.run("train", [*other, "optimizer.lr=0.005,0.001,0.002", "model.dropout=0.3"]) == 2
+    error = capfd.readouterr().err
+    assert "optimizer.lr=0.001 belongs to another experiment" in error.replace("\n", "")
+    assert error.count("belongs to another experiment") == 1
+    assert not (folder / "optimizer.lr=0.005").exists()
 
 
 def test_a_process_id_that_no_process_can_have_is_of_none(tmp_path: Path) -> None:

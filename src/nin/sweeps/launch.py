@@ -52,7 +52,7 @@ from nin.sweeps.workers import (
 )
 from nin.system.devices import default_threads
 from nin.system.processes import StoppedError, multi_process_launcher, remove_left_over_ranks
-from nin.training.run import RunFailedError
+from nin.training.run import RunFailedError, require_same_experiment
 
 if TYPE_CHECKING:
     from nin.sweeps.search import Search
@@ -162,8 +162,12 @@ class Sweep:
         config_name = self.config.hydra.job.config_name
         checked = check_jobs(expanded, on_this_machine=not self.on_cluster, config_name=config_name)
         for name, settings in zip(self.jobs, checked, strict=True):
-            if settings.weights and not RunFolder(self.folder / name).has_progress():
-                find_weights_file(Path(settings.weights))
+            folder = RunFolder(self.folder / name)
+            if not folder.has_progress():
+                if settings.weights:
+                    find_weights_file(Path(settings.weights))
+            elif settings.resume != "never":  # with it, the jobs that exist are refused, and the others run
+                require_same_experiment(folder, settings)
         return checked
 
     def _configure_joblib(self, launcher: DictConfig, jobs: list[Settings]) -> None:
