@@ -166,7 +166,8 @@ class Sweep:
             if not folder.has_progress():
                 if settings.weights:
                     find_weights_file(Path(settings.weights))
-            elif settings.resume != "never":  # with it, the jobs that exist are refused, and the others run
+            # With resume=never, jobs that exist are refused one by one, and the others run.
+            elif settings.resume != "never" and folder.config.exists():
                 require_same_experiment(folder, settings)
         return checked
 
