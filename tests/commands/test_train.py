@@ -95,6 +95,9 @@ JOBLIB = ["-m", "hydra/launcher=joblib"]
         (["-m", "optimizer.lr=${nosuch}", "seed=1,2"], "optimizer.lr: Interpolation key 'nosuch' not found"),
         (["+callbacks.x._target_=lightning.pytorch.callbacks.Timer", "+callbacks.x.duration=abc"],
          "callbacks.x: Error in call to target 'lightning.pytorch.callbacks.timer.Timer'*"),
+        (["+callbacks.x={_target_: lightning.pytorch.callbacks.ModelSummary, max_depth: all}"],
+         'callbacks.x.max_depth="all": must be a valid integer, as annotated in '
+         "lightning.pytorch.callbacks.ModelSummary"),
         (["+callbacks.x={_target_: zipfile.ZipFile, file: no_such}"],
          "callbacks.x: Error in call to target 'zipfile.ZipFile': FileNotFoundError: [Errno 2] No such file or "
          "directory: 'no_such'"),

@@ -315,6 +315,7 @@ class Returns(torch.nn.Module):
             "more": (losses.mean(), logits),
             "number": losses.mean().item(),
             "errors": errors.mean(),
+            "sum": losses.sum(),
         }[self.what]
 
 
@@ -385,6 +386,11 @@ def test_a_loss_without_a_gradient_is_refused(settings: Callable[..., Settings])
         UserError, match=r"^loss: .*\.Returns returns a value without a gradient, so that nothing could"
     ):
         Classifier(with_loss(settings, Returns, what="errors"), CLASSES)
+
+
+def test_a_loss_that_is_a_sum_is_refused(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(UserError, match=r"^loss: .*\.Returns doubles with twice the images: it is the sum"):
+        Classifier(with_loss(settings, Returns, what="sum"), CLASSES)
 
 
 def test_numbers_as_keys_of_a_loss_are_numbers_when_its_checkpoint_is_loaded(

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,25 @@ class RandomInEval(Partly):
         return nn.functional.dropout(super().forward(images), 0.5, training=True)
 
 
+class Detached(Partly):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).detach()
+
+
+class Probabilities(Partly):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).softmax(1)
+
+
+def test_a_network_that_ends_with_a_softmax_is_named(
+    settings: Callable[..., Settings], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for network in ("Partly", "Probabilities"):
+        Experiment(RunRequest(with_network(settings, network=network), RunFolder(tmp_path / network)))
+    (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert re.match(r"model: [\w.]+\.Probabilities ends with a softmax, as the sum of its outputs", warning)
+
+
 @pytest.mark.parametrize(
     ("network", "message"),
     [
@@ -146,6 +166,7 @@ class RandomInEval(Partly):
         ("ZeroAtItsEnd", r"^model: .*\.ZeroAtItsEnd: built again and given its state_dict\(\), it has other .*"),
         ("PlainTensor", r"^model: .*\.PlainTensor: built again .* tensors be registered with register_buffer\(\) or"),
         ("StateOfOtherShapes", r"^model: .*\.StateOfOtherShapes: its state_dict\(\) can't be loaded again: "),
+        ("Detached", r"^model: .*\.Detached: its logits have no gradient, so that nothing could be trained: leave out"),
         ("Shifting", None),
         ("RandomInEval", None),
         ("Normalized", None),

@@ -45,7 +45,7 @@ def import_class(key: str, config: OwnClass, kind: type) -> type:
             f"{key}: {config.target} has no arguments {', '.join(unknown)}; there are: {', '.join(parameters)}; choose "
             f"another experiment, or delete what it sets, as in ~{key}.{unknown[0]}"
         )
-    _require_annotated_types(key, config, parameters)
+    require_annotated_types(key, config.target, config.arguments, parameters)
     return found
 
 
@@ -57,21 +57,29 @@ def _signature(found: type) -> inspect.Signature:
         return inspect.signature(found)
 
 
-def _require_annotated_types(key: str, config: OwnClass, parameters: Mapping[str, inspect.Parameter]) -> None:
-    """Checks the arguments whose annotation is a plain type, so that a wrong one is named before any job starts."""
+def require_annotated_types(
+    key: str, target: str, arguments: Mapping[str, Any], parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    """Checks the arguments whose annotation is a plain type, so that a wrong one is named before any job starts.
+
+    Raises:
+        UserError: names each argument that is of another type.
+    """
     errors: list[str] = []
-    for name, value in config.arguments.items():
+    for name, value in arguments.items():
         parameter = parameters.get(name)
         if parameter is None or not _is_plain(parameter.annotation):
             continue
         if value is None and parameter.default is None:  # as in `width: int = None`
+            continue
+        if isinstance(value, Mapping) and "_target_" in value:  # of a callback: Hydra passes what it makes
             continue
         try:
             TypeAdapter(parameter.annotation, config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as error:
             errors += format_errors(error, Section, {}, f"{key}.{name}").values()
     if errors:
-        raise UserError(*(f"{error}, as annotated in {config.target}" for error in errors))
+        raise UserError(*(f"{error}, as annotated in {target}" for error in errors))
 
 
 def _is_plain(annotation: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import bisect
 import importlib
+import logging
 import warnings
 from collections import OrderedDict
 from typing import get_args
@@ -17,6 +18,8 @@ from nin.config.types import Init
 from nin.networks.normalize import Normalize
 from nin.networks.score_maps import find_map_kind
 from nin.networks.sequential import Network
+
+log = logging.getLogger(__name__)
 
 _LARGEST = 1024  # pixels per side; the maximum of data.image_size
 
@@ -164,13 +167,14 @@ def _require_logits(network: nn.Module, target: str, size: tuple[int, ...], num_
 def require_complete_state(network: nn.Module, settings: Settings, in_channels: int, num_classes: int) -> None:
     """Checks that a network of the user's own, built twice with other random numbers, is the same with one state_dict.
 
-    It is not if layers are in a list, or tensors are attributes: a checkpoint would lack them.
+    It is not if layers are in a list, or tensors are attributes: a checkpoint would lack them. Warns of a network that
+    ends with a softmax.
 
     Args:
         network: as `build_network` returns it, with the same arguments.
 
     Raises:
-        UserError: if the logits differ, or the state can't be loaded.
+        UserError: if the logits differ or have no gradient, or the state can't be loaded.
     """
     if not isinstance(settings.model, OwnModel):
         return
@@ -196,6 +200,8 @@ def require_complete_state(network: nn.Module, settings: Settings, in_channels: 
                 ) from error
             copy.to(device).eval()
             logits.append([copy(images.clone()) for _ in range(2)])
+        with torch.enable_grad():
+            is_trained = copy(images.clone()).requires_grad
     (first, again), (other, _) = logits
     # A network may draw random numbers in eval mode, too.
     if torch.equal(first, again) and not torch.allclose(other, first, rtol=1e-2, atol=1e-3, equal_nan=True):
@@ -203,6 +209,17 @@ def require_complete_state(network: nn.Module, settings: Settings, in_channels: 
             f"model: {settings.model.target}: built again and given its state_dict(), it has other logits, as every "
             "use of a checkpoint would: layers in a list must be in nn.ModuleList, and tensors be registered with "
             "register_buffer() or as nn.Parameter"
+        )
+    if not is_trained and any(weights.requires_grad for weights in network.parameters()):
+        raise UserError(
+            f"model: {settings.model.target}: its logits have no gradient, so that nothing could be trained: leave out "
+            ".detach(), .data and torch.no_grad() in its forward()"
+        )
+    if (first >= 0).all() and torch.allclose(first.sum(1), first.new_ones(len(first)), atol=1e-3):
+        log.warning(
+            "model: %s ends with a softmax, as the sum of its outputs is 1 for each image; it would train better "
+            "without, because the loss and nin predict apply a softmax to what the network returns",
+            settings.model.target,
         )
 
 

@@ -56,14 +56,18 @@ def build_loss(settings: Settings, class_names: Sequence[str]) -> nn.Module:
 
 
 def _require_mean_loss(loss: nn.Module, target: str, classes: int) -> None:
-    """Computes a copy of ``loss`` once; raises UserError if it makes no single number of logits and labels, or one
-    without a gradient.
+    """Computes a copy of ``loss``; raises UserError if it makes no single number of logits and labels, one without a
+    gradient, or a sum over the images.
     """
     labels = torch.arange(2 * classes + 1) % classes
-    try:
+
+    def compute(labels: Tensor) -> Any:
         with torch.enable_grad(), isolate_rng(), warnings.catch_warnings(action="ignore"):
             logits = torch.zeros(len(labels), classes, requires_grad=True).clone()  # a loss may change them in place
-            output = copy.deepcopy(loss)(logits, labels)
+            return copy.deepcopy(loss)(logits, labels)
+
+    try:
+        output = compute(labels)
     except Exception as error:
         shapes = f"logits {(len(labels), classes)} and int64 labels {(len(labels),)}"
         reason = f"{type(error).__name__}: {error}{locate_in_own_code(error)}"
@@ -75,6 +79,11 @@ def _require_mean_loss(loss: nn.Module, target: str, classes: int) -> None:
         raise UserError(
             f"loss: {target} returns a value without a gradient, so that nothing could be trained: compute it from the "
             "logits without argmax, comparisons, .detach() and .item()"
+        )
+    if output and torch.isclose(compute(labels.repeat(2)), 2 * output):
+        raise UserError(
+            f"loss: {target} doubles with twice the images: it is the sum of the batch, so that the best learning rate "
+            "would depend on data.batch_size; return the mean"
         )
 
 

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nin.checkpoints.checkpoint_io import AtomicCheckpointIO
 from nin.config.errors import locate_in_own_code
 from nin.config.keys import is_within
-from nin.config.own_classes import explain_import_error
+from nin.config.own_classes import explain_import_error, require_annotated_types
 from nin.config.schema import Settings, UserError
 from nin.runs.folder import RunFolder
 from nin.system import devices
@@ -151,11 +151,11 @@ def _logger_and_callback_configs(
     return configs | {f"callbacks.{name}": config for name, config in settings.callbacks.items()}
 
 
-def _parameters(target: str) -> set[str]:
+def _parameters(target: str) -> Mapping[str, inspect.Parameter]:
     try:
-        return set(inspect.signature(get_object(target)).parameters)
+        return inspect.signature(get_object(target)).parameters
     except (HydraException, ImportError, AttributeError, ValueError, TypeError):
-        return set()  # `_instantiate` reports it
+        return {}  # `_instantiate` reports it
 
 
 def _instantiate(
@@ -164,10 +164,11 @@ def _instantiate(
     instances: dict[type, list[Any]] = {Logger: [], lightning.Callback: []}
     for key, config in configs.items():
         kind = Logger if key.startswith("logger.") else lightning.Callback
+        target = str(config.get("_target_"))
+        require_annotated_types(key, target, config, _parameters(target))
         try:
             instance = instantiate(config)
         except (HydraException, OmegaConfBaseException) as error:
-            target = str(config.get("_target_"))
             if f"Error locating target '{target}'" not in str(error):
                 cause = error.__cause__ or error
                 # Hydra has the error's repr(), which lacks the name of a missing file.
